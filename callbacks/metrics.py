@@ -1,0 +1,89 @@
+"""The record of a training run that is always there: one JSON object a line, whole after any kill."""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.trainer.states import TrainerFn
+
+Line = dict[str, Any]
+
+
+class MetricsFile(pl.Callback):
+    """Append what the module measured to `path`, and give the same numbers to every logger of the trainer.
+
+    The module sets, on every rank, `step_metrics` before `on_train_batch_end` (None: not a step to log) and
+    `validation_metrics` before `on_validation_end`; Lightning calls callbacks before the module's own hook of that
+    name. Both are dicts of numbers, already reduced over ranks; `step` defaults to the trainer's global step. Only
+    rank zero writes. Numbers that are not finite become null.
+
+    On a restart at step k the file is cut back to the lines of steps up to k, and the loggers are given those lines
+    before any new one: a logger that begins anew with the process (CSV, TensorBoard, W&B offline) so holds the whole
+    run, and one that goes on where it was (W&B online) leaves out what it has. No step is written twice.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._last: dict[bool, float] = {False: -1, True: -1}  # last step on file: of training, of validation
+
+    def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
+        if not trainer.is_global_zero:
+            return
+        lines = [line for line in _read(self.path) if line["step"] <= trainer.global_step]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        aside = self.path.with_name(f".{self.path.name}.aside")
+        aside.write_text("".join(map(_text, lines)), encoding="utf-8")
+        os.replace(aside, self.path)
+        self._last = {False: -1, True: -1}
+        for line in lines:
+            self._last[_is_validation(line)] = line["step"]
+            _log(trainer, line)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *_: Any) -> None:
+        self._write(trainer, module.step_metrics)
+
+    def on_validation_end(self, trainer: pl.Trainer, module: Any) -> None:
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            self._write(trainer, module.validation_metrics)
+
+    def _write(self, trainer: pl.Trainer, metrics: Mapping[str, float] | None) -> None:
+        if metrics is None or not trainer.is_global_zero:
+            return
+        line = {"step": trainer.global_step, **metrics}
+        kind = _is_validation(line)
+        if line["step"] <= self._last[kind]:  # a micro-batch that ended no step still shows the last one's numbers
+            return
+        self._last[kind] = line["step"]
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(_text(line))
+        _log(trainer, line)
+
+
+def _is_validation(line: Line) -> bool:
+    return "validation_loss" in line
+
+
+def _read(path: Path) -> list[Line]:
+    """The lines of `path`, without what a kill tore."""
+    lines = []
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            continue
+    return lines
+
+
+def _text(line: Line) -> str:
+    finite = {key: value if math.isfinite(value or 0) else None for key, value in line.items()}
+    return json.dumps(finite, allow_nan=False) + "\n"
+
+
+def _log(trainer: pl.Trainer, line: Line) -> None:
+    metrics = {key: value for key, value in line.items() if key != "step" and value is not None}
+    for logger in trainer.loggers:
+        logger.log_metrics(metrics, step=line["step"])

@@ -1,0 +1,128 @@
+"""How a stage shows that it moves: a bar on a terminal, a line now and then in a log."""
+
+import time
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.trainer.states import TrainerFn
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+from rich.progress import Progress as Bar
+from rich.table import Column
+
+
+class Progress(pl.Callback):
+    """Stage, step of total, loss, tokens/s and the time left; on rank zero, and from the right step after a restart.
+
+    Reads the module's `step_metrics` (loss, tokens_per_second) and `validation_metrics` (validation_loss), as
+    MetricsFile does. Where stdout is no terminal a plain line is printed every `every_fraction` of the steps or
+    `every_seconds`, whichever comes first. The trainer needs `enable_progress_bar=False`.
+    """
+
+    def __init__(
+        self,
+        stage: str,
+        every_fraction: float = 0.1,
+        every_seconds: float = 300.0,
+        console: Console | None = None,
+    ) -> None:
+        self.stage = stage
+        self.every_fraction = every_fraction
+        self.every_seconds = every_seconds
+        self.console = console or Console()
+        self._bar: Bar | None = None
+        self._numbers: dict[str, str] = {}
+        self._step = self._next_step = 0
+        self._started: tuple[int, float] | None = None
+        self._printed = 0.0
+
+    def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
+        if not trainer.is_global_zero:
+            return
+        self._step = trainer.global_step
+        total = trainer.max_steps if trainer.max_steps > 0 else None  # -1: the epochs decide
+        self._started, self._printed = None, time.monotonic()
+        self._next_step = self._step + self._stride(trainer)
+        if self.console.is_terminal:
+            narrow = Column(no_wrap=True)
+            self._bar = Bar(
+                TextColumn("{task.description}", style="bold", markup=False, table_column=narrow),
+                BarColumn(bar_width=None),
+                MofNCompleteColumn(table_column=narrow),
+                TextColumn("{task.fields[numbers]}", markup=False, table_column=narrow),
+                console=self.console,
+                expand=True,
+                refresh_per_second=4,
+            )
+            self._bar.start()
+            self._bar.add_task(self.stage, total=total, completed=self._step, numbers="")
+        elif self._step:
+            self._print(f"{self.stage}: goes on at step {self._step}/{total or '?'}")
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *_: Any) -> None:
+        if not trainer.is_global_zero:
+            return
+        metrics: dict[str, float] = module.step_metrics or {}
+        if "loss" in metrics:
+            self._numbers["loss"] = f"loss {metrics['loss']:.3f}"
+        if "tokens_per_second" in metrics:
+            self._numbers["speed"] = f"{metrics['tokens_per_second']:,.0f} tokens/s"
+        if trainer.global_step > self._step:
+            self._step = trainer.global_step
+            self._show(trainer)
+
+    def on_validation_start(self, trainer: pl.Trainer, module: Any) -> None:
+        if self._bar:
+            self._bar.update(self._bar.task_ids[0], description=f"{self.stage}: validating")
+
+    def on_validation_end(self, trainer: pl.Trainer, module: Any) -> None:
+        if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking or not trainer.is_global_zero:
+            return
+        if "validation_loss" in module.validation_metrics:
+            self._numbers["validation"] = f"validation {module.validation_metrics['validation_loss']:.3f}"
+        if self._bar:
+            self._bar.update(self._bar.task_ids[0], description=self.stage, numbers=self._text(trainer))
+
+    def on_train_end(self, trainer: pl.Trainer, module: Any) -> None:
+        self._stop()
+
+    def on_exception(self, trainer: pl.Trainer, module: Any, exception: BaseException) -> None:
+        self._stop()  # or the bar would draw over the message
+
+    def _stop(self) -> None:
+        if self._bar:
+            self._bar.stop()
+            self._bar = None
+
+    def _stride(self, trainer: pl.Trainer) -> int:
+        return max(1, round(self.every_fraction * trainer.max_steps))
+
+    def _show(self, trainer: pl.Trainer) -> None:
+        now = time.monotonic()
+        if self._started is None:
+            self._started = self._step, now  # after the first step: compiling and warming up predict nothing
+        if self._bar:
+            self._bar.update(self._bar.task_ids[0], completed=self._step, numbers=self._text(trainer))
+        elif (
+            self._step >= self._next_step
+            or self._step == trainer.max_steps
+            or now - self._printed >= self.every_seconds
+        ):
+            self._next_step = (self._step // self._stride(trainer) + 1) * self._stride(trainer)
+            self._printed = now
+            of = f"/{trainer.max_steps} ({100 * self._step // trainer.max_steps} %)" if trainer.max_steps > 0 else ""
+            self._print(f"{self.stage}: step {self._step}{of}  {self._text(trainer)}")
+
+    def _text(self, trainer: pl.Trainer) -> str:
+        parts = [self._numbers[key] for key in ("loss", "validation", "speed") if key in self._numbers]
+        first, since = self._started or (self._step, 0.0)
+        if self._step > first and trainer.max_steps > self._step:
+            left = (trainer.max_steps - self._step) * (time.monotonic() - since) / (self._step - first)
+            minutes, seconds = divmod(round(left), 60)
+            parts.append(f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d} left")
+        return "  ".join(parts)
+
+    def _print(self, line: str) -> None:
+        # soft_wrap: a log has no width, a line stays a line
+        self.console.print(line, soft_wrap=True, markup=False, highlight=False)
+        self.console.file.flush()

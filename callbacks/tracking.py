@@ -1,0 +1,113 @@
+"""Where a stage's metrics go besides its own metrics.jsonl: a CSV file, TensorBoard or Weights & Biases.
+
+The functions without an underscore are the `_target_`s of conf/logger. They refuse what is missing, load nothing heavy
+and answer a Tracker, which the stage's process calls on rank zero. Logs lie in the `folder` it is given,
+`<run_dir>/logs/<stage>`, and so outlive the stage's work folder.
+
+CSV, TensorBoard and W&B offline begin anew with every restart; MetricsFile gives them the steps before it.
+"""
+
+import re
+import secrets
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from models.errors import Refusal
+
+if TYPE_CHECKING:
+    from pytorch_lightning.loggers import Logger
+
+MODES = ("auto", "online", "offline")
+
+
+class Tracker(Protocol):
+    def __call__(
+        self, *, stage: str, run_name: str, folder: Path, config: dict[str, Any], restart: int
+    ) -> "Logger":
+        """`config` is the resolved configuration, `restart` how often this stage was started before."""
+
+
+def csv() -> Tracker:
+    """`<folder>/metrics.csv` and hparams.yaml, flushed at every line."""
+
+    def make(*, stage: str, run_name: str, folder: Path, config: dict[str, Any], restart: int) -> "Logger":
+        from pytorch_lightning.loggers import CSVLogger
+
+        _clear(folder, "metrics.csv", "hparams.yaml")
+        logger = CSVLogger(folder.parent, name=folder.name, version="", flush_logs_every_n_steps=1)
+        logger.log_hyperparams(config)
+        return logger
+
+    return make
+
+
+def tensorboard() -> Tracker:
+    """Event files in `folder`: `tensorboard --logdir <run_dir>/logs` shows the stages side by side."""
+    _need("tensorboard")
+
+    def make(*, stage: str, run_name: str, folder: Path, config: dict[str, Any], restart: int) -> "Logger":
+        from pytorch_lightning.loggers import TensorBoardLogger
+
+        _clear(folder, "events.out.tfevents.*", "hparams.yaml")
+        logger = TensorBoardLogger(folder.parent, name=folder.name, version="", default_hp_metric=False)
+        logger.log_hyperparams(config)
+        return logger
+
+    return make
+
+
+def wandb(*, project: str, entity: str | None = None, mode: str = "auto", tags: tuple[str, ...] = ()) -> Tracker:
+    """One W&B run a stage: group = the run's name, job type = the stage.
+
+    `auto` is online where W&B finds an account (WANDB_API_KEY, netrc, settings), else offline, as it is when the
+    server does not answer; WANDB_MODE=offline has the last word. Offline runs go to the server with `wandb sync`.
+    """
+    _need("wandb")
+    if mode not in MODES:
+        raise Refusal(f"logger.mode={mode}: need {', '.join(MODES)}")
+
+    def make(*, stage: str, run_name: str, folder: Path, config: dict[str, Any], restart: int) -> "Logger":
+        from callbacks.wandb_run import WandbRun
+
+        folder.mkdir(parents=True, exist_ok=True)
+        return WandbRun(
+            identity=_identity(folder, f"{run_name}-{stage}", restart),
+            mode=mode,
+            restart=restart,
+            project=project,
+            entity=entity,
+            group=run_name,
+            job_type=stage,
+            name=f"{run_name}-{stage}",
+            tags=list(tags),
+            config=config,
+            dir=str(folder),
+        )
+
+    return make
+
+
+def _need(package: str) -> None:
+    if find_spec(package) is None:
+        raise Refusal(f"logger={package}: {package} is not installed; pip install {package}, or choose logger=csv")
+
+
+def _clear(folder: Path, *patterns: str) -> None:
+    """Remove what an earlier start of the stage logged here; Lightning would warn, and append to some of it."""
+    for pattern in patterns:
+        for path in folder.glob(pattern):
+            path.unlink()
+
+
+def _identity(folder: Path, name: str, restart: int) -> str:
+    """The run's id on the server, kept beside the logs so that every restart goes on in the same run.
+
+    It ends in a random part: two folders may hold runs of one name, and W&B never gives an id of a deleted run again.
+    """
+    path = folder / "wandb-id"
+    if restart and path.exists():
+        return path.read_text().strip()
+    identity = f"{re.sub(r'[^A-Za-z0-9_-]+', '-', name)[:48]}-{secrets.token_hex(4)}"
+    path.write_text(identity + "\n")
+    return identity

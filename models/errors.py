@@ -1,0 +1,8 @@
+"""What a person can mend, said in one line."""
+
+
+class Refusal(ValueError):
+    """The request cannot be carried out as it stands; the message names the value and the remedy.
+
+    The front door prints it without a traceback and exits with status 2.
+    """

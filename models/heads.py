@@ -1,0 +1,81 @@
+"""A causal LM taken apart into its body and its head, so that logits need never exist all at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from models.errors import Refusal
+from models.objectives.chunked import Head
+
+
+def body_of(model: Any) -> nn.Module:
+    """The transformer without its language-model head."""
+    body = getattr(model, model.base_model_prefix, None)
+    if body is None or body is model or model.get_output_embeddings() is None:
+        raise Refusal(f"{type(model).__name__}: no separate body and output head found; this family is not supported")
+    return body
+
+
+def head_of(model: Any) -> Head:
+    """The head's weights and what the family does to logits, as its config states it."""
+    linear = model.get_output_embeddings()
+    config = model.config.get_text_config()
+    scale = 1.0
+    if getattr(config, "logit_scale", None) is not None:  # cohere
+        scale *= float(config.logit_scale)
+    if getattr(config, "logits_scaling", None) is not None:  # granite divides
+        scale /= float(config.logits_scaling)
+    return Head(linear.weight, getattr(linear, "bias", None), scale, getattr(config, "final_logit_softcapping", None))
+
+
+def hidden_states(
+    model: Any, input_ids: Int[Tensor, "B T"], position_ids: Int[Tensor, "B T"]
+) -> Float[Tensor, "B T H"]:
+    """What the head sees. A document starts wherever `position_ids` restarts; attention does not cross that line.
+
+    There is no attention_mask: padding is a document of its own, that nothing supervised belongs to. Transformers
+    derives the block mask from the positions, for sliding-window layers too; FlashAttention does so only for a single
+    row, hence the flattening.
+    """
+    shape = input_ids.shape
+    if model.config._attn_implementation.startswith("flash"):
+        input_ids, position_ids = input_ids.reshape(1, -1), position_ids.reshape(1, -1)
+    out = body_of(model)(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+    return out.last_hidden_state.reshape(*shape, -1)
+
+
+def through_head(model: Any, hidden: Tensor, work: Callable[[Tensor], Any]) -> Any:
+    """Run `work(hidden)` as if it were the head's own forward.
+
+    Whatever hangs on the head's forward and backward keeps working around it: ZeRO-3 gathers the weight before and
+    frees it after, and reduces its gradient.
+    """
+    linear = model.get_output_embeddings()
+    linear.forward = work
+    try:
+        return linear(hidden)
+    finally:
+        del linear.forward
+
+
+def check_split(model: Any, vocabulary: int) -> None:
+    """Refuse a family whose logits are not its head applied to its body: the loss would be another model's."""
+    ids = torch.arange(8, device=next(model.parameters()).device).remainder(vocabulary)[None]
+    positions = torch.arange(8, device=ids.device)[None]
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        expected = model(input_ids=ids, position_ids=positions, use_cache=False).logits
+        hidden = hidden_states(model, ids, positions)
+        got = through_head(model, hidden, lambda h: head_of(model).logits(h[0].to(expected.dtype), expected.dtype))[None]
+    model.train(was_training)
+    error = (got - expected).abs().max().item()
+    scale = expected.abs().max().item()
+    if not error <= 0.02 * scale + 1e-4:
+        raise Refusal(f"{type(model).__name__}: its logits are not its head applied to its last hidden state "
+                      f"(difference {error:.3g}); this family is not supported")

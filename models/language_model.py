@@ -1,0 +1,219 @@
+"""The one training step, and the one division of the loss."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+
+from models.heads import check_split, head_of, hidden_states, through_head
+from models.objectives.chunked import Head, objective_sum
+from models.objectives.cross_entropy import CrossEntropy
+from models.objectives.term import Objective
+from models.teacher import signal
+
+
+class NonFiniteLoss(RuntimeError):
+    """A loss or gradient that is not a number; the message names the step and the rows."""
+
+
+class LanguageModel(pl.LightningModule):
+    """Trains `student` by an objective, with or without a teacher.
+
+    An objective returns a sum over supervised tokens; `training_step` divides it once, by `step_tokens`: the number of
+    supervised tokens of the whole optimizer step, over all ranks and accumulated micro-batches, which every rank knows
+    from the data order without asking the others. So the loss and its gradient do not depend on micro-batch size,
+    accumulation, padding, packing or the number of ranks.
+
+    Dropout draws from a generator seeded by (seed, step, micro-batch, rank), so a resumed run has no state to restore.
+    """
+
+    def __init__(
+        self,
+        *,
+        load_student: Callable[[], nn.Module],
+        load_teacher: Callable[[], nn.Module] | None,
+        objective: Objective,
+        optimizer: Callable[[Iterable[Any]], torch.optim.Optimizer],
+        schedule: Callable[[torch.optim.Optimizer, int], Any],
+        weight_decay: float,
+        max_steps: int,
+        vocabulary: int,
+        seed: int,
+        log_every_steps: int,
+        activation_checkpointing: bool,
+    ) -> None:
+        super().__init__()
+        self.load_student, self.load_teacher = load_student, load_teacher
+        self.objective, self.optimizer, self.schedule = objective, optimizer, schedule
+        self.weight_decay, self.max_steps, self.vocabulary = weight_decay, max_steps, vocabulary
+        self.seed, self.log_every_steps, self.activation_checkpointing = seed, log_every_steps, activation_checkpointing
+        self.student: Any = None
+        self.teacher: Any = None
+        self.strict_loading = False  # a checkpoint holds the student alone
+        self.step_metrics: dict[str, float] | None = None
+        self.validation_metrics: dict[str, float] = {}
+        self.tokens_seen = 0
+        self.seconds_spent = 0.0  # training time, over restarts
+        self.gradient_norm: Tensor | float | None = None
+        self._sums: dict[str, Tensor] = {}
+        self._validation_sums: Tensor | None = None
+
+    def configure_model(self) -> None:
+        if self.student is not None:  # Lightning calls this more than once
+            return
+        self.student = self.load_student()
+        if self.load_teacher is not None:
+            self.teacher = self.load_teacher()
+        if self.activation_checkpointing:
+            self.student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+    def on_fit_start(self) -> None:
+        # Lightning leaves modules in the mode they come in, and from_pretrained returns eval: no dropout, no
+        # activation checkpointing.
+        self.student.train()
+        check_split(self.student, self.vocabulary)
+        if self.teacher is not None:
+            self.teacher.eval()
+            check_split(self.teacher, self.vocabulary)
+
+    def on_train_start(self) -> None:
+        self._started = time.monotonic() - self.seconds_spent
+        self._marked = (self.tokens_seen, self.seconds_spent)
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        accumulation = self.trainer.accumulate_grad_batches
+        step, micro = self.trainer.global_step, batch_idx % accumulation
+        torch.manual_seed(_mix(self.seed, step, micro, self.global_rank))
+        self.step_metrics = None
+        total, parts = self._objective(self.objective, batch)
+        if not torch.isfinite(total):
+            raise NonFiniteLoss(f"step {step}: the loss is {total.item()} on rows {batch['rows']} "
+                                f"(micro-batch {micro}, rank {self.global_rank}); lower the learning rate or look at "
+                                f"these rows; the last checkpoint is from before this step")
+        for name, part in {"loss": total.detach(), **parts}.items():
+            self._sums[name] = self._sums.get(name, 0) + part / batch["step_tokens"]
+        self.tokens_seen += batch["tokens_of_step"] if micro == accumulation - 1 else 0
+        # Lightning divides by the accumulation, and ranks are averaged: undo both, then divide once.
+        return total * (accumulation * self.trainer.world_size / batch["step_tokens"])
+
+    def _objective(self, objective: Objective, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        ids, positions, targets = batch["input_ids"], batch["position_ids"], batch["targets"]
+        taught = any(term.needs_teacher for _, term in objective.terms)
+        teacher_hidden = signal(self.teacher, ids, positions) if taught else None
+        hidden = hidden_states(self.student, ids, positions)
+
+        def engine(hidden: Tensor, teacher_head: Head | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+            return objective_sum(objective, hidden, head_of(self.student), targets, teacher_hidden, teacher_head,
+                                 vocabulary=self.vocabulary)
+
+        def engine_with_teacher(hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            # The teacher's head is whole only inside its own forward. The loss leaves by the side door: as that
+            # forward's result, ZeRO-3 would take it for the teacher's and gather its weight for the backward.
+            results: list[tuple[Tensor, dict[str, Tensor]]] = []
+            through_head(self.teacher, teacher_hidden, lambda _: results.append(engine(hidden, head_of(self.teacher))))
+            return results[0]
+
+        result: tuple[Tensor, dict[str, Tensor]] = through_head(
+            self.student, hidden, engine_with_teacher if taught else engine)
+        return result
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        self.gradient_norm = torch.nn.utils.clip_grad_norm_(
+            (p for p in self.student.parameters() if p.requires_grad), gradient_clip_val or float("inf"),
+            error_if_nonfinite=False)
+
+    def optimizer_step(self, epoch: int, batch_idx: int, *arguments: Any, **words: Any) -> None:
+        super().optimizer_step(epoch, batch_idx, *arguments, **words)
+        if (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0:  # DeepSpeed is stepped at every micro-batch
+            self._close_step(self.trainer.global_step + 1)
+
+    def _close_step(self, step: int) -> None:
+        """Leave the step's numbers, summed over ranks, in `step_metrics` for whoever watches."""
+        sums, self._sums = self._sums, {}
+        self.seconds_spent = time.monotonic() - self._started
+        if step % self.log_every_steps and step not in (1, self.max_steps):
+            return
+        values = self.trainer.strategy.reduce(torch.stack(list(sums.values())).detach().float(), reduce_op="sum")
+        engine = getattr(self.trainer.strategy, "deepspeed_engine", None)
+        norm = engine.get_global_grad_norm() if engine is not None else self.gradient_norm
+        (tokens_before, seconds_before), self._marked = self._marked, (self.tokens_seen, self.seconds_spent)
+        self.step_metrics = {
+            "step": step, **dict(zip(sums, values.tolist(), strict=True)),
+            "learning_rate": self.trainer.optimizers[0].param_groups[0]["lr"],
+            **({} if norm is None else {"grad_norm": float(norm)}), "tokens": self.tokens_seen,
+            "tokens_per_second": (self.tokens_seen - tokens_before) / (self.seconds_spent - seconds_before),
+            "seconds": self.seconds_spent,
+        }
+
+    def on_validation_epoch_start(self) -> None:
+        self._validation_sums = torch.zeros(2, dtype=torch.float64)
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        assert self._validation_sums is not None
+        total, _ = self._objective(CrossEntropy(), batch)
+        self._validation_sums += torch.tensor([float(total), float((batch["targets"] >= 0).sum())], dtype=torch.float64)
+
+    def on_validation_epoch_end(self) -> None:
+        assert self._validation_sums is not None
+        total, tokens = self.trainer.strategy.reduce(
+            self._validation_sums.float().to(self.device), reduce_op="sum").tolist()
+        self.validation_metrics = {"step": self.trainer.global_step, "validation_loss": total / tokens,
+                                   "tokens": self.tokens_seen, "seconds": self.seconds_spent}
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        decayed = [p for p in self.student.parameters() if p.requires_grad and _dimensions(p) >= 2]
+        others = [p for p in self.student.parameters() if p.requires_grad and _dimensions(p) < 2]
+        groups = [{"params": decayed, "weight_decay": self.weight_decay}, {"params": others, "weight_decay": 0.0}]
+        optimizer = self.optimizer([g for g in groups if g["params"]])
+        return {"optimizer": optimizer,
+                "lr_scheduler": {"scheduler": self.schedule(optimizer, self.max_steps), "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["spent"] = (self.tokens_seen, self.seconds_spent)
+        if "state_dict" in checkpoint:
+            checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k.startswith("student.")}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.tokens_seen, self.seconds_spent = checkpoint["spent"]
+
+
+def gathered(parameters: Iterable[nn.Parameter]) -> Any:
+    """A context in which ZeRO-3 shards are whole; nothing elsewhere."""
+    sharded = [p for p in parameters if hasattr(p, "ds_id")]
+    if not sharded:
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(sharded, modifier_rank=None)
+
+
+def gather_state(model: nn.Module, keep: bool) -> dict[str, Tensor]:
+    """The whole state dict on the CPU of the rank that says `keep`; one parameter at a time, so that a sharded model
+    never has to fit one device. Every rank must call it."""
+    state = {}
+    tensors = dict(model.named_parameters(remove_duplicate=False)) | {
+        name: buffer for name, buffer in model.named_buffers() if name in model.state_dict()}
+    for name, tensor in tensors.items():
+        with gathered([tensor]) if isinstance(tensor, nn.Parameter) else nullcontext():
+            if keep:
+                state[name] = tensor.detach().cpu().clone()
+    return state
+
+
+def _dimensions(parameter: Any) -> int:
+    """ZeRO-3 flattens what it shards; ds_shape remembers."""
+    return len(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def _mix(*numbers: int) -> int:
+    import numpy as np
+
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)

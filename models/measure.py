@@ -1,0 +1,136 @@
+"""What a model folder is worth, measured on the folder: quality, speed, memory.
+
+Each folder is opened in a process of its own, forked from a server that has imported the libraries and nothing else,
+so one model's memory is not mistaken for another's.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models.heads import check_split, head_of, hidden_states
+from models.load import DTYPES, attention_for, load_model, parameter_count
+from models.objectives.chunked import objective_sum
+from models.objectives.cross_entropy import CrossEntropy
+
+
+@dataclass(frozen=True)
+class Speed:
+    """One prompt at a time, greedy, with the KV cache; medians over `repeats`."""
+
+    prompt_tokens: int = 64
+    new_tokens: int = 64
+    repeats: int = 3
+
+
+def open_for_inference(folder: str, device: str, dtype: str, trust_remote_code: bool = False) -> Any:
+    kind = DTYPES[dtype]
+    model = load_model(folder, dtype=kind, attention=attention_for(device, kind), trust_remote_code=trust_remote_code)
+    return model.to(device).eval()
+
+
+@torch.no_grad()
+def negative_log_likelihood(model: Any, batches: Iterable[dict[str, Tensor]]) -> tuple[float, int]:
+    """(nats, tokens): the sum of -log p over all supervised targets, and their number.
+
+    Over all of the model's columns, as anyone else would compute it; in fp32, a chunk of tokens at a time.
+    """
+    nats, tokens = 0.0, 0
+    device = next(model.parameters()).device
+    for batch in batches:
+        moved = {name: batch[name].to(device) for name in ("input_ids", "position_ids", "targets")}
+        hidden = hidden_states(model, moved["input_ids"], moved["position_ids"])
+        total, _ = objective_sum(CrossEntropy(), hidden, head_of(model), moved["targets"])
+        nats += total.item()
+        tokens += int((moved["targets"] >= 0).sum())
+    return nats, tokens
+
+
+@torch.no_grad()
+def speed(model: Any, prompt: Tensor, settings: Speed) -> dict[str, float]:
+    """`prompt`: Int64[1, T]. Prefill is the forward over the prompt; generation is what comes after the first token."""
+    prompt = prompt.to(next(model.parameters()).device)
+
+    def seconds(new_tokens: int) -> float:
+        _synchronise(prompt)
+        begin = time.perf_counter()
+        model.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, num_beams=1,
+                       min_new_tokens=new_tokens, max_new_tokens=new_tokens, use_cache=True,
+                       pad_token_id=model.generation_config.pad_token_id or 0)
+        _synchronise(prompt)
+        return time.perf_counter() - begin
+
+    def prefill() -> float:
+        _synchronise(prompt)
+        begin = time.perf_counter()
+        model(input_ids=prompt, use_cache=True, logits_to_keep=1)
+        _synchronise(prompt)
+        return time.perf_counter() - begin
+
+    seconds(2), prefill()  # warm up
+    first = statistics.median(seconds(1) for _ in range(settings.repeats))
+    whole = statistics.median(seconds(settings.new_tokens) for _ in range(settings.repeats))
+    return {
+        "generate_tokens_per_second": (settings.new_tokens - 1) / max(whole - first, 1e-9),
+        "prefill_tokens_per_second": prompt.shape[1] / statistics.median(prefill() for _ in range(settings.repeats)),
+        "first_token_ms": 1000 * first,
+    }
+
+
+class PeakMemory:
+    """Bytes taken since the start, at their highest: allocated on a GPU, resident on a CPU."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        gc.collect()
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            Path("/proc/self/clear_refs").write_text("5")  # Linux: the high-water mark starts again here
+        self.before = self._read("VmRSS")
+
+    def bytes(self) -> int:
+        return self._read("VmHWM") - self.before
+
+    def _read(self, field: str) -> int:
+        if self.device == "cuda":
+            return torch.cuda.max_memory_allocated() if field == "VmHWM" else torch.cuda.memory_allocated()
+        line = next(text for text in Path("/proc/self/status").read_text().splitlines() if text.startswith(field))
+        return int(line.split()[1]) * 1024
+
+
+def measure_folder(
+    folder: str, batches: list[dict[str, Tensor]], text_bytes: int, prompt: Tensor, device: str, dtype: str,
+    settings: Speed, trust_remote_code: bool = False
+) -> dict[str, Any]:
+    """One row of the report. `text_bytes`: UTF-8 bytes of the text that the batches' targets stand for."""
+    memory = PeakMemory(device)
+    model = open_for_inference(folder, device, dtype, trust_remote_code)
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is not None:
+        prompt = prompt[:, : max(1, limit - settings.new_tokens)]
+    quick = speed(model, prompt, settings)
+    peak = memory.bytes()  # what serving one request takes; scoring long texts below is another matter
+    check_split(model, model.config.vocab_size)
+    nats, tokens = negative_log_likelihood(model, batches)
+    return {
+        "parameters": parameter_count(model),
+        "perplexity": float(torch.tensor(nats / tokens, dtype=torch.float64).exp()),
+        "bits_per_byte": nats / 0.6931471805599453 / text_bytes,
+        **quick,
+        "peak_memory_bytes": peak,
+    }
+
+
+def _synchronise(tensor: Tensor) -> None:
+    if tensor.device.type == "cuda":
+        torch.cuda.synchronize()

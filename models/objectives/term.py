@@ -1,0 +1,42 @@
+"""The contract of an objective: weighted terms, each a value and a gradient per token.
+
+Legend of this folder: N supervised tokens, V vocabulary, H hidden width.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+class Term(Protocol):
+    """One summand of an objective, worked on a chunk of tokens at a time.
+
+    `add` returns the value per token in nats and adds `weight` times its gradient by the student's logits into
+    `gradient_NV`. Values are true ones: a divergence is zero, with zero gradient, when student equals teacher.
+    Both logits are already restricted to the shared vocabulary, in fp32 or fp64.
+    """
+
+    name: str
+    needs_teacher: bool
+
+    def add(
+        self,
+        student_NV: Float[Tensor, "N V"],
+        teacher_NV: Float[Tensor, "N V"] | None,
+        targets_N: Int[Tensor, " N"],
+        weight: float,
+        gradient_NV: Float[Tensor, "N V"],
+    ) -> Float[Tensor, " N"]: ...
+
+
+class Objective(Protocol):
+    """What a stage minimises: the weighted sum of its terms over the supervised tokens.
+
+    An objective never divides; the Lightning module divides once by the global number of supervised tokens.
+    """
+
+    @property
+    def terms(self) -> list[tuple[float, Term]]: ...

@@ -1,0 +1,162 @@
+"""How a student starts: a folder, a fresh shape, or some of the teacher's layers.
+
+Every start is written as a plain model folder first. So under any strategy, on any number of ranks, training opens
+the same bytes.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig, set_seed
+
+from models.errors import Refusal
+from models.load import empty_model, load_config, load_model, save_model
+
+
+class Start(Protocol):
+    """A way to start. `teacher` is a folder or hub id whose config can be read."""
+
+    @property
+    def path(self) -> str | None:
+        """The model folder it starts from, where that is not the teacher."""
+
+    def config(self, teacher: str) -> PretrainedConfig:
+        """The student's configuration; reads no weights."""
+        ...
+
+    def materialise(self, teacher: str, tokenizer: Any, folder: Path, seed: int) -> None:
+        """Write the starting weights, in fp32, as a plain model folder."""
+        ...
+
+
+@dataclass(frozen=True)
+class Folder:
+    """An existing model: continue from it."""
+
+    path: str
+    trust_remote_code: bool = False
+
+    def config(self, teacher: str) -> PretrainedConfig:
+        return load_config(self.path, "student", self.trust_remote_code)
+
+    def materialise(self, teacher: str, tokenizer: Any, folder: Path, seed: int) -> None:
+        model = load_model(self.path, dtype=torch.float32, role="student", trust_remote_code=self.trust_remote_code)
+        save_model(model, tokenizer, folder, model.state_dict(), torch.float32)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Random weights in the teacher's family, with some of its config's numbers replaced.
+
+    `shape` takes the names of the Hugging Face config, e.g. hidden_size, num_hidden_layers.
+    """
+
+    shape: dict[str, Any] = field(default_factory=dict)
+    path: None = None
+
+    def config(self, teacher: str) -> PretrainedConfig:
+        base = load_config(teacher, "teacher")
+        values = base.to_dict()
+        if unknown := [k for k in self.shape if k not in values]:
+            from difflib import get_close_matches
+
+            close = get_close_matches(unknown[0], values, n=1)
+            raise Refusal(f"student.shape.{unknown[0]}: {type(base).__name__} has no such number"
+                          + (f"; did you mean {close[0]}?" if close else ""))
+        # A stated head_dim, or a per-layer list, belongs to the teacher's widths unless the student states its own.
+        values = {k: v for k, v in values.items() if k not in ("head_dim", "layer_types")}
+        return check_sizes(_rebuild(base, values | self.shape), "student")
+
+    def materialise(self, teacher: str, tokenizer: Any, folder: Path, seed: int) -> None:
+        write_fresh(self.config(teacher), tokenizer, folder, seed)
+
+
+@dataclass(frozen=True)
+class Layers:
+    """Some of the teacher's layers, its embeddings, norm and head: same widths, less depth.
+
+    `keep` lists the teacher's layer numbers, or gives how many to take evenly spaced, first and last included.
+    """
+
+    keep: Any
+    path: None = None
+
+    def kept(self, depth: int) -> list[int]:
+        if isinstance(self.keep, int):
+            if not 1 <= self.keep <= depth:
+                raise Refusal(f"student.keep={self.keep}: the teacher has {depth} layers; need 1 to {depth}")
+            return [round(i * (depth - 1) / max(1, self.keep - 1)) for i in range(self.keep)]
+        kept = list(self.keep)
+        if not kept or sorted(set(kept)) != kept or not all(isinstance(i, int) and 0 <= i < depth for i in kept):
+            raise Refusal(f"student.keep={kept}: need rising layer numbers from 0 to {depth - 1}")
+        return kept
+
+    def config(self, teacher: str) -> PretrainedConfig:
+        base = load_config(teacher, "teacher")
+        depth = base.num_hidden_layers
+        kept = self.kept(depth)
+        values = base.to_dict()
+        for name, value in values.items():  # layer_types and its like follow their layers
+            if isinstance(value, list) and len(value) == depth:
+                values[name] = [value[i] for i in kept]
+        values["num_hidden_layers"] = len(kept)
+        return _rebuild(base, values)
+
+    def materialise(self, teacher: str, tokenizer: Any, folder: Path, seed: int) -> None:
+        source = load_model(teacher, dtype=torch.float32, role="teacher")
+        config = self.config(teacher)
+        kept = self.kept(source.config.num_hidden_layers)
+        names = set(empty_model(config).state_dict())
+        state = {}
+        for name, tensor in source.state_dict().items():
+            if not (found := re.search(r"\.(?:layers|h|blocks|layer)\.(\d+)\.", name)):
+                state[name] = tensor
+            elif int(found[1]) in kept:
+                state[f"{name[: found.start(1)]}{kept.index(int(found[1]))}{name[found.end(1) :]}"] = tensor
+        if set(state) != names:
+            odd = sorted(set(state) ^ names)[0]
+            raise Refusal(f"student=layers: cannot place {odd} of {type(source).__name__}; use student=shape")
+        with torch.device("meta"):
+            student = AutoModelForCausalLM.from_config(config)
+        student.generation_config = source.generation_config
+        save_model(student, tokenizer, folder, state, torch.float32)
+
+
+def write_fresh(config: PretrainedConfig, tokenizer: Any, folder: Path, seed: int) -> None:
+    """Random weights by the family's own initialisation, from `seed` alone."""
+    set_seed(seed)
+    with torch.device("cpu"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    save_model(model, tokenizer, folder, model.state_dict(), torch.float32)
+
+
+def check_sizes(config: PretrainedConfig, role: str) -> PretrainedConfig:
+    """Refuse widths that no attention can have."""
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    kv = getattr(config, "num_key_value_heads", None) or heads
+    if hidden % heads and getattr(config, "head_dim", None) in (None, hidden // heads):
+        raise Refusal(f"{role}: hidden_size={hidden} is not divisible by num_attention_heads={heads}; "
+                      f"try {', '.join(str(h) for h in range(1, hidden + 1) if hidden % h == 0 and h <= 2 * heads)} heads")
+    if heads % kv:
+        raise Refusal(f"{role}: num_attention_heads={heads} is not divisible by num_key_value_heads={kv}; "
+                      f"try {', '.join(str(k) for k in range(1, heads + 1) if heads % k == 0)}")
+    return config
+
+
+def _rebuild(base: PretrainedConfig, values: dict[str, Any]) -> PretrainedConfig:
+    values = {k: v for k, v in copy.deepcopy(values).items() if k not in ("model_type", "transformers_version", "_name_or_path")}
+    try:
+        return type(base)(**values)
+    except (ValueError, TypeError) as problem:
+        raise Refusal(f"student: {type(base).__name__} refuses this shape: {str(problem).splitlines()[0]}") from None
+    except Exception as problem:  # huggingface_hub's strict dataclasses raise a class of their own
+        if type(problem).__name__.startswith("StrictDataclass"):
+            raise Refusal(f"student: {type(base).__name__} refuses this shape: "
+                          f"{' '.join(str(problem).split())}") from None
+        raise

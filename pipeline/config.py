@@ -1,0 +1,153 @@
+"""The schema of conf/: what may be said at all.
+
+Hydra composes the yaml files; `parse` merges the result back into these dataclasses, so that neither a typo in a
+yaml nor `+a.typo=1` passes. Nodes with a `_target_` are typed by the constructor they name instead; the check process
+holds them against it. Imports nothing heavy: the front door answers `--cfg job` through this module.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+from models.errors import Refusal
+
+
+@dataclass
+class Checkpoint:
+    every_steps: int | None = None  # optimizer steps between Lightning checkpoints
+    every_minutes: float | None = 15.0  # or by the clock of rank 0, whichever comes first
+    keep: int = 1  # newest complete checkpoints kept while the stage trains
+
+
+@dataclass
+class Trainer:
+    """Hardware and cadence: nothing here changes what is learnt, except `precision`."""
+
+    accelerator: str = "auto"  # cpu | cuda | auto
+    devices: Any = "auto"  # processes per node
+    nodes: int = 1
+    precision: str = "32-true"  # or bf16-mixed: bf16 compute over fp32 master weights
+    log_every_steps: int = 10
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+
+
+@dataclass
+class Config:
+    name: str = MISSING
+    run_dir: str = MISSING
+    seed: int = 0
+    order: list[str] = MISSING  # the stages of the run, in order
+    only: list[str] | None = None  # `stages=[a,b]` on the command line ends up here
+    start: str | None = None
+    stop: str | None = None
+    force: list[str] = field(default_factory=list)  # redo these although they are finished
+    resume: str = "continue"  # or overwrite: redo what was made with other values
+    stages: dict[str, Any] = MISSING
+    data: Any = None
+    teacher: Any = None
+    student: Any = None
+    objective: Any = None
+    trainer: Trainer = field(default_factory=Trainer)
+    strategy: Any = None
+    logger: Any = None
+    callbacks: dict[str, Any] = field(default_factory=dict)
+    launch: Any = None
+
+
+def nearest(word: str, words: list[str]) -> str:
+    """', did you mean …?' for the closest of `words`, or the words themselves when none is close."""
+    close = difflib.get_close_matches(word, words, n=1, cutoff=0.6)
+    return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(sorted(words))}"
+
+
+def parse(composed: Any) -> dict[str, Any]:
+    """Hydra's composed config → plain resolved dict that fits the schema. Raises Refusal in one line."""
+    try:
+        plain = OmegaConf.to_container(composed, resolve=True)
+        merged = OmegaConf.merge(OmegaConf.structured(Config), plain)
+        config: dict[str, Any] = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
+    except ConfigKeyError as problem:
+        key = str(problem.full_key or problem.key)
+        parent, _, last = key.rpartition(".")
+        node = OmegaConf.select(OmegaConf.structured(Config), parent) if parent else OmegaConf.structured(Config)
+        known = [str(k) for k in node] if node is not None else []
+        raise Refusal(f"unknown config key {key!r}{nearest(last, known)}") from None
+    except OmegaConfBaseException as problem:
+        raise Refusal(f"{problem.full_key or 'config'}: {str(problem).splitlines()[0]}") from None
+    order = config["order"]
+    for name in order:
+        if name not in config["stages"]:
+            raise Refusal(f"order names the stage {name!r}, which stages does not define"
+                          f"{nearest(name, list(config['stages']))}")
+        if not isinstance(config["stages"][name], dict) or "_target_" not in config["stages"][name]:
+            raise Refusal(f"stages.{name} has no _target_; take one from conf/stage: "
+                          f"`- /stage@stages.{name}: distill` in the experiment's defaults")
+    if unknown := [name for name in config["stages"] if name not in order]:
+        raise Refusal(f"unknown stage stages.{unknown[0]}{nearest(unknown[0], order)}")
+    if config["resume"] not in ("continue", "overwrite"):
+        raise Refusal(f"resume={config['resume']}: need continue or overwrite")
+    for option in ("start", "stop"):
+        if config[option] is not None and config[option] not in order:
+            raise Refusal(f"{option}={config[option]}: no such stage{nearest(config[option], order)}")
+    for option, names in (("stages", config["only"] or []), ("force", config["force"])):
+        for name in names:
+            if name not in order:
+                raise Refusal(f"{option}=[{name}]: no such stage{nearest(name, order)}")
+    return config
+
+
+def selected(config: dict[str, Any]) -> list[str]:
+    """The stages this command runs, in order."""
+    order = config["order"]
+    first = order.index(config["start"]) if config["start"] else 0
+    last = order.index(config["stop"]) if config["stop"] else len(order) - 1
+    if first > last:
+        raise Refusal(f"start={config['start']} comes after stop={config['stop']}; the order is {', '.join(order)}")
+    chosen = [n for n in order[first : last + 1] if config["only"] is None or n in config["only"]]
+    if not chosen:
+        raise Refusal(f"start, stop and stages leave nothing to do; the order is {', '.join(order)}")
+    return chosen
+
+
+# What a stage's numbers do not depend on beyond rounding: changing it neither invalidates a finished stage nor
+# forbids to go on in an unfinished one.
+_FREE = {"micro_batch", "workers", "memory_budget_mb", "measure"}
+
+
+def identity(config: dict[str, Any], stage: str) -> dict[str, Any]:
+    """The part of the configuration that decides what `stage` makes.
+
+    Paths into the run folder are written as `<run_dir>/…`, so that a run folder may be moved.
+    """
+    root = config["run_dir"].rstrip("/")
+
+    def clean(node: Any) -> Any:
+        if isinstance(node, dict):
+            return {k: clean(v) for k, v in node.items() if k not in _FREE}
+        if isinstance(node, list):
+            return [clean(v) for v in node]
+        if isinstance(node, str) and (node == root or node.startswith(root + "/")):
+            return "<run_dir>" + node[len(root) :]
+        return node
+
+    cleaned: dict[str, Any] = clean(config["stages"][stage])
+    return cleaned
+
+
+def fingerprint(value: Any) -> str:
+    return "sha256:" + hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def differences(old: Any, new: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """(key, old value, new value) for every leaf that differs; absent is shown as `None`."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        return [d for k in sorted({*old, *new})
+                for d in differences(old.get(k), new.get(k), f"{prefix}.{k}" if prefix else k)]
+    return [] if old == new else [(prefix, old, new)]

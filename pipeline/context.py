@@ -1,0 +1,96 @@
+"""What a stage's process knows of its surroundings."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from models.errors import Refusal
+from pipeline.artifact import read_manifest
+
+
+@dataclass
+class Context:
+    """One stage in one process (of possibly many ranks)."""
+
+    config: dict[str, Any]  # the whole resolved configuration
+    stage: str
+    parents: dict[str, dict[str, str]] = field(default_factory=dict)  # role → path and content hash
+    identity: dict[str, Any] = field(default_factory=dict)
+    fingerprint: str = ""
+    restart: int = 0  # how often this stage was started before
+    plans: Path | None = None  # check process only: a folder of configs of models to be made
+    planned: list[str] = field(default_factory=list)  # check process only: stages that will have run before this one
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.config["run_dir"])
+
+    @property
+    def out(self) -> Path:
+        """The finished artifact's folder."""
+        return self.run_dir / self.stage
+
+    @property
+    def work(self) -> Path:
+        """Everything of the stage that is not finished: its own root for Lightning checkpoints."""
+        return self.run_dir / "work" / self.stage
+
+    @property
+    def seed(self) -> int:
+        return int(self.config["seed"])
+
+    @property
+    def rank(self) -> int:
+        return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+
+    @property
+    def device(self) -> str:
+        """cpu or cuda."""
+        import torch
+
+        wanted = self.config["trainer"]["accelerator"]
+        if wanted not in ("auto", "cpu", "cuda"):
+            raise Refusal(f"trainer.accelerator={wanted}: need auto, cpu or cuda")
+        if wanted == "cuda" and not torch.cuda.is_available():
+            raise Refusal("trainer.accelerator=cuda: PyTorch sees no CUDA device here; use trainer.accelerator=cpu, or a "
+                          "CUDA build of torch")
+        return "cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu"
+
+    @property
+    def devices(self) -> int:
+        """Processes per node of a stage that trains."""
+        import torch
+
+        wanted = self.config["trainer"]["devices"]
+        if wanted == "auto":
+            return torch.cuda.device_count() if self.device == "cuda" else 1
+        if not isinstance(wanted, int) or wanted < 1:
+            raise Refusal(f"trainer.devices={wanted}: need a positive number or auto")
+        return wanted
+
+    @property
+    def world(self) -> int:
+        return self.devices * int(self.config["trainer"]["nodes"])
+
+    def produced_by(self, path: str) -> str | None:
+        """The stage of this run whose artifact `path` is, if any."""
+        candidate = Path(path)
+        return candidate.name if candidate.parent == self.run_dir and candidate.name in self.config["stages"] else None
+
+    def finished(self, path: str) -> bool:
+        """Whether `path` holds a finished artifact."""
+        return read_manifest(Path(path)) is not None
+
+    def config_folder(self, path: str) -> str:
+        """Where the model's config can be read now: the check process plans models that are still to be made."""
+        if self.plans is not None and self.produced_by(path) and (self.plans / Path(path).name).exists():
+            return str(self.plans / Path(path).name)
+        return path
+
+    def plan_model(self, hf_config: Any) -> None:
+        """In the check process: what this stage will make, for the stages after it."""
+        assert self.plans is not None
+        hf_config.save_pretrained(self.plans / self.stage)

@@ -1,0 +1,553 @@
+"""Where text comes from: files, folders, hub datasets and the corpus that every Python carries.
+
+A source is one of these, or a list of them:
+
+    stdlib          the embedded corpus: the language reference and the standard library's docstrings
+    FILE            .txt, .jsonl, .json (an array of objects, or one object a line) or .parquet
+    FOLDER          all such files in it and below, of one kind
+    OWNER/NAME      a hub dataset, read at the split named like the field; OWNER/NAME:SPLIT chooses another
+
+A document is a text, or a conversation where there is a messages column. It belongs to one split by the hash
+of its content, so neither the order of the input nor a duplicate in it carries held-out text into training.
+"""
+
+from __future__ import annotations
+
+import ast
+import gc
+import hashlib
+import json
+import math
+import mmap
+import os
+import re
+import sys
+import sysconfig
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from itertools import chain, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from models.errors import Refusal
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from pyarrow.parquet import ParquetFile
+
+SPLITS = ("train", "validation", "test")
+SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
+SEPARATOR = "<|endoftext|>"
+
+# How a .txt file becomes documents: one ends at the first blank line after so many characters, or at the
+# first line end after so many more. A speech or a paragraph alone is too little context to learn from, and a
+# whole file cannot be split three ways, so the default lies between them.
+SAMPLE_BY = {
+    "section": (4096, 8192),
+    "line": (0, 0),
+    "paragraph": (0, math.inf),
+    "document": (math.inf, math.inf),
+}
+
+ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}  # ShareGPT's names for the usual roles
+
+Conversation = list[dict[str, str]]  # each message has role and content
+Value = str | Conversation
+
+
+@dataclass
+class Data:
+    """What to read and how it becomes rows: the node `data` of the configuration.
+
+    `train`, `validation` and `test` are sources (see the module); of the last two, what is not given is taken
+    out of `train`. A `messages` or `conversations` column makes a source chat, even beside a text column.
+    """
+
+    train: Any = "stdlib"  # str | list[str], as the two below
+    validation: Any = None
+    test: Any = None
+    name: str | None = None  # subset of a hub dataset
+    revision: str | None = None  # commit, tag or branch of a hub dataset
+    text_column: str = "text"
+    messages_column: str | None = None
+    sample_by: str = "section"  # a document of a .txt file: section, line, paragraph or document (the file)
+    chat_template: str | None = None  # jinja file, in place of the tokenizer's template
+    max_length: int = 128  # tokens in a row
+    packing: bool = True
+    holdout: float = 0.05  # share of documents, for each held-out split that is not given
+    max_documents: int | None = None  # in each split, the first ones read
+    validation_rows: int | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """One source, found. `files` is empty for the embedded corpus and for hub datasets."""
+
+    label: str  # as messages call it: data.train=corpus.jsonl
+    name: str
+    kind: str  # "stdlib", "files" or "hub"
+    files: tuple[Path, ...] = ()
+    hub_split: str = ""
+
+
+@dataclass
+class _Tally:
+    read: int = 0
+    kept: int = 0
+    empty: int = 0
+    digest: Any = field(default_factory=hashlib.sha256)  # of the kept documents, in order
+
+
+def check(data: Data) -> dict[str, Any]:
+    """Refuse what can be refused without reading the corpus, and describe the rest for the printed plan.
+
+    Returns {"chat": bool, SPLIT: {"sources": [...], "bytes": int, "documents": int}}, with None for what only
+    reading would tell (a hub is not asked); a split to be taken out of train is {"holdout": fraction}.
+    """
+    if data.max_length < 2:
+        raise Refusal(f"data.max_length={data.max_length}: need 2 tokens or more, the second is predicted")
+    if data.sample_by not in SAMPLE_BY:
+        raise Refusal(f"data.sample_by={data.sample_by}: choose one of {', '.join(SAMPLE_BY)}")
+    if not 0 <= data.holdout < 0.5:
+        raise Refusal(f"data.holdout={data.holdout}: need [0, 0.5); 0.05 takes 5 % for each held-out split")
+    for name in ("max_documents", "validation_rows"):
+        limit = getattr(data, name)
+        if limit is not None and limit < 1:
+            raise Refusal(f"data.{name}={limit}: need 1 or more, or null for all")
+    if data.chat_template is not None and not Path(data.chat_template).expanduser().is_file():
+        raise Refusal(f"data.chat_template={data.chat_template}: no such file; name a jinja file, or null")
+    if not _sources(data, "train"):
+        raise Refusal("data.train is not set: give a .txt, .jsonl or .parquet file, a folder or a hub id")
+
+    plan: dict[str, Any] = {"chat": None}
+    for split in SPLITS:
+        sources = _sources(data, split)
+        plan[split] = _described(sources) if sources else {"holdout": data.holdout}
+        for source in sources:
+            chats = [False] if source.kind == "stdlib" else [_is_chat(data, path) for path in source.files]
+            for chat in chats:
+                if plan["chat"] not in (None, chat):
+                    raise Refusal(f"{source.label}: text and chat cannot be mixed; give sources of one kind")
+                plan["chat"] = chat
+    return plan
+
+
+def _described(sources: list[Source]) -> dict[str, Any]:
+    files = [path for source in sources for path in source.files]
+    readable = all(source.files for source in sources)
+    return {
+        "sources": [source.name for source in sources],
+        "bytes": sum(path.stat().st_size for path in files) if readable else None,
+        "documents": _count(files) if readable else None,
+    }
+
+
+def documents(data: Data, split: str) -> Dataset:
+    """The documents of one split in reading order: a dataset with the single column `text` or `messages`.
+
+    Files are held in memory as Arrow, about the size of their text; a hub dataset's text stays memory mapped.
+    Empty documents are left out, and `empty_documents` of the result says how many. A held-out split has no
+    rows when `holdout` is 0; that it gets none by chance is refused.
+    """
+    from datasets import concatenate_datasets
+
+    if split not in SPLITS:
+        raise ValueError(f"split={split!r}: one of {', '.join(SPLITS)}")
+    held_out = split != "train" and not _sources(data, split)
+    given = "train" if held_out else split
+    label = f"data.{given}={getattr(data, given)}"
+    tally = _Tally()
+    parts = [_part(data, source, split, tally) for source in _sources(data, given)]
+    if not tally.kept and held_out and data.holdout:
+        raise Refusal(
+            f"{label}: none of its {tally.read} documents falls to {split}; give data.{split}, a larger "
+            "data.holdout (0 does without) or, of a .txt file, data.sample_by=paragraph"
+        )
+    if not tally.kept and not held_out:
+        raise Refusal(
+            f"{label}: none of its {tally.read} documents has text for {split}; give another source"
+        )
+    parts = [part for part in parts if len(part)] or parts[:1]
+    if len({tuple(part.column_names) for part in parts}) > 1:
+        raise Refusal(f"{label}: text and chat cannot be mixed; give sources of one kind")
+    dataset = concatenate_datasets(parts)
+    dataset.info.description = f"empty documents left out: {tally.empty}"
+    return dataset
+
+
+def empty_documents(dataset: Dataset) -> int:
+    """How many empty documents `documents` left out of this dataset."""
+    counted = re.search(r"empty documents left out: (\d+)", dataset.info.description or "")
+    return int(counted[1]) if counted else 0
+
+
+def content_key(data: Data) -> str:
+    """A hash of what the sources hold and how it becomes rows: for one tokenizer, equal keys mean equal rows.
+
+    Files count by their bytes and not by their names, the embedded corpus by the bytes of the standard
+    library and the version of the Python that parses it, a hub dataset by its id, subset, revision and split.
+    """
+    content = {split: [_source_key(data, source) for source in _sources(data, split)] for split in SPLITS}
+    shape = {key: value for key, value in vars(data).items() if key not in (*SPLITS, "validation_rows")}
+    if data.chat_template is not None:
+        shape["chat_template"] = Path(data.chat_template).expanduser().read_text()
+    return hashlib.sha256(json.dumps([content, shape], sort_keys=True).encode()).hexdigest()
+
+
+def _source_key(data: Data, source: Source) -> list[Any]:
+    if source.kind == "hub":
+        return [source.name, source.hub_split]
+    key: list[Any] = [sys.version] if source.kind == "stdlib" else []
+    for path in source.files or library_files():
+        with path.open("rb") as file:
+            key.append([path.suffix, hashlib.file_digest(file, "sha256").hexdigest()])
+    return key
+
+
+# Finding sources and columns
+
+
+def _sources(data: Data, split: str) -> list[Source]:
+    given = getattr(data, split)
+    if given is None or given == "???":  # OmegaConf's mark for a value that the user must give
+        return []
+    names = [given] if isinstance(given, str | os.PathLike) else given
+    return [_find(split, str(name)) for name in names]
+
+
+def _find(split: str, name: str) -> Source:
+    label = f"data.{split}={name}"
+    path = Path(name).expanduser()
+    if name == "stdlib":
+        return Source(label, name, "stdlib")
+    if path.is_dir():
+        return Source(label, name, "files", _files_in(path, label))
+    if path.exists():
+        if path.suffix not in SUFFIXES:
+            raise Refusal(f"{label}: cannot read this kind of file; give one of {', '.join(SUFFIXES)}")
+        if path.stat().st_size == 0:
+            raise Refusal(f"{label}: the file is empty; give one with text in it")
+        return Source(label, name, "files", (path,))
+    hub = re.fullmatch(r"([\w.-]+/[\w.-]+?)(?::([\w.-]+))?", name)
+    # A relative path looks like a hub id too; it is a path if its suffix is known or its first folder exists.
+    if hub and path.suffix not in SUFFIXES and not Path(path.parts[0]).is_dir():
+        return Source(label, hub[1], "hub", hub_split=hub[2] or split)
+    raise Refusal(
+        f"{label}: no such file or folder, nor is it a hub dataset id (OWNER/NAME) or the word stdlib"
+    )
+
+
+def _files_in(folder: Path, label: str) -> tuple[Path, ...]:
+    inside = (path for path in folder.rglob("*") if path.suffix in SUFFIXES and path.is_file())
+    visible = (path for path in inside if not any(part[0] == "." for part in path.relative_to(folder).parts))
+    files = sorted(path for path in visible if path.stat().st_size)
+    if not files:
+        raise Refusal(f"{label}: the folder holds no {', '.join(SUFFIXES)} file with text in it")
+    kinds = sorted({path.suffix.replace("jsonl", "json") for path in files})
+    if len(kinds) > 1:
+        largest = max(files, key=lambda path: path.stat().st_size)
+        raise Refusal(
+            f"{label}: the folder mixes {' and '.join(kinds)} files; name what to read, as {largest}"
+        )
+    return tuple(files)
+
+
+def _column(data: Data, columns: Iterable[str], where: str) -> tuple[str, bool]:
+    """The column to read, and whether it holds conversations."""
+    for name in [data.messages_column] if data.messages_column else ["messages", "conversations"]:
+        if name in columns:
+            return name, True
+    if not data.messages_column and data.text_column in columns:
+        return data.text_column, False
+    key = "messages_column" if data.messages_column else "text_column"
+    found = ", ".join(columns) or "nothing"
+    raise Refusal(f"{where}: data.{key}={getattr(data, key)} is no column of it; it has {found}")
+
+
+def _columns(path: Path) -> list[str]:
+    """The columns of a .parquet file; of .jsonl and .json files the keys of the first object."""
+    if path.suffix == ".parquet":
+        return _parquet(path).schema_arrow.names
+    return list(next(_objects(path), ("", {}))[1])
+
+
+def _is_chat(data: Data, path: Path) -> bool:
+    return path.suffix != ".txt" and _column(data, _columns(path), str(path))[1]
+
+
+def _count(files: list[Path]) -> int | None:
+    """Documents in these files, where that is cheap to know."""
+    if all(file.suffix == ".parquet" for file in files):
+        return sum(_parquet(file).metadata.num_rows for file in files)
+    if all(file.suffix == ".jsonl" for file in files) and sum(file.stat().st_size for file in files) < 2**28:
+        return sum(1 for file in files for line in file.read_bytes().splitlines() if line.strip())
+    return None
+
+
+# Reading documents
+
+
+def _part(data: Data, source: Source, split: str, tally: _Tally) -> Dataset:
+    """The documents of one source that belong to the split."""
+    if source.kind == "hub":
+        dataset = _hub_dataset(data, source)
+        column, chat = _column(data, dataset.column_names, source.label)
+        dataset = dataset.select_columns(column)
+        rows = chain.from_iterable(batch[column] for batch in dataset.iter(1000))
+        read = _values(((f"{source.label} row {i}", row) for i, row in enumerate(rows)), chat)
+        if not chat:
+            indices = [index for index, _ in _chosen(data, read, split, tally)]
+            return dataset.rename_column(column, "text").select(indices)
+    elif source.kind == "stdlib":
+        chat, read = False, (("stdlib", text) for text in library_documents())
+    else:
+        chat = _is_chat(data, source.files[0])
+        read = chain.from_iterable(_read_file(data, path, chat) for path in source.files)
+    return _in_memory((value for _, value in _chosen(data, read, split, tally)), chat, tally)
+
+
+def _chosen(
+    data: Data, read: Iterable[tuple[str, Value]], split: str, tally: _Tally
+) -> Iterator[tuple[int, Value]]:
+    """The documents of the split, with their place in the source; counted and hashed on the way."""
+    every = split != "train" and bool(_sources(data, split))
+    for index, (where, value) in enumerate(read):
+        if tally.kept == data.max_documents:
+            return
+        tally.read += 1
+        content = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, sort_keys=True)
+        try:
+            digest = hashlib.sha256(content.encode()).digest()
+        except UnicodeEncodeError as error:
+            raise Refusal(
+                f"{where}: holds half a surrogate pair, which is no text; mend or drop it"
+            ) from error
+        if not every and _split_of(data, digest) != split:
+            continue
+        if not value or (isinstance(value, str) and value.isspace()):
+            tally.empty += 1
+            continue
+        tally.kept += 1
+        tally.digest.update(digest)
+        yield index, value
+
+
+def _split_of(data: Data, digest: bytes) -> str:
+    """The split of a document of train: test and validation own fixed ranges of the hash, unless given."""
+    fraction = int.from_bytes(digest[:8], "big") / 2**64
+    if fraction < data.holdout:
+        return "train" if data.test else "test"
+    if fraction < 2 * data.holdout:
+        return "train" if data.validation else "validation"
+    return "train"
+
+
+def _in_memory(values: Iterator[Value], chat: bool, tally: _Tally) -> Dataset:
+    import pyarrow as pa
+    from datasets import Dataset
+
+    message = pa.struct({"role": pa.string(), "content": pa.string()})
+    column = pa.field("messages", pa.list_(message)) if chat else pa.field("text", pa.string())
+    chunks = []
+    while chunk := list(islice(values, 1000)):  # so that Python strings of only one chunk exist at a time
+        chunks.append(pa.array(chunk, type=column.type))
+    table = pa.table([pa.chunked_array(chunks, type=column.type)], schema=pa.schema([column]))
+    return Dataset(table, fingerprint=tally.digest.hexdigest()[:16])
+
+
+def _hub_dataset(data: Data, source: Source) -> Dataset:
+    from datasets import load_dataset
+
+    try:
+        return load_dataset(source.name, name=data.name, revision=data.revision, split=source.hub_split)
+    except Exception as error:  # the hub's client raises a dozen kinds, all of which the user can mend
+        reason = " ".join(str(error).split())
+        raise Refusal(
+            f"{source.label}: no such file or folder here, and hub dataset {source.name} (data.name={data.name}, "
+            f"data.revision={data.revision}, split {source.hub_split}) does not load: {reason}"
+        ) from error
+
+
+def _read_file(data: Data, path: Path, chat: bool) -> Iterator[tuple[str, Value]]:
+    """The documents of one file, each with where it stands, for messages."""
+    if path.suffix == ".txt":
+        return ((str(path), text) for text in _text_documents(path, data.sample_by))
+    column, found_chat = _column(data, _columns(path), str(path))
+    if found_chat != chat:
+        raise Refusal(f"{path}: text and chat cannot be mixed, as with the files before it; give one kind")
+    cells = _parquet_cells if path.suffix == ".parquet" else _json_cells
+    return _values(cells(path, column), chat)
+
+
+def _values(cells: Iterable[tuple[str, Any]], chat: bool) -> Iterator[tuple[str, Value]]:
+    for where, cell in cells:
+        if cell is None:
+            yield where, ""
+        elif chat:
+            yield where, _conversation(cell, where)
+        elif isinstance(cell, str):
+            yield where, cell
+        else:
+            raise Refusal(f"{where}: holds {type(cell).__name__} {str(cell)[:40]!r} where text is needed")
+
+
+def _conversation(cell: Any, where: str) -> Conversation:
+    """Messages of role and content, also from ShareGPT's from and value."""
+    if not isinstance(cell, list):
+        raise Refusal(f"{where}: holds {type(cell).__name__} where a list of messages is needed")
+    messages = []
+    for number, message in enumerate(cell):
+        fields = message if isinstance(message, dict) else {}
+        role = fields.get("role") or fields.get("from")
+        content = fields.get("content") if fields.get("content") is not None else fields.get("value")
+        if not isinstance(role, str) or not isinstance(content, str) or fields.get("tool_calls"):
+            raise Refusal(
+                f"{where}: message {number} is not a role and a text content; mend or drop the conversation "
+                "(tool calls and images are not supported)"
+            )
+        messages.append({"role": ROLES.get(role, role), "content": content})
+    if messages and all(message["role"] != "assistant" for message in messages):
+        raise Refusal(f"{where}: no message is the assistant's, so there is nothing to learn; drop it")
+    return messages
+
+
+def _text_documents(path: Path, sample_by: str) -> Iterator[str]:
+    """The documents of a .txt file, without blank lines around them.
+
+    `<|endoftext|>` always separates documents, and a file that has it is not cut into sections.
+    """
+    blank_line, line_end = SAMPLE_BY[sample_by]
+    if sample_by == "section" and _holds(path, SEPARATOR.encode()):
+        blank_line = line_end = math.inf
+    lines: list[str] = []
+    size = 0
+    with path.open(encoding="utf-8-sig") as file:
+        try:
+            for line in file:
+                *closed, line = line.split(SEPARATOR)
+                for part in closed:
+                    yield from _joined([*lines, part])
+                    lines, size = [], 0
+                if lines or not line.isspace():
+                    lines.append(line)
+                    size += len(line)
+                if size > line_end or (size > blank_line and line.isspace()):
+                    yield from _joined(lines)
+                    lines, size = [], 0
+        except UnicodeDecodeError as error:
+            raise Refusal(f"{path}: not UTF-8 text ({error}); convert it, for example with iconv") from error
+    yield from _joined(lines)
+
+
+def _joined(lines: list[str]) -> list[str]:
+    text = "".join(lines).rstrip()
+    return [text] if text else []
+
+
+def _holds(path: Path, word: bytes) -> bool:
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return content.find(word) >= 0
+
+
+def _parquet(path: Path) -> ParquetFile:
+    import pyarrow
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        return ParquetFile(path, memory_map=True)
+    except pyarrow.ArrowInvalid as error:
+        raise Refusal(f"{path}: not a readable parquet file ({error}); write it again") from error
+
+
+def _parquet_cells(path: Path, column: str) -> Iterator[tuple[str, Any]]:
+    batches = _parquet(path).iter_batches(batch_size=1000, columns=[column])
+    cells = chain.from_iterable(batch.column(0).to_pylist() for batch in batches)
+    return ((f"{path} row {i}", cell) for i, cell in enumerate(cells))
+
+
+def _json_cells(path: Path, column: str) -> Iterator[tuple[str, Any]]:
+    for where, record in _objects(path):
+        if column not in record:
+            raise Refusal(f"{where}: no column {column}, unlike the first object; it has {', '.join(record)}")
+        yield where, record[column]
+
+
+def _objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The objects of a .jsonl or .json file, each with where it stands."""
+    with path.open(encoding="utf-8-sig") as file:
+        where = str(path)
+        try:
+            array = path.suffix == ".json" and file.read(4096).lstrip().startswith("[")
+            file.seek(0)
+            for number, item in enumerate(json.load(file) if array else file, start=1):
+                where = f"{path} {'item' if array else 'line'} {number}"
+                if not array and item.isspace():
+                    continue
+                record = item if array else json.loads(item)
+                if not isinstance(record, dict):
+                    raise Refusal(f"{where}: holds {type(record).__name__} where an object is needed")
+                yield where, record
+        except json.JSONDecodeError as error:
+            raise Refusal(f"{where}: not JSON ({error}); write one object a line, or one array") from error
+        except UnicodeDecodeError as error:
+            raise Refusal(f"{path}: not UTF-8 text ({error}); convert it, for example with iconv") from error
+
+
+# The embedded corpus
+
+
+def library_files() -> list[Path]:
+    """The source files of Python's standard library in a fixed order, without installed packages and tests.
+
+    The folders `test`, `tests` and `idle_test` are left out: Linux distributions drop them, and their
+    docstrings say little.
+    """
+    skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+    root = Path(sysconfig.get_path("stdlib"))
+    files = []
+    for folder, names, found in os.walk(root):
+        names[:] = sorted(set(names) - skipped)
+        files += [Path(folder, name) for name in sorted(found) if name.endswith(".py")]
+    if not files:
+        raise Refusal(f"data.train=stdlib: this Python keeps no sources in {root}; give a file of your own")
+    return files
+
+
+@cache
+def library_documents() -> tuple[str, ...]:
+    """The embedded corpus: the language reference, then every docstring of over 80 characters, each once.
+
+    Modules are parsed and never imported; all takes about 2 s. On Python 3.11 these are 4,522 documents and
+    2.05 M characters, on another Python somewhat others.
+    """
+    from pydoc_data.topics import topics
+
+    texts = [topics[name].strip() for name in sorted(topics)]
+    collecting = gc.isenabled()
+    gc.disable()  # a syntax tree is many objects and no garbage: looking for it would be a fifth of the time
+    try:
+        for path in library_files():
+            texts += _docstrings(path.read_bytes())
+    finally:
+        if collecting:
+            gc.enable()
+    return tuple(dict.fromkeys(texts))
+
+
+def _docstrings(source: bytes) -> Iterator[str]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # invalid escapes in old modules
+        try:
+            nodes: list[ast.AST] = [ast.parse(source)]
+        except (SyntaxError, ValueError):  # templates and deliberately broken files
+            return
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            text = (ast.get_docstring(node) or "").strip()
+            if len(text) > 80:
+                yield text
+        children = list(ast.iter_child_nodes(node))
+        nodes += [child for child in reversed(children) if isinstance(child, ast.stmt | ast.excepthandler)]

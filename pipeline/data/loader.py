@@ -1,0 +1,144 @@
+"""Which rows make up which optimizer step, on which rank: one endless order, the same for every topology."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from models.errors import Refusal
+from pipeline.data.batch import IGNORED, collate
+
+_BLANK = -1
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """The rows one rank works on at once, and the totals of the optimizer step they belong to."""
+
+    rows: list[int]
+    step_tokens: int  # supervised tokens of the whole step, over all ranks and micro-batches
+    tokens_of_step: int  # all its tokens, padding left out
+
+
+class Order(Sampler[MicroBatch]):
+    """Epoch after epoch of seeded permutations, cut into steps of `global_batch` rows; a step may straddle epochs.
+
+    The rows of step k depend on the seed alone. So accumulation, rank count and a restart at any step change nothing,
+    and every rank can count the tokens of the whole step by itself.
+    """
+
+    def __init__(self, supervised: np.ndarray, lengths: np.ndarray, *, seed: int, global_batch: int, micro_batch: int,
+                 rank: int, world: int, first_step: int = 0) -> None:
+        self.supervised, self.lengths, self.seed = supervised, lengths, seed
+        self.global_batch, self.micro_batch, self.rank, self.world = global_batch, micro_batch, rank, world
+        self.first_step = first_step
+
+    def step_rows(self, step: int) -> np.ndarray:
+        """Row numbers of optimizer step `step`."""
+        count = len(self.supervised)
+        wanted = np.arange(step * self.global_batch, (step + 1) * self.global_batch)
+        return np.concatenate([self._permutation(int(e))[wanted[wanted // count == e] % count]
+                               for e in np.unique(wanted // count)])
+
+    def step_length(self, step: int) -> int:
+        return int(self.lengths[self.step_rows(step)].sum())
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        cached = getattr(self, "_cached", None)
+        if cached is None or cached[0] != epoch:
+            self._cached = (epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.supervised)))
+        return self._cached[1]
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        step = self.first_step
+        while True:
+            rows = self.step_rows(step)
+            tokens, length = int(self.supervised[rows].sum()), int(self.lengths[rows].sum())
+            for begin in range(self.rank * self.micro_batch, self.global_batch, self.world * self.micro_batch):
+                yield MicroBatch(rows[begin : begin + self.micro_batch].tolist(), tokens, length)
+            step += 1
+
+
+class _Collated(Dataset[dict[str, Any]]):
+    def __init__(self, rows: Any, pad_token: int, length: int | None, side: str) -> None:
+        self.rows, self.pad_token, self.length, self.side = rows, pad_token, length, side
+
+    def __getitem__(self, micro: MicroBatch) -> dict[str, Any]:
+        columns = self.rows[[row for row in micro.rows if row != _BLANK]]
+        rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        rows += [{"input_ids": [self.pad_token], "position_ids": [0], "targets": [IGNORED]}] * (len(micro.rows) - len(rows))
+        return collate(rows, pad_token=self.pad_token, length=self.length, side=self.side) | {
+            "step_tokens": micro.step_tokens, "tokens_of_step": micro.tokens_of_step, "rows": micro.rows}
+
+
+class Rows(pl.LightningDataModule):
+    """Prepared rows → batches of a rank. `length` pads every batch to one width (None: to its longest row)."""
+
+    def __init__(self, train: Any, validation: Any | None, *, seed: int, global_batch: int, micro_batch: int,
+                 pad_token: int, length: int | None, workers: int = 0, side: str = "right") -> None:
+        super().__init__()
+        self.train, self.validation = train, validation
+        self.seed, self.global_batch, self.micro_batch = seed, global_batch, micro_batch
+        self.pad_token, self.length, self.workers, self.side = pad_token, length, workers, side
+        self.supervised = np.asarray(train.with_format("numpy")["supervised"][:], dtype=np.int64)
+        self.lengths = np.asarray([len(ids) for ids in train["input_ids"]], dtype=np.int64)
+
+    def order(self, rank: int = 0, world: int = 1, first_step: int = 0) -> Order:
+        return Order(self.supervised, self.lengths, seed=self.seed, global_batch=self.global_batch,
+                     micro_batch=self.micro_batch, rank=rank, world=world, first_step=first_step)
+
+    def steps(self, *, max_steps: int | None, max_tokens: int | None, epochs: float | None) -> int:
+        """Optimizer steps until the first of the limits that is set."""
+        limits = []
+        if max_steps is not None:
+            limits.append(max_steps)
+        if epochs is not None:
+            limits.append(int(np.ceil(epochs * len(self.supervised) / self.global_batch)))
+        if max_tokens is not None:
+            order, seen, step = self.order(), 0, 0
+            while seen < max_tokens:
+                seen += order.step_length(step)
+                step += 1
+            limits.append(step)
+        return max(1, min(limits))
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        assert self.trainer is not None
+        order = self.order(self.trainer.global_rank, self.trainer.world_size, first_step=self.trainer.global_step)
+        return self._loader(self.train, order)
+
+    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
+        if self.validation is None:
+            return []
+        assert self.trainer is not None
+        return self._loader(self.validation, in_turn(len(self.validation), self.micro_batch, self.trainer.global_rank,
+                                                     self.trainer.world_size))
+
+    def _loader(self, rows: Any, sampler: Any) -> DataLoader[Any]:
+        return DataLoader(_Collated(rows, self.pad_token, self.length, self.side), sampler=sampler, batch_size=None,
+                          num_workers=self.workers, persistent_workers=self.workers > 0)
+
+
+def in_turn(count: int, micro_batch: int, rank: int, world: int) -> list[MicroBatch]:
+    """Every row once, and as many batches on every rank: one that ran out would leave the others waiting for ever.
+
+    Where the rows do not divide, a rank's last place is filled by a blank row (-1).
+    """
+    mine = list(range(rank, count, world))
+    mine += [_BLANK] * (-(-count // world) - len(mine))
+    return [MicroBatch(mine[i : i + micro_batch], 0, 0) for i in range(0, len(mine), micro_batch)]
+
+
+def accumulation(global_batch: int, micro_batch: int, world: int) -> int:
+    """Micro-batches per rank and optimizer step."""
+    if global_batch % (micro_batch * world):
+        fitting = [m for m in range(1, global_batch + 1) if global_batch % (m * world) == 0]
+        raise Refusal(f"global_batch={global_batch} is not a multiple of micro_batch={micro_batch} × {world} ranks; "
+                      + (f"micro_batch can be {', '.join(map(str, fitting))}" if fitting
+                         else f"make global_batch a multiple of {world}"))
+    return global_batch // (micro_batch * world)

@@ -1,0 +1,105 @@
+"""Measure every model of the run on the test split, each reloaded from the folder that was written."""
+
+from __future__ import annotations
+
+import multiprocessing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from models.errors import Refusal
+from models.load import check_folder
+from models.measure import Speed, measure_folder
+from pipeline import artifact, fit
+from pipeline.context import Context
+from pipeline.data import corpora, packing
+from pipeline.data.batch import collate
+from pipeline.data.tokenizer import load_tokenizer
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    data: corpora.Data
+    models: list[str] | None = None  # stage names or folders; None: every model this run has made, and the teacher
+    teacher_path: str | None = None
+    compare: list[list[str]] = field(default_factory=list)  # pairs of stages to be put side by side
+    dtype: str = "float32"
+    batch_rows: int = 8
+    speed: Speed = field(default_factory=Speed)
+    measure: Any = None
+    seed: int = 0
+
+    def ranks(self, context: Context) -> int:
+        return 1
+
+    def parents(self, context: Context) -> dict[str, str]:
+        """Role → folder of every model that will be measured."""
+        if self.models is not None:
+            return {Path(m).name: m if "/" in m else str(context.run_dir / m) for m in self.models}
+        order = context.config["order"]
+        found = {name: str(context.run_dir / name) for name in order[: order.index(context.stage)]
+                 if name in context.planned or (artifact.read_manifest(context.run_dir / name) or {}).get("kind") == "model"}
+        if self.teacher_path and not context.produced_by(self.teacher_path):
+            found = {"teacher": self.teacher_path, **found}
+        return found
+
+    def check(self, context: Context) -> dict[str, Any]:
+        corpus = corpora.check(self.data)
+        parents = self.parents(context)
+        if not parents:
+            raise Refusal(f"{context.stage} has no model to measure; run a training stage first or name folders in "
+                          f"stages.{context.stage}.models")
+        for role, path in parents.items():
+            if not context.produced_by(path):
+                check_folder(path, role)
+        for pair in self.compare:
+            if len(pair) != 2:
+                raise Refusal(f"stages.{context.stage}.compare={pair}: need pairs like [distill, control]")
+        return {"model": f"{len(parents)} models", "data": corpus}
+
+    def prepare(self, context: Context) -> None:
+        """Nothing to share: one process does it all."""
+
+    def run(self, context: Context) -> None:
+        documents = corpora.documents(self.data, "test")
+        if not len(documents):
+            raise Refusal("data.test: no text to measure on; give data.test or a data.holdout above 0")
+        # A server that has imported the libraries but run nothing: its children start clean and quickly.
+        processes = multiprocessing.get_context("forkserver")
+        processes.set_forkserver_preload(["models.measure"])
+        rows = []
+        for role, entry in context.parents.items():
+            folder = entry["path"]
+            tokenizer = load_tokenizer(folder)
+            packed, statistics = packing.prepare(
+                documents, tokenizer, self.data,
+                folder=context.run_dir / "work" / "data" / f"test-{fit.rows_key(self.data, tokenizer)}")
+            batches = [collate([packed[i] for i in range(at, min(at + self.batch_rows, len(packed)))],
+                               pad_token=fit.pad_token(tokenizer)) for at in range(0, len(packed), self.batch_rows)]
+            prompt = batches[0]["input_ids"][:1, : self.speed.prompt_tokens]
+            with processes.Pool(1) as pool:
+                measured = pool.apply(measure_folder, (folder, batches, statistics["bytes"], prompt, context.device,
+                                                       self.dtype, self.speed))
+            manifest = artifact.read_manifest(Path(folder)) or {}
+            rows.append({"stage": role, "path": str(Path(folder).resolve()) if Path(folder).exists() else folder,
+                         "parameters": measured.pop("parameters"), "bytes": bytes_on_disk(folder), **measured,
+                         "seconds": manifest.get("seconds"), "tokens": manifest.get("tokens")})
+            print(f"{role}: perplexity {measured['perplexity']:.2f}", flush=True)
+        artifact.publish(context.out, lambda folder: None, {
+            **fit.manifest_head(context, "results"), "metrics": {"rows": rows, "comparisons": self._comparisons(rows)},
+            "certificates": {}})
+
+    def _comparisons(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        by_stage = {row["stage"]: row["perplexity"] for row in rows}
+        return [{"stage": one, "against": other, "perplexity": by_stage[one], "against_perplexity": by_stage[other],
+                 "difference": by_stage[one] - by_stage[other], "relative": by_stage[one] / by_stage[other] - 1}
+                for one, other in self.compare if one in by_stage and other in by_stage]
+
+
+def bytes_on_disk(folder: str) -> int | None:
+    """Of the model itself: weights, config, tokenizer; not of what was logged beside it."""
+    path = Path(folder)
+    if not path.is_dir():
+        return None
+    return sum(p.stat().st_size for p in path.rglob("*")
+               if p.is_file() and p.name not in (artifact.MANIFEST, "metrics.jsonl"))

@@ -1,0 +1,57 @@
+"""Where a stage's processes run: here, under torchrun, or as a step of a Slurm job.
+
+A stage is the unit that is launched. A launcher turns (ranks, command) into a command line and an environment; the
+parent runs it and looks at the exit status.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+_ROOT = str(Path(__file__).resolve().parent.parent)
+PREEMPTED = 75  # EX_TEMPFAIL: saved and asked to be started again
+
+
+class Launcher(Protocol):
+    def command(self, arguments: list[str], *, ranks: int, nodes: int) -> list[str]:
+        """The command line that runs `python -m ARGUMENTS` once per rank."""
+        ...
+
+
+@dataclass(frozen=True)
+class Local:
+    """One process, or torchrun with one process per device of this machine."""
+
+    def command(self, arguments: list[str], *, ranks: int, nodes: int) -> list[str]:
+        if ranks == 1:
+            return [sys.executable, "-m", *arguments]
+        return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}",
+                "-m", *arguments]
+
+
+@dataclass(frozen=True)
+class Slurm:
+    """`srun` inside an allocation, one task per device; the ranks find each other through Slurm's own variables."""
+
+    arguments: list[str] = field(default_factory=list)  # further words for srun, e.g. a container's
+
+    def command(self, arguments: list[str], *, ranks: int, nodes: int) -> list[str]:
+        used = nodes if ranks > 1 else 1
+        return ["srun", f"--nodes={used}", f"--ntasks={ranks}", f"--ntasks-per-node={ranks // used}",
+                "--kill-on-bad-exit=1", "--export=ALL", *self.arguments, sys.executable, "-u", "-m", *arguments]
+
+
+def environment(ranks_here: int, device: str) -> dict[str, str]:
+    """Of a stage's process. Ranks that share a machine's cores must share them out, or they fight."""
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [_ROOT, os.environ.get("PYTHONPATH", "")]))}
+    if device == "cpu":
+        env["DS_ACCELERATOR"] = "cpu"
+        env["CUDA_VISIBLE_DEVICES"] = ""
+        env.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // ranks_here)))
+    # The distributed launcher's own advice and warnings would drown the progress bar.
+    env.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    return env

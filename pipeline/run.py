@@ -1,0 +1,227 @@
+"""Walk the stages: skip what is done, start what is not, write the report. Loads no torch."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hydra.utils import instantiate
+from rich.console import Console
+from rich.table import Table
+
+from models.errors import Refusal
+from pipeline import artifact
+from pipeline.config import differences, fingerprint, identity, selected
+from pipeline.launch import PREEMPTED, environment
+from pipeline.report import table, write_report
+
+console = Console()
+
+
+class StageFailed(RuntimeError):
+    """A stage's process ended badly; `code` is its exit status."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def run(config: dict[str, Any]) -> None:
+    run_dir = Path(config["run_dir"]).absolute()
+    config = {**config, "run_dir": str(run_dir)} if config["run_dir"] == str(run_dir) else _rooted(config, run_dir)
+    stages = needed(config)
+    plan = {entry["stage"]: entry for entry in _check(config, stages)}
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with _alone(run_dir):
+        artifact.sweep(run_dir)
+        jobs = _jobs(config, stages, plan)
+        _show(config, jobs)
+        artifact.write_json(run_dir / "config.json", config)
+        for job in jobs:
+            _run_stage(config, job)
+        report = write_report(run_dir)
+    console.print(table(report))
+    console.print(f"report: {run_dir / 'report.html'}")
+
+
+def needed(config: dict[str, Any]) -> list[str]:
+    """The selected stages, without those that make a teacher where another one is given."""
+    stages = selected(config)
+    teacher = (config["teacher"] or {}).get("path")
+    makers = [name for name in stages if config["stages"][name]["_target_"].endswith(".Pretrain")]
+    if teacher and not any(teacher == f"{config['run_dir']}/{name}" for name in makers) and stages != makers:
+        stages = [name for name in stages if name not in makers]
+    return stages
+
+
+def _rooted(config: dict[str, Any], run_dir: Path) -> dict[str, Any]:
+    """Every mention of the run folder made absolute: stages may run elsewhere."""
+    old = config["run_dir"].rstrip("/")
+
+    def move(node: Any) -> Any:
+        if isinstance(node, dict):
+            return {k: move(v) for k, v in node.items()}
+        if isinstance(node, list):
+            return [move(v) for v in node]
+        if isinstance(node, str) and (node == old or node.startswith(old + "/")):
+            return str(run_dir) + node[len(old) :]
+        return node
+
+    moved: dict[str, Any] = move(config)
+    return {**moved, "run_dir": str(run_dir)}
+
+
+def _check(config: dict[str, Any], stages: list[str]) -> list[dict[str, Any]]:
+    """All that can be refused is refused by one process, before the first stage starts."""
+    import sys
+    import tempfile
+
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as spec, console.status("checking"):
+        json.dump({"config": config, "stages": stages}, spec)
+        spec.flush()
+        done = subprocess.run([sys.executable, "-m", "pipeline.worker", "check", spec.name],
+                              env=environment(1, "auto"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    lines = done.stdout.strip().splitlines()
+    answer = json.loads(lines[-1]) if lines and lines[-1].startswith("{") else None
+    if answer is None:
+        raise StageFailed(f"the check of the configuration broke off:\n{done.stderr.strip()[-4000:]}", done.returncode or 1)
+    if "refusal" in answer:
+        raise Refusal(answer["refusal"])
+    found: list[dict[str, Any]] = answer["plan"]
+    return found
+
+
+def _jobs(config: dict[str, Any], stages: list[str], plan: dict[str, Any]) -> list[dict[str, Any]]:
+    """What is to be done for each stage: skip, start, resume, redo; refuse what was made with other values."""
+    run_dir = Path(config["run_dir"])
+    jobs: list[dict[str, Any]] = []
+    redone: set[str] = set()
+    for name in stages:
+        told = identity(config, name)
+        job = {"stage": name, "identity": told, "fingerprint": fingerprint(told), "plan": plan[name]}
+        finished = artifact.read_manifest(run_dir / name)
+        started = _read(run_dir / "work" / name / "stage.json")
+        made_here = {role: Path(path).name for role, path in plan[name]["parents"].items()
+                     if Path(path).parent == run_dir and Path(path).name in config["stages"]}
+        stale = [role for role, stage in made_here.items() if stage in redone]
+        old = finished or started
+        if name in config["force"]:
+            job["do"] = "redo"
+        elif old is None:
+            job["do"] = "start"
+        else:
+            changed = differences(old["config" if finished else "identity"], told)
+            parents = _parents(config, plan[name]) if not stale else {}
+            other = {role for role in {*parents, *old["parents"]}
+                     if parents.get(role, {}).get("content_hash") != old["parents"].get(role, {}).get("content_hash")}
+            outside = sorted(other - set(made_here)) if not stale else []
+            changed += [(f"parents.{role}", _short(old["parents"].get(role)), _short(parents.get(role))) for role in outside]
+            if changed and config["resume"] != "overwrite":
+                raise Refusal(_differs(run_dir, name, changed))
+            if changed or stale or other:
+                job["do"] = "redo"
+            else:
+                job["do"] = "skip" if finished else "resume"
+        if job["do"] in ("start", "redo", "resume"):
+            redone.add(name)
+        jobs.append(job)
+    return jobs
+
+
+def _parents(config: dict[str, Any], entry: dict[str, Any]) -> dict[str, dict[str, str]]:
+    """Role → path and content hash, of the models a stage reads and of its text."""
+    cache = Path(config["run_dir"]) / "work" / "hashes.json"
+    found = {}
+    for role, path in entry["parents"].items():
+        folder = Path(path)
+        content = artifact.content_hash(folder, cache) if folder.exists() else f"hub:{path}"
+        found[role] = {"path": path, "content_hash": content}
+    if entry.get("content"):
+        found["data"] = {"path": str(config["data"]["train"]), "content_hash": entry["content"]}
+    return found
+
+
+def _run_stage(config: dict[str, Any], job: dict[str, Any]) -> None:
+    name, entry = job["stage"], job["plan"]
+    run_dir = Path(config["run_dir"])
+    work = run_dir / "work" / name
+    if job["do"] == "skip":
+        console.print(f"[dim]{name}: finished, skipped")
+        return
+    if job["do"] == "redo":
+        shutil.rmtree(work, ignore_errors=True)
+    before = _read(work / "stage.json") or {"restart": -1}
+    work.mkdir(parents=True, exist_ok=True)
+    spec = work / "stage.json"
+    artifact.write_json(spec, {"config": config, "stage": name, "parents": _parents(config, entry),
+                               "identity": job["identity"], "fingerprint": job["fingerprint"],
+                               "restart": before["restart"] + 1})
+    launcher = instantiate(config["launch"])
+    ranks, nodes = entry["ranks"], config["trainer"]["nodes"]
+    begin = time.monotonic()
+    modes = [("stage", 1)] if ranks == 1 else [("prepare", 1), ("run", ranks)]
+    for mode, count in modes:
+        command = launcher.command(["pipeline.worker", mode, str(spec)], ranks=count, nodes=nodes)
+        env = environment(max(1, count // nodes), entry["device"])
+        code = subprocess.run(command, env=env).returncode
+        if code:
+            where = f"{name} ({mode})" if len(modes) > 1 else name
+            kind = "was preempted" if code == PREEMPTED else f"failed with exit status {code}"
+            raise StageFailed(f"stage {where} {kind}; run the same command again to go on from its last checkpoint", code)
+    if artifact.read_manifest(run_dir / name) is None:
+        raise StageFailed(f"stage {name} ended without its result {run_dir / name}", 1)
+    console.print(f"[green]{name}[/]: done in {time.monotonic() - begin:.0f} s")
+
+
+def _show(config: dict[str, Any], jobs: list[dict[str, Any]]) -> None:
+    plan = Table(title=f"{config['name']} → {config['run_dir']}", title_justify="left")
+    for column in ("stage", "", "model", "parameters", "teacher", "until", "ranks"):
+        plan.add_column(column, justify="right" if column in ("parameters", "ranks") else "left")
+    for job in jobs:
+        entry = job["plan"]
+        size = f"{entry['parameters']:,}" if entry.get("parameters") else ""
+        plan.add_row(job["stage"], job["do"], entry.get("model") or "", size, entry.get("teacher") or "",
+                     entry.get("length") or "", f"{entry['ranks']} × {entry['device']}")
+    console.print(plan)
+    for job in jobs:
+        for warning in job["plan"].get("warnings", []):
+            console.print(f"[yellow]warning[/]: {job['stage']}: {warning}")
+
+
+def _differs(run_dir: Path, stage: str, changed: list[tuple[str, Any, Any]]) -> str:
+    keys = "; ".join(f"{key}: {old!r} → {new!r}" for key, old, new in changed[:8])
+    more = f" and {len(changed) - 8} more" if len(changed) > 8 else ""
+    return (f"{run_dir / stage} was made with other values ({keys}{more}); add resume=overwrite to redo it, choose another "
+            f"run_dir=…, or give the old values")
+
+
+@contextmanager
+def _alone(run_dir: Path) -> Iterator[None]:
+    """Two commands in one run folder would overwrite each other's checkpoints."""
+    with open(run_dir / ".lock", "w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Refusal(f"run_dir={run_dir}: another command is working in it; wait for it or choose another run_dir") from None
+        except OSError:
+            pass  # some cluster file systems have no locks
+        yield
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        found: dict[str, Any] = json.loads(path.read_text())
+        return found
+    except (OSError, ValueError):
+        return None
+
+
+def _short(parent: dict[str, str] | None) -> str | None:
+    return None if parent is None else f"{parent['path']} {parent['content_hash'][:19]}"

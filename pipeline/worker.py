@@ -1,0 +1,119 @@
+"""The process of one stage, or of one of its ranks; and the check before all of them.
+
+    python -m pipeline.worker check SPEC     every selected stage refuses what it can; prints the plan as JSON
+    python -m pipeline.worker prepare SPEC   the single-process part of a stage
+    python -m pipeline.worker run SPEC       a rank of the rest
+    python -m pipeline.worker stage SPEC     both, in one process
+"""
+
+from __future__ import annotations
+
+import ctypes
+import inspect
+import json
+import os
+import re
+import signal
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+from models.errors import Refusal
+from pipeline.config import nearest
+
+
+def main() -> int:
+    mode, spec = sys.argv[1], json.loads(Path(sys.argv[2]).read_text())
+    _die_with_parent()
+    _quiet()
+    try:
+        if mode == "check":
+            print(json.dumps(check(spec)))
+            return 0
+        from pipeline.context import Context
+
+        context = Context(**spec)
+        stage = build(context.config, context.stage)
+        if mode in ("prepare", "stage"):
+            stage.prepare(context)
+        if mode in ("run", "stage"):
+            stage.run(context)
+        return 0
+    except Refusal as problem:
+        print(json.dumps({"refusal": str(problem)}) if mode == "check" else f"error: {problem}",
+              file=sys.stdout if mode == "check" else sys.stderr, flush=True)
+        return 2
+    except RuntimeError as problem:
+        from models.language_model import NonFiniteLoss
+
+        if not isinstance(problem, NonFiniteLoss):
+            raise
+        print(f"error: {problem}", file=sys.stderr, flush=True)
+        return 3
+
+
+def check(spec: dict[str, Any]) -> dict[str, Any]:
+    from pipeline.context import Context
+
+    plan = []
+    with tempfile.TemporaryDirectory(prefix="retort-plan-") as plans:
+        for name in spec["stages"]:
+            before = spec["stages"][: spec["stages"].index(name)]
+            context = Context(spec["config"], name, plans=Path(plans), planned=before)
+            stage = build(spec["config"], name)
+            entry = stage.check(context)
+            plan.append({"stage": name, "ranks": stage.ranks(context), "device": context.device,
+                         "parents": stage.parents(context), "content": stage.content(), **entry})
+    return {"plan": plan}
+
+
+def build(config: dict[str, Any], name: str) -> Any:
+    """Instantiate a stage and everything below it; a wrong key is refused with the nearest right one."""
+    from hydra.errors import InstantiationException
+    from hydra.utils import instantiate
+
+    try:
+        return instantiate(config["stages"][name], _convert_="all")
+    except InstantiationException as problem:
+        cause = problem.__cause__
+        if isinstance(cause, Refusal):
+            raise cause from None
+        where = next((line.split(":", 1)[1].strip() for line in str(problem).splitlines() if line.startswith("full_key:")), "")
+        raise Refusal(f"stages.{name}{'.' + where if where else ''}: {_told(cause or problem, str(problem))}") from None
+
+
+def _told(problem: BaseException, message: str) -> str:
+    """A constructor's TypeError in the words of the config, with the nearest key it does take."""
+    text = str(problem).splitlines()[0]
+    wrong = re.search(r"unexpected keyword argument '(\w+)'", text)
+    target = re.search(r"target '([\w.]+)'", message)
+    if wrong and target:
+        from hydra.utils import get_object
+
+        return f"unknown config key {wrong[1]!r}{nearest(wrong[1], list(inspect.signature(get_object(target[1])).parameters))}"
+    missing = re.search(r"missing \d+ required .*arguments?: (.*)", text)
+    return f"{missing[1]} is not set" if missing else text
+
+
+def _die_with_parent() -> None:
+    """Whoever started this process may be killed outright; it must not train on, unseen, into the same folder."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() == 1:
+            sys.exit(1)
+
+
+def _quiet() -> None:
+    """Chatter of libraries that says nothing a person could act on."""
+    import logging
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    warnings.filterwarnings("ignore")
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

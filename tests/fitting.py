@@ -1,0 +1,164 @@
+"""Tiny real trainings for tests: in this process, or on two ranks through torchrun (`python -m tests.fitting`)."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from datasets import Dataset
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from models.language_model import LanguageModel, gather_state
+from models.objectives.cross_entropy import CrossEntropy
+from models.objectives.distillation import Distillation
+from models.objectives.forward_kl import ForwardKL
+from models.schedules import cosine
+from pipeline import strategy as strategies
+from pipeline.data.loader import Rows, accumulation
+
+VOCABULARY, LENGTH = 61, 24
+
+
+@dataclass(frozen=True)
+class Scenario:
+    name: str
+    strategy: str = "single"
+    world: int = 1
+    micro_batch: int = 8
+    global_batch: int = 8
+    steps: int = 20
+    taught: bool = True
+    precision: str = "32-true"
+    tied: bool = False
+    dropout: float = 0.0
+    activation_checkpointing: bool = False
+    side: str = "right"
+    clip: float = 0.5
+    checkpoint_at: int | None = None  # save a checkpoint there, into `folder`
+    resume: bool = False
+
+
+def model(hidden: int, layers: int, seed: int, tied: bool = False, dropout: float = 0.0) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=tied,
+        attention_dropout=dropout, bos_token_id=0, eos_token_id=0, pad_token_id=0))
+
+
+def rows(count: int = 40, seed: int = 0) -> Dataset:
+    """Rows of uneven length with several documents each, and uneven numbers of supervised tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for _ in range(count):
+        length = int(torch.randint(6, LENGTH + 1, (), generator=generator))
+        cut = int(torch.randint(2, length - 2, (), generator=generator))
+        ids = torch.randint(1, VOCABULARY, (length,), generator=generator).tolist()
+        positions = [*range(cut), *range(length - cut)]
+        targets = [*ids[1:], -100]
+        targets[cut - 1] = -100
+        for at in torch.randint(0, length, (3,), generator=generator).tolist():
+            targets[at] = -100
+        made.append({"input_ids": ids, "position_ids": positions, "targets": targets,
+                     "supervised": sum(t >= 0 for t in targets), "bytes": 0})
+    return Dataset.from_list(made)
+
+
+def saved(folder: Path, name: str, made: LlamaForCausalLM) -> str:
+    made.save_pretrained(folder / name)
+    return str(folder / name)
+
+
+def fit(scenario: Scenario, folder: Path) -> dict[str, Any]:
+    """Train as the pipeline does; losses per step, gradient norms and final weights."""
+    from models.load import load_model
+
+    student, teacher = folder / f"student-{scenario.tied}-{scenario.dropout}", folder / "teacher"
+    seen: list[dict[str, float]] = []
+
+    class Watch(pl.Callback):
+        def on_train_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
+            if module.step_metrics is not None:
+                seen.append(module.step_metrics)
+            at = scenario.checkpoint_at
+            if at and trainer.global_step == at and module.step_metrics and not scenario.resume:
+                trainer.save_checkpoint(folder / f"{scenario.name}.ckpt")
+
+    objective = Distillation(0.3, ForwardKL(2.0)) if scenario.taught else CrossEntropy()
+    module = LanguageModel(
+        load_student=lambda: load_model(str(student), dtype=torch.float32),
+        load_teacher=(lambda: load_model(str(teacher), dtype=torch.float32).requires_grad_(False)) if scenario.taught else None,
+        objective=objective, optimizer=functools.partial(torch.optim.AdamW, lr=1e-2, betas=(0.9, 0.95)),
+        schedule=cosine(warmup_steps=3), weight_decay=0.1, max_steps=scenario.steps, vocabulary=VOCABULARY, seed=0,
+        log_every_steps=1, activation_checkpointing=scenario.activation_checkpointing)
+    data = Rows(rows(), rows(9, seed=1), seed=0, global_batch=scenario.global_batch, micro_batch=scenario.micro_batch,
+                pad_token=0, length=LENGTH, side=scenario.side)
+    kind = scenario.strategy
+    settings: dict[str, Any] = {"stage3_param_persistence_threshold": 0}
+    make = {"single": strategies.single, "ddp": strategies.ddp,
+            "zero3_offload": functools.partial(strategies.zero, 3, True, True, config=settings)}.get(
+                kind, functools.partial(strategies.zero, int(kind[4]) if kind.startswith("zero") else 0, config=settings))
+    watch: list[pl.Callback] = [Watch()]
+    if scenario.resume:
+        from callbacks.checkpoint import Checkpoint
+
+        watch.append(Checkpoint(folder / "unused", None, None))
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=scenario.world, strategy=make()("cpu"), max_steps=scenario.steps, max_epochs=-1,
+        precision=scenario.precision, gradient_clip_val=scenario.clip,
+        accumulate_grad_batches=accumulation(scenario.global_batch, scenario.micro_batch, scenario.world),
+        val_check_interval=scenario.steps * accumulation(scenario.global_batch, scenario.micro_batch, scenario.world),
+        check_val_every_n_epoch=None, num_sanity_val_steps=0, logger=False, callbacks=watch,
+        use_distributed_sampler=False, inference_mode=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, default_root_dir=folder)
+    trainer.fit(module, datamodule=data,
+                ckpt_path=str(folder / f"{scenario.name}.ckpt") if scenario.resume else None)
+    state = gather_state(module.student, keep=True)
+    teacher_gradients = [n for n, p in module.named_parameters() if n.startswith("teacher.") and p.grad is not None]
+    return {"metrics": seen, "validation": module.validation_metrics, "state": state,
+            "teacher_gradients": teacher_gradients,
+            "teacher_sharded": all(hasattr(p, "ds_id") and p.numel() == 0 for p in module.teacher.parameters())
+            if scenario.taught else None}
+
+
+def write_models(folder: Path) -> None:
+    for tied in (False, True):
+        for dropout in (0.0, 0.1):
+            saved(folder, f"student-{tied}-{dropout}", model(16, 2, seed=1, tied=tied, dropout=dropout))
+    saved(folder, "teacher", model(32, 2, seed=2))
+
+
+def main() -> None:
+    """On every rank: run the scenarios of a JSON file, and let rank 0 save what came out."""
+    folder = Path(sys.argv[1])
+    torch.set_num_threads(1)
+    for entry in json.loads((folder / "scenarios.json").read_text()):
+        result = fit(Scenario(**entry), folder)
+        if int(os.environ["RANK"]) == 0:
+            torch.save(result, folder / f"{entry['name']}.pt")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def on_two_ranks(scenarios: list[Scenario], folder: Path) -> dict[str, dict[str, Any]]:
+    """All scenarios in one pair of processes."""
+    import subprocess
+
+    (folder / "scenarios.json").write_text(json.dumps([asdict(replace(s, world=2)) for s in scenarios]))
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+                           "-m", "tests.fitting", str(folder)], env=environment, capture_output=True, text=True,
+                          cwd=Path(__file__).parent.parent, timeout=900)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    return {s.name: torch.load(folder / f"{s.name}.pt", weights_only=True) for s in scenarios}
+
+
+if __name__ == "__main__":
+    main()

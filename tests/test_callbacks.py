@@ -1,0 +1,392 @@
+"""What watches a training run: on a real Trainer, over one Linear layer."""
+
+import csv
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from rich.console import Console
+from torch.utils.data import DataLoader
+
+from callbacks import tracking
+from callbacks.metrics import MetricsFile
+from callbacks.progress import Progress
+from models.errors import Refusal
+
+# Lightning 2.6.6 builds torch's LeafSpec, which torch 2.13 deprecates; its advice about workers and resumable loaders
+# is for real data, of which there is none here.
+pytestmark = [
+    pytest.mark.filterwarnings(r"ignore:`isinstance\(treespec, LeafSpec\)` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:.*your dataloader is not resumable"),
+]
+
+CONF = Path(__file__).parents[1] / "conf"
+CONFIG = {"seed": 3, "stages": {"distill": {"temperature": 2.0, "layers": [0, 2]}}}
+
+
+class Line(pl.LightningModule):
+    """Measures itself the way the project's module does; the loss at step k is 1/k, so that every line is known."""
+
+    def __init__(self, log_every: int = 1) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(1, 1)
+        self.log_every = log_every
+        self.step_metrics: dict[str, float] | None = None
+        self.validation_metrics: dict[str, float] = {}
+
+    def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+        return self.layer(batch).square().mean()
+
+    def optimizer_step(self, *arguments: Any, **words: Any) -> None:
+        super().optimizer_step(*arguments, **words)
+        step = self.trainer.global_step + 1  # Lightning counts it right after this hook
+        if step % self.log_every == 0:
+            self.step_metrics = {"step": step, "loss": 1 / step, "tokens": 8 * step, "tokens_per_second": 2000.0}
+
+    def validation_step(self, batch: torch.Tensor, batch_idx: int) -> None:
+        pass
+
+    def on_validation_epoch_end(self) -> None:
+        step = self.trainer.global_step
+        self.validation_metrics = {"step": step, "validation_loss": 2 / (step + 1), "tokens": 8 * step}
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+    def train_dataloader(self) -> DataLoader[torch.Tensor]:
+        return DataLoader(torch.ones(400, 1))  # type: ignore[arg-type]
+
+    def val_dataloader(self) -> DataLoader[torch.Tensor]:
+        return DataLoader(torch.ones(1, 1))  # type: ignore[arg-type]
+
+
+def fit(root: Path, steps: int, *callbacks: pl.Callback, resume: bool = False, **words: Any) -> pl.Trainer:
+    """Train to `steps` and leave a checkpoint; with `resume`, go on from the last one."""
+    module = Line(words.pop("log_every", 1))
+    accumulation = words.get("accumulate_grad_batches", 1)
+    words = {"logger": False, "val_check_interval": 4 * accumulation, "num_sanity_val_steps": 1, **words}
+    trainer = pl.Trainer(accelerator="cpu", max_steps=steps, max_epochs=-1, default_root_dir=root, callbacks=list(callbacks),
+                         check_val_every_n_epoch=None, enable_checkpointing=False, enable_progress_bar=False,
+                         enable_model_summary=False, **words)
+    checkpoint = root / "last.ckpt"
+    trainer.fit(module, ckpt_path=str(checkpoint) if resume else None)
+    trainer.save_checkpoint(checkpoint)
+    return trainer
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+# --- metrics.jsonl -------------------------------------------------------------------------------------------------
+
+
+def test_metrics_file_holds_every_step_and_every_validation_once_and_in_order(tmp_path):
+    fit(tmp_path, 6, MetricsFile(tmp_path / "a" / "metrics.jsonl"))
+    found = lines(tmp_path / "a" / "metrics.jsonl")
+    assert [(line["step"], line.get("loss"), line.get("validation_loss")) for line in found] == [
+        (1, 1.0, None), (2, 1 / 2, None), (3, 1 / 3, None), (4, 1 / 4, None), (4, None, 2 / 5), (5, 1 / 5, None),
+        (6, 1 / 6, None)]
+    assert found[1] == {"step": 2, "loss": 0.5, "tokens": 16, "tokens_per_second": 2000.0}
+
+
+def test_accumulated_micro_batches_and_steps_between_logs_add_no_line(tmp_path):
+    fit(tmp_path, 6, MetricsFile(tmp_path / "metrics.jsonl"), accumulate_grad_batches=3, log_every=2)
+    assert [line["step"] for line in lines(tmp_path / "metrics.jsonl") if "loss" in line] == [2, 4, 6]
+
+
+def test_a_line_is_on_file_before_the_callbacks_after_it_run(tmp_path):
+    seen = []
+
+    class Checkpoint(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+            seen.append((trainer.global_step, lines(tmp_path / "metrics.jsonl")[-1]["step"]))
+
+    fit(tmp_path, 3, MetricsFile(tmp_path / "metrics.jsonl"), Checkpoint())
+    assert seen == [(1, 1), (2, 2), (3, 3)]
+
+
+def test_restarted_run_has_the_same_metrics_file_as_an_uninterrupted_one(tmp_path):
+    fit(tmp_path / "whole", 9, MetricsFile(tmp_path / "whole" / "metrics.jsonl"))
+    path = tmp_path / "cut" / "metrics.jsonl"
+    fit(tmp_path / "cut", 5, MetricsFile(path))
+    with path.open("a") as file:  # what a killed run had written after its last checkpoint, the last line torn
+        file.write('{"step": 6, "loss": 99}\n{"step": 7, "loss": 99}\n{"step": 8, "lo')
+    fit(tmp_path / "cut", 9, MetricsFile(path), resume=True)
+    assert path.read_text() == (tmp_path / "whole" / "metrics.jsonl").read_text()
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_its_file_anew(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 99}\n\0\0\0')
+    fit(tmp_path, 2, MetricsFile(tmp_path / "metrics.jsonl"))
+    assert [line["loss"] for line in lines(tmp_path / "metrics.jsonl")] == [1.0, 0.5]
+
+
+def test_a_loss_that_is_no_number_is_null_and_the_line_stays_json(tmp_path):
+    class Broken(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, module: Line, *_: Any) -> None:
+            module.step_metrics = {"step": trainer.global_step, "loss": float("nan"), "tokens": 0}
+
+    fit(tmp_path, 1, Broken(), MetricsFile(tmp_path / "metrics.jsonl"))
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": null, "tokens": 0}\n'
+
+
+def test_other_ranks_write_nothing(tmp_path):
+    class Rank(pl.Callback):
+        def setup(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
+            trainer.strategy.__class__ = type("Other", (type(trainer.strategy),), {"is_global_zero": False})
+
+    out = io.StringIO()
+    fit(tmp_path, 2, Rank(), MetricsFile(tmp_path / "metrics.jsonl"), Progress("distill", console=Console(file=out)))
+    assert not (tmp_path / "metrics.jsonl").exists()
+    assert out.getvalue() == ""
+
+
+# --- loggers -------------------------------------------------------------------------------------------------------
+
+
+def tracker(name: str, folder: Path, restart: int = 0, **words: Any) -> Any:
+    """A logger as the stage makes it: from conf/logger, with what only the stage knows."""
+    node = OmegaConf.merge(OmegaConf.load(CONF / "logger" / f"{name}.yaml"), words)
+    return instantiate(node)(stage="distill", run_name="quick start", folder=folder, config=CONFIG, restart=restart)
+
+
+def test_csv_has_the_numbers_of_the_metrics_file_also_after_a_restart(tmp_path):
+    folder = tmp_path / "logs" / "distill"
+    fit(tmp_path, 3, MetricsFile(tmp_path / "metrics.jsonl"), logger=tracker("csv", folder))
+    fit(tmp_path, 6, MetricsFile(tmp_path / "metrics.jsonl"), logger=tracker("csv", folder, restart=1), resume=True)
+    with (folder / "metrics.csv").open() as file:
+        rows = [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
+    assert rows == lines(tmp_path / "metrics.jsonl")
+    assert "temperature: 2.0" in (folder / "hparams.yaml").read_text()
+
+
+def test_tensorboard_has_the_numbers_of_the_metrics_file_also_after_a_restart(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = tmp_path / "logs" / "distill"
+    fit(tmp_path, 3, MetricsFile(tmp_path / "metrics.jsonl"), logger=tracker("tensorboard", folder))
+    fit(tmp_path, 6, MetricsFile(tmp_path / "metrics.jsonl"), logger=tracker("tensorboard", folder, 1), resume=True)
+    events = EventAccumulator(str(folder)).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [
+        (step, pytest.approx(1 / step)) for step in range(1, 7)]
+    assert [(e.step, e.value) for e in events.Scalars("validation_loss")] == [(4, pytest.approx(0.4))]
+
+
+@pytest.fixture
+def no_account(monkeypatch, tmp_path):
+    """Whoever runs the tests may have a W&B account: it is not used."""
+    import wandb
+
+    for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_MODE", "WANDB_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "config"))
+    monkeypatch.setenv("WANDB_CACHE_DIR", str(tmp_path / "cache"))
+    yield
+    wandb.teardown()
+
+
+def wandb_records(folder: Path) -> list[dict[str, Any]]:
+    """What W&B's own reader finds in one offline run."""
+    command = [str(Path(sys.executable).with_name("wandb")), "leet", "inspect", "--json", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def wandb_history(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [record["history"]["item"] for record in records if record["type"] == "history"]
+
+
+def test_wandb_without_an_account_goes_offline_in_one_line_and_reads_back(no_account, tmp_path, capfd):
+    folder = tmp_path / "logs" / "distill"
+    fit(tmp_path, 3, MetricsFile(tmp_path / "metrics.jsonl"), logger=tracker("wandb", folder))
+    said = [line for line in "".join(capfd.readouterr()).splitlines() if "wandb" in line.lower() or "W&B" in line]
+    assert len(said) == 1
+    assert said[0].startswith("W&B: offline, no account found (wandb login); later: wandb sync ")
+    synced = Path(said[0].split("wandb sync ")[1])
+    records = wandb_records(synced)
+    run = next(record["run"] for record in records if record["type"] == "run")
+    assert (run["project"], run["run_group"], run["job_type"]) == ("retort", "quick start", "distill")
+    assert run["display_name"] == "quick start-distill"
+    assert run["run_id"].startswith("quick-start-distill-")
+    assert run["run_id"].endswith("-r0")
+    assert run["config"]["update"]["seed"] == 3
+    assert run["config"]["update"]["stages"] == {"distill": {"temperature": 2.0, "layers": [0, 2]}}
+    history = wandb_history(records)
+    assert [(row["trainer/global_step"], row["loss"], row["tokens"]) for row in history] == [
+        (1, 1.0, 8), (2, 0.5, 16), (3, 1 / 3, 24)]
+    assert [record["exit"]["exit_code"] for record in records if record["type"] == "exit"] == [0]
+
+
+def test_wandb_offline_restart_is_a_run_of_its_own_that_holds_all_steps(no_account, tmp_path):
+    folder = tmp_path / "logs" / "distill"
+    fit(tmp_path, 3, MetricsFile(tmp_path / "metrics.jsonl"), logger=tracker("wandb", folder, mode="offline"))
+    fit(tmp_path, 5, MetricsFile(tmp_path / "metrics.jsonl"), resume=True,
+        logger=tracker("wandb", folder, restart=1, mode="offline"))
+    first, second = sorted((folder / "wandb").glob("offline-run-*"), key=lambda path: path.name[-2:])
+    assert first.name.endswith("-r0")
+    assert second.name.endswith("-r1")
+    assert first.name.rsplit("-", 2)[1] == second.name.rsplit("-", 2)[1]
+    history = wandb_history(wandb_records(second))
+    assert [row["trainer/global_step"] for row in history if "loss" in row] == [1, 2, 3, 4, 5]
+
+
+class Online:
+    """A server's side of a run that knows steps up to `known`; records what reaches it."""
+
+    def __init__(self, known: int | None) -> None:
+        self.resumed, self.summary = known is not None, {"trainer/global_step": known}
+        self.id, self.url, self.logged, self.finished = "id", "https://example.invalid/run", [], None
+
+    def define_metric(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def log(self, row: dict[str, Any]) -> None:
+        self.logged.append(row)
+
+    def finish(self, exit_code: int) -> None:
+        self.finished = exit_code
+
+
+def test_wandb_online_goes_on_in_the_same_run_and_sends_no_step_twice(no_account, monkeypatch, tmp_path):
+    import wandb
+
+    folder, asked, runs = tmp_path / "logs" / "distill", [], [Online(None), Online(3)]
+    monkeypatch.setattr(wandb, "login", lambda **_: True)
+    monkeypatch.setattr(wandb, "init", lambda **words: asked.append(words) or runs[len(asked) - 1])
+    fit(tmp_path, 2, MetricsFile(tmp_path / "metrics.jsonl"), logger=tracker("wandb", folder))
+    fit(tmp_path, 5, MetricsFile(tmp_path / "metrics.jsonl"), logger=tracker("wandb", folder, restart=1), resume=True)
+    assert [(words["mode"], words["resume"]) for words in asked] == [("online", "allow")] * 2
+    assert asked[0]["id"] == asked[1]["id"]
+    assert [row["trainer/global_step"] for row in runs[1].logged] == [4, 4, 5]  # 4 is trained and validated
+    assert [run.finished for run in runs] == [0, 0]
+
+
+def test_wandb_run_of_a_failed_fit_is_finished_as_failed(no_account, monkeypatch, tmp_path):
+    import wandb
+
+    run = Online(None)
+    monkeypatch.setattr(wandb, "login", lambda **_: True)
+    monkeypatch.setattr(wandb, "init", lambda **_: run)
+
+    class Failing(pl.Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            raise RuntimeError("the disk is full")
+
+    with pytest.raises(RuntimeError, match="the disk is full"):
+        fit(tmp_path, 2, Failing(), logger=tracker("wandb", tmp_path / "logs"))
+    assert run.finished == 1
+
+
+def test_wandb_whose_server_does_not_answer_goes_offline_unless_online_is_asked_for(no_account, monkeypatch, tmp_path, capsys):
+    import wandb
+
+    started = wandb.init
+
+    def unreachable(**words: Any) -> Any:
+        if words["mode"] == "online":
+            raise wandb.errors.CommError("no such host\nConsider increasing the init_timeout")
+        return started(**words)
+
+    monkeypatch.setattr(wandb, "login", lambda **_: True)
+    monkeypatch.setattr(wandb, "init", unreachable)
+    tracker("wandb", tmp_path / "logs").finalize("success")
+    assert capsys.readouterr().out.startswith("W&B: offline, no such host; later: wandb sync ")
+    with pytest.raises(Refusal, match="logger.mode=online: no such host; use logger.mode=auto or offline"):
+        tracker("wandb", tmp_path / "logs", mode="online")
+
+
+def test_wandb_online_without_an_account_is_refused(no_account, tmp_path):
+    with pytest.raises(Refusal, match="logger.mode=online: W&B finds no account"):
+        tracker("wandb", tmp_path / "logs", mode="online")
+
+
+def test_a_fresh_start_in_a_used_log_folder_is_a_new_wandb_run(tmp_path):
+    first, again, anew = (tracking._identity(tmp_path, "a-b", restart) for restart in (0, 1, 0))
+    assert first == again
+    assert anew != first
+
+
+@pytest.mark.parametrize("package", ["wandb", "tensorboard"])
+def test_a_tracker_that_is_not_installed_is_refused_with_the_command(monkeypatch, package):
+    monkeypatch.setattr(tracking, "find_spec", lambda name: None)
+    with pytest.raises(Exception, match=f"{package} is not installed; pip install {package}"):
+        instantiate(OmegaConf.load(CONF / "logger" / f"{package}.yaml"))
+
+
+def test_trackers_load_no_torch_and_no_wandb_before_they_are_called():
+    script = ("import sys\nfrom callbacks import tracking\ntracking.csv(), tracking.wandb(project='p')\n"
+              "print({'torch', 'wandb', 'pytorch_lightning'} & set(sys.modules))")
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=CONF.parent, check=True)
+    assert done.stdout == "set()\n"
+
+
+def test_default_callbacks_are_instantiated_with_what_the_stage_adds(tmp_path):
+    nodes = OmegaConf.load(CONF / "callbacks" / "default.yaml")
+    progress = instantiate(nodes.progress, stage="distill")
+    metrics = instantiate(nodes.metrics, path=tmp_path / "metrics.jsonl")
+    assert (progress.stage, progress.every_fraction, progress.every_seconds) == ("distill", 0.1, 300)
+    assert metrics.path == tmp_path / "metrics.jsonl"
+
+
+# --- progress ------------------------------------------------------------------------------------------------------
+
+
+def show(root: Path, steps: int, *, terminal: bool = False, resume: bool = False, **words: Any) -> str:
+    console = Console(file=io.StringIO(), force_terminal=terminal, width=100, color_system=None)
+    fit(root, steps, Progress("distill", console=console, **words), resume=resume)
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_log_gets_a_plain_line_every_tenth_of_the_steps(tmp_path):
+    said = show(tmp_path, 40).splitlines()
+    assert [line.split("  ")[0] for line in said] == [
+        f"distill: step {step}/40 ({step * 100 // 40} %)" for step in range(4, 41, 4)]
+
+
+def test_plain_lines_carry_loss_speed_validation_and_time_left(tmp_path):
+    said = show(tmp_path, 40).splitlines()
+    assert said[1].startswith("distill: step 8/40 (20 %)  loss 0.125  validation 0.400  2,000 tokens/s  0:00:0")
+    assert said[1].endswith(" left")
+    assert said[-1] == "distill: step 40/40 (100 %)  loss 0.025  validation 0.054  2,000 tokens/s"
+
+
+def test_restarted_stage_shows_its_right_step(tmp_path):
+    show(tmp_path, 20)
+    assert [line.split("  ")[0] for line in show(tmp_path, 40, resume=True).splitlines()] == [
+        "distill: goes on at step 20/40", *(f"distill: step {step}/40 ({step * 100 // 40} %)" for step in range(24, 41, 4))]
+    assert "40/60" in show(tmp_path, 60, resume=True, terminal=True)
+
+
+def test_slow_steps_are_shown_by_the_clock(tmp_path):
+    assert len(show(tmp_path, 12, every_fraction=1.0, every_seconds=0.0).splitlines()) == 12
+    assert len(show(tmp_path, 12, every_fraction=1.0).splitlines()) == 1
+
+
+def test_terminal_gets_a_bar_that_ends_full(tmp_path):
+    last = show(tmp_path, 12, terminal=True).split("\r")[-1]
+    assert "distill" in last
+    assert "12/12" in last
+    assert "loss 0.083" in last
+    assert "2,000 tokens/s" in last
+
+
+def test_bar_is_taken_down_before_an_error_is_shown(tmp_path):
+    class Failing(pl.Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            raise RuntimeError("the disk is full")
+
+    console = Console(file=io.StringIO(), force_terminal=True)
+    with pytest.raises(RuntimeError, match="the disk is full"):
+        fit(tmp_path, 2, Progress("distill", console=console), Failing())
+    assert console.file.getvalue().rstrip("\n").endswith("\x1b[?25h")  # type: ignore[attr-defined]  # cursor is back

@@ -1,0 +1,89 @@
+"""Retort's front door: compose the configuration, refuse what is wrong with it, hand it to the pipeline.
+
+    python train.py                                   the quickstart, offline
+    python train.py +experiment=distill_7b_to_1b      the production run
+    python train.py --cfg job                         what would be run, without running it
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from models.errors import Refusal
+from pipeline.config import Config, nearest, parse
+
+os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # so that errors arrive here, to be said in one line
+ConfigStore.instance().store(name="schema", node=Config)
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="config")
+def main(composed: DictConfig) -> None:
+    config = parse(composed)
+    from pipeline.run import run
+
+    run(config)
+
+
+def arguments(given: list[str]) -> list[str]:
+    """The command line as Hydra wants it: quickstart where no experiment is named, `stages=[…]` as a selection."""
+    words = []
+    for word in given:
+        if re.match(r"experiment=", word):
+            raise Refusal(f"{word}: write +{word} (an experiment is added to the configuration)")
+        words.append(re.sub(r"^stages=(\[?)", lambda m: "only=" + m[1], word))
+    words = [re.sub(r"^only=([^\[].*)$", r"only=[\1]", word) for word in words]
+    words = [re.sub(r"^force=([^\[].*)$", r"force=[\1]", word) for word in words]
+    if not any(word.startswith("+experiment=") for word in words) and not {"--help", "--hydra-help"} & set(words):
+        words.append("+experiment=quickstart")
+    return words
+
+
+def explain(problem: Exception) -> str:
+    """Hydra's and OmegaConf's errors in one line."""
+    text = " ".join(str(problem).split())
+    found = re.search(r"Could not override '([^']+)'.*Key '([^']+)' is not in struct", text)
+    return f"unknown config key {found[1]!r}{_suggestion(found[1])}" if found else text
+
+
+def _suggestion(key: str) -> str:
+    """The nearest known neighbour of a key that is not there."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    with hydra.initialize_config_dir(os.path.join(here, "conf"), version_base="1.3"):
+        node = hydra.compose("config", [word for word in sys.argv if word.startswith("+experiment=")])
+    *above, last = key.split(".")
+    for part in above:
+        node = node[part]
+    return nearest(last, [str(name) for name in node])
+
+
+def entry() -> int:
+    try:
+        sys.argv[1:] = arguments(sys.argv[1:])
+        main()
+        return 0
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to go on from the last checkpoint", file=sys.stderr)
+        return 130
+    except Refusal as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        return 2
+    except (HydraException, OmegaConfBaseException) as problem:
+        print(f"error: {explain(problem)}", file=sys.stderr)
+        return 2
+    except RuntimeError as problem:
+        if not hasattr(problem, "code"):
+            raise
+        print(f"error: {problem}", file=sys.stderr)
+        return int(problem.code)
+
+
+if __name__ == "__main__":
+    sys.exit(entry())
