@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+from collections.abc import Callable
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -17,7 +18,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from models.errors import Refusal
+from models.errors import Refusal, StageFailed
 from pipeline.config import Config, nearest, parse
 
 os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # so that errors arrive here, to be said in one line
@@ -26,10 +27,35 @@ ConfigStore.instance().store(name="schema", node=Config)
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(composed: DictConfig) -> None:
+    # Leaving by SystemExit, because Hydra would put a line of its own before any other error.
+    if code := _told(lambda: _run(composed)):
+        sys.exit(code)
+
+
+def _run(composed: DictConfig) -> None:
     config = parse(composed)
-    from pipeline.run import run
+    from pipeline.run import run  # rich and the report: not for `--cfg job`
 
     run(config)
+
+
+def _told(work: Callable[[], None]) -> int:
+    """Exit status of `work`; what a person can mend is told in one line."""
+    try:
+        work()
+        return 0
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to go on from the last checkpoint", file=sys.stderr)
+        return 130
+    except Refusal as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        return 2
+    except StageFailed as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        return problem.code
+    except (HydraException, OmegaConfBaseException) as problem:
+        print(f"error: {explain(problem)}", file=sys.stderr)
+        return 2
 
 
 def arguments(given: list[str]) -> list[str]:
@@ -64,26 +90,10 @@ def _suggestion(key: str) -> str:
     return nearest(last, [str(name) for name in node])
 
 
-def entry() -> int:
-    try:
-        sys.argv[1:] = arguments(sys.argv[1:])
-        main()
-        return 0
-    except KeyboardInterrupt:
-        print("interrupted; run the same command again to go on from the last checkpoint", file=sys.stderr)
-        return 130
-    except Refusal as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        return 2
-    except (HydraException, OmegaConfBaseException) as problem:
-        print(f"error: {explain(problem)}", file=sys.stderr)
-        return 2
-    except RuntimeError as problem:
-        if not hasattr(problem, "code"):
-            raise
-        print(f"error: {problem}", file=sys.stderr)
-        return int(problem.code)
+def front_door() -> None:
+    sys.argv[1:] = arguments(sys.argv[1:])
+    main()
 
 
 if __name__ == "__main__":
-    sys.exit(entry())
+    sys.exit(_told(front_door))

@@ -44,12 +44,17 @@ class Checkpoint(pl.Callback):
         if step == self._seen:  # inside an accumulated step
             return
         self._seen = step
-        due = step == trainer.max_steps or (self.every_steps is not None and step % self.every_steps == 0)
+        if step == trainer.max_steps:  # on_train_end, after the last validation
+            return
+        due = self.every_steps is not None and step % self.every_steps == 0
         if not due and self.every_minutes is not None and step % _CLOCK_STEPS == 0:
             late = time.monotonic() - self._saved_at > 60 * self.every_minutes
             due = bool(trainer.strategy.broadcast(late))  # ranks' clocks differ: rank 0 decides
         if due:
             self.save(trainer, module)
+
+    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self.save(trainer, module)
 
     def save(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         weights = [p for p in module.parameters() if p.requires_grad]

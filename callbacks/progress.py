@@ -20,11 +20,7 @@ class Progress(pl.Callback):
     """
 
     def __init__(
-        self,
-        stage: str,
-        every_fraction: float = 0.1,
-        every_seconds: float = 300.0,
-        console: Console | None = None,
+        self, stage: str, every_fraction: float = 0.1, every_seconds: float = 300.0, console: Console | None = None
     ) -> None:
         self.stage = stage
         self.every_fraction = every_fraction

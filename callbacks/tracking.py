@@ -22,9 +22,7 @@ MODES = ("auto", "online", "offline")
 
 
 class Tracker(Protocol):
-    def __call__(
-        self, *, stage: str, run_name: str, folder: Path, config: dict[str, Any], restart: int
-    ) -> "Logger":
+    def __call__(self, *, stage: str, run_name: str, folder: Path, config: dict[str, Any], restart: int) -> "Logger":
         """`config` is the resolved configuration, `restart` how often this stage was started before."""
 
 

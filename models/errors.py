@@ -6,3 +6,11 @@ class Refusal(ValueError):
 
     The front door prints it without a traceback and exits with status 2.
     """
+
+
+class StageFailed(RuntimeError):
+    """A stage's process ended badly; `code` is its exit status."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code

@@ -177,12 +177,12 @@ class LanguageModel(pl.LightningModule):
                 "lr_scheduler": {"scheduler": self.schedule(optimizer, self.max_steps), "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["spent"] = (self.tokens_seen, self.seconds_spent)
+        checkpoint["so_far"] = (self.tokens_seen, self.seconds_spent, self.validation_metrics)
         if "state_dict" in checkpoint:
             checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k.startswith("student.")}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.tokens_seen, self.seconds_spent = checkpoint["spent"]
+        self.tokens_seen, self.seconds_spent, self.validation_metrics = checkpoint["so_far"]
 
 
 def gathered(parameters: Iterable[nn.Parameter]) -> Any:

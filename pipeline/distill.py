@@ -37,6 +37,10 @@ class Distill:
         # A control starts from the teacher's shape and tokenizer too, so the teacher is its parent as well.
         return {"teacher": self.teacher.path, **({"student": self.student.path} if self.student.path else {})}
 
+    def content(self) -> str:
+        """Hash of the text it reads."""
+        return corpora.content_key(self.data)
+
     def check(self, context: Context) -> dict[str, Any]:
         fit.check(context, self.training, self.precision)
         corpus = corpora.check(self.data)

@@ -43,6 +43,10 @@ class Evaluate:
             found = {"teacher": self.teacher_path, **found}
         return found
 
+    def content(self) -> str:
+        """Hash of the text it reads."""
+        return corpora.content_key(self.data)
+
     def check(self, context: Context) -> dict[str, Any]:
         corpus = corpora.check(self.data)
         parents = self.parents(context)
@@ -68,8 +72,7 @@ class Evaluate:
         processes = multiprocessing.get_context("forkserver")
         processes.set_forkserver_preload(["models.measure"])
         rows = []
-        for role, entry in context.parents.items():
-            folder = entry["path"]
+        for role, folder in self.parents(context).items():
             tokenizer = load_tokenizer(folder)
             packed, statistics = packing.prepare(
                 documents, tokenizer, self.data,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from models.language_model import LanguageModel, gather_state
 from models.load import attention_for, empty_model, load_config, load_model, save_model
 from models.objectives.term import Objective
 from pipeline import artifact
+from pipeline.config import fingerprint
 from pipeline.context import Context
 from pipeline.data import corpora, packing
 from pipeline.data.loader import Rows, accumulation
@@ -129,6 +131,7 @@ def train(
     prepared = json.loads((context.work / "prepared.json").read_text())
     device = context.device
     prepare_environment(device)
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)  # it sets itself to INFO when imported
     tokenizer = load_tokenizer(prepared["start"])
     attention = attention_for(device, _SAVED[precision])
     validation = load_from_disk(prepared["validation"]) if prepared["validation"] else None
@@ -159,7 +162,8 @@ def train(
         logger=_logger(context), callbacks=_callbacks(context, steps), use_distributed_sampler=False,
         inference_mode=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         log_every_n_steps=settings["log_every_steps"])
-    trainer.fit(module, datamodule=rows, ckpt_path=str(found[-1]) if found else None)
+    trainer.fit(module, datamodule=rows, ckpt_path=str(found[-1]) if found else None,
+                weights_only=False)  # our own file, with the optimizer's and the loops' state
 
     state = gather_state(module.student, keep=trainer.is_global_zero)
     if trainer.is_global_zero:
@@ -206,7 +210,7 @@ def rows_key(data: corpora.Data, tokenizer: Any) -> str:
     told = [corpora.content_key(data), sorted(tokenizer.get_vocab().items()), getattr(tokenizer, "chat_template", None)]
     if tokenizer.is_fast:
         told.append(tokenizer.backend_tokenizer.to_str())
-    return artifact.fingerprint(told).removeprefix("sha256:")[:16]
+    return fingerprint(told).removeprefix("sha256:")[:16]
 
 
 def _logger(context: Context) -> Any:

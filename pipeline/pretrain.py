@@ -41,6 +41,10 @@ class Pretrain:
     def parents(self, context: Context) -> dict[str, str]:
         return {"tokenizer": self.tokenizer.path} if self.tokenizer.path else {}
 
+    def content(self) -> str:
+        """Hash of the text it reads."""
+        return corpora.content_key(self.data)
+
     def check(self, context: Context) -> dict[str, Any]:
         fit.check(context, self.training, self.precision)
         corpus = corpora.check(self.data)

@@ -23,6 +23,7 @@ from pipeline import chart, units
 
 Json = dict[str, Any]
 
+METRICS = "metrics.jsonl"  # beside the model, not of it
 MOST_POINTS = 240  # of one curve; longer ones are averaged, as a page has no more pixels
 
 
@@ -103,17 +104,12 @@ def _artifacts(run_dir: Path) -> list[Artifact]:
         try:
             manifest = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise Refusal(
-                f"{path} is not JSON ({error}): delete that folder and run its stage again"
-            ) from None
+            raise Refusal(f"{path} is not JSON ({error}): delete that folder and run its stage again") from None
         if manifest["stage"] == path.parent.name:  # a folder still being written aside has another name
-            curves = _curves(path.parent / "metrics.jsonl")
+            curves = _curves(path.parent / METRICS)
             found[path.parent.name] = Artifact(path.parent.name, path.parent, manifest, *curves)
     rows = [
-        row["stage"]
-        for a in found.values()
-        if a.manifest["kind"] == "results"
-        for row in a.manifest["metrics"]["rows"]
+        row["stage"] for a in found.values() if a.manifest["kind"] == "results" for row in a.manifest["metrics"]["rows"]
     ]
     ordered: dict[str, Artifact] = {}
     pending = [name for name in rows if name in found] + list(found)
@@ -153,11 +149,10 @@ def _report(artifacts: Sequence[Artifact]) -> Json:
     rows: dict[tuple[str, str], Json] = {}
     comparisons: list[Json] = []
     for results in (a.manifest for a in artifacts if a.manifest["kind"] == "results"):
-        hashes = {parent["path"]: parent.get("content_hash") for parent in _parents(results).values()}
-        replaced = set()
+        parents, replaced = _parents(results), set()
         for row in results["metrics"]["rows"]:
             artifact = by_name.get(row["stage"])
-            measured = hashes.get(row["path"])
+            measured = parents.get(row["stage"], {}).get("content_hash")
             if artifact and measured and measured != artifact.manifest["content_hash"]:
                 replaced.add(row["stage"])
                 continue
@@ -182,7 +177,7 @@ def _unmeasured(artifact: Artifact) -> Json:
         "stage": artifact.name,
         "path": str(artifact.folder.resolve()),
         "parameters": manifest.get("metrics", {}).get("parameters"),
-        "bytes": sum(file["bytes"] for file in manifest["files"].values()),
+        "bytes": sum(file["bytes"] for name, file in manifest["files"].items() if name != METRICS),
         "seconds": manifest.get("seconds"),
         "tokens": manifest.get("tokens"),
     }
@@ -230,10 +225,7 @@ def _page(run_dir: Path, artifacts: Sequence[Artifact], report: Json) -> Json:
     return {
         "run": run_dir.resolve().name,
         "headings": ["stage", *(column.heading for column in columns)],
-        "rows": [
-            [row["stage"], *(column.show(row.get(column.key)) for column in columns)]
-            for row in report["rows"]
-        ],
+        "rows": [[row["stage"], *(column.show(row.get(column.key)) for column in columns)] for row in report["rows"]],
         "comparisons": [
             {
                 "sentence": _sentence(comparison),
@@ -299,10 +291,7 @@ def _environment(manifests: dict[str, Json]) -> list[tuple[str, str]]:
 def _markdown(page: Json) -> str:
     def grid(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
         rule = ["---", *["---:"] * (len(headings) - 1)]
-        return [
-            f"| {' | '.join(line)} |"
-            for line in (headings, rule, *([_md(cell) for cell in row] for row in rows))
-        ]
+        return [f"| {' | '.join(line)} |" for line in (headings, rule, *([_md(cell) for cell in row] for row in rows))]
 
     def lineage(stage: Json) -> str:
         parents = ", ".join(
@@ -350,8 +339,7 @@ def _plots(artifacts: Sequence[Artifact], report: Json) -> list[Json]:
         name: i
         for i, name in enumerate(
             dict.fromkeys(
-                [a.name for a in artifacts if a.training or a.validation]
-                + [row["stage"] for row in report["rows"]]
+                [a.name for a in artifacts if a.training or a.validation] + [row["stage"] for row in report["rows"]]
             )
         )
     }
@@ -361,9 +349,7 @@ def _plots(artifacts: Sequence[Artifact], report: Json) -> list[Json]:
     if len(checked := [a for a in artifacts if a.validation]) > 1:
         lines = [chart.Series(a.name, a.validation, colours[a.name], emphasis=True) for a in checked]
         plots.append(
-            _loss_figure(
-                "validation", "Validation loss", lines, "comparable between stages with one tokenizer"
-            )
+            _loss_figure("validation", "Validation loss", lines, "comparable between stages with one tokenizer")
         )
     for n, a in enumerate(artifacts):
         lines = []
@@ -373,9 +359,7 @@ def _plots(artifacts: Sequence[Artifact], report: Json) -> list[Json]:
             lines.append(chart.Series("validation", a.validation, colours[a.name], emphasis=True))
         if lines:
             plots.append(
-                _loss_figure(
-                    f"loss-{n}", f"{a.name}: loss", lines, "training loss is this stage's own objective"
-                )
+                _loss_figure(f"loss-{n}", f"{a.name}: loss", lines, "training loss is this stage's own objective")
             )
     return plots
 

@@ -6,6 +6,8 @@ import fcntl
 import json
 import shutil
 import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,21 +18,13 @@ from hydra.utils import instantiate
 from rich.console import Console
 from rich.table import Table
 
-from models.errors import Refusal
+from models.errors import Refusal, StageFailed
 from pipeline import artifact
 from pipeline.config import differences, fingerprint, identity, selected
 from pipeline.launch import PREEMPTED, environment
 from pipeline.report import table, write_report
 
 console = Console()
-
-
-class StageFailed(RuntimeError):
-    """A stage's process ended badly; `code` is its exit status."""
-
-    def __init__(self, message: str, code: int) -> None:
-        super().__init__(message)
-        self.code = code
 
 
 def run(config: dict[str, Any]) -> None:
@@ -80,9 +74,6 @@ def _rooted(config: dict[str, Any], run_dir: Path) -> dict[str, Any]:
 
 def _check(config: dict[str, Any], stages: list[str]) -> list[dict[str, Any]]:
     """All that can be refused is refused by one process, before the first stage starts."""
-    import sys
-    import tempfile
-
     with tempfile.NamedTemporaryFile("w", suffix=".json") as spec, console.status("checking"):
         json.dump({"config": config, "stages": stages}, spec)
         spec.flush()

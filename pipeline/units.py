@@ -1,5 +1,7 @@
 """Numbers the way a person reads them: 2.02 M, 8.1 MB, 100 s. A number nobody measured is a dash."""
 
+import math
+
 NOTHING = "–"
 
 
@@ -41,9 +43,7 @@ def duration(seconds: float | None) -> str:
     """9.5 s, 100 s, 16.7 min, 2.1 h, 3.2 d: one unit, so that a column of them can be read down."""
     if seconds is None:
         return NOTHING
-    for unit, length, most in (("s", 1, 120), ("min", 60, 7200), ("h", 3600, 172_800)):
+    for unit, length, most in (("s", 1, 120), ("min", 60, 7200), ("h", 3600, 172_800), ("d", 86_400, math.inf)):
         if seconds < most:
-            break
-    else:
-        unit, length = "d", 86_400
-    return f"{seconds / length:.{0 if unit == 's' and seconds >= 10 else 1}f} {unit}"
+            return f"{seconds / length:.{0 if unit == 's' and seconds >= 10 else 1}f} {unit}"
+    return NOTHING  # not a number

@@ -269,7 +269,7 @@ def _column(data: Data, columns: Iterable[str], where: str) -> tuple[str, bool]:
 def _columns(path: Path) -> list[str]:
     """The columns of a .parquet file; of .jsonl and .json files the keys of the first object."""
     if path.suffix == ".parquet":
-        return _parquet(path).schema_arrow.names
+        return list(_parquet(path).schema_arrow.names)
     return list(next(_objects(path), ("", {}))[1])
 
 
@@ -280,7 +280,7 @@ def _is_chat(data: Data, path: Path) -> bool:
 def _count(files: list[Path]) -> int | None:
     """Documents in these files, where that is cheap to know."""
     if all(file.suffix == ".parquet" for file in files):
-        return sum(_parquet(file).metadata.num_rows for file in files)
+        return sum(int(_parquet(file).metadata.num_rows) for file in files)
     if all(file.suffix == ".jsonl" for file in files) and sum(file.stat().st_size for file in files) < 2**28:
         return sum(1 for file in files for line in file.read_bytes().splitlines() if line.strip())
     return None
@@ -365,7 +365,7 @@ def _hub_dataset(data: Data, source: Source) -> Dataset:
     except Exception as error:  # the hub's client raises a dozen kinds, all of which the user can mend
         reason = " ".join(str(error).split())
         raise Refusal(
-            f"{source.label}: no such file or folder here, and hub dataset {source.name} (data.name={data.name}, "
+            f"{source.label}: no such file or folder here, and the hub dataset (data.name={data.name}, "
             f"data.revision={data.revision}, split {source.hub_split}) does not load: {reason}"
         ) from error
 
@@ -386,14 +386,14 @@ def _values(cells: Iterable[tuple[str, Any]], chat: bool) -> Iterator[tuple[str,
         if cell is None:
             yield where, ""
         elif chat:
-            yield where, _conversation(cell, where)
+            yield where, conversation(cell, where)
         elif isinstance(cell, str):
             yield where, cell
         else:
             raise Refusal(f"{where}: holds {type(cell).__name__} {str(cell)[:40]!r} where text is needed")
 
 
-def _conversation(cell: Any, where: str) -> Conversation:
+def conversation(cell: Any, where: str) -> Conversation:
     """Messages of role and content, also from ShareGPT's from and value."""
     if not isinstance(cell, list):
         raise Refusal(f"{where}: holds {type(cell).__name__} where a list of messages is needed")
