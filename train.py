@@ -75,7 +75,7 @@ def arguments(given: list[str]) -> list[str]:
 def explain(problem: Exception) -> str:
     """Hydra's and OmegaConf's errors in one line."""
     text = " ".join(str(problem).split())
-    found = re.search(r"Could not override '([^']+)'.*Key '([^']+)' is not in struct", text)
+    found = re.search(r"Could not override '([^']+)'", text)
     return f"unknown config key {found[1]!r}{_suggestion(found[1])}" if found else text
 
 

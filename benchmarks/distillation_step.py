@@ -10,6 +10,7 @@ TRL lives in an environment of its own (benchmarks/README.md), whose Python runs
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -42,6 +43,10 @@ class Settings:
     steps: int = 5
     repeats: int = 3
 
+    @property
+    def teacher_dtype(self) -> str:
+        return "float32" if self.precision == "fp32" else "bfloat16"
+
 
 # Each is run in a process of its own; those in the first line belong to --quick.
 SIDES = {
@@ -73,7 +78,7 @@ class Clock:
 
     def figures(self, tokens_per_step: int, warmup_steps: int) -> dict[str, Any]:
         ends = self.ends[warmup_steps - 1 :]
-        seconds = [after - before for before, after in zip(ends, ends[1:], strict=False)]
+        seconds = [after - before for before, after in itertools.pairwise(ends)]
         host = self._resident("VmHWM") - self.before
         peak = self.torch.cuda.max_memory_allocated() if self.device == "cuda" else host
         return {"tokens_per_second": [tokens_per_step / each for each in seconds], "peak_memory": peak,
@@ -114,7 +119,7 @@ def ours(folder: Path, settings: Settings, side: str) -> dict[str, Any]:
     from torch.utils.data import DataLoader
 
     from models.language_model import LanguageModel
-    from models.load import attention_for
+    from models.load import load_model
     from models.objectives.distillation import Distillation
     from models.objectives.forward_kl import ForwardKL
     from models.schedules import constant
@@ -136,21 +141,21 @@ def ours(folder: Path, settings: Settings, side: str) -> dict[str, Any]:
                 divergences.append(module.step_metrics["forward_kl"])
 
     divergence = ForwardKL(settings.temperature)
-    attention = attention_for(settings.device, torch.float32 if settings.precision == "fp32" else torch.bfloat16)
     module = LanguageModel(
-        load_student=lambda: _student(folder, attention),
-        load_teacher=lambda: Online(str(folder / "teacher"), dtype=_teacher_dtype(settings)).load(attention),
+        load_student=lambda: load_model(str(folder / "student"), dtype=torch.float32, attention="sdpa"),
+        load_teacher=lambda: Online(str(folder / "teacher"), dtype=settings.teacher_dtype).load("sdpa"),
         objective=divergence if side == "ours_kl" else Distillation(ALPHA, divergence),
         optimizer=functools.partial(torch.optim.AdamW, lr=LEARNING_RATE, betas=BETAS, fused=True),
-        schedule=constant(), weight_decay=WEIGHT_DECAY, max_steps=len(batches), vocabulary=settings.vocabulary, seed=0,
-        log_every_steps=len(batches), activation_checkpointing=side.endswith("checkpointed"))
+        schedule=constant(), weight_decay=WEIGHT_DECAY, max_steps=len(batches), vocabulary=settings.vocabulary,
+        packed=False, seed=0, log_every_steps=len(batches), activation_checkpointing=side.endswith("checkpointed"))
     pl.Trainer(
         accelerator=settings.device, devices=1, precision="32-true" if settings.precision == "fp32" else "bf16-mixed",
         max_steps=len(batches), max_epochs=-1, gradient_clip_val=CLIP, logger=False, callbacks=[Watch()],
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder,
     ).fit(module, DataLoader(batches, batch_size=None))
     figures = clock.figures(tokens[0].numel(), settings.warmup_steps)
-    return {**figures, "first_divergence": divergences[0], "versions": _versions("torch", "transformers", "pytorch_lightning")}
+    return {**figures, "first_divergence": divergences[0],
+            "versions": _versions("torch", "transformers", "pytorch_lightning")}
 
 
 def trl(folder: Path, settings: Settings, side: str) -> dict[str, Any]:
@@ -160,6 +165,13 @@ def trl(folder: Path, settings: Settings, side: str) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
     dense = side == "gkd"
+    if dense:
+        from trl.experimental.gkd import GKDConfig as Config
+        from trl.experimental.gkd import GKDTrainer as Base
+    else:
+        from trl import DistillationConfig as Config
+        from trl import DistillationTrainer as Base
+
     tokens = torch.load(folder / "tokens.pt").to(settings.device)
     clock = Clock(settings.device)
     losses = []
@@ -184,17 +196,12 @@ def trl(folder: Path, settings: Settings, side: str) -> dict[str, Any]:
             losses.append(loss.detach())
             return loss
 
-    if dense:
-        from trl.experimental.gkd import GKDConfig as Config
-        from trl.experimental.gkd import GKDTrainer as Base
-    else:
-        from trl import DistillationConfig as Config
-        from trl import DistillationTrainer as Base
     Trainer = type("Trainer", (ReadyBatches, Base), {})
 
     bf16 = settings.precision == "bf16"
-    model = _student(folder, "sdpa")
-    teacher = AutoModelForCausalLM.from_pretrained(folder / "teacher", dtype=getattr(torch, _teacher_dtype(settings)))
+    model, teacher = (
+        AutoModelForCausalLM.from_pretrained(folder / name, dtype=getattr(torch, dtype), attn_implementation="sdpa")
+        for name, dtype in (("student", "float32"), ("teacher", settings.teacher_dtype)))
     trainer = Trainer(
         model=model, teacher_model=teacher, processing_class=AutoTokenizer.from_pretrained(folder / "tokenizer"),
         train_dataset=Dataset.from_list([{"prompt": "<s>"}] * (len(tokens) * settings.rows)),
@@ -203,25 +210,16 @@ def trl(folder: Path, settings: Settings, side: str) -> dict[str, Any]:
             per_device_train_batch_size=settings.rows, gradient_checkpointing=side.endswith("checkpointed"),
             bf16=bf16, use_cpu=settings.device == "cpu", optim="adamw_torch_fused", learning_rate=LEARNING_RATE,
             adam_beta1=BETAS[0], adam_beta2=BETAS[1], weight_decay=WEIGHT_DECAY, max_grad_norm=CLIP,
-            lr_scheduler_type="constant", logging_strategy="no", report_to="none", save_strategy="no", disable_tqdm=True,
+            lr_scheduler_type="constant", logging_strategy="no", report_to="none", save_strategy="no",
+            disable_tqdm=True,
             **({"lmbda": 0.0, "seq_kd": False, "dataset_kwargs": {"skip_prepare_dataset": True}} if dense else {})),
         callbacks=[Watch()], **({"data_collator": list} if dense else {}))
     trainer.train()
     figures = clock.figures(tokens[0].numel(), settings.warmup_steps)
     # TRL leaves the T² out, and GKDTrainer (1.16) computes its loss at T = 1 whatever its temperature.
     scale = 1.0 if dense else settings.temperature**2
-    return {**figures, "first_divergence": float(losses[0]) * scale, "versions": _versions("torch", "transformers", "trl")}
-
-
-def _student(folder: Path, attention: str) -> Any:
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(folder / "student", dtype=torch.float32, attn_implementation=attention)
-
-
-def _teacher_dtype(settings: Settings) -> str:
-    return "float32" if settings.precision == "fp32" else "bfloat16"
+    return {**figures, "first_divergence": float(losses[0]) * scale,
+            "versions": _versions("torch", "transformers", "trl")}
 
 
 def _versions(*names: str) -> dict[str, str]:
@@ -292,15 +290,16 @@ def ratios(figures: dict[str, Any]) -> dict[str, dict[str, float]]:
     """Ours over theirs, like with like."""
     pairs = {"ratio": ("ours", "trl"), "ratio_kl": ("ours_kl", "trl"), "ratio_gkd": ("ours_kl", "gkd"),
              "ratio_checkpointed": ("ours_checkpointed", "trl_checkpointed")}
-    return {name: {key: round(figures[mine][key] / figures[theirs][key], 3) for key in ("tokens_per_second", "peak_memory")}
+    keys = ("tokens_per_second", "peak_memory")
+    return {name: {key: round(figures[mine][key] / figures[theirs][key], 3) for key in keys}
             for name, (mine, theirs) in pairs.items() if mine in figures and theirs in figures}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="about a minute on 2 cores: fewer rows, steps, repeats and sides")
-    parser.add_argument("--peer-python", default=os.environ.get("RETORT_PEER_PYTHON", str(ROOT / ".venv-peers/bin/python")),
-                        help="Python that has TRL (default: $RETORT_PEER_PYTHON or .venv-peers/bin/python)")
+    parser.add_argument("--quick", action="store_true", help="about a minute on 2 cores: fewer rows, steps and sides")
+    parser.add_argument("--peer-python", help="has TRL (default: $RETORT_PEER_PYTHON or .venv-peers/bin/python)",
+                        default=os.environ.get("RETORT_PEER_PYTHON", str(ROOT / ".venv-peers/bin/python")))
     parser.add_argument("--sides", help=f"comma-separated, of {', '.join(SIDES)}")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
     for name, value in asdict(Settings()).items():
@@ -333,7 +332,7 @@ def main() -> None:
     console.print(table(figures))
     found = ratios(figures)
     for name, each in found.items():
-        console.print(f"{name}: {each['tokens_per_second']:.2f} × the tokens/s at {each['peak_memory']:.2f} × the peak memory")
+        console.print(f"{name}: {each['tokens_per_second']:.2f} × tokens/s, {each['peak_memory']:.2f} × peak memory")
     name = torch.cuda.get_device_name() if device == "cuda" else f"cpu, {settings.threads} threads"
     print(json.dumps({**figures, **found, "device": name, "settings": asdict(settings)}))
 

@@ -63,19 +63,34 @@ def through_head(model: Any, hidden: Tensor, work: Callable[[Tensor], Any]) -> A
         del linear.forward
 
 
-def check_split(model: Any, vocabulary: int) -> None:
-    """Refuse a family whose logits are not its head applied to its body: the loss would be another model's."""
-    ids = torch.arange(8, device=next(model.parameters()).device).remainder(vocabulary)[None]
-    positions = torch.arange(8, device=ids.device)[None]
+def check_split(model: Any, vocabulary: int, packed: bool) -> None:
+    """Refuse a family that this module takes apart wrongly: the loss would be another model's.
+
+    Its logits must be its head applied to its body; and, where rows hold several documents, documents must not see
+    each other.
+    """
+    device = next(model.parameters()).device
+    ids = torch.arange(9, device=device).remainder(vocabulary)[None]
+    positions = torch.arange(9, device=device)[None]
     was_training = model.training
     model.eval()
     with torch.no_grad():
         expected = model(input_ids=ids, position_ids=positions, use_cache=False).logits
         hidden = hidden_states(model, ids, positions)
         got = through_head(model, hidden, lambda h: head_of(model).logits(h[0].to(expected.dtype), expected.dtype))[None]
+        if not _close(got, expected):
+            raise Refusal(f"{type(model).__name__}: its logits are not its head applied to its last hidden state; this "
+                          f"family is not supported")
+        if packed:
+            restarted = torch.cat([positions[:, :4], positions[:, :5]], dim=1)
+            together = hidden_states(model, ids, restarted)[:, 4:]
+            alone = hidden_states(model, ids[:, 4:], positions[:, :5])
+            if not _close(together, alone):
+                raise Refusal(f"{type(model).__name__}: its attention crosses from one document of a packed row into "
+                              f"the next; set data.packing=false")
     model.train(was_training)
-    error = (got - expected).abs().max().item()
-    scale = expected.abs().max().item()
-    if not error <= 0.02 * scale + 1e-4:
-        raise Refusal(f"{type(model).__name__}: its logits are not its head applied to its last hidden state "
-                      f"(difference {error:.3g}); this family is not supported")
+
+
+def _close(got: Tensor, expected: Tensor) -> bool:
+    """Equal up to what low precision may do."""
+    return (got - expected).abs().max().item() <= 0.02 * expected.abs().max().item() + 1e-4

@@ -44,6 +44,7 @@ class LanguageModel(pl.LightningModule):
         weight_decay: float,
         max_steps: int,
         vocabulary: int,
+        packed: bool,
         seed: int,
         log_every_steps: int,
         activation_checkpointing: bool,
@@ -52,6 +53,7 @@ class LanguageModel(pl.LightningModule):
         self.load_student, self.load_teacher = load_student, load_teacher
         self.objective, self.optimizer, self.schedule = objective, optimizer, schedule
         self.weight_decay, self.max_steps, self.vocabulary = weight_decay, max_steps, vocabulary
+        self.packed = packed
         self.seed, self.log_every_steps, self.activation_checkpointing = seed, log_every_steps, activation_checkpointing
         self.student: Any = None
         self.teacher: Any = None
@@ -77,10 +79,10 @@ class LanguageModel(pl.LightningModule):
         # Lightning leaves modules in the mode they come in, and from_pretrained returns eval: no dropout, no
         # activation checkpointing.
         self.student.train()
-        check_split(self.student, self.vocabulary)
+        check_split(self.student, self.vocabulary, self.packed)
         if self.teacher is not None:
             self.teacher.eval()
-            check_split(self.teacher, self.vocabulary)
+            check_split(self.teacher, self.vocabulary, self.packed)
 
     def on_train_start(self) -> None:
         self._started = time.monotonic() - self.seconds_spent

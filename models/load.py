@@ -42,13 +42,16 @@ def load_config(path: str, role: str = "model", trust_remote_code: bool = False)
         raise Refusal(f"{role}.path={path}: its config does not open: {_first_line(problem)}") from None
 
 
-def attention_for(device: str, dtype: torch.dtype) -> str:
-    """FlashAttention 2 where it is installed and can run, PyTorch's own fused attention otherwise."""
+def attention_for(wanted: str, device: str, dtype: torch.dtype) -> str | None:
+    """`wanted`, where `auto` is FlashAttention 2 if it is installed and can run, and transformers' own choice if not
+    (None: PyTorch's fused attention for most families)."""
+    if wanted != "auto":
+        return wanted
     has_flash = importlib.util.find_spec("flash_attn") is not None
-    return "flash_attention_2" if device == "cuda" and has_flash and dtype != torch.float32 else "sdpa"
+    return "flash_attention_2" if device == "cuda" and has_flash and dtype != torch.float32 else None
 
 
-def load_model(path: str, *, dtype: torch.dtype, attention: str = "sdpa", role: str = "model",
+def load_model(path: str, *, dtype: torch.dtype, attention: str | None = None, role: str = "model",
                trust_remote_code: bool = False) -> nn.Module:
     """Open a folder or hub id, safetensors only. Under an active ZeRO-3 config the weights arrive sharded."""
     check_folder(path, role)

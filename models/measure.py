@@ -34,7 +34,7 @@ class Speed:
 
 def open_for_inference(folder: str, device: str, dtype: str, trust_remote_code: bool = False) -> Any:
     kind = DTYPES[dtype]
-    model = load_model(folder, dtype=kind, attention=attention_for(device, kind), trust_remote_code=trust_remote_code)
+    model = load_model(folder, dtype=kind, attention=attention_for("auto", device, kind), trust_remote_code=trust_remote_code)
     return model.to(device).eval()
 
 
@@ -110,7 +110,7 @@ class PeakMemory:
 
 def measure_folder(
     folder: str, batches: list[dict[str, Tensor]], text_bytes: int, prompt: Tensor, device: str, dtype: str,
-    settings: Speed, trust_remote_code: bool = False
+    settings: Speed, packed: bool, trust_remote_code: bool = False
 ) -> dict[str, Any]:
     """One row of the report. `text_bytes`: UTF-8 bytes of the text that the batches' targets stand for."""
     memory = PeakMemory(device)
@@ -120,7 +120,7 @@ def measure_folder(
         prompt = prompt[:, : max(1, limit - settings.new_tokens)]
     quick = speed(model, prompt, settings)
     peak = memory.bytes()  # what serving one request takes; scoring long texts below is another matter
-    check_split(model, model.config.vocab_size)
+    check_split(model, model.config.vocab_size, packed)
     nats, tokens = negative_log_likelihood(model, batches)
     return {
         "parameters": parameter_count(model),

@@ -29,7 +29,7 @@ class Online:
         if self.dtype not in DTYPES:
             raise Refusal(f"teacher.dtype={self.dtype}: need one of {', '.join(DTYPES)}")
 
-    def load(self, attention: str) -> nn.Module:
+    def load(self, attention: str | None) -> nn.Module:
         model = load_model(self.path, dtype=DTYPES[self.dtype], attention=attention, role="teacher",
                            trust_remote_code=self.trust_remote_code)
         return model.eval().requires_grad_(False)

@@ -34,6 +34,7 @@ class Trainer:
     devices: Any = "auto"  # processes per node
     nodes: int = 1
     precision: str = "32-true"  # or bf16-mixed: bf16 compute over fp32 master weights
+    attention: str = "auto"  # FlashAttention 2 where installed, else transformers' choice; or sdpa | eager | flash_…
     log_every_steps: int = 10
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
 

@@ -82,7 +82,7 @@ class Evaluate:
             prompt = batches[0]["input_ids"][:1, : self.speed.prompt_tokens]
             with processes.Pool(1) as pool:
                 measured = pool.apply(measure_folder, (folder, batches, statistics["bytes"], prompt, context.device,
-                                                       self.dtype, self.speed))
+                                                       self.dtype, self.speed, self.data.packing))
             manifest = artifact.read_manifest(Path(folder)) or {}
             rows.append({"stage": role, "path": str(Path(folder).resolve()) if Path(folder).exists() else folder,
                          "parameters": measured.pop("parameters"), "bytes": bytes_on_disk(folder), **measured,

@@ -119,7 +119,7 @@ def train(
     context: Context,
     *,
     objective: Objective,
-    load_teacher: Callable[[str], Any] | None,
+    load_teacher: Callable[[str | None], Any] | None,
     data: corpora.Data,
     training: Training,
     precision: str,
@@ -129,11 +129,11 @@ def train(
     from datasets import load_from_disk
 
     prepared = json.loads((context.work / "prepared.json").read_text())
-    device = context.device
+    settings, device = context.config["trainer"], context.device
     prepare_environment(device)
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)  # it sets itself to INFO when imported
     tokenizer = load_tokenizer(prepared["start"])
-    attention = attention_for(device, _SAVED[precision])
+    attention = attention_for(settings["attention"], device, _SAVED[precision])
     validation = load_from_disk(prepared["validation"]) if prepared["validation"] else None
     if validation is not None and data.validation_rows is not None:
         validation = validation.select(range(min(len(validation), data.validation_rows)))
@@ -145,10 +145,10 @@ def train(
         load_student=lambda: load_model(prepared["start"], dtype=torch.float32, attention=attention, role="student"),
         load_teacher=None if load_teacher is None else lambda: load_teacher(attention),
         objective=objective, optimizer=training.optimizer, schedule=training.schedule,
-        weight_decay=training.weight_decay, max_steps=steps, vocabulary=len(tokenizer), seed=context.seed,
-        log_every_steps=context.config["trainer"]["log_every_steps"],
+        weight_decay=training.weight_decay, max_steps=steps, vocabulary=len(tokenizer),
+        packed=data.packing, seed=context.seed,
+        log_every_steps=settings["log_every_steps"],
         activation_checkpointing=training.activation_checkpointing)
-    settings = context.config["trainer"]
     micro_batches = accumulation(training.global_batch, training.micro_batch, context.world)
     found = sorted((context.work / "checkpoints").glob("step-*.ckpt"))
     trainer = pl.Trainer(

@@ -41,8 +41,16 @@ class Slurm:
 
     def command(self, arguments: list[str], *, ranks: int, nodes: int) -> list[str]:
         used = nodes if ranks > 1 else 1
-        return ["srun", f"--nodes={used}", f"--ntasks={ranks}", f"--ntasks-per-node={ranks // used}",
-                "--kill-on-bad-exit=1", "--export=ALL", *self.arguments, sys.executable, "-u", "-m", *arguments]
+        return [
+            "srun", f"--nodes={used}", f"--ntasks={ranks}", f"--ntasks-per-node={ranks // used}",
+            # A dead rank must end its peers, which wait for it in a collective; but not at once: where all ranks are
+            # to end with PREEMPTED, the first would have the others killed, and srun would answer 143 instead.
+            "--kill-on-bad-exit=0", "--wait=60",
+            # A rank picks its GPU and shares its node's cores itself, whatever a site binds by default.
+            "--gpu-bind=none", "--cpu-bind=none",
+            "--export=ALL",  # also under `sbatch --export=NONE`, which srun would inherit
+            *self.arguments, sys.executable, "-u", "-m", *arguments,
+        ]
 
 
 def environment(ranks_here: int, device: str) -> dict[str, str]:
@@ -51,7 +59,7 @@ def environment(ranks_here: int, device: str) -> dict[str, str]:
     if device == "cpu":
         env["DS_ACCELERATOR"] = "cpu"
         env["CUDA_VISIBLE_DEVICES"] = ""
-        env.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // ranks_here)))
+    env.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // ranks_here)))
     # The distributed launcher's own advice and warnings would drown the progress bar.
     env.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     return env

@@ -96,7 +96,7 @@ def fit(scenario: Scenario, folder: Path) -> dict[str, Any]:
         load_student=lambda: load_model(str(student), dtype=torch.float32),
         load_teacher=(lambda: load_model(str(teacher), dtype=torch.float32).requires_grad_(False)) if scenario.taught else None,
         objective=objective, optimizer=functools.partial(torch.optim.AdamW, lr=1e-2, betas=(0.9, 0.95)),
-        schedule=cosine(warmup_steps=3), weight_decay=0.1, max_steps=scenario.steps, vocabulary=VOCABULARY, seed=0,
+        schedule=cosine(warmup_steps=3), weight_decay=0.1, max_steps=scenario.steps, vocabulary=VOCABULARY, packed=True, seed=0,
         log_every_steps=1, activation_checkpointing=scenario.activation_checkpointing)
     data = Rows(rows(), rows(9, seed=1), seed=0, global_batch=scenario.global_batch, micro_batch=scenario.micro_batch,
                 pad_token=0, length=LENGTH, side=scenario.side)

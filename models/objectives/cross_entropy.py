@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from models.objectives.softmax import softmax
 from models.objectives.term import Term
 
 
@@ -31,10 +31,9 @@ class CrossEntropy:
         weight: float,
         gradient_NV: Float[Tensor, "N V"],
     ) -> Float[Tensor, " N"]:
-        normaliser_N = torch.logsumexp(student_NV, dim=-1)
+        probabilities_NV, normaliser_N = softmax(student_NV)
         picked_N = student_NV.gather(1, targets_N[:, None]).squeeze(1)
         if weight:
-            probabilities_NV = torch.sub(student_NV, normaliser_N[:, None]).exp_()
             gradient_NV.add_(probabilities_NV, alpha=weight)
             gradient_NV.scatter_add_(1, targets_N[:, None], gradient_NV.new_full((len(targets_N), 1), -weight))
         return normaliser_N - picked_N

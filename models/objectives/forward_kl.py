@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from models.objectives.softmax import softmax
 from models.objectives.term import Term
 
 
@@ -42,13 +43,13 @@ class ForwardKL:
     ) -> Float[Tensor, " N"]:
         assert teacher_NV is not None
         temperature = self.temperature
-        student_log_NV = student_NV / temperature
-        student_log_NV -= torch.logsumexp(student_log_NV, dim=-1, keepdim=True)
-        teacher_log_NV = teacher_NV / temperature
-        teacher_log_NV -= torch.logsumexp(teacher_log_NV, dim=-1, keepdim=True)
-        teacher_p_NV = teacher_log_NV.exp()
-        value_N = torch.linalg.vecdot(teacher_p_NV, teacher_log_NV.sub_(student_log_NV)) * temperature**2
+        student_NV, teacher_NV = student_NV / temperature, teacher_NV / temperature
+        student_p_NV, student_normaliser_N = softmax(student_NV)
+        teacher_p_NV, teacher_normaliser_N = softmax(teacher_NV)
+        # Σ p · (log p − log q), the normalisers taken out of the sum
+        value_N = torch.linalg.vecdot(teacher_p_NV, teacher_NV.sub_(student_NV))
+        value_N = (value_N + student_normaliser_N - teacher_normaliser_N) * temperature**2
         if weight:
             # d/d logits of T²·KL(p ‖ q) at logits / T is T · (q − p)
-            gradient_NV.add_(student_log_NV.exp_().sub_(teacher_p_NV), alpha=weight * temperature)
+            gradient_NV.add_(student_p_NV.sub_(teacher_p_NV), alpha=weight * temperature)
         return value_N

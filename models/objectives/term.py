@@ -5,12 +5,13 @@ Legend of this folder: N supervised tokens, V vocabulary, H hidden width.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import ClassVar, Protocol, runtime_checkable
 
 from jaxtyping import Float, Int
 from torch import Tensor
 
 
+@runtime_checkable
 class Term(Protocol):
     """One summand of an objective, worked on a chunk of tokens at a time.
 
@@ -19,8 +20,8 @@ class Term(Protocol):
     Both logits are already restricted to the shared vocabulary, in fp32 or fp64.
     """
 
-    name: str
-    needs_teacher: bool
+    name: ClassVar[str]
+    needs_teacher: ClassVar[bool]
 
     def add(
         self,
@@ -32,6 +33,7 @@ class Term(Protocol):
     ) -> Float[Tensor, " N"]: ...
 
 
+@runtime_checkable
 class Objective(Protocol):
     """What a stage minimises: the weighted sum of its terms over the supervised tokens.
 

@@ -274,6 +274,10 @@ def _columns(path: Path) -> list[str]:
 
 
 def _is_chat(data: Data, path: Path) -> bool:
+    if path.suffix == ".txt" and data.messages_column:
+        raise Refusal(
+            f"{path}: a .txt file has no column data.messages_column={data.messages_column}; set it to null"
+        )
     return path.suffix != ".txt" and _column(data, _columns(path), str(path))[1]
 
 

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 IGNORED = -100
 STATISTICS = "statistics.json"
+TOKENS_AT_ONCE = 2**22  # held in memory while rows are written
 
 Ints = NDArray[np.integer[Any]]
 Pieces = dict[str, list[Any]]  # columns input_ids, targets, supervised, bytes
@@ -142,7 +143,8 @@ def _build(documents: Dataset, tokenizer: PreTrainedTokenizerBase, data: Data, a
     lengths = pc.list_value_length(pieces.data.column("input_ids")).to_numpy()
     row_of = best_fit_decreasing(lengths, data.max_length) if data.packing else np.arange(len(lengths))
     rows = _fill(pieces, lengths, row_of, data.max_length, aside / "rows.arrow")
-    rows.save_to_disk(str(aside / "rows"))
+    # Without rows datasets would write no shard at all, and then not open what it wrote.
+    rows.save_to_disk(str(aside / "rows"), num_shards=None if len(rows) else 1)
     tokens = int(lengths.sum())
     statistics = {
         "documents": len(documents),
@@ -160,7 +162,7 @@ def _build(documents: Dataset, tokenizer: PreTrainedTokenizerBase, data: Data, a
 
 
 def _fill(pieces: Dataset, lengths: Ints, row_of: Ints, max_length: int, path: Path) -> Dataset:
-    """Write the rows to an Arrow file, some million tokens at a time, each row's pieces in their order."""
+    """Write the rows to an Arrow file, each row's pieces in their order."""
     import pyarrow as pa
     from datasets import Dataset
     from datasets.arrow_writer import ArrowWriter
@@ -169,7 +171,7 @@ def _fill(pieces: Dataset, lengths: Ints, row_of: Ints, max_length: int, path: P
     order = np.argsort(row_of, kind="stable")
     starts = np.concatenate([[0], np.cumsum(np.bincount(row_of))])  # of each row, in `order`
     arrow = pieces.with_format("arrow")
-    at_once = 2**22 // max_length + 1
+    at_once = TOKENS_AT_ONCE // max_length + 1
     with ArrowWriter(features=features, path=str(path)) as writer:
         for first in range(0, len(starts) - 1, at_once):
             bounds = starts[first : first + at_once + 1]
@@ -340,8 +342,8 @@ def _compared(
         )
 
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    text, *after = render([messages, *(messages[: i + 1] for i in turns)], prompt=False)
     before = render([messages[:i] for i in turns], prompt=True)
-    *after, text = render([*(messages[: i + 1] for i in turns), messages], prompt=False)
     for turn, prompt, through in zip(turns, before, after, strict=True):
         if not (text.startswith(through) and through.startswith(prompt)):
             raise Refusal(

@@ -1,0 +1,27 @@
+"""Shapes are checked while tests run; the environment is that of a CPU rank."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("WANDB_MODE", "offline")
+
+from jaxtyping import install_import_hook
+
+install_import_hook(["models.objectives", "models.heads", "models.teacher"], "beartype.beartype")
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Real text and a real small model beside the checkout; not part of the project."""
+    folder = ROOT.parent / "shared"
+    if not folder.is_dir():
+        pytest.skip("no shared/ folder beside the checkout")
+    return folder

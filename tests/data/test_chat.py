@@ -1,0 +1,275 @@
+"""Conversations become rows: only what the assistant says is a target."""
+
+import json
+from itertools import groupby, pairwise
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+import pytest
+from datasets import Dataset
+from tokenizers import processors
+from transformers import ByT5Tokenizer
+
+from models.errors import Refusal
+from pipeline.data.corpora import Data, documents
+from pipeline.data.packing import IGNORED, chat_template, prepare
+from pipeline.data.tokenizer import load_tokenizer, train_tokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
+STORIES = ROOT.parent / "shared" / "models" / "stories260K"
+TOPICS = sorted({text.strip() for text in topics.values()}, key=len)
+
+HEADER = "{{ '<|im_start|>' + message['role'] + '\\n' }}"
+PROMPT = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+
+CHATML = f"""\
+{{% for message in messages %}}{HEADER}{{{{ message['content'] + '<|im_end|>\\n' }}}}{{% endfor %}}{PROMPT}"""
+
+LLAMA_2 = """\
+{% if messages[0]['role'] == 'system' %}\
+{% set system = '<<SYS>>\\n' + messages[0]['content'] + '\\n<</SYS>>\\n\\n' %}{% set turns = messages[1:] %}\
+{% else %}{% set system = '' %}{% set turns = messages %}{% endif %}\
+{% for message in turns %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}\
+{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}\
+{% if message['role'] == 'user' %}\
+{{ bos_token + '[INST] ' + (system if loop.first else '') + message['content'] + ' [/INST]' }}\
+{% else %}{{ ' ' + message['content'] + ' ' + eos_token }}{% endif %}{% endfor %}"""
+
+MARKED = (
+    "{% for message in messages %}" + HEADER + "{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
+    "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\\n' }}{% endfor %}" + PROMPT
+)
+
+# As reasoning models do: what the assistant thought in earlier turns is taken out again.
+FORGETFUL = CHATML.replace(
+    "{{ message['content']",
+    "{{ (message['content'] if loop.last else message['content'].split('</think>')[-1])",
+)
+
+
+def turn(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+SHORT = [
+    turn("system", "You explain Python."),
+    turn("user", "What does break do?"),
+    turn("assistant", "It ends the nearest loop — früher als geplant. 👍"),
+    turn("user", "And continue?"),
+    turn("assistant", "It goes on with the next cycle of the loop."),
+]
+REAL = [  # a real question and its real answer, several times in a conversation
+    [message for text in some for message in (turn("user", text.splitlines()[0]), turn("assistant", text))]
+    for some in (TOPICS[0:3], TOPICS[3:4], TOPICS[4:6])
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    tokenizer = train_tokenizer(TOPICS, 600, tmp_path_factory.mktemp("tokenizer") / "t")
+    tokenizer.add_special_tokens({"bos_token": "<s>", "eos_token": "</s>"})
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    return tokenizer
+
+
+@pytest.fixture
+def stories() -> Any:
+    if not STORIES.exists():
+        pytest.skip("the stories260K model is not beside this checkout")
+    return load_tokenizer(STORIES)
+
+
+def rows_of(
+    tmp: Path, tokenizer: Any, conversations: list[Any], template: str | None, **fields: Any
+) -> tuple[Dataset, dict[str, Any]]:
+    if template is not None:
+        (tmp / "template.jinja").write_text(template)
+        fields["chat_template"] = str(tmp / "template.jinja")
+    data = Data(**{"max_length": 4096, "packing": False, **fields})
+    return prepare(Dataset.from_dict({"messages": conversations}), tokenizer, data, folder=tmp / "rows")
+
+
+def spoken(tokenizer: Any, row: dict[str, Any]) -> list[str]:
+    """The text of every unbroken run of targets."""
+    runs = groupby(row["targets"], key=lambda token: token != IGNORED)
+    return [tokenizer.decode(list(tokens)) for supervised, tokens in runs if supervised]
+
+
+def answers(conversation: list[dict[str, str]]) -> list[str]:
+    return [message["content"] for message in conversation if message["role"] == "assistant"]
+
+
+@pytest.mark.parametrize(
+    ("template", "before", "after"),
+    [(CHATML, "", "<|im_end|>\n"), (MARKED, "", "<|im_end|>"), (LLAMA_2, " ", " </s>")],
+    ids=["chatml", "marked", "llama-2"],
+)
+def test_the_targets_are_the_assistants_turns_and_their_ends(
+    tmp_path: Path, tokenizer: Any, template: str, before: str, after: str
+) -> None:
+    conversations = [SHORT, *REAL]
+    rows, statistics = rows_of(tmp_path, tokenizer, conversations, template)
+    for row, conversation in zip(rows, conversations, strict=True):
+        assert spoken(tokenizer, row) == [before + answer + after for answer in answers(conversation)]
+        whole = tokenizer.apply_chat_template(conversation, chat_template=template, tokenize=False)
+        assert tokenizer.decode(row["input_ids"]) == whole
+        assert row["position_ids"] == list(range(len(row["input_ids"])))
+        assert row["supervised"] == sum(target != IGNORED for target in row["targets"])
+        for target, following in zip(row["targets"], row["input_ids"][1:], strict=False):
+            assert target in (IGNORED, following)
+        said = "".join(before + answer + after for answer in answers(conversation))
+        for special in ("<|im_end|>", "</s>"):  # stands for no text, as the end of a plain text does
+            said = said.replace(special, "")
+        assert row["bytes"] == len(said.encode())
+    assert (statistics["truncated"], statistics["unsupervised"]) == (0, 0)
+
+
+def test_a_tokenizer_that_adds_begin_itself_does_not_add_it_to_a_rendered_conversation(
+    tmp_path: Path, stories: Any
+) -> None:
+    rows, _ = rows_of(tmp_path, stories, [SHORT[1:]], LLAMA_2)
+    ids = rows[0]["input_ids"]
+    assert ids.count(stories.bos_token_id) == 2  # one for each of the user's turns
+    assert ids[0] == stories.bos_token_id
+    assert ids[1] != stories.bos_token_id
+    assert ids[-1] == stories.eos_token_id
+    assert rows[0]["targets"].count(stories.eos_token_id) == 2
+    assert [said.replace("</s>", "").strip() for said in spoken(stories, rows[0])] == answers(SHORT)
+
+
+def test_marks_give_the_mask_that_transformers_gives_where_every_character_has_its_token(
+    tmp_path: Path, tokenizer: Any
+) -> None:
+    rows, _ = rows_of(tmp_path, tokenizer, REAL, MARKED)
+    for row, conversation in zip(rows, REAL, strict=True):
+        theirs = tokenizer.apply_chat_template(
+            conversation, chat_template=MARKED, return_dict=True, return_assistant_tokens_mask=True
+        )
+        assert row["input_ids"] == theirs["input_ids"]
+        assert [target != IGNORED for target in row["targets"][:-1]] == [
+            m == 1 for m in theirs["assistant_masks"][1:]
+        ]
+
+
+def test_every_turn_is_supervised_also_where_the_tokenizer_trims_spaces_from_offsets(
+    tmp_path: Path, tokenizer: Any
+) -> None:
+    tokenizer.save_pretrained(tmp_path)
+    trimming = load_tokenizer(tmp_path)
+    trimming.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    assert trimming("a b", return_offsets_mapping=True)["offset_mapping"] == [(0, 1), (2, 3)]
+    spaced = MARKED.replace(
+        "{{ message['content'] + '<|im_end|>' }}{% end", "{{ ' ' + message['content'] + ' ' }}{% end"
+    )
+    for name, template in (("marked", spaced), ("llama-2", LLAMA_2)):
+        (tmp_path / name).mkdir()
+        rows, _ = rows_of(tmp_path / name, trimming, [SHORT], template)
+        said = [run.replace("</s>", "").strip() for run in spoken(trimming, rows[0])]
+        assert said == answers(SHORT)
+
+
+def test_conversations_pack_without_touching_each_other(tmp_path: Path, tokenizer: Any) -> None:
+    (tmp_path / "packed").mkdir()
+    loose, before = rows_of(tmp_path, tokenizer, [SHORT, *REAL, SHORT], CHATML)
+    packed, after = rows_of(tmp_path / "packed", tokenizer, [SHORT, *REAL, SHORT], CHATML, packing=True)
+    assert len(packed) < len(loose)
+    taken_apart = []
+    for row in packed:
+        begins = [i for i, position in enumerate(row["position_ids"]) if position == 0]
+        for begin, end in pairwise([*begins, len(row["input_ids"])]):
+            taken_apart.append((row["input_ids"][begin:end], row["targets"][begin:end]))
+            assert row["targets"][end - 1] == IGNORED
+    assert sorted(taken_apart) == sorted((row["input_ids"], row["targets"]) for row in loose)
+    assert before["bytes"] == after["bytes"]
+    assert before["supervised"] == after["supervised"]
+
+
+def test_a_long_conversation_is_cut_off_and_counted_and_dropped_if_nothing_is_left(
+    tmp_path: Path, tokenizer: Any
+) -> None:
+    late = [turn("user", TOPICS[-1]), turn("assistant", "Too late to be heard.")]
+    rows, statistics = rows_of(tmp_path, tokenizer, [SHORT, late, SHORT[1:3]], CHATML, max_length=100)
+    whole = tokenizer.apply_chat_template(SHORT, chat_template=CHATML, return_dict=True)["input_ids"]
+    assert len(whole) > 100
+    assert rows[0]["input_ids"] == whole[:100]
+    assert rows[0]["targets"][-1] == IGNORED
+    assert (statistics["documents"], statistics["rows"]) == (3, 2)
+    assert (statistics["truncated"], statistics["unsupervised"]) == (2, 1)
+
+
+def test_the_tokenizers_own_template_is_used_unless_a_file_is_given(tmp_path: Path, tokenizer: Any) -> None:
+    tokenizer.save_pretrained(tmp_path / "t")
+    own = load_tokenizer(tmp_path / "t")
+    own.chat_template = CHATML
+    (tmp_path / "file.jinja").write_text(LLAMA_2)
+    assert chat_template(own, Data()) == CHATML
+    assert chat_template(own, Data(chat_template=str(tmp_path / "file.jinja"))) == LLAMA_2
+    rows, _ = rows_of(tmp_path, own, [SHORT], None)
+    assert spoken(own, rows[0]) == [answer + "<|im_end|>\n" for answer in answers(SHORT)]
+
+
+def test_a_sharegpt_file_is_learned_from_like_any_other(tmp_path: Path, tokenizer: Any) -> None:
+    names = {"system": "system", "user": "human", "assistant": "gpt"}
+    turns = [{"from": names[message["role"]], "value": message["content"]} for message in SHORT]
+    (tmp_path / "a.jsonl").write_text(json.dumps({"conversations": turns}))
+    (tmp_path / "t.jinja").write_text(CHATML)
+    data = Data(
+        train=str(tmp_path / "a.jsonl"), holdout=0, chat_template=str(tmp_path / "t.jinja"), max_length=512
+    )
+    rows, _ = prepare(documents(data, "train"), tokenizer, data, folder=tmp_path / "rows")
+    assert spoken(tokenizer, rows[0]) == [answer + "<|im_end|>\n" for answer in answers(SHORT)]
+
+
+def test_a_conversation_may_begin_with_the_assistant(tmp_path: Path, tokenizer: Any) -> None:
+    rows, _ = rows_of(tmp_path, tokenizer, [[turn("assistant", "Hello!"), *SHORT[1:3]]], CHATML)
+    assert spoken(tokenizer, rows[0]) == ["Hello!<|im_end|>\n", answers(SHORT)[0] + "<|im_end|>\n"]
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("conversation", "template", "message"),
+    [
+        (
+            [SHORT[1], turn("assistant", "Hm</think>It ends."), SHORT[3], SHORT[4]],
+            FORGETFUL,
+            "conversation 1: the chat template writes message 1 differently once others follow, so the "
+            "assistant's part cannot be told; give a data.chat_template with {% generation %} marks",
+        ),
+        (
+            [SHORT[2], SHORT[1]],
+            LLAMA_2,
+            "conversation 1: the chat template does not take it: Conversation roles must alternate "
+            "user/assistant/user/assistant/...; mend or drop it",
+        ),
+        (
+            [SHORT[1]],
+            CHATML,
+            "conversation 1: no message is the assistant's, so there is nothing to learn; drop it",
+        ),
+    ],
+)
+def test_a_conversation_that_cannot_be_supervised_is_refused_by_its_number(
+    tmp_path: Path, tokenizer: Any, conversation: Any, template: str, message: str
+) -> None:
+    with pytest.raises(Refusal) as refusal:
+        rows_of(tmp_path, tokenizer, [SHORT[1:3], conversation], template)
+    assert str(refusal.value) == message
+
+
+def test_a_tokenizer_without_a_template_is_refused_with_the_remedy(tmp_path: Path, tokenizer: Any) -> None:
+    with pytest.raises(Refusal, match=r"the tokenizer has no chat template; give data\.chat_template=FILE"):
+        rows_of(tmp_path, tokenizer, [SHORT], None)
+
+
+def test_a_broken_template_is_refused(tmp_path: Path, tokenizer: Any) -> None:
+    with pytest.raises(Refusal, match="conversation 0: the chat template does not take it"):
+        rows_of(tmp_path, tokenizer, [SHORT], "{% for message in messages %}")
+
+
+def test_a_tokenizer_that_does_not_tell_where_tokens_stand_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(Refusal, match="need a fast tokenizer"):
+        rows_of(tmp_path, ByT5Tokenizer(), [SHORT], CHATML)

@@ -1,0 +1,137 @@
+"""slurm/train.sbatch on a real Slurm with two pretended nodes: what a user submits, and what is there in the end."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.slurm.throwaway import Cluster, log
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = str(ROOT / "slurm" / "train.sbatch")
+# one rank on each node; processors and GPUs are only numbers here
+RANKS = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1"]
+FLAGSHIP = ["+experiment=distill_7b_to_1b", "+scale=tiny", "logger=csv", "trainer.checkpoint.every_steps=2",
+            "stages.distill.training.max_steps=30"]
+
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
+
+
+@pytest.fixture(scope="module")
+def submit(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+    """sbatch in the checkout."""
+    logs = tmp_path_factory.mktemp("logs")
+    return lambda *words: cluster.submit(*RANKS, f"--output={logs}/%j.log", SCRIPT, *words, cwd=ROOT)
+
+
+@pytest.fixture(scope="module")
+def run_dir(cluster: Cluster, submit: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of the tiny flagship, run to its end."""
+    folder = tmp_path_factory.mktemp("run")
+    record = cluster.wait(submit(*FLAGSHIP, f"run_dir={folder}"), seconds=600)
+    assert record["JobState"] == "COMPLETED", log(record)
+    return folder
+
+
+def test_the_finished_student_opens_without_the_project(run_dir: Path, tmp_path: Path) -> None:
+    program = """
+import sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+batch = tokenizer("The meaning of a word", return_tensors="pt")
+assert torch.isfinite(model(**batch).logits).all()
+print(sum(p.numel() for p in model.parameters()), model.config.num_hidden_layers)
+"""
+    done = subprocess.run([sys.executable, "-c", program, str(run_dir / "distill")], cwd=tmp_path, text=True,
+                          env={"PATH": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    parameters, layers = map(int, done.stdout.split())
+    manifest = json.loads((run_dir / "distill" / "manifest.json").read_text())
+    assert manifest["steps"] == 30
+    assert parameters == manifest["metrics"]["parameters"]
+    assert layers == 2  # of the teacher's four
+
+
+def test_the_report_has_a_row_for_teacher_and_student(run_dir: Path) -> None:
+    rows = json.loads((run_dir / "report.json").read_text())["rows"]
+    assert [row["stage"] for row in rows] == ["pretrain", "distill"]
+    for row in rows:
+        assert 1 < row["perplexity"] < 600  # not worse than guessing among the 512 tokens by much
+        assert row["generate_tokens_per_second"] > 0
+
+
+def test_a_requeued_job_goes_on_from_its_checkpoint_to_the_same_weights(
+    cluster: Cluster, submit: Callable[..., str], run_dir: Path, tmp_path: Path
+) -> None:
+    """As after a dead node: everything is killed in the middle of `distill`, and the same job is started again."""
+    teacher = f"teacher.path={run_dir}/pretrain"
+    job = submit(*FLAGSHIP, teacher, "stages=[distill]", f"run_dir={tmp_path}")
+    checkpoints = tmp_path / "work" / "distill" / "checkpoints"
+    cluster.wait(job, seconds=300, until=lambda: len(saved(checkpoints)) > 1)
+    step = cluster.command("scontrol", "show", "step", job)
+    cluster.command("scontrol", "requeue", job)
+    shards = {int(rank) for path in saved(checkpoints)[-1].rglob("*optim_states.pt")
+              for rank in re.findall(r"zero_pp_rank_(\d+)", path.name)}
+    record = cluster.wait(job, seconds=600)
+    text = log(record)
+    assert record["JobState"] == "COMPLETED", text
+    assert record["Restarts"] == "1"
+    assert "Nodes=2" in step
+    assert "Tasks=2" in step
+    assert shards == {0, 1}  # both ranks worked
+    first, second = re.split(r"^job \d+, start 1: 2 x 1 ranks", text, flags=re.M)  # the log was appended to
+    assert "distill: step 3/30" in first
+    assert "distill: step 3/30" not in second
+    assert "resume" in second
+    assert steps(tmp_path / "distill") == steps(run_dir / "distill")
+    assert weights(tmp_path / "distill") == weights(run_dir / "distill")
+
+
+def test_the_allocation_decides_over_ranks_and_the_exit_status_travels_up(cluster: Cluster, tmp_path: Path) -> None:
+    """In a checkout whose train.py only starts one step, of ranks that end with 75 one after the other."""
+    (tmp_path / "train.py").write_text(f"""
+import subprocess, sys
+sys.path.insert(0, {str(ROOT)!r})
+from pipeline.launch import Slurm
+told = dict(word.split("=") for word in sys.argv[1:])
+print(told, flush=True)
+nodes, devices = int(told["trainer.nodes"]), int(told["trainer.devices"])
+sys.exit(subprocess.run(Slurm().command(["rank"], ranks=nodes * devices, nodes=nodes)).returncode)
+""")
+    (tmp_path / "rank.py").write_text("""
+import os, sys, time
+names = "SLURM_PROCID", "SLURM_NODEID", "SLURM_LOCALID", "SLURM_NTASKS", "SLURM_NNODES", "SLURM_NODELIST"
+print("rank", *(os.environ[name] for name in names), flush=True)
+time.sleep(0.5 * int(os.environ["SLURM_PROCID"]))
+sys.exit(75)
+""")
+    job = cluster.submit("--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=2", SCRIPT, "seed=3", cwd=tmp_path)
+    record = cluster.wait(job, seconds=60)
+    text = (tmp_path / f"slurm-retort-{job}.log").read_text()
+    assert (record["JobState"], record["ExitCode"]) == ("FAILED", "75:0"), text
+    assert "{'launch': 'slurm', 'trainer.nodes': '2', 'trainer.devices': '2', 'seed': '3'}" in text
+    ranks = sorted(line.split()[1:] for line in text.splitlines() if line.startswith("rank "))
+    assert ranks == [[str(rank), str(rank // 2), str(rank % 2), "4", "2", "127.0.0.[1-2]"] for rank in range(4)]
+
+
+def saved(folder: Path) -> list[Path]:
+    return sorted(folder.glob("step-*.ckpt"))
+
+
+def steps(folder: Path) -> list[tuple[int, float]]:
+    """Step and loss, in the order they were written."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["loss"]) for line in lines if "loss" in line]
+
+
+def weights(folder: Path) -> dict[str, Any]:
+    files: dict[str, Any] = json.loads((folder / "manifest.json").read_text())["files"]
+    return {name: told for name, told in files.items() if name.endswith(".safetensors")}

@@ -1,0 +1,238 @@
+"""Whole runs through the command line: what they leave, what they skip, refuse and survive."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.artifact import content_hash
+from tests.command import ROOT, SMALL, start, train, weights
+
+STAGES = ("pretrain", "distill", "control")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run."""
+    run_dir = tmp_path_factory.mktemp("run") / "whole"
+    done = train(f"run_dir={run_dir}", *SMALL)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return run_dir
+
+
+def test_every_artifact_opens_in_a_process_that_does_not_know_this_project(finished: Path, tmp_path: Path) -> None:
+    code = """
+import sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+assert not any(name.split(".")[0] in ("pipeline", "models", "callbacks") for name in sys.modules)
+for folder in sys.argv[1:]:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    ids = tokenizer("The for statement", return_tensors="pt").input_ids
+    out = model.generate(ids, max_new_tokens=4, do_sample=False)
+    assert out.shape[1] > ids.shape[1]
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id is not None
+    print(sum(p.numel() for p in model.parameters()))
+"""
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, "-c", code, *(str(finished / s) for s in STAGES)], cwd=tmp_path, env=env,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((finished / "report.json").read_text())["rows"]
+    assert [int(n) for n in done.stdout.split()] == [row["parameters"] for row in rows]
+
+
+def test_the_manifest_tells_where_an_artifact_comes_from(finished: Path) -> None:
+    manifest = json.loads((finished / "distill" / "manifest.json").read_text())
+    teacher = finished / "pretrain"
+    assert manifest["stage"] == "distill"
+    assert manifest["parents"]["teacher"] == {"path": str(teacher), "content_hash": content_hash(teacher)}
+    assert manifest["parents"]["data"]["content_hash"]
+    assert manifest["config"]["objective"]["alpha"] == 0.1
+    assert manifest["steps"] == 12
+    assert manifest["tokens"] > 12 * 16 * 30
+    assert manifest["seconds"] > 0
+    assert manifest["versions"]["torch"] == torch.__version__.split("+")[0] or torch.__version__
+    assert manifest["content_hash"] == content_hash(finished / "distill")
+
+
+def test_the_report_is_measured_on_the_folders(finished: Path) -> None:
+    """Perplexity again, by the dense formula, document by document."""
+    from datasets import load_from_disk
+    from transformers import AutoModelForCausalLM
+
+    report = json.loads((finished / "report.json").read_text())
+    assert [row["stage"] for row in report["rows"]] == list(STAGES)
+    test = load_from_disk(str(next((finished / "work" / "data").glob("test-*"))))
+    for row in report["rows"]:
+        model = AutoModelForCausalLM.from_pretrained(row["path"]).double()
+        nats, tokens = 0.0, 0
+        for packed in test:
+            starts = [i for i, p in enumerate(packed["position_ids"]) if p == 0] + [len(packed["position_ids"])]
+            for begin, end in zip(starts, starts[1:], strict=False):
+                ids = torch.tensor(packed["input_ids"][begin:end])[None]
+                targets = torch.tensor(packed["targets"][begin:end])
+                with torch.no_grad():
+                    logits = model(input_ids=ids).logits[0]
+                nats += torch.nn.functional.cross_entropy(logits, targets, ignore_index=-100, reduction="sum").item()
+                tokens += int((targets >= 0).sum())
+        assert row["perplexity"] == pytest.approx(math.exp(nats / tokens), rel=1e-4)
+        assert row["bits_per_byte"] == pytest.approx(nats / math.log(2) / sum(test["bytes"]), rel=1e-4)
+        folder = Path(row["path"])
+        assert row["bytes"] == sum(p.stat().st_size for p in folder.iterdir()
+                                   if p.name not in ("manifest.json", "metrics.jsonl"))
+        for name in ("generate_tokens_per_second", "prefill_tokens_per_second", "first_token_ms", "peak_memory_bytes"):
+            assert row[name] > 0, name
+    (comparison,) = report["comparisons"]
+    assert comparison["difference"] == pytest.approx(report["rows"][1]["perplexity"] - report["rows"][2]["perplexity"])
+
+
+def test_the_control_sees_the_same_data_from_the_same_start(finished: Path) -> None:
+    distill, control = (json.loads((finished / s / "manifest.json").read_text()) for s in ("distill", "control"))
+    for name in ("tokens", "steps", "seed"):
+        assert distill[name] == control[name]
+    assert distill["parents"] == control["parents"]
+    differing = {k for k in distill["config"] if distill["config"][k] != control["config"][k]}
+    assert differing == {"objective"}
+    first = [json.loads((finished / s / "metrics.jsonl").read_text().splitlines()[0]) for s in ("distill", "control")]
+    # the same weights on the same rows: the hard loss of the first step is the same number
+    assert first[0]["cross_entropy"] == pytest.approx(first[1]["cross_entropy"], abs=1e-6)
+
+
+def test_nothing_of_a_finished_stage_is_left_in_the_work_folder(finished: Path) -> None:
+    for stage in STAGES:
+        assert not (finished / "work" / stage / "checkpoints").exists()
+        assert not (finished / "work" / stage / "start").exists()
+    assert not list(finished.glob(".*.partial"))
+
+
+def test_a_rerun_skips_what_is_finished_and_changes_nothing(finished: Path) -> None:
+    before = {s: (finished / s / "manifest.json").stat().st_mtime_ns for s in STAGES}
+    done = train(f"run_dir={finished}", *SMALL)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("finished, skipped") == 4
+    assert {s: (finished / s / "manifest.json").stat().st_mtime_ns for s in STAGES} == before
+
+
+def test_other_values_in_a_run_folder_are_refused_with_the_ways_out(finished: Path) -> None:
+    done = train(f"run_dir={finished}", *SMALL, "objective.divergence.temperature=3")
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1
+    for word in ("objective.divergence.temperature", "2.0", "3", "resume=overwrite", "run_dir=", "old values"):
+        assert word in done.stderr
+
+
+def test_what_only_the_machine_notices_is_no_reason_to_refuse(finished: Path) -> None:
+    done = train(f"run_dir={finished}", *SMALL, "stages.distill.training.micro_batch=4", "logger=tensorboard",
+                 "trainer.checkpoint.every_steps=5")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("finished, skipped") == 4
+
+
+def test_overwrite_redoes_the_stage_that_changed_and_those_after_it(finished: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "copy"
+    shutil.copytree(finished, run_dir)
+    done = train(f"run_dir={run_dir}", *SMALL, "objective.alpha=0.5", "resume=overwrite")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("finished, skipped") == 2  # pretrain and control
+    assert json.loads((run_dir / "distill" / "manifest.json").read_text())["config"]["objective"]["alpha"] == 0.5
+    old, new = (json.loads((d / "evaluate" / "manifest.json").read_text()) for d in (finished, run_dir))
+    assert old["parents"]["distill"] != new["parents"]["distill"]
+
+
+def test_force_and_a_selection_of_stages(finished: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "copy"
+    shutil.copytree(finished, run_dir)
+    done = train(f"run_dir={run_dir}", *SMALL, "stages=[distill,evaluate]", "force=distill")
+    assert done.returncode == 0, done.stderr
+    assert "pretrain" not in done.stdout.split("perplexity")[0].replace(f"{run_dir}/pretrain", "")
+    for name, tensor in weights(finished / "distill").items():
+        assert torch.equal(tensor, weights(run_dir / "distill")[name]), name
+
+
+def test_two_commands_in_one_run_folder_are_kept_apart(finished: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "busy"
+    first = start(f"run_dir={run_dir}", *SMALL, "stop=pretrain")
+    try:
+        _wait_for(lambda: (run_dir / "work" / "pretrain").exists(), first)
+        second = train(f"run_dir={run_dir}", *SMALL, "stop=pretrain")
+        assert second.returncode == 2
+        assert "another command is working in it" in second.stderr
+    finally:
+        first.kill()
+        first.wait()
+
+
+KILLS = {  # where in a stage, so that each kind of half-finished work is met once
+    "while the tokenizer is written": ("os.rename", "tokenizer", 1),
+    "while rows are written": ("os.rename", "data", 1),
+    "before a checkpoint is renamed": ("os.rename", ".step-00000008.ckpt", 1),
+    "before the artifact is renamed": ("os.rename", ".pretrain.partial", 1),
+}
+
+
+@pytest.mark.parametrize("moment", KILLS)
+def test_a_stage_killed_at_a_file_operation_goes_on_to_the_same_bits(finished: Path, tmp_path: Path, moment: str) -> None:
+    run_dir = tmp_path / "killed"
+    words = [f"run_dir={run_dir}", *SMALL, "stop=pretrain"]
+    event, part, count = KILLS[moment]
+    killed = train(*words, path=str(ROOT / "tests" / "killing"), RETORT_TEST_KILL=f"{event} {part} {count}")
+    assert killed.returncode not in (0, 2), killed.stdout
+    assert not (run_dir / "pretrain").exists()
+    again = train(*words)
+    assert again.returncode == 0, again.stdout + again.stderr
+    _same_weights(finished / "pretrain", run_dir / "pretrain")
+    assert _metrics(run_dir / "pretrain") == _metrics(finished / "pretrain")
+    assert not list(run_dir.glob(".*.partial"))
+
+
+def test_everything_killed_in_the_middle_of_a_step_goes_on_to_the_same_bits(finished: Path, tmp_path: Path) -> None:
+    """The front door itself gets SIGKILL, as a batch system would send it; its stage must not train on unseen."""
+    run_dir = tmp_path / "killed"
+    shutil.copytree(finished / "pretrain", run_dir / "pretrain")
+    words = [f"run_dir={run_dir}", *SMALL, "stages=[distill]"]
+    process = start(*words)
+    metrics = run_dir / "work" / "distill" / "metrics.jsonl"
+    _wait_for(lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= 4, process)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    size = metrics.stat().st_size
+    time.sleep(1.0)
+    assert metrics.stat().st_size == size, "an orphan is still training"
+    again = train(*words)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "resume" in again.stdout
+    _same_weights(finished / "distill", run_dir / "distill")
+
+
+def _same_weights(one: Path, other: Path) -> None:
+    mine, theirs = weights(one), weights(other)
+    assert mine.keys() == theirs.keys()
+    for name, tensor in mine.items():
+        assert torch.equal(tensor, theirs[name]), name
+
+
+def _metrics(folder: Path) -> list[dict[str, float]]:
+    """Without what a clock decides."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")} for line in lines]
+
+
+def _wait_for(condition: object, process: subprocess.Popen[str], seconds: float = 120) -> None:
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        if condition():  # type: ignore[operator]
+            return
+        assert process.poll() is None, process.stdout.read() if process.stdout else ""
+        time.sleep(0.02)
+    raise AssertionError("it did not happen in time")
