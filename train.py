@@ -15,7 +15,7 @@ from collections.abc import Callable
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from models.errors import Refusal, StageFailed
@@ -84,10 +84,13 @@ def _suggestion(key: str) -> str:
     here = os.path.dirname(os.path.abspath(__file__))
     with hydra.initialize_config_dir(os.path.join(here, "conf"), version_base="1.3"):
         node = hydra.compose("config", [word for word in sys.argv if word.startswith("+experiment=")])
-    *above, last = key.split(".")
-    for part in above:
+    for part in key.lstrip("+~").split("."):
+        if not OmegaConf.is_dict(node):
+            return ""
+        if part not in node:
+            return nearest(part, [str(name) for name in node]) + f" (add a new one with +{key}=…)"
         node = node[part]
-    return nearest(last, [str(name) for name in node])
+    return ""
 
 
 def front_door() -> None:

@@ -56,6 +56,7 @@ SIDES = {
     "gkd": "TRL GKDTrainer, λ=0, β=0: KL on dense logits",
     "ours_checkpointed": "as ours, with activation checkpointing",
     "trl_checkpointed": "as trl, with activation checkpointing, its default",
+    "trl_liger": "as trl, with Liger's kernels for the layers (GPU only)",
 }
 
 
@@ -94,8 +95,9 @@ def write_inputs(folder: Path, settings: Settings) -> None:
     """Student, teacher, the token rows of every step, and the least of a tokenizer that TRL's constructor asks for."""
     import torch
     from tokenizers import Tokenizer, models
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, logging
 
+    logging.disable_progress_bar()
     torch.manual_seed(0)
     for name, hidden, layers in (("student", settings.student_hidden, settings.student_layers),
                                  ("teacher", settings.teacher_hidden, settings.teacher_layers)):
@@ -208,6 +210,7 @@ def trl(folder: Path, settings: Settings, side: str) -> dict[str, Any]:
         args=Config(
             output_dir=str(folder / "trl"), beta=0.0, temperature=settings.temperature, max_steps=len(tokens),
             per_device_train_batch_size=settings.rows, gradient_checkpointing=side.endswith("checkpointed"),
+            use_liger_kernel=side == "trl_liger",
             bf16=bf16, use_cpu=settings.device == "cpu", optim="adamw_torch_fused", learning_rate=LEARNING_RATE,
             adam_beta1=BETAS[0], adam_beta2=BETAS[1], weight_decay=WEIGHT_DECAY, max_grad_norm=CLIP,
             lr_scheduler_type="constant", logging_strategy="no", report_to="none", save_strategy="no",
@@ -289,7 +292,7 @@ def table(figures: dict[str, Any]) -> Any:
 def ratios(figures: dict[str, Any]) -> dict[str, dict[str, float]]:
     """Ours over theirs, like with like."""
     pairs = {"ratio": ("ours", "trl"), "ratio_kl": ("ours_kl", "trl"), "ratio_gkd": ("ours_kl", "gkd"),
-             "ratio_checkpointed": ("ours_checkpointed", "trl_checkpointed")}
+             "ratio_checkpointed": ("ours_checkpointed", "trl_checkpointed"), "ratio_liger": ("ours", "trl_liger")}
     keys = ("tokens_per_second", "peak_memory")
     return {name: {key: round(figures[mine][key] / figures[theirs][key], 3) for key in keys}
             for name, (mine, theirs) in pairs.items() if mine in figures and theirs in figures}
@@ -312,21 +315,27 @@ def main() -> None:
         run_side(words.side, Path(words.folder), Settings(**json.loads(words.settings)))
         return
 
+    sides = (words.sides or ",".join(SIDES)).split(",")
+    if unknown := set(sides) - set(SIDES):
+        parser.error(f"--sides {','.join(unknown)}: need some of {', '.join(SIDES)}")
+    if words.quick and not words.sides:
+        sides = sides[:2]
+    if not all(side.startswith("ours") for side in sides) and not Path(words.peer_python).is_file():
+        parser.error(f"--peer-python {words.peer_python}: not there; make it as benchmarks/README.md says, or leave "
+                     f"TRL out with --sides ours")
+
     import torch
     from rich.console import Console
 
     device = words.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed, wherever it is imported, looks for a GPU and says so
+        sides = [side for side in sides if side != "trl_liger"]
     settings = Settings(device=device, precision="bf16" if device == "cuda" else "fp32", threads=os.cpu_count() or 1)
     if words.quick:
         settings = replace(settings, rows=2, steps=3, repeats=2)
     given = {name: value for name in asdict(settings) if (value := getattr(words, name, None)) is not None}
     settings = replace(settings, **given)
-    sides = words.sides.split(",") if words.sides else list(SIDES)[: 2 if words.quick else None]
-    if unknown := set(sides) - set(SIDES):
-        parser.error(f"--sides {','.join(unknown)}: need some of {', '.join(SIDES)}")
-    if not all(side.startswith("ours") for side in sides) and not Path(words.peer_python).exists():
-        parser.error(f"--peer-python {words.peer_python}: not there; make it as benchmarks/README.md says, or leave "
-                     f"TRL out with --sides ours")
     console = Console()
     figures = measure(sides, settings, words.peer_python, lambda line: console.print(line, highlight=False))
     console.print(table(figures))

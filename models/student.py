@@ -71,7 +71,9 @@ class Shape:
                           + (f"; did you mean {close[0]}?" if close else ""))
         # A stated head_dim, or a per-layer list, belongs to the teacher's widths unless the student states its own.
         values = {k: v for k, v in values.items() if k not in ("head_dim", "layer_types")}
-        return check_sizes(_rebuild(base, values | self.shape), "student")
+        values |= self.shape
+        check_sizes(values, "student")
+        return _rebuild(base, values)
 
     def materialise(self, teacher: str, tokenizer: Any, folder: Path, seed: int) -> None:
         write_fresh(self.config(teacher), tokenizer, folder, seed)
@@ -136,17 +138,18 @@ def write_fresh(config: PretrainedConfig, tokenizer: Any, folder: Path, seed: in
     save_model(model, tokenizer, folder, model.state_dict(), torch.float32)
 
 
-def check_sizes(config: PretrainedConfig, role: str) -> PretrainedConfig:
-    """Refuse widths that no attention can have."""
-    hidden, heads = config.hidden_size, config.num_attention_heads
-    kv = getattr(config, "num_key_value_heads", None) or heads
-    if hidden % heads and getattr(config, "head_dim", None) in (None, hidden // heads):
-        raise Refusal(f"{role}: hidden_size={hidden} is not divisible by num_attention_heads={heads}; "
-                      f"try {', '.join(str(h) for h in range(1, hidden + 1) if hidden % h == 0 and h <= 2 * heads)} heads")
-    if heads % kv:
-        raise Refusal(f"{role}: num_attention_heads={heads} is not divisible by num_key_value_heads={kv}; "
-                      f"try {', '.join(str(k) for k in range(1, heads + 1) if heads % k == 0)}")
-    return config
+def check_sizes(values: dict[str, Any], role: str) -> None:
+    """Refuse widths that no attention can have, before the family's own config sees them."""
+    hidden, heads = values.get("hidden_size"), values.get("num_attention_heads")
+    kv = values.get("num_key_value_heads") or heads
+    if hidden and heads and hidden % heads and not values.get("head_dim"):
+        fitting = [h for h in range(1, hidden + 1) if hidden % h == 0 and h <= 2 * heads]
+        raise Refusal(f"{role}: hidden_size={hidden} is not divisible by num_attention_heads={heads}; heads can be "
+                      f"{', '.join(map(str, fitting))}")
+    if heads and kv and heads % kv:
+        fitting = [k for k in range(1, heads + 1) if heads % k == 0]
+        raise Refusal(f"{role}: num_attention_heads={heads} is not divisible by num_key_value_heads={kv}; KV heads can "
+                      f"be {', '.join(map(str, fitting))}")
 
 
 def _rebuild(base: PretrainedConfig, values: dict[str, Any]) -> PretrainedConfig:

@@ -56,6 +56,8 @@ class Distill:
         teacher_folder = context.config_folder(self.teacher.path)
         teacher = load_config(teacher_folder, "teacher", self.teacher.trust_remote_code)
         student = self.student.config(teacher_folder)
+        fit.check_length(teacher, self.data, "teacher")
+        fit.check_length(student, self.data, "student")
         sizes = {role: parameter_count(empty_model(c)) for role, c in (("teacher", teacher), ("student", student))}
         context.plan_model(student)
         fit.check_disk(context, sizes["student"])
@@ -79,9 +81,6 @@ class Distill:
             if config.vocab_size < len(tokenizer):
                 raise Refusal(f"{role}: vocab_size={config.vocab_size} is smaller than its tokenizer's "
                               f"{len(tokenizer)} tokens")
-            if (limit := getattr(config, "max_position_embeddings", None)) and limit < self.data.max_length:
-                raise Refusal(f"data.max_length={self.data.max_length}: the {role} reads at most {limit} tokens "
-                              f"(max_position_embeddings)")
 
     def prepare(self, context: Context) -> None:
         tokenizer = load_tokenizer(self.teacher.path, self.teacher.trust_remote_code)

@@ -72,12 +72,22 @@ def check(context: Context, training: Training, precision: str) -> None:
         raise Refusal(f"trainer.precision=bf16-mixed: {torch.cuda.get_device_name()} has no bf16; use 32-true")
     if device == "cuda" and context.devices > torch.cuda.device_count() and "SLURM_JOB_ID" not in os.environ:
         raise Refusal(f"trainer.devices={context.devices}: this machine has {torch.cuda.device_count()} GPUs")
-    accumulation(training.global_batch, training.micro_batch, context.world)
     if context.config["strategy"]["_target_"].endswith(".single") and context.world > 1:
         raise Refusal(f"strategy=single runs one process, and trainer asks for {context.world}; "
                       f"use strategy=ddp, zero2 or zero3")
+    accumulation(training.global_batch, training.micro_batch, context.world)
+    instantiate(context.config["strategy"])
+    if context.config["logger"] is not None:
+        instantiate(context.config["logger"])
+    _callbacks(context)
     if trainer["checkpoint"]["keep"] < 1:
         raise Refusal(f"trainer.checkpoint.keep={trainer['checkpoint']['keep']}: need at least 1")
+
+
+def check_length(config: Any, data: corpora.Data, role: str) -> None:
+    if (limit := getattr(config, "max_position_embeddings", None)) and limit < data.max_length:
+        raise Refusal(f"data.max_length={data.max_length}: the {role} reads at most {limit} tokens "
+                      f"(max_position_embeddings)")
 
 
 def check_disk(context: Context, parameters: int) -> None:
@@ -159,7 +169,7 @@ def train(
         # in micro-batches; without a setting, once at the end
         val_check_interval=min(training.validate_every_steps or steps, steps) * micro_batches,
         check_val_every_n_epoch=None, limit_val_batches=None if validation is not None else 0, num_sanity_val_steps=0,
-        logger=_logger(context), callbacks=_callbacks(context, steps), use_distributed_sampler=False,
+        logger=_logger(context), callbacks=_callbacks(context), use_distributed_sampler=False,
         inference_mode=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         log_every_n_steps=settings["log_every_steps"])
     trainer.fit(module, datamodule=rows, ckpt_path=str(found[-1]) if found else None,
@@ -221,7 +231,7 @@ def _logger(context: Context) -> Any:
                 config=context.config, restart=context.restart)
 
 
-def _callbacks(context: Context, steps: int) -> list[pl.Callback]:
+def _callbacks(context: Context) -> list[pl.Callback]:
     """Hydra introduces the witnesses; each takes what it wants of these words."""
     words = {"stage": context.stage, "path": context.work / "metrics.jsonl", "folder": context.work / "checkpoints"}
     made = []

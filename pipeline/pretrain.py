@@ -87,4 +87,7 @@ class Pretrain:
             raise Refusal(f"model.model_type={kind}: transformers knows no such family; llama is a good start") from None
         if unknown := [name for name in values if name not in known]:
             raise Refusal(f"model.{unknown[0]}: the {kind} config has no such number")
-        return check_sizes(AutoConfig.for_model(kind, **values, vocab_size=vocabulary), "model")
+        check_sizes(values, "model")
+        config = AutoConfig.for_model(kind, **values, vocab_size=vocabulary)
+        fit.check_length(config, self.data, "model")
+        return config

@@ -17,6 +17,8 @@ import signal
 import sys
 import tempfile
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -63,25 +65,34 @@ def check(spec: dict[str, Any]) -> dict[str, Any]:
             before = spec["stages"][: spec["stages"].index(name)]
             context = Context(spec["config"], name, plans=Path(plans), planned=before)
             stage = build(spec["config"], name)
-            entry = stage.check(context)
+            with refusing("config"):
+                entry = stage.check(context)
             plan.append({"stage": name, "ranks": stage.ranks(context), "device": context.device,
                          "parents": stage.parents(context), "content": stage.content(), **entry})
     return {"plan": plan}
 
 
 def build(config: dict[str, Any], name: str) -> Any:
-    """Instantiate a stage and everything below it; a wrong key is refused with the nearest right one."""
-    from hydra.errors import InstantiationException
+    """A stage and everything below it."""
     from hydra.utils import instantiate
 
-    try:
+    with refusing(f"stages.{name}"):
         return instantiate(config["stages"][name], _convert_="all")
+
+
+@contextmanager
+def refusing(node: str) -> Iterator[None]:
+    """Hydra's complaint about a node in one line; a wrong key is refused with the nearest right one."""
+    from hydra.errors import InstantiationException
+
+    try:
+        yield
     except InstantiationException as problem:
         cause = problem.__cause__
         if isinstance(cause, Refusal):
             raise cause from None
         where = next((line.split(":", 1)[1].strip() for line in str(problem).splitlines() if line.startswith("full_key:")), "")
-        raise Refusal(f"stages.{name}{'.' + where if where else ''}: {_told(cause or problem, str(problem))}") from None
+        raise Refusal(f"{node}{'.' + where if where else ''}: {_told(cause or problem, str(problem))}") from None
 
 
 def _told(problem: BaseException, message: str) -> str:

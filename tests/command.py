@@ -25,15 +25,19 @@ SMALL = [
 ]
 
 
+# One thread each: the models are tiny, and tests must not depend on who else uses the machine's cores.
+ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "COLUMNS": "200", "OMP_NUM_THREADS": "1"}
+
+
 def train(*words: str, path: str = "", timeout: float = 300, **environment: str) -> subprocess.CompletedProcess[str]:
     """`python train.py WORDS`; `path` goes in front of the import path."""
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "COLUMNS": "200", "PYTHONPATH": path, **environment}
+    env = {**os.environ, **ENVIRONMENT, "PYTHONPATH": path, **environment}
     return subprocess.run([sys.executable, str(ROOT / "train.py"), *words], env=env, capture_output=True, text=True,
                           timeout=timeout)
 
 
 def start(*words: str, **environment: str) -> subprocess.Popen[str]:
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200", **environment}
+    env = {**os.environ, **ENVIRONMENT, **environment}
     return subprocess.Popen([sys.executable, str(ROOT / "train.py"), *words], env=env, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 

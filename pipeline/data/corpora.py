@@ -192,7 +192,7 @@ def content_key(data: Data) -> str:
     content = {split: [_source_key(data, source) for source in _sources(data, split)] for split in SPLITS}
     shape = {key: value for key, value in vars(data).items() if key not in (*SPLITS, "validation_rows")}
     if data.chat_template is not None:
-        shape["chat_template"] = Path(data.chat_template).expanduser().read_text()
+        shape["chat_template"] = Path(data.chat_template).expanduser().read_text(encoding="utf-8")
     return hashlib.sha256(json.dumps([content, shape], sort_keys=True).encode()).hexdigest()
 
 

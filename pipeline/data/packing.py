@@ -38,7 +38,8 @@ if TYPE_CHECKING:
 
 IGNORED = -100
 STATISTICS = "statistics.json"
-TOKENS_AT_ONCE = 2**22  # held in memory while rows are written
+BYTES_AT_ONCE = 2**23  # of documents, tokenized together: tokens with their places take 100 times the memory
+TOKENS_AT_ONCE = 2**22  # in rows, written together
 
 Ints = NDArray[np.integer[Any]]
 Pieces = dict[str, list[Any]]  # columns input_ids, targets, supervised, bytes
@@ -125,9 +126,11 @@ def _build(documents: Dataset, tokenizer: PreTrainedTokenizerBase, data: Data, a
     tally: Counter[str] = Counter()
     cutter = _conversation_cutter if "messages" in documents.column_names else _text_cutter
     features = _features("input_ids", "targets")
+    bytes_each = documents.data.nbytes / max(1, documents.data.num_rows)
     pieces = documents.map(
         cutter(tokenizer, data, tally),
         batched=True,
+        batch_size=int(min(1000, max(1, BYTES_AT_ONCE / max(1, bytes_each)))),
         with_indices=True,
         remove_columns=documents.column_names,
         features=features,

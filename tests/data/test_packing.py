@@ -155,6 +155,15 @@ def test_bytes_of_a_row_are_those_its_own_targets_stand_for(tmp_path: Path, plai
         assert row["bytes"] == len(plain.decode(targets).encode())
 
 
+def test_bytes_are_counted_once_however_tokens_overlap() -> None:
+    """Of a character split over tokens each says it covers it all; trimmed offsets can even go back."""
+    text = "a é\u20ac z"
+    assert len(text.encode()) == 9
+    offsets = [(0, 1), (2, 3), (2, 3), (1, 2), (3, 4), (5, 6)]
+    assert packing._target_bytes(text, offsets).tolist() == [1, 3, 0, 0, 3, 2, 0]
+    assert packing._target_bytes(text, offsets[:-1]).tolist() == [1, 3, 0, 0, 3, 2]
+
+
 def test_supervised_counts_the_targets_of_each_row(tmp_path: Path, plain: Any) -> None:
     rows, statistics = rows_of(tmp_path, plain, max_length=64)
     for row in rows:
@@ -246,6 +255,14 @@ def test_rows_are_memory_mapped_from_the_folder_and_leave_nothing_elsewhere(
     assert [path.name for path in tmp_path.iterdir() if path.name != ".rows.lock"] == ["rows"]
 
 
+def test_preparing_few_documents_is_quiet(
+    tmp_path: Path, plain: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    rows_of(tmp_path, plain, ["word " * 5000])  # longer than any model, which transformers likes to warn of
+    assert capfd.readouterr() == ("", "")
+    assert not are_progress_bars_disabled()
+
+
 def test_what_a_killed_process_left_is_written_anew(tmp_path: Path, plain: Any) -> None:
     (tmp_path / ".rows.partial" / "rows").mkdir(parents=True)
     (tmp_path / ".rows.partial" / "rows" / "data-00000-of-00001.arrow").write_text("half")
@@ -278,12 +295,15 @@ def test_two_that_ask_at_once_get_rows_written_once(
     assert both[0][0][:] == both[1][0][:]
 
 
-def test_rows_written_some_at_a_time_are_the_same_rows(
-    tmp_path: Path, plain: Any, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("name", "value"), [("TOKENS_AT_ONCE", 300), ("BYTES_AT_ONCE", 1000)])
+def test_rows_made_some_at_a_time_are_the_same_rows(
+    tmp_path: Path, plain: Any, monkeypatch: pytest.MonkeyPatch, name: str, value: int
 ) -> None:
-    at_once, _ = rows_of(tmp_path / "at-once", plain)
-    monkeypatch.setattr(packing, "TOKENS_AT_ONCE", 300)
-    assert rows_of(tmp_path / "in-parts", plain)[0][:] == at_once[:]
+    at_once, statistics = rows_of(tmp_path / "at-once", plain)
+    monkeypatch.setattr(packing, name, value)
+    in_parts, same = rows_of(tmp_path / "in-parts", plain)
+    assert in_parts[:] == at_once[:]
+    assert same == statistics
 
 
 # The edges

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 NODES = ("127.0.0.1", "127.0.0.2")
-GPUS_PER_NODE = 4
+GPUS_PER_NODE = 8
 _PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/sbin", "/usr/sbin", "/sbin"])
 _ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"}
 
@@ -34,6 +34,8 @@ SlurmdUser={user}
 AuthType=auth/munge
 # a requeued job waits until its old credential is void: two minutes, unless that is made shorter (5 s at least)
 AuthInfo=socket={home}/munge.sock,cred_expire=5
+# without it, nothing resolves on a machine that has no network but loopback
+CommunicationParameters=EnableIPv6
 StateSaveLocation={home}/controller
 SlurmdSpoolDir={home}/spool-%n
 SlurmctldPidFile={home}/slurmctld.pid
@@ -125,9 +127,11 @@ def cluster(home: Path) -> Iterator[Cluster]:
         for name in NODES:
             start("slurmd", "-D", "-N", name)
         until(lambda: _states(env) == ["idle"] * len(NODES))
-        yield made
-        made.command("scancel", "--user", getpass.getuser())
-        until(lambda: not made.command("squeue", "--noheader"))
+        try:
+            yield made
+        finally:
+            made.command("scancel", "--user", getpass.getuser())
+            until(lambda: not made.command("squeue", "--noheader"))
     finally:
         for daemon in reversed(daemons):
             daemon.terminate()

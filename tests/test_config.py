@@ -1,0 +1,233 @@
+"""conf/: every choice composes and becomes what it names; every mistake is one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.utils import instantiate
+
+from models.errors import Refusal
+from pipeline.config import Config, differences, identity, parse, selected
+from pipeline.worker import build
+from tests.command import ROOT, train
+
+CONF = ROOT / "conf"
+EXPERIMENTS = sorted(p.stem for p in (CONF / "experiment").glob("*.yaml"))
+# what a person must say, for the choices that cannot know it
+SAID = {
+    "data=files": ["data.train=stdlib"], "data=chat": ["data.train=chat.jsonl"],
+    "student=layers": ["student.keep=2"], "student=one_billion": [], "student=folder": ["student.path=some/folder"],
+}
+
+
+def composed(*words: str) -> dict[str, Any]:
+    ConfigStore.instance().store(name="schema", node=Config)
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return parse(compose("config", list(words)))
+
+
+def quickstart(*words: str) -> dict[str, Any]:
+    return composed("+experiment=quickstart", *words)
+
+
+CHOICES = [f"{group.name}={choice.stem}" for group in sorted(CONF.iterdir()) if group.is_dir()
+           for choice in sorted(group.glob("*.yaml"))
+           if group.name in ("data", "teacher", "student", "objective", "strategy", "logger", "callbacks", "launch")]
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_every_choice_composes_and_is_instantiated(choice: str) -> None:
+    config = quickstart(choice, *SAID.get(choice, []))
+    group = choice.partition("=")[0]
+    nodes = config[group].values() if group == "callbacks" else [config[group]]
+    for node in nodes:
+        made = instantiate(node, _convert_="all", _partial_=group == "callbacks")
+        assert made is not None
+    build(config, "distill")
+
+
+@pytest.mark.parametrize("choice", [f"{g}@stages.distill.training.{g}={p.stem}" for g in ("schedule", "optimizer")
+                                    for p in sorted((CONF / g).glob("*.yaml"))]
+                         + [f"divergence@objective.divergence={p.stem}" for p in sorted((CONF / "divergence").glob("*.yaml"))])
+def test_every_part_of_a_stage_can_be_chosen(choice: str) -> None:
+    assert build(quickstart(choice), "distill").training.max_steps == 400
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+@pytest.mark.parametrize("scale", [None, *sorted(p.stem for p in (CONF / "scale").glob("*.yaml"))])
+def test_every_experiment_composes_and_builds_all_its_stages(experiment: str, scale: str | None) -> None:
+    words = [f"+experiment={experiment}"]
+    if experiment == "distill":
+        words += ["teacher.path=some/folder", "data.train=stdlib"]
+    if scale is not None:
+        if experiment != "distill_7b_to_1b":
+            pytest.skip("scales belong to the production run")
+        words.append(f"+scale={scale}")
+    config = composed(*words)
+    for stage in config["order"]:
+        assert build(config, stage).ranks is not None
+
+
+def test_every_yaml_is_met_by_one_of_these_tests() -> None:
+    groups = {group.name for group in CONF.iterdir() if group.is_dir()}
+    assert groups == {"data", "teacher", "student", "objective", "strategy", "logger", "callbacks", "launch", "schedule",
+                      "optimizer", "divergence", "experiment", "scale", "stage", "training"}
+    assert {p.stem for p in (CONF / "stage").glob("*.yaml")} == {"pretrain", "distill", "control", "evaluate"}
+
+
+def test_the_production_run_is_what_it_says() -> None:
+    config = composed("+experiment=distill_7b_to_1b")
+    stage = build(config, "distill")
+    assert (config["strategy"]["stage"], config["trainer"]["precision"]) == (3, "bf16-mixed")
+    assert stage.training.activation_checkpointing
+    assert (config["data"]["max_length"], config["data"]["packing"]) == (4096, True)
+    assert config["trainer"]["checkpoint"]["every_minutes"] == 30
+    assert config["logger"]["_target_"].endswith("wandb")
+
+
+def test_the_student_of_the_production_run_has_about_a_billion_parameters(tmp_path: Path) -> None:
+    from models.load import empty_model, parameter_count
+
+    config = composed("+experiment=distill_7b_to_1b")
+    teacher = build(config, "pretrain")._config(32000)
+    teacher.save_pretrained(tmp_path)
+    assert parameter_count(empty_model(teacher)) == 6_738_415_616  # the published Llama-2-7B
+    student = build(config, "distill").student.config(str(tmp_path))
+    assert parameter_count(empty_model(student)) == 2 * 32000 * 4096 + 4 * 202_383_360 + 4096
+
+
+def test_tiny_changes_sizes_only() -> None:
+    full, tiny = (composed("+experiment=distill_7b_to_1b", *words) for words in ([], ["+scale=tiny"]))
+    changed = {key for key, _, _ in differences(full, tiny)}
+    sizes = {"hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+             "max_position_embeddings", "vocab_size", "keep", "max_length", "max_documents", "validation_rows", "holdout",
+             "max_steps", "max_tokens", "global_batch", "micro_batch", "warmup_steps", "validate_every_steps", "workers",
+             "prompt_tokens", "new_tokens", "repeats", "devices", "accelerator", "nodes",
+             "path", "teacher_path", "train", "name"}
+    assert {key.rpartition(".")[2] for key in changed} <= sizes
+
+
+def test_the_identity_of_a_stage_ignores_hardware_and_where_the_run_folder_is() -> None:
+    one = quickstart("run_dir=here")
+    other = quickstart("run_dir=there", "strategy=ddp", "trainer.devices=2", "logger=wandb", "launch=slurm",
+                       "stages.distill.training.micro_batch=2", "trainer.checkpoint.every_steps=7")
+    assert identity(one, "distill") == identity(other, "distill")
+    for word in ("seed=1", "objective.alpha=0.3", "stages.distill.training.optimizer.lr=0.1", "data.max_length=64",
+                 "trainer.precision=bf16-mixed", "student.shape.hidden_size=48"):
+        assert identity(quickstart("run_dir=here", word), "distill") != identity(one, "distill"), word
+
+
+def test_a_selection_is_a_range_and_a_set() -> None:
+    assert selected(quickstart("only=[distill,evaluate]")) == ["distill", "evaluate"]
+    assert selected(quickstart("start=distill", "stop=control")) == ["distill", "control"]
+    assert selected(quickstart("start=distill", "only=[pretrain,control]")) == ["control"]
+    with pytest.raises(Refusal, match="comes after"):
+        selected(quickstart("start=control", "stop=distill"))
+
+
+MISTAKES = {
+    "objective.alfa=1": ["'objective.alfa'", "did you mean alpha?"],
+    "+objective.alfa=1": ["'alfa'", "did you mean alpha?"],
+    "+a.b=1": ["'a'"],
+    "+seeds=1": ["'seeds'", "did you mean seed?"],
+    "+stages.distil.x=1": ["stages.distil", "did you mean distill?"],
+    "trainer.devices=0": ["trainer.devices=0"],
+    "trainer.precision=fp16": ["trainer.precision=fp16", "bf16-mixed"],
+    "trainer.accelerator=tpu": ["trainer.accelerator=tpu"],
+    "trainer.accelerator=cuda": ["trainer.accelerator=cuda"],
+    "teacher.dtype=float8": ["teacher.dtype=float8", "bfloat16"],
+    "trainer.devices=2": ["strategy=single", "ddp"],
+    "experiment=quickstart": ["write +experiment=quickstart"],
+    "+experiment=quickstrat": ["quickstrat", "quickstart"],
+    "strategy=zero4": ["zero4", "zero3"],
+    "stages=[distil]": ["stages=[distil]", "did you mean distill?"],
+    "start=nowhere": ["start=nowhere"],
+    "resume=maybe": ["resume=maybe", "overwrite"],
+    "seed=x": ["seed"],
+    "objective.alpha=2.0": ["alpha=2.0", "[0, 1]"],
+    "objective.divergence.temperature=-1.5": ["temperature=-1.5"],
+    "stages.distill.training.micro_batch=5": ["micro_batch=5", "1, 2, 4, 8, 16"],
+    "stages.distill.training.max_steps=null": ["max_steps, max_tokens or epochs"],
+    "stages.distill.training.max_steps=-1": ["max_steps=-1"],
+    "student.shape.num_attention_heads=5": ["hidden_size=96", "num_attention_heads=5"],
+    "student.shape.num_key_value_heads=2": ["num_key_value_heads=2"],
+    "+student.shape.hiden_size=5": ["hiden_size", "did you mean hidden_size?"],
+    "stages.pretrain.model.model_type=lama": ["model_type=lama"],
+    "data.train=nothing.txt": ["nothing.txt"],
+    "data.max_length=1": ["data.max_length=1"],
+    "data.max_length=1024": ["data.max_length=1024", "max_position_embeddings"],
+    "teacher.path=./nowhere": ["teacher.path=./nowhere"],
+    "logger=wandb logger.mode=sometimes": ["mode"],
+}
+
+
+def refused(*words: str) -> str:
+    """What the front door would say, without starting its processes."""
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    from pipeline.run import needed
+    from pipeline.worker import check
+    from train import arguments, explain
+
+    try:
+        config = composed(*arguments(list(words)))
+        check({"config": config, "stages": needed(config)})
+    except Refusal as problem:
+        return str(problem)
+    except (HydraException, OmegaConfBaseException) as problem:
+        return explain(problem)
+    raise AssertionError("nothing was refused")
+
+
+@pytest.mark.parametrize("words", MISTAKES)
+def test_a_mistake_is_one_line_that_names_it(words: str) -> None:
+    said = refused(*words.split())
+    assert len(said.splitlines()) == 1, said
+    for part in MISTAKES[words]:
+        assert part in said
+
+
+@pytest.mark.parametrize("words", ["+a.b=1", "trainer.devices=0", "strategy=zero4", "experiment=quickstart"])
+def test_the_front_door_says_it_in_one_line_before_any_work(words: str, tmp_path: Path) -> None:
+    done = train(f"run_dir={tmp_path}/run", words)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert done.stderr.startswith("error: ")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_with_pickled_weights_alone_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "old"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    (folder / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
+    assert "only pickled weights (pytorch_model.bin)" in refused(
+        "+experiment=distill", f"teacher.path={folder}", "data.train=stdlib")
+
+
+def test_a_folder_without_config_is_refused(tmp_path: Path) -> None:
+    assert "no config.json" in refused("+experiment=distill", f"teacher.path={tmp_path}", "data.train=stdlib")
+
+
+def test_a_full_disk_is_seen_before_the_work(tmp_path: Path) -> None:
+    wide = "{hidden_size: 8192, intermediate_size: 65536, num_hidden_layers: 2000, num_attention_heads: 64, num_key_value_heads: 64}"
+    assert "GB are free" in refused(f"run_dir={tmp_path}/run", f"student.shape={wide}")
+
+
+def test_cfg_job_answers_without_heavy_imports() -> None:
+    import subprocess
+    import sys
+
+    code = ("import sys, runpy; sys.argv = ['train.py', '--cfg', 'job']\n"
+            "try: runpy.run_path('train.py', run_name='__main__')\n"
+            "except SystemExit as end: assert not end.code\n"
+            "assert not {'torch', 'transformers', 'pytorch_lightning', 'datasets', 'deepspeed'} & set(sys.modules)")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "experiment" not in done.stdout.splitlines()[0]
+    assert "name: quickstart" in done.stdout
