@@ -21,8 +21,8 @@ test-slurm: setup  ## on a throw-away Slurm with two pretended nodes (Debian: sl
 
 lint: setup
 	@echo "==> checking style, types and layers"
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check . || true
+	$(BIN)/ruff check --quiet .
+	$(BIN)/ruff format --check --quiet .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 

@@ -1,8 +1,8 @@
 """Retort's front door: compose the configuration, refuse what is wrong with it, hand it to the pipeline.
 
-    python train.py                                   the quickstart, offline
-    python train.py +experiment=distill_7b_to_1b      the production run
-    python train.py --cfg job                         what would be run, without running it
+python train.py                                   the quickstart, offline
+python train.py +experiment=distill_7b_to_1b      the production run
+python train.py --cfg job                         what would be run, without running it
 """
 
 from __future__ import annotations

@@ -82,8 +82,12 @@ class Clock:
         seconds = [after - before for before, after in itertools.pairwise(ends)]
         host = self._resident("VmHWM") - self.before
         peak = self.torch.cuda.max_memory_allocated() if self.device == "cuda" else host
-        return {"tokens_per_second": [tokens_per_step / each for each in seconds], "peak_memory": peak,
-                "peak_host_memory": host, "load": os.getloadavg()[0]}
+        return {
+            "tokens_per_second": [tokens_per_step / each for each in seconds],
+            "peak_memory": peak,
+            "peak_host_memory": host,
+            "load": os.getloadavg()[0],
+        }
 
     @staticmethod
     def _resident(field: str) -> int:
@@ -99,18 +103,36 @@ def write_inputs(folder: Path, settings: Settings) -> None:
 
     logging.disable_progress_bar()
     torch.manual_seed(0)
-    for name, hidden, layers in (("student", settings.student_hidden, settings.student_layers),
-                                 ("teacher", settings.teacher_hidden, settings.teacher_layers)):
+    for name, hidden, layers in (
+        ("student", settings.student_hidden, settings.student_layers),
+        ("teacher", settings.teacher_hidden, settings.teacher_layers),
+    ):
         heads = max(1, hidden // 64)
-        LlamaForCausalLM(LlamaConfig(
-            vocab_size=settings.vocabulary, hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers,
-            num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=settings.length,
-            tie_word_embeddings=False, bos_token_id=0, eos_token_id=1, pad_token_id=1)).save_pretrained(folder / name)
+        LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=settings.vocabulary,
+                hidden_size=hidden,
+                intermediate_size=3 * hidden,
+                num_hidden_layers=layers,
+                num_attention_heads=heads,
+                num_key_value_heads=heads,
+                max_position_embeddings=settings.length,
+                tie_word_embeddings=False,
+                bos_token_id=0,
+                eos_token_id=1,
+                pad_token_id=1,
+            )
+        ).save_pretrained(folder / name)
     steps = settings.warmup_steps + settings.steps
     torch.save(torch.randint(2, settings.vocabulary, (steps, settings.rows, settings.length)), folder / "tokens.pt")
     words = {"<s>": 0, "</s>": 1, "<unk>": 2}
-    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="<unk>")), bos_token="<s>",
-                            eos_token="</s>", unk_token="<unk>", pad_token="</s>").save_pretrained(folder / "tokenizer")
+    PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="<unk>")),
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        pad_token="</s>",
+    ).save_pretrained(folder / "tokenizer")
 
 
 def ours(folder: Path, settings: Settings, side: str) -> dict[str, Any]:
@@ -131,8 +153,16 @@ def ours(folder: Path, settings: Settings, side: str) -> dict[str, Any]:
     batches = []
     for step, ids in enumerate(tokens):
         targets = torch.cat([ids[:, 1:], torch.full((len(ids), 1), -100)], dim=1)
-        batches.append({"input_ids": ids, "position_ids": torch.arange(ids.shape[1]).expand_as(ids), "targets": targets,
-                        "step_tokens": int((targets >= 0).sum()), "tokens_of_step": ids.numel(), "rows": [step]})
+        batches.append(
+            {
+                "input_ids": ids,
+                "position_ids": torch.arange(ids.shape[1]).expand_as(ids),
+                "targets": targets,
+                "step_tokens": int((targets >= 0).sum()),
+                "tokens_of_step": ids.numel(),
+                "rows": [step],
+            }
+        )
     clock = Clock(settings.device)
     divergences = []
 
@@ -148,16 +178,35 @@ def ours(folder: Path, settings: Settings, side: str) -> dict[str, Any]:
         load_teacher=lambda: Online(str(folder / "teacher"), dtype=settings.teacher_dtype).load("sdpa"),
         objective=divergence if side == "ours_kl" else Distillation(ALPHA, divergence),
         optimizer=functools.partial(torch.optim.AdamW, lr=LEARNING_RATE, betas=BETAS, fused=True),
-        schedule=constant(), weight_decay=WEIGHT_DECAY, max_steps=len(batches), vocabulary=settings.vocabulary,
-        packed=False, seed=0, log_every_steps=len(batches), activation_checkpointing=side.endswith("checkpointed"))
+        schedule=constant(),
+        weight_decay=WEIGHT_DECAY,
+        max_steps=len(batches),
+        vocabulary=settings.vocabulary,
+        packed=False,
+        seed=0,
+        log_every_steps=len(batches),
+        activation_checkpointing=side.endswith("checkpointed"),
+    )
     pl.Trainer(
-        accelerator=settings.device, devices=1, precision="32-true" if settings.precision == "fp32" else "bf16-mixed",
-        max_steps=len(batches), max_epochs=-1, gradient_clip_val=CLIP, logger=False, callbacks=[Watch()],
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder,
+        accelerator=settings.device,
+        devices=1,
+        precision="32-true" if settings.precision == "fp32" else "bf16-mixed",
+        max_steps=len(batches),
+        max_epochs=-1,
+        gradient_clip_val=CLIP,
+        logger=False,
+        callbacks=[Watch()],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
     ).fit(module, DataLoader(batches, batch_size=None))
     figures = clock.figures(tokens[0].numel(), settings.warmup_steps)
-    return {**figures, "first_divergence": divergences[0],
-            "versions": _versions("torch", "transformers", "pytorch_lightning")}
+    return {
+        **figures,
+        "first_divergence": divergences[0],
+        "versions": _versions("torch", "transformers", "pytorch_lightning"),
+    }
 
 
 def trl(folder: Path, settings: Settings, side: str) -> dict[str, Any]:
@@ -190,8 +239,13 @@ def trl(folder: Path, settings: Settings, side: str) -> dict[str, Any]:
             mask = torch.ones_like(ids)
             if dense:  # GKD masks by labels and shifts them itself
                 return {"input_ids": ids, "attention_mask": mask, "labels": ids}
-            return {"prompt_ids": ids[:, :1], "prompt_mask": mask[:, :1], "completion_ids": ids[:, 1:],
-                    "completion_mask": mask[:, 1:], "num_items_in_batch": mask[:, 1:].sum()}
+            return {
+                "prompt_ids": ids[:, :1],
+                "prompt_mask": mask[:, :1],
+                "completion_ids": ids[:, 1:],
+                "completion_mask": mask[:, 1:],
+                "num_items_in_batch": mask[:, 1:].sum(),
+            }
 
         def compute_loss(self, *arguments: Any, **words: Any) -> Any:
             loss = super().compute_loss(*arguments, **words)
@@ -203,26 +257,48 @@ def trl(folder: Path, settings: Settings, side: str) -> dict[str, Any]:
     bf16 = settings.precision == "bf16"
     model, teacher = (
         AutoModelForCausalLM.from_pretrained(folder / name, dtype=getattr(torch, dtype), attn_implementation="sdpa")
-        for name, dtype in (("student", "float32"), ("teacher", settings.teacher_dtype)))
+        for name, dtype in (("student", "float32"), ("teacher", settings.teacher_dtype))
+    )
     trainer = Trainer(
-        model=model, teacher_model=teacher, processing_class=AutoTokenizer.from_pretrained(folder / "tokenizer"),
+        model=model,
+        teacher_model=teacher,
+        processing_class=AutoTokenizer.from_pretrained(folder / "tokenizer"),
         train_dataset=Dataset.from_list([{"prompt": "<s>"}] * (len(tokens) * settings.rows)),
         args=Config(
-            output_dir=str(folder / "trl"), beta=0.0, temperature=settings.temperature, max_steps=len(tokens),
-            per_device_train_batch_size=settings.rows, gradient_checkpointing=side.endswith("checkpointed"),
+            output_dir=str(folder / "trl"),
+            beta=0.0,
+            temperature=settings.temperature,
+            max_steps=len(tokens),
+            per_device_train_batch_size=settings.rows,
+            gradient_checkpointing=side.endswith("checkpointed"),
             use_liger_kernel=side == "trl_liger",
-            bf16=bf16, use_cpu=settings.device == "cpu", optim="adamw_torch_fused", learning_rate=LEARNING_RATE,
-            adam_beta1=BETAS[0], adam_beta2=BETAS[1], weight_decay=WEIGHT_DECAY, max_grad_norm=CLIP,
-            lr_scheduler_type="constant", logging_strategy="no", report_to="none", save_strategy="no",
+            bf16=bf16,
+            use_cpu=settings.device == "cpu",
+            optim="adamw_torch_fused",
+            learning_rate=LEARNING_RATE,
+            adam_beta1=BETAS[0],
+            adam_beta2=BETAS[1],
+            weight_decay=WEIGHT_DECAY,
+            max_grad_norm=CLIP,
+            lr_scheduler_type="constant",
+            logging_strategy="no",
+            report_to="none",
+            save_strategy="no",
             disable_tqdm=True,
-            **({"lmbda": 0.0, "seq_kd": False, "dataset_kwargs": {"skip_prepare_dataset": True}} if dense else {})),
-        callbacks=[Watch()], **({"data_collator": list} if dense else {}))
+            **({"lmbda": 0.0, "seq_kd": False, "dataset_kwargs": {"skip_prepare_dataset": True}} if dense else {}),
+        ),
+        callbacks=[Watch()],
+        **({"data_collator": list} if dense else {}),
+    )
     trainer.train()
     figures = clock.figures(tokens[0].numel(), settings.warmup_steps)
     # TRL leaves the T² out, and GKDTrainer (1.16) computes its loss at T = 1 whatever its temperature.
     scale = 1.0 if dense else settings.temperature**2
-    return {**figures, "first_divergence": float(losses[0]) * scale,
-            "versions": _versions("torch", "transformers", "trl")}
+    return {
+        **figures,
+        "first_divergence": float(losses[0]) * scale,
+        "versions": _versions("torch", "transformers", "trl"),
+    }
 
 
 def _versions(*names: str) -> dict[str, str]:
@@ -244,8 +320,15 @@ def run_side(side: str, folder: Path, settings: Settings) -> None:
 
 def measure(sides: list[str], settings: Settings, peer_python: str, say: Any) -> dict[str, Any]:
     runs: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
-    environment = {**os.environ, "OMP_NUM_THREADS": str(settings.threads), "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1",
-                   "HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(ROOT)}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": str(settings.threads),
+        "HF_HUB_OFFLINE": "1",
+        "TQDM_DISABLE": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONPATH": str(ROOT),
+    }
     if settings.device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
     with tempfile.TemporaryDirectory() as folder:
@@ -253,15 +336,20 @@ def measure(sides: list[str], settings: Settings, peer_python: str, say: Any) ->
         for repeat in range(settings.repeats):
             for side in sides:
                 python = sys.executable if side.startswith("ours") else peer_python
-                done = subprocess.run([python, __file__, "--side", side, "--folder", folder,
-                                       "--settings", json.dumps(asdict(settings))],
-                                      env=environment, capture_output=True, text=True)
+                done = subprocess.run(
+                    [python, __file__, "--side", side, "--folder", folder, "--settings", json.dumps(asdict(settings))],
+                    env=environment,
+                    capture_output=True,
+                    text=True,
+                )
                 if done.returncode:
                     sys.exit(f"{done.stderr[-4000:]}\nerror: side {side} failed under {python}")
                 runs[side].append(json.loads(done.stdout.splitlines()[-1]))
                 last = runs[side][-1]
-                say(f"{repeat + 1}/{settings.repeats} {side}: {statistics.median(last['tokens_per_second']):,.0f} "
-                    f"tokens/s, {last['peak_memory'] / 2**20:,.0f} MiB")
+                say(
+                    f"{repeat + 1}/{settings.repeats} {side}: {statistics.median(last['tokens_per_second']):,.0f} "
+                    f"tokens/s, {last['peak_memory'] / 2**20:,.0f} MiB"
+                )
     return {side: summary(each) for side, each in runs.items()}
 
 
@@ -284,25 +372,41 @@ def table(figures: dict[str, Any]) -> Any:
 
     shown = Table("side", "tokens/s", "peak memory, MiB", "T²·KL, first step", "what it computes")
     for side, each in figures.items():
-        shown.add_row(side, f"{each['tokens_per_second']:,.0f}", f"{each['peak_memory'] / 2**20:,.0f}",
-                      f"{each['first_divergence']:.6f}", SIDES[side])
+        shown.add_row(
+            side,
+            f"{each['tokens_per_second']:,.0f}",
+            f"{each['peak_memory'] / 2**20:,.0f}",
+            f"{each['first_divergence']:.6f}",
+            SIDES[side],
+        )
     return shown
 
 
 def ratios(figures: dict[str, Any]) -> dict[str, dict[str, float]]:
     """Ours over theirs, like with like."""
-    pairs = {"ratio": ("ours", "trl"), "ratio_kl": ("ours_kl", "trl"), "ratio_gkd": ("ours_kl", "gkd"),
-             "ratio_checkpointed": ("ours_checkpointed", "trl_checkpointed"), "ratio_liger": ("ours", "trl_liger")}
+    pairs = {
+        "ratio": ("ours", "trl"),
+        "ratio_kl": ("ours_kl", "trl"),
+        "ratio_gkd": ("ours_kl", "gkd"),
+        "ratio_checkpointed": ("ours_checkpointed", "trl_checkpointed"),
+        "ratio_liger": ("ours", "trl_liger"),
+    }
     keys = ("tokens_per_second", "peak_memory")
-    return {name: {key: round(figures[mine][key] / figures[theirs][key], 3) for key in keys}
-            for name, (mine, theirs) in pairs.items() if mine in figures and theirs in figures}
+    return {
+        name: {key: round(figures[mine][key] / figures[theirs][key], 3) for key in keys}
+        for name, (mine, theirs) in pairs.items()
+        if mine in figures and theirs in figures
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="about a minute on 2 cores: fewer rows, steps and sides")
-    parser.add_argument("--peer-python", help="has TRL (default: $RETORT_PEER_PYTHON or .venv-peers/bin/python)",
-                        default=os.environ.get("RETORT_PEER_PYTHON", str(ROOT / ".venv-peers/bin/python")))
+    parser.add_argument(
+        "--peer-python",
+        help="has TRL (default: $RETORT_PEER_PYTHON or .venv-peers/bin/python)",
+        default=os.environ.get("RETORT_PEER_PYTHON", str(ROOT / ".venv-peers/bin/python")),
+    )
     parser.add_argument("--sides", help=f"comma-separated, of {', '.join(SIDES)}")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
     for name, value in asdict(Settings()).items():
@@ -321,8 +425,10 @@ def main() -> None:
     if words.quick and not words.sides:
         sides = sides[:2]
     if not all(side.startswith("ours") for side in sides) and not Path(words.peer_python).is_file():
-        parser.error(f"--peer-python {words.peer_python}: not there; make it as benchmarks/README.md says, or leave "
-                     f"TRL out with --sides ours")
+        parser.error(
+            f"--peer-python {words.peer_python}: not there; make it as benchmarks/README.md says, or leave "
+            f"TRL out with --sides ours"
+        )
 
     import torch
     from rich.console import Console

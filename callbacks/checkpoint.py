@@ -34,7 +34,7 @@ class Checkpoint(pl.Callback):
         # Lightning counts micro-batches; after a restart with another micro-batch size its count would end the first
         # step early. These are the numbers as it saves them at the end of a batch.
         done = trainer.global_step * trainer.accumulate_grad_batches
-        progress = trainer.fit_loop.epoch_loop.batch_progress
+        progress: Any = trainer.fit_loop.epoch_loop.batch_progress
         for counter in (progress.total, progress.current):
             counter.ready = counter.started = counter.processed = done
             counter.completed = done - 1
@@ -60,8 +60,10 @@ class Checkpoint(pl.Callback):
         weights = [p for p in module.parameters() if p.requires_grad]
         fine = all(bool(torch.isfinite(p).all()) for p in weights)
         if not trainer.strategy.reduce_boolean_decision(fine, all=True):
-            raise RuntimeError(f"step {trainer.global_step}: the weights are not finite; not saved, the last checkpoint "
-                               f"under {self.folder} is from before; lower the learning rate")
+            raise RuntimeError(
+                f"step {trainer.global_step}: the weights are not finite; not saved, the last checkpoint "
+                f"under {self.folder} is from before; lower the learning rate"
+            )
         final = self.folder / f"step-{trainer.global_step:08d}.ckpt"
         aside = final.with_name(f".{final.name}{_PARTIAL}")
         if trainer.is_global_zero:

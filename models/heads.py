@@ -77,17 +77,23 @@ def check_split(model: Any, vocabulary: int, packed: bool) -> None:
     with torch.no_grad():
         expected = model(input_ids=ids, position_ids=positions, use_cache=False).logits
         hidden = hidden_states(model, ids, positions)
-        got = through_head(model, hidden, lambda h: head_of(model).logits(h[0].to(expected.dtype), expected.dtype))[None]
+        got = through_head(model, hidden, lambda h: head_of(model).logits(h[0].to(expected.dtype), expected.dtype))[
+            None
+        ]
         if not _close(got, expected):
-            raise Refusal(f"{type(model).__name__}: its logits are not its head applied to its last hidden state; this "
-                          f"family is not supported")
+            raise Refusal(
+                f"{type(model).__name__}: its logits are not its head applied to its last hidden state; this "
+                f"family is not supported"
+            )
         if packed:
             restarted = torch.cat([positions[:, :4], positions[:, :5]], dim=1)
             together = hidden_states(model, ids, restarted)[:, 4:]
             alone = hidden_states(model, ids[:, 4:], positions[:, :5])
             if not _close(together, alone):
-                raise Refusal(f"{type(model).__name__}: its attention crosses from one document of a packed row into "
-                              f"the next; set data.packing=false")
+                raise Refusal(
+                    f"{type(model).__name__}: its attention crosses from one document of a packed row into "
+                    f"the next; set data.packing=false"
+                )
     model.train(was_training)
 
 

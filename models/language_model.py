@@ -95,9 +95,11 @@ class LanguageModel(pl.LightningModule):
         self.step_metrics = None
         total, parts = self._objective(self.objective, batch)
         if not torch.isfinite(total):
-            raise NonFiniteLoss(f"step {step}: the loss is {total.item()} on rows {batch['rows']} "
-                                f"(micro-batch {micro}, rank {self.global_rank}); lower the learning rate or look at "
-                                f"these rows; the last checkpoint is from before this step")
+            raise NonFiniteLoss(
+                f"step {step}: the loss is {total.item()} on rows {batch['rows']} "
+                f"(micro-batch {micro}, rank {self.global_rank}); lower the learning rate or look at "
+                f"these rows; the last checkpoint is from before this step"
+            )
         for name, part in {"loss": total.detach(), **parts}.items():
             self._sums[name] = self._sums.get(name, 0) + part / batch["step_tokens"]
         self.tokens_seen += batch["tokens_of_step"] if micro == accumulation - 1 else 0
@@ -107,12 +109,19 @@ class LanguageModel(pl.LightningModule):
     def _objective(self, objective: Objective, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         ids, positions, targets = batch["input_ids"], batch["position_ids"], batch["targets"]
         taught = any(term.needs_teacher for _, term in objective.terms)
-        teacher_hidden = signal(self.teacher, ids, positions) if taught else None
+        teacher_hidden: Any = signal(self.teacher, ids, positions) if taught else None
         hidden = hidden_states(self.student, ids, positions)
 
         def engine(hidden: Tensor, teacher_head: Head | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-            return objective_sum(objective, hidden, head_of(self.student), targets, teacher_hidden, teacher_head,
-                                 vocabulary=self.vocabulary)
+            return objective_sum(
+                objective,
+                hidden,
+                head_of(self.student),
+                targets,
+                teacher_hidden,
+                teacher_head,
+                vocabulary=self.vocabulary,
+            )
 
         def engine_with_teacher(hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             # The teacher's head is whole only inside its own forward. The loss leaves by the side door: as that
@@ -122,15 +131,18 @@ class LanguageModel(pl.LightningModule):
             return results[0]
 
         result: tuple[Tensor, dict[str, Tensor]] = through_head(
-            self.student, hidden, engine_with_teacher if taught else engine)
+            self.student, hidden, engine_with_teacher if taught else engine
+        )
         return result
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
         self.gradient_norm = torch.nn.utils.clip_grad_norm_(
-            (p for p in self.student.parameters() if p.requires_grad), gradient_clip_val or float("inf"),
-            error_if_nonfinite=False)
+            (p for p in self.student.parameters() if p.requires_grad),
+            gradient_clip_val or float("inf"),
+            error_if_nonfinite=False,
+        )
 
     def optimizer_step(self, epoch: int, batch_idx: int, *arguments: Any, **words: Any) -> None:
         super().optimizer_step(epoch, batch_idx, *arguments, **words)
@@ -148,9 +160,11 @@ class LanguageModel(pl.LightningModule):
         norm = engine.get_global_grad_norm() if engine is not None else self.gradient_norm
         (tokens_before, seconds_before), self._marked = self._marked, (self.tokens_seen, self.seconds_spent)
         self.step_metrics = {
-            "step": step, **dict(zip(sums, values.tolist(), strict=True)),
+            "step": step,
+            **dict(zip(sums, values.tolist(), strict=True)),
             "learning_rate": self.trainer.optimizers[0].param_groups[0]["lr"],
-            **({} if norm is None else {"grad_norm": float(norm)}), "tokens": self.tokens_seen,
+            **({} if norm is None else {"grad_norm": float(norm)}),
+            "tokens": self.tokens_seen,
             "tokens_per_second": (self.tokens_seen - tokens_before) / (self.seconds_spent - seconds_before),
             "seconds": self.seconds_spent,
         }
@@ -166,17 +180,24 @@ class LanguageModel(pl.LightningModule):
     def on_validation_epoch_end(self) -> None:
         assert self._validation_sums is not None
         total, tokens = self.trainer.strategy.reduce(
-            self._validation_sums.float().to(self.device), reduce_op="sum").tolist()
-        self.validation_metrics = {"step": self.trainer.global_step, "validation_loss": total / tokens,
-                                   "tokens": self.tokens_seen, "seconds": self.seconds_spent}
+            self._validation_sums.float().to(self.device), reduce_op="sum"
+        ).tolist()
+        self.validation_metrics = {
+            "step": self.trainer.global_step,
+            "validation_loss": total / tokens,
+            "tokens": self.tokens_seen,
+            "seconds": self.seconds_spent,
+        }
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:
         decayed = [p for p in self.student.parameters() if p.requires_grad and _dimensions(p) >= 2]
         others = [p for p in self.student.parameters() if p.requires_grad and _dimensions(p) < 2]
         groups = [{"params": decayed, "weight_decay": self.weight_decay}, {"params": others, "weight_decay": 0.0}]
         optimizer = self.optimizer([g for g in groups if g["params"]])
-        return {"optimizer": optimizer,
-                "lr_scheduler": {"scheduler": self.schedule(optimizer, self.max_steps), "interval": "step"}}
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": self.schedule(optimizer, self.max_steps), "interval": "step"},
+        }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["so_far"] = (self.tokens_seen, self.seconds_spent, self.validation_metrics)
@@ -202,7 +223,8 @@ def gather_state(model: nn.Module, keep: bool) -> dict[str, Tensor]:
     never has to fit one device. Every rank must call it."""
     state = {}
     tensors = dict(model.named_parameters(remove_duplicate=False)) | {
-        name: buffer for name, buffer in model.named_buffers() if name in model.state_dict()}
+        name: buffer for name, buffer in model.named_buffers() if name in model.state_dict()
+    }
     for name, tensor in tensors.items():
         with gathered([tensor]) if isinstance(tensor, nn.Parameter) else nullcontext():
             if keep:

@@ -30,8 +30,10 @@ def check_folder(path: str, role: str) -> None:
     if not list(folder.glob("*.safetensors")):
         pickled = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))
         if pickled:
-            raise Refusal(f"{role}.path={path}: only pickled weights ({pickled[0]}), which can run code when opened; "
-                          f"convert them with save_pretrained(…, safe_serialization=True)")
+            raise Refusal(
+                f"{role}.path={path}: only pickled weights ({pickled[0]}), which can run code when opened; "
+                f"convert them with save_pretrained(…, safe_serialization=True)"
+            )
         raise Refusal(f"{role}.path={path}: no *.safetensors in it; the weights are missing")
 
 
@@ -51,8 +53,9 @@ def attention_for(wanted: str, device: str, dtype: torch.dtype) -> str | None:
     return "flash_attention_2" if device == "cuda" and has_flash and dtype != torch.float32 else None
 
 
-def load_model(path: str, *, dtype: torch.dtype, attention: str | None = None, role: str = "model",
-               trust_remote_code: bool = False) -> nn.Module:
+def load_model(
+    path: str, *, dtype: torch.dtype, attention: str | None = None, role: str = "model", trust_remote_code: bool = False
+) -> Any:
     """Open a folder or hub id, safetensors only. Under an active ZeRO-3 config the weights arrive sharded."""
     check_folder(path, role)
     try:
@@ -60,7 +63,9 @@ def load_model(path: str, *, dtype: torch.dtype, attention: str | None = None, r
             path, dtype=dtype, attn_implementation=attention, use_safetensors=True, trust_remote_code=trust_remote_code
         )
     except (OSError, ValueError) as problem:
-        raise Refusal(f"{role}.path={path}: it does not open as a causal language model: {_first_line(problem)}") from None
+        raise Refusal(
+            f"{role}.path={path}: it does not open as a causal language model: {_first_line(problem)}"
+        ) from None
 
 
 def empty_model(config: PretrainedConfig) -> nn.Module:

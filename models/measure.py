@@ -34,7 +34,9 @@ class Speed:
 
 def open_for_inference(folder: str, device: str, dtype: str, trust_remote_code: bool = False) -> Any:
     kind = DTYPES[dtype]
-    model = load_model(folder, dtype=kind, attention=attention_for("auto", device, kind), trust_remote_code=trust_remote_code)
+    model = load_model(
+        folder, dtype=kind, attention=attention_for("auto", device, kind), trust_remote_code=trust_remote_code
+    )
     return model.to(device).eval()
 
 
@@ -63,9 +65,16 @@ def speed(model: Any, prompt: Tensor, settings: Speed) -> dict[str, float]:
     def seconds(new_tokens: int) -> float:
         _synchronise(prompt)
         begin = time.perf_counter()
-        model.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, num_beams=1,
-                       min_new_tokens=new_tokens, max_new_tokens=new_tokens, use_cache=True,
-                       pad_token_id=model.generation_config.pad_token_id or 0)
+        model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            do_sample=False,
+            num_beams=1,
+            min_new_tokens=new_tokens,
+            max_new_tokens=new_tokens,
+            use_cache=True,
+            pad_token_id=model.generation_config.pad_token_id or 0,
+        )
         _synchronise(prompt)
         return time.perf_counter() - begin
 
@@ -109,8 +118,15 @@ class PeakMemory:
 
 
 def measure_folder(
-    folder: str, batches: list[dict[str, Tensor]], text_bytes: int, prompt: Tensor, device: str, dtype: str,
-    settings: Speed, packed: bool, trust_remote_code: bool = False
+    folder: str,
+    batches: list[dict[str, Tensor]],
+    text_bytes: int,
+    prompt: Tensor,
+    device: str,
+    dtype: str,
+    settings: Speed,
+    packed: bool,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """One row of the report. `text_bytes`: UTF-8 bytes of the text that the batches' targets stand for."""
     memory = PeakMemory(device)

@@ -19,7 +19,8 @@ def cosine(warmup_steps: int, minimum: float = 0.1) -> Schedule:
 
     def make(optimizer: Optimizer, steps: int) -> Any:
         return get_cosine_with_min_lr_schedule_with_warmup(
-            optimizer, _within(warmup_steps, steps), steps, min_lr_rate=minimum)
+            optimizer, _within(warmup_steps, steps), steps, min_lr_rate=minimum
+        )
 
     return make
 

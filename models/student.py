@@ -67,8 +67,10 @@ class Shape:
             from difflib import get_close_matches
 
             close = get_close_matches(unknown[0], values, n=1)
-            raise Refusal(f"student.shape.{unknown[0]}: {type(base).__name__} has no such number"
-                          + (f"; did you mean {close[0]}?" if close else ""))
+            raise Refusal(
+                f"student.shape.{unknown[0]}: {type(base).__name__} has no such number"
+                + (f"; did you mean {close[0]}?" if close else "")
+            )
         # A stated head_dim, or a per-layer list, belongs to the teacher's widths unless the student states its own.
         values = {k: v for k, v in values.items() if k not in ("head_dim", "layer_types")}
         values |= self.shape
@@ -144,22 +146,31 @@ def check_sizes(values: dict[str, Any], role: str) -> None:
     kv = values.get("num_key_value_heads") or heads
     if hidden and heads and hidden % heads and not values.get("head_dim"):
         fitting = [h for h in range(1, hidden + 1) if hidden % h == 0 and h <= 2 * heads]
-        raise Refusal(f"{role}: hidden_size={hidden} is not divisible by num_attention_heads={heads}; heads can be "
-                      f"{', '.join(map(str, fitting))}")
+        raise Refusal(
+            f"{role}: hidden_size={hidden} is not divisible by num_attention_heads={heads}; heads can be "
+            f"{', '.join(map(str, fitting))}"
+        )
     if heads and kv and heads % kv:
         fitting = [k for k in range(1, heads + 1) if heads % k == 0]
-        raise Refusal(f"{role}: num_attention_heads={heads} is not divisible by num_key_value_heads={kv}; KV heads can "
-                      f"be {', '.join(map(str, fitting))}")
+        raise Refusal(
+            f"{role}: num_attention_heads={heads} is not divisible by num_key_value_heads={kv}; KV heads can "
+            f"be {', '.join(map(str, fitting))}"
+        )
 
 
 def _rebuild(base: PretrainedConfig, values: dict[str, Any]) -> PretrainedConfig:
-    values = {k: v for k, v in copy.deepcopy(values).items() if k not in ("model_type", "transformers_version", "_name_or_path")}
+    values = {
+        k: v
+        for k, v in copy.deepcopy(values).items()
+        if k not in ("model_type", "transformers_version", "_name_or_path")
+    }
     try:
         return type(base)(**values)
     except (ValueError, TypeError) as problem:
         raise Refusal(f"student: {type(base).__name__} refuses this shape: {str(problem).splitlines()[0]}") from None
     except Exception as problem:  # huggingface_hub's strict dataclasses raise a class of their own
         if type(problem).__name__.startswith("StrictDataclass"):
-            raise Refusal(f"student: {type(base).__name__} refuses this shape: "
-                          f"{' '.join(str(problem).split())}") from None
+            raise Refusal(
+                f"student: {type(base).__name__} refuses this shape: {' '.join(str(problem).split())}"
+            ) from None
         raise

@@ -30,14 +30,17 @@ class Online:
             raise Refusal(f"teacher.dtype={self.dtype}: need one of {', '.join(DTYPES)}")
 
     def load(self, attention: str | None) -> nn.Module:
-        model = load_model(self.path, dtype=DTYPES[self.dtype], attention=attention, role="teacher",
-                           trust_remote_code=self.trust_remote_code)
+        model = load_model(
+            self.path,
+            dtype=DTYPES[self.dtype],
+            attention=attention,
+            role="teacher",
+            trust_remote_code=self.trust_remote_code,
+        )
         return model.eval().requires_grad_(False)
 
 
 @torch.no_grad()
-def signal(
-    teacher: Any, input_ids: Int[Tensor, "B T"], position_ids: Int[Tensor, "B T"]
-) -> Float[Tensor, "B T H"]:
+def signal(teacher: Any, input_ids: Int[Tensor, "B T"], position_ids: Int[Tensor, "B T"]) -> Float[Tensor, "B T H"]:
     """The teacher's hidden states on the student's own tokens; with its head they are its logits."""
     return hidden_states(teacher, input_ids, position_ids)

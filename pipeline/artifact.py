@@ -114,8 +114,17 @@ def versions() -> dict[str, str]:
     from importlib import metadata
 
     found = {}
-    for name in ("torch", "pytorch-lightning", "transformers", "tokenizers", "datasets", "deepspeed", "numpy",
-                 "safetensors", "hydra-core"):
+    for name in (
+        "torch",
+        "pytorch-lightning",
+        "transformers",
+        "tokenizers",
+        "datasets",
+        "deepspeed",
+        "numpy",
+        "safetensors",
+        "hydra-core",
+    ):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
@@ -127,16 +136,23 @@ def git_commit() -> str | None:
     """The commit of this checkout, with `-dirty` when files differ from it; None outside git."""
     here = Path(__file__).resolve().parent
     try:
-        out = subprocess.run(["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-                             capture_output=True, text=True, timeout=10)
+        out = subprocess.run(
+            ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return out.stdout.strip() or None
 
 
 def _files(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.rglob("*")
-                  if p.is_file() and not any(part.startswith(".") for part in p.relative_to(folder).parts))
+    return sorted(
+        p
+        for p in folder.rglob("*")
+        if p.is_file() and not any(part.startswith(".") for part in p.relative_to(folder).parts)
+    )
 
 
 def _sha256(path: Path) -> str:

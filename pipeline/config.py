@@ -85,11 +85,14 @@ def parse(composed: Any) -> dict[str, Any]:
     order = config["order"]
     for name in order:
         if name not in config["stages"]:
-            raise Refusal(f"order names the stage {name!r}, which stages does not define"
-                          f"{nearest(name, list(config['stages']))}")
+            raise Refusal(
+                f"order names the stage {name!r}, which stages does not define{nearest(name, list(config['stages']))}"
+            )
         if not isinstance(config["stages"][name], dict) or "_target_" not in config["stages"][name]:
-            raise Refusal(f"stages.{name} has no _target_; take one from conf/stage: "
-                          f"`- /stage@stages.{name}: distill` in the experiment's defaults")
+            raise Refusal(
+                f"stages.{name} has no _target_; take one from conf/stage: "
+                f"`- /stage@stages.{name}: distill` in the experiment's defaults"
+            )
     if unknown := [name for name in config["stages"] if name not in order]:
         raise Refusal(f"unknown stage stages.{unknown[0]}{nearest(unknown[0], order)}")
     if config["resume"] not in ("continue", "overwrite"):
@@ -149,6 +152,9 @@ def fingerprint(value: Any) -> str:
 def differences(old: Any, new: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
     """(key, old value, new value) for every leaf that differs; absent is shown as `None`."""
     if isinstance(old, dict) and isinstance(new, dict):
-        return [d for k in sorted({*old, *new})
-                for d in differences(old.get(k), new.get(k), f"{prefix}.{k}" if prefix else k)]
+        return [
+            d
+            for k in sorted({*old, *new})
+            for d in differences(old.get(k), new.get(k), f"{prefix}.{k}" if prefix else k)
+        ]
     return [] if old == new else [(prefix, old, new)]

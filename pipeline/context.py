@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from models.errors import Refusal
-from pipeline.artifact import read_manifest
+from pipeline.artifact import git_commit, read_manifest, versions
 
 
 @dataclass
@@ -39,6 +39,11 @@ class Context:
         return self.run_dir / "work" / self.stage
 
     @property
+    def data_folder(self) -> Path:
+        """Prepared rows, shared by the stages."""
+        return self.run_dir / "work" / "data"
+
+    @property
     def seed(self) -> int:
         return int(self.config["seed"])
 
@@ -55,8 +60,10 @@ class Context:
         if wanted not in ("auto", "cpu", "cuda"):
             raise Refusal(f"trainer.accelerator={wanted}: need auto, cpu or cuda")
         if wanted == "cuda" and not torch.cuda.is_available():
-            raise Refusal("trainer.accelerator=cuda: PyTorch sees no CUDA device here; use trainer.accelerator=cpu, or a "
-                          "CUDA build of torch")
+            raise Refusal(
+                "trainer.accelerator=cuda: PyTorch sees no CUDA device here; use trainer.accelerator=cpu, or a "
+                "CUDA build of torch"
+            )
         return "cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu"
 
     @property
@@ -74,6 +81,19 @@ class Context:
     @property
     def world(self) -> int:
         return self.devices * int(self.config["trainer"]["nodes"])
+
+    def manifest(self, kind: str) -> dict[str, Any]:
+        """What every manifest says; kind is `model` or `results`."""
+        return {
+            "stage": self.stage,
+            "kind": kind,
+            "parents": self.parents,
+            "config": self.identity,
+            "fingerprint": self.fingerprint,
+            "seed": self.seed,
+            "versions": versions(),
+            "git_commit": git_commit(),
+        }
 
     def produced_by(self, path: str) -> str | None:
         """The stage of this run whose artifact `path` is, if any."""

@@ -12,7 +12,7 @@ from models.student import Start
 from models.teacher import Online
 from pipeline import fit
 from pipeline.context import Context
-from pipeline.data import corpora
+from pipeline.data import corpora, packing
 from pipeline.data.tokenizer import first_difference, load_tokenizer
 
 
@@ -49,8 +49,10 @@ class Distill:
         if not made_here:
             check_folder(self.teacher.path, "teacher")
         elif context.config_folder(self.teacher.path) == self.teacher.path and not context.finished(self.teacher.path):
-            raise Refusal(f"{context.stage} needs the stage {made_here}, which has not been run; add it to stages, or "
-                          f"give teacher.path=FOLDER")
+            raise Refusal(
+                f"{context.stage} needs the stage {made_here}, which has not been run; add it to stages, or "
+                f"give teacher.path=FOLDER"
+            )
         if self.student.path:
             check_folder(self.student.path, "student")
         teacher_folder = context.config_folder(self.teacher.path)
@@ -62,31 +64,52 @@ class Distill:
         context.plan_model(student)
         fit.check_disk(context, sizes["student"])
         if sizes["student"] > sizes["teacher"]:
-            warnings.append(f"the student ({sizes['student']:,} parameters) is larger than its teacher "
-                            f"({sizes['teacher']:,})")
+            warnings.append(
+                f"the student ({sizes['student']:,} parameters) is larger than its teacher ({sizes['teacher']:,})"
+            )
         if context.finished(self.teacher.path) or not made_here:
-            self._check_tokenizers(teacher, student)
-        return {"model": student.model_type, "parameters": sizes["student"], "data": corpus,
-                "length": self.training.length(), "warnings": warnings,
-                "teacher": f"{self.teacher.path} ({sizes['teacher']:,})" if self._taught else None}
+            self._check_tokenizers(teacher, student, chat=bool(corpus["chat"]))
+        return {
+            "model": student.model_type,
+            "parameters": sizes["student"],
+            "data": corpus,
+            "length": self.training.length(),
+            "warnings": warnings,
+            "teacher": f"{self.teacher.path} ({sizes['teacher']:,})" if self._taught else None,
+        }
 
-    def _check_tokenizers(self, teacher: Any, student: Any) -> None:
+    def _check_tokenizers(self, teacher: Any, student: Any, chat: bool) -> None:
         tokenizer = load_tokenizer(self.teacher.path, self.teacher.trust_remote_code)
+        if chat:
+            packing.chat_template(tokenizer, self.data)
         if self.student.path:
             other = load_tokenizer(self.student.path)
             if difference := first_difference(tokenizer, other):
-                raise Refusal(f"teacher and student have different tokenizers: {difference}; logit distillation needs "
-                              f"one vocabulary, so choose a student of the teacher's family or a student shape")
+                raise Refusal(
+                    f"teacher and student have different tokenizers: {difference}; logit distillation needs "
+                    f"one vocabulary, so choose a student of the teacher's family or a student shape"
+                )
         for role, config in (("teacher", teacher), ("student", student)):
             if config.vocab_size < len(tokenizer):
-                raise Refusal(f"{role}: vocab_size={config.vocab_size} is smaller than its tokenizer's "
-                              f"{len(tokenizer)} tokens")
+                raise Refusal(
+                    f"{role}: vocab_size={config.vocab_size} is smaller than its tokenizer's {len(tokenizer)} tokens"
+                )
 
     def prepare(self, context: Context) -> None:
         tokenizer = load_tokenizer(self.teacher.path, self.teacher.trust_remote_code)
-        fit.prepare(context, self.data, tokenizer,
-                    lambda folder: self.student.materialise(self.teacher.path, tokenizer, folder, self.seed))
+        fit.prepare(
+            context,
+            self.data,
+            tokenizer,
+            lambda folder: self.student.materialise(self.teacher.path, tokenizer, folder, self.seed),
+        )
 
     def run(self, context: Context) -> None:
-        fit.train(context, objective=self.objective, load_teacher=self.teacher.load if self._taught else None,
-                  data=self.data, training=self.training, precision=self.precision)
+        fit.train(
+            context,
+            objective=self.objective,
+            load_teacher=self.teacher.load if self._taught else None,
+            data=self.data,
+            training=self.training,
+            precision=self.precision,
+        )

@@ -10,10 +10,11 @@ from typing import Any
 from models.errors import Refusal
 from models.load import check_folder
 from models.measure import Speed, measure_folder
-from pipeline import artifact, fit
+from pipeline import artifact
 from pipeline.context import Context
-from pipeline.data import corpora, packing
-from pipeline.data.batch import collate
+from pipeline.data import corpora
+from pipeline.data.batch import collate, pad_token
+from pipeline.data.rows import rows_of
 from pipeline.data.tokenizer import load_tokenizer
 
 
@@ -37,8 +38,11 @@ class Evaluate:
         if self.models is not None:
             return {Path(m).name: m if "/" in m else str(context.run_dir / m) for m in self.models}
         order = context.config["order"]
-        found = {name: str(context.run_dir / name) for name in order[: order.index(context.stage)]
-                 if name in context.planned or (artifact.read_manifest(context.run_dir / name) or {}).get("kind") == "model"}
+        found = {
+            name: str(context.run_dir / name)
+            for name in order[: order.index(context.stage)]
+            if name in context.planned or (artifact.read_manifest(context.run_dir / name) or {}).get("kind") == "model"
+        }
         if self.teacher_path and not context.produced_by(self.teacher_path):
             found = {"teacher": self.teacher_path, **found}
         return found
@@ -49,10 +53,14 @@ class Evaluate:
 
     def check(self, context: Context) -> dict[str, Any]:
         corpus = corpora.check(self.data)
+        if not self.data.holdout and not self.data.test:
+            raise Refusal("data.holdout=0 and no data.test: there is no text to measure on; give one of them")
         parents = self.parents(context)
         if not parents:
-            raise Refusal(f"{context.stage} has no model to measure; run a training stage first or name folders in "
-                          f"stages.{context.stage}.models")
+            raise Refusal(
+                f"{context.stage} has no model to measure; run a training stage first or name folders in "
+                f"stages.{context.stage}.models"
+            )
         for role, path in parents.items():
             if not context.produced_by(path):
                 check_folder(path, role)
@@ -65,38 +73,74 @@ class Evaluate:
         """Nothing to share: one process does it all."""
 
     def run(self, context: Context) -> None:
-        documents = corpora.documents(self.data, "test")
-        if not len(documents):
-            raise Refusal("data.test: no text to measure on; give data.test or a data.holdout above 0")
         # A server that has imported the libraries but run nothing: its children start clean and quickly.
         processes = multiprocessing.get_context("forkserver")
         processes.set_forkserver_preload(["models.measure"])
         rows = []
         for role, folder in self.parents(context).items():
             tokenizer = load_tokenizer(folder)
-            packed, statistics = packing.prepare(
-                documents, tokenizer, self.data,
-                folder=context.run_dir / "work" / "data" / f"test-{fit.rows_key(self.data, tokenizer)}")
-            batches = [collate([packed[i] for i in range(at, min(at + self.batch_rows, len(packed)))],
-                               pad_token=fit.pad_token(tokenizer)) for at in range(0, len(packed), self.batch_rows)]
+            packed, statistics, _ = rows_of(self.data, "test", tokenizer, context.data_folder)
+            if not len(packed):
+                raise Refusal("data.test: no text to measure on; give data.test or a data.holdout above 0")
+            batches = [
+                collate(
+                    [packed[i] for i in range(at, min(at + self.batch_rows, len(packed)))],
+                    pad_token=pad_token(tokenizer),
+                )
+                for at in range(0, len(packed), self.batch_rows)
+            ]
             prompt = batches[0]["input_ids"][:1, : self.speed.prompt_tokens]
             with processes.Pool(1) as pool:
-                measured = pool.apply(measure_folder, (folder, batches, statistics["bytes"], prompt, context.device,
-                                                       self.dtype, self.speed, self.data.packing))
+                measured = pool.apply(
+                    measure_folder,
+                    (
+                        folder,
+                        batches,
+                        statistics["bytes"],
+                        prompt,
+                        context.device,
+                        self.dtype,
+                        self.speed,
+                        self.data.packing,
+                    ),
+                )
             manifest = artifact.read_manifest(Path(folder)) or {}
-            rows.append({"stage": role, "path": str(Path(folder).resolve()) if Path(folder).exists() else folder,
-                         "parameters": measured.pop("parameters"), "bytes": bytes_on_disk(folder), **measured,
-                         "seconds": manifest.get("seconds"), "tokens": manifest.get("tokens")})
+            rows.append(
+                {
+                    "stage": role,
+                    "path": str(Path(folder).resolve()) if Path(folder).exists() else folder,
+                    "parameters": measured.pop("parameters"),
+                    "bytes": bytes_on_disk(folder),
+                    **measured,
+                    "seconds": manifest.get("seconds"),
+                    "tokens": manifest.get("tokens"),
+                }
+            )
             print(f"{role}: perplexity {measured['perplexity']:.2f}", flush=True)
-        artifact.publish(context.out, lambda folder: None, {
-            **fit.manifest_head(context, "results"), "metrics": {"rows": rows, "comparisons": self._comparisons(rows)},
-            "certificates": {}})
+        artifact.publish(
+            context.out,
+            lambda folder: None,
+            {
+                **context.manifest("results"),
+                "metrics": {"rows": rows, "comparisons": self._comparisons(rows)},
+                "certificates": {},
+            },
+        )
 
     def _comparisons(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         by_stage = {row["stage"]: row["perplexity"] for row in rows}
-        return [{"stage": one, "against": other, "perplexity": by_stage[one], "against_perplexity": by_stage[other],
-                 "difference": by_stage[one] - by_stage[other], "relative": by_stage[one] / by_stage[other] - 1}
-                for one, other in self.compare if one in by_stage and other in by_stage]
+        return [
+            {
+                "stage": one,
+                "against": other,
+                "perplexity": by_stage[one],
+                "against_perplexity": by_stage[other],
+                "difference": by_stage[one] - by_stage[other],
+                "relative": by_stage[one] / by_stage[other] - 1,
+            }
+            for one, other in self.compare
+            if one in by_stage and other in by_stage
+        ]
 
 
 def bytes_on_disk(folder: str) -> int | None:
@@ -104,5 +148,6 @@ def bytes_on_disk(folder: str) -> int | None:
     path = Path(folder)
     if not path.is_dir():
         return None
-    return sum(p.stat().st_size for p in path.rglob("*")
-               if p.is_file() and p.name not in (artifact.MANIFEST, "metrics.jsonl"))
+    return sum(
+        p.stat().st_size for p in path.rglob("*") if p.is_file() and p.name not in (artifact.MANIFEST, "metrics.jsonl")
+    )

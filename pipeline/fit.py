@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 from hydra.utils import instantiate
@@ -21,10 +22,11 @@ from models.language_model import LanguageModel, gather_state
 from models.load import attention_for, empty_model, load_config, load_model, save_model
 from models.objectives.term import Objective
 from pipeline import artifact
-from pipeline.config import fingerprint
 from pipeline.context import Context
 from pipeline.data import corpora, packing
+from pipeline.data.batch import pad_token
 from pipeline.data.loader import Rows, accumulation
+from pipeline.data.rows import rows_of
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.strategy import prepare_environment
 
@@ -62,7 +64,7 @@ class Training:
         return " or ".join(f"{value:,} {name}" for name, value in limits.items() if value is not None)
 
 
-def check(context: Context, training: Training, precision: str) -> None:
+def check(context: Context, training: Training, precision: Any) -> None:
     """Refuse what can be seen to fail before anything is loaded."""
     trainer = context.config["trainer"]
     if precision not in _SAVED:
@@ -73,8 +75,9 @@ def check(context: Context, training: Training, precision: str) -> None:
     if device == "cuda" and context.devices > torch.cuda.device_count() and "SLURM_JOB_ID" not in os.environ:
         raise Refusal(f"trainer.devices={context.devices}: this machine has {torch.cuda.device_count()} GPUs")
     if context.config["strategy"]["_target_"].endswith(".single") and context.world > 1:
-        raise Refusal(f"strategy=single runs one process, and trainer asks for {context.world}; "
-                      f"use strategy=ddp, zero2 or zero3")
+        raise Refusal(
+            f"strategy=single runs one process, and trainer asks for {context.world}; use strategy=ddp, zero2 or zero3"
+        )
     accumulation(training.global_batch, training.micro_batch, context.world)
     instantiate(context.config["strategy"])
     if context.config["logger"] is not None:
@@ -86,8 +89,9 @@ def check(context: Context, training: Training, precision: str) -> None:
 
 def check_length(config: Any, data: corpora.Data, role: str) -> None:
     if (limit := getattr(config, "max_position_embeddings", None)) and limit < data.max_length:
-        raise Refusal(f"data.max_length={data.max_length}: the {role} reads at most {limit} tokens "
-                      f"(max_position_embeddings)")
+        raise Refusal(
+            f"data.max_length={data.max_length}: the {role} reads at most {limit} tokens (max_position_embeddings)"
+        )
 
 
 def check_disk(context: Context, parameters: int) -> None:
@@ -99,20 +103,22 @@ def check_disk(context: Context, parameters: int) -> None:
         place = place.parent
     free = shutil.disk_usage(place).free
     if free < needed:
-        raise Refusal(f"run_dir={context.run_dir}: {context.stage} needs about {needed / 1e9:.1f} GB for checkpoints and "
-                      f"result, and {free / 1e9:.1f} GB are free; choose another run_dir or a smaller "
-                      f"trainer.checkpoint.keep")
+        raise Refusal(
+            f"run_dir={context.run_dir}: {context.stage} needs about {needed / 1e9:.1f} GB for checkpoints and "
+            f"result, and {free / 1e9:.1f} GB are free; choose another run_dir or a smaller "
+            f"trainer.checkpoint.keep"
+        )
 
 
 def prepare(context: Context, data: corpora.Data, tokenizer: Any, write_start: Callable[[Path], None]) -> None:
     """Tokenize and pack, and write the weights training starts from. One process; the ranks come after."""
     context.work.mkdir(parents=True, exist_ok=True)
-    key = rows_key(data, tokenizer)
+    if data.chat_template is not None:  # the finished model is to be talked to as it was taught
+        tokenizer.chat_template = packing.chat_template(tokenizer, data)
     folders: dict[str, str | None] = {"start": str(context.work / "start")}
     statistics = {}
     for split in ("train", "validation"):
-        folder = context.run_dir / "work" / "data" / f"{split}-{key}"
-        rows, statistics[split] = packing.prepare(corpora.documents(data, split), tokenizer, data, folder=folder)
+        rows, statistics[split], folder = rows_of(data, split, tokenizer, context.data_folder)
         folders[split] = str(folder) if len(rows) else None
         if split == "train" and not len(rows):
             raise Refusal(f"data.train={data.train}: no row of text is left after tokenizing")
@@ -132,7 +138,7 @@ def train(
     load_teacher: Callable[[str | None], Any] | None,
     data: corpora.Data,
     training: Training,
-    precision: str,
+    precision: Any,
     extra: dict[str, Any] | None = None,
 ) -> None:
     """Fit `<work>/start` on the prepared rows and publish `<run_dir>/<stage>/`. Runs on every rank."""
@@ -145,63 +151,118 @@ def train(
     tokenizer = load_tokenizer(prepared["start"])
     attention = attention_for(settings["attention"], device, _SAVED[precision])
     validation = load_from_disk(prepared["validation"]) if prepared["validation"] else None
-    if validation is not None and data.validation_rows is not None:
-        validation = validation.select(range(min(len(validation), data.validation_rows)))
-    rows = Rows(load_from_disk(prepared["train"]), validation, seed=context.seed, global_batch=training.global_batch,
-                micro_batch=training.micro_batch, pad_token=pad_token(tokenizer),
-                length=data.max_length if data.packing else None, workers=training.workers)
+    if validation is not None and data.validation_rows is not None and len(validation) > data.validation_rows:
+        validation = validation.select(np.linspace(0, len(validation) - 1, data.validation_rows, dtype=int))
+    rows = Rows(
+        load_from_disk(prepared["train"]),
+        validation,
+        seed=context.seed,
+        global_batch=training.global_batch,
+        micro_batch=training.micro_batch,
+        pad_token=pad_token(tokenizer),
+        length=data.max_length if data.packing else None,
+        workers=training.workers,
+    )
     steps = rows.steps(max_steps=training.max_steps, max_tokens=training.max_tokens, epochs=training.epochs)
     module = LanguageModel(
         load_student=lambda: load_model(prepared["start"], dtype=torch.float32, attention=attention, role="student"),
         load_teacher=None if load_teacher is None else lambda: load_teacher(attention),
-        objective=objective, optimizer=training.optimizer, schedule=training.schedule,
-        weight_decay=training.weight_decay, max_steps=steps, vocabulary=len(tokenizer),
-        packed=data.packing, seed=context.seed,
+        objective=objective,
+        optimizer=training.optimizer,
+        schedule=training.schedule,
+        weight_decay=training.weight_decay,
+        max_steps=steps,
+        vocabulary=len(tokenizer),
+        packed=data.packing,
+        seed=context.seed,
         log_every_steps=settings["log_every_steps"],
-        activation_checkpointing=training.activation_checkpointing)
+        activation_checkpointing=training.activation_checkpointing,
+    )
     micro_batches = accumulation(training.global_batch, training.micro_batch, context.world)
     found = sorted((context.work / "checkpoints").glob("step-*.ckpt"))
     trainer = pl.Trainer(
-        accelerator=device, devices=context.devices, num_nodes=settings["nodes"], precision=precision,
-        strategy=instantiate(context.config["strategy"])(device), max_steps=steps, max_epochs=-1,
+        accelerator=device,
+        devices=context.devices,
+        num_nodes=settings["nodes"],
+        precision=precision,
+        strategy=instantiate(context.config["strategy"])(device),
+        max_steps=steps,
+        max_epochs=-1,
         accumulate_grad_batches=micro_batches,
-        gradient_clip_val=training.gradient_clip, default_root_dir=context.work,
+        gradient_clip_val=training.gradient_clip,
+        default_root_dir=context.work,
         # in micro-batches; without a setting, once at the end
         val_check_interval=min(training.validate_every_steps or steps, steps) * micro_batches,
-        check_val_every_n_epoch=None, limit_val_batches=None if validation is not None else 0, num_sanity_val_steps=0,
-        logger=_logger(context), callbacks=_callbacks(context), use_distributed_sampler=False,
-        inference_mode=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        log_every_n_steps=settings["log_every_steps"])
-    trainer.fit(module, datamodule=rows, ckpt_path=str(found[-1]) if found else None,
-                weights_only=False)  # our own file, with the optimizer's and the loops' state
+        check_val_every_n_epoch=None,
+        limit_val_batches=None if validation is not None else 0,
+        num_sanity_val_steps=0,
+        logger=_logger(context),
+        callbacks=_callbacks(context),
+        use_distributed_sampler=False,
+        inference_mode=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        log_every_n_steps=settings["log_every_steps"],
+    )
+    trainer.fit(
+        module, datamodule=rows, ckpt_path=str(found[-1]) if found else None, weights_only=False
+    )  # our own file, with the optimizer's and the loops' state
 
     state = gather_state(module.student, keep=trainer.is_global_zero)
     if trainer.is_global_zero:
-        metrics = {"parameters": parameters_of(prepared["start"]), **(extra or {}),
-                   "data": prepared["statistics"], **module.validation_metrics}
-        publish_model(context, module.student, tokenizer, state, _SAVED[precision], metrics,
-                      tokens=module.tokens_seen, steps=steps, seconds=module.seconds_spent)
+        metrics = {
+            "parameters": parameters_of(prepared["start"]),
+            **(extra or {}),
+            "data": prepared["statistics"],
+            **module.validation_metrics,
+        }
+        publish_model(
+            context,
+            module.student,
+            tokenizer,
+            state,
+            _SAVED[precision],
+            metrics,
+            tokens=module.tokens_seen,
+            steps=steps,
+            seconds=module.seconds_spent,
+        )
         shutil.rmtree(context.work / "checkpoints", ignore_errors=True)
         shutil.rmtree(context.work / "start", ignore_errors=True)
     trainer.strategy.barrier()
 
 
-def publish_model(context: Context, model: Any, tokenizer: Any, state: dict[str, Any], dtype: torch.dtype,
-                  metrics: dict[str, Any], *, tokens: int, steps: int, seconds: float) -> None:
+def publish_model(
+    context: Context,
+    model: Any,
+    tokenizer: Any,
+    state: dict[str, Any],
+    dtype: torch.dtype,
+    metrics: dict[str, Any],
+    *,
+    tokens: int,
+    steps: int,
+    seconds: float,
+) -> None:
     def build(folder: Path) -> None:
         save_model(model, tokenizer, folder, state, dtype)
         recorded = context.work / "metrics.jsonl"
         if recorded.exists():
             shutil.copy(recorded, folder / "metrics.jsonl")
 
-    artifact.publish(context.out, build, {**manifest_head(context, "model"), "tokens": tokens, "steps": steps,
-                                          "seconds": round(seconds, 3), "metrics": metrics, "certificates": {}})
-
-
-def manifest_head(context: Context, kind: str) -> dict[str, Any]:
-    return {"stage": context.stage, "kind": kind, "parents": context.parents, "config": context.identity,
-            "fingerprint": context.fingerprint, "seed": context.seed, "versions": artifact.versions(),
-            "git_commit": artifact.git_commit()}
+    artifact.publish(
+        context.out,
+        build,
+        {
+            **context.manifest("model"),
+            "tokens": tokens,
+            "steps": steps,
+            "seconds": round(seconds, 3),
+            "metrics": metrics,
+            "certificates": {},
+        },
+    )
 
 
 def parameters_of(folder: str) -> int:
@@ -210,25 +271,17 @@ def parameters_of(folder: str) -> int:
     return parameter_count(empty_model(load_config(folder)))
 
 
-def pad_token(tokenizer: Any) -> int:
-    """Any token will do: padding is never attended to by, nor a target of, anything supervised."""
-    return next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
-
-
-def rows_key(data: corpora.Data, tokenizer: Any) -> str:
-    """Names prepared rows by everything they depend on, so that stages share them and a changed file makes new ones."""
-    told = [corpora.content_key(data), sorted(tokenizer.get_vocab().items()), getattr(tokenizer, "chat_template", None)]
-    if tokenizer.is_fast:
-        told.append(tokenizer.backend_tokenizer.to_str())
-    return fingerprint(told).removeprefix("sha256:")[:16]
-
-
 def _logger(context: Context) -> Any:
     if context.config["logger"] is None or context.rank != 0:
         return False
     make = instantiate(context.config["logger"])
-    return make(stage=context.stage, run_name=context.config["name"], folder=context.run_dir / "logs" / context.stage,
-                config=context.config, restart=context.restart)
+    return make(
+        stage=context.stage,
+        run_name=context.config["name"],
+        folder=context.run_dir / "logs" / context.stage,
+        config=context.config,
+        restart=context.restart,
+    )
 
 
 def _callbacks(context: Context) -> list[pl.Callback]:

@@ -29,8 +29,15 @@ class Local:
     def command(self, arguments: list[str], *, ranks: int, nodes: int) -> list[str]:
         if ranks == 1:
             return [sys.executable, "-m", *arguments]
-        return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}",
-                "-m", *arguments]
+        return [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc-per-node={ranks}",
+            "-m",
+            *arguments,
+        ]
 
 
 @dataclass(frozen=True)
@@ -42,14 +49,23 @@ class Slurm:
     def command(self, arguments: list[str], *, ranks: int, nodes: int) -> list[str]:
         used = nodes if ranks > 1 else 1
         return [
-            "srun", f"--nodes={used}", f"--ntasks={ranks}", f"--ntasks-per-node={ranks // used}",
+            "srun",
+            f"--nodes={used}",
+            f"--ntasks={ranks}",
+            f"--ntasks-per-node={ranks // used}",
             # A dead rank must end its peers, which wait for it in a collective; but not at once: where all ranks are
             # to end with PREEMPTED, the first would have the others killed, and srun would answer 143 instead.
-            "--kill-on-bad-exit=0", "--wait=60",
+            "--kill-on-bad-exit=0",
+            "--wait=60",
             # A rank picks its GPU and shares its node's cores itself, whatever a site binds by default.
-            "--gpu-bind=none", "--cpu-bind=none",
+            "--gpu-bind=none",
+            "--cpu-bind=none",
             "--export=ALL",  # also under `sbatch --export=NONE`, which srun would inherit
-            *self.arguments, sys.executable, "-u", "-m", *arguments,
+            *self.arguments,
+            sys.executable,
+            "-u",
+            "-m",
+            *arguments,
         ]
 
 

@@ -73,8 +73,14 @@ class Pretrain:
         fit.prepare(context, self.data, tokenizer, start)
 
     def run(self, context: Context) -> None:
-        fit.train(context, objective=CrossEntropy(), load_teacher=None, data=self.data, training=self.training,
-                  precision=self.precision)
+        fit.train(
+            context,
+            objective=CrossEntropy(),
+            load_teacher=None,
+            data=self.data,
+            training=self.training,
+            precision=self.precision,
+        )
         if context.rank == 0:
             shutil.rmtree(context.work / "tokenizer", ignore_errors=True)
 
@@ -84,7 +90,9 @@ class Pretrain:
         try:
             known = AutoConfig.for_model(kind).to_dict()
         except (ValueError, KeyError):
-            raise Refusal(f"model.model_type={kind}: transformers knows no such family; llama is a good start") from None
+            raise Refusal(
+                f"model.model_type={kind}: transformers knows no such family; llama is a good start"
+            ) from None
         if unknown := [name for name in values if name not in known]:
             raise Refusal(f"model.{unknown[0]}: the {kind} config has no such number")
         check_sizes(values, "model")

@@ -77,12 +77,18 @@ def _check(config: dict[str, Any], stages: list[str]) -> list[dict[str, Any]]:
     with tempfile.NamedTemporaryFile("w", suffix=".json") as spec, console.status("checking"):
         json.dump({"config": config, "stages": stages}, spec)
         spec.flush()
-        done = subprocess.run([sys.executable, "-m", "pipeline.worker", "check", spec.name],
-                              env=environment(1, "auto"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        done = subprocess.run(
+            [sys.executable, "-m", "pipeline.worker", "check", spec.name],
+            env=environment(1, "auto"),
+            capture_output=True,
+            text=True,
+        )
     lines = done.stdout.strip().splitlines()
     answer = json.loads(lines[-1]) if lines and lines[-1].startswith("{") else None
     if answer is None:
-        raise StageFailed(f"the check of the configuration broke off:\n{done.stderr.strip()[-4000:]}", done.returncode or 1)
+        raise StageFailed(
+            f"the check of the configuration broke off:\n{done.stderr.strip()[-4000:]}", done.returncode or 1
+        )
     if "refusal" in answer:
         raise Refusal(answer["refusal"])
     found: list[dict[str, Any]] = answer["plan"]
@@ -99,8 +105,11 @@ def _jobs(config: dict[str, Any], stages: list[str], plan: dict[str, Any]) -> li
         job = {"stage": name, "identity": told, "fingerprint": fingerprint(told), "plan": plan[name]}
         finished = artifact.read_manifest(run_dir / name)
         started = _read(run_dir / "work" / name / "stage.json")
-        made_here = {role: Path(path).name for role, path in plan[name]["parents"].items()
-                     if Path(path).parent == run_dir and Path(path).name in config["stages"]}
+        made_here = {
+            role: Path(path).name
+            for role, path in plan[name]["parents"].items()
+            if Path(path).parent == run_dir and Path(path).name in config["stages"]
+        }
         stale = [role for role, stage in made_here.items() if stage in redone]
         old = finished or started
         if name in config["force"]:
@@ -110,10 +119,15 @@ def _jobs(config: dict[str, Any], stages: list[str], plan: dict[str, Any]) -> li
         else:
             changed = differences(old["config" if finished else "identity"], told)
             parents = _parents(config, plan[name]) if not stale else {}
-            other = {role for role in {*parents, *old["parents"]}
-                     if parents.get(role, {}).get("content_hash") != old["parents"].get(role, {}).get("content_hash")}
+            other = {
+                role
+                for role in {*parents, *old["parents"]}
+                if parents.get(role, {}).get("content_hash") != old["parents"].get(role, {}).get("content_hash")
+            }
             outside = sorted(other - set(made_here)) if not stale else []
-            changed += [(f"parents.{role}", _short(old["parents"].get(role)), _short(parents.get(role))) for role in outside]
+            changed += [
+                (f"parents.{role}", _short(old["parents"].get(role)), _short(parents.get(role))) for role in outside
+            ]
             if changed and config["resume"] != "overwrite":
                 raise Refusal(_differs(run_dir, name, changed))
             if changed or stale or other:
@@ -151,9 +165,17 @@ def _run_stage(config: dict[str, Any], job: dict[str, Any]) -> None:
     before = _read(work / "stage.json") or {"restart": -1}
     work.mkdir(parents=True, exist_ok=True)
     spec = work / "stage.json"
-    artifact.write_json(spec, {"config": config, "stage": name, "parents": _parents(config, entry),
-                               "identity": job["identity"], "fingerprint": job["fingerprint"],
-                               "restart": before["restart"] + 1})
+    artifact.write_json(
+        spec,
+        {
+            "config": config,
+            "stage": name,
+            "parents": _parents(config, entry),
+            "identity": job["identity"],
+            "fingerprint": job["fingerprint"],
+            "restart": before["restart"] + 1,
+        },
+    )
     launcher = instantiate(config["launch"])
     ranks, nodes = entry["ranks"], config["trainer"]["nodes"]
     begin = time.monotonic()
@@ -165,7 +187,9 @@ def _run_stage(config: dict[str, Any], job: dict[str, Any]) -> None:
         if code:
             where = f"{name} ({mode})" if len(modes) > 1 else name
             kind = "was preempted" if code == PREEMPTED else f"failed with exit status {code}"
-            raise StageFailed(f"stage {where} {kind}; run the same command again to go on from its last checkpoint", code)
+            raise StageFailed(
+                f"stage {where} {kind}; run the same command again to go on from its last checkpoint", code
+            )
     if artifact.read_manifest(run_dir / name) is None:
         raise StageFailed(f"stage {name} ended without its result {run_dir / name}", 1)
     console.print(f"[green]{name}[/]: done in {time.monotonic() - begin:.0f} s")
@@ -178,8 +202,15 @@ def _show(config: dict[str, Any], jobs: list[dict[str, Any]]) -> None:
     for job in jobs:
         entry = job["plan"]
         size = f"{entry['parameters']:,}" if entry.get("parameters") else ""
-        plan.add_row(job["stage"], job["do"], entry.get("model") or "", size, entry.get("teacher") or "",
-                     entry.get("length") or "", f"{entry['ranks']} × {entry['device']}")
+        plan.add_row(
+            job["stage"],
+            job["do"],
+            entry.get("model") or "",
+            size,
+            entry.get("teacher") or "",
+            entry.get("length") or "",
+            f"{entry['ranks']} × {entry['device']}",
+        )
     console.print(plan)
     for job in jobs:
         for warning in job["plan"].get("warnings", []):
@@ -189,8 +220,10 @@ def _show(config: dict[str, Any], jobs: list[dict[str, Any]]) -> None:
 def _differs(run_dir: Path, stage: str, changed: list[tuple[str, Any, Any]]) -> str:
     keys = "; ".join(f"{key}: {old!r} → {new!r}" for key, old, new in changed[:8])
     more = f" and {len(changed) - 8} more" if len(changed) > 8 else ""
-    return (f"{run_dir / stage} was made with other values ({keys}{more}); add resume=overwrite to redo it, choose another "
-            f"run_dir=…, or give the old values")
+    return (
+        f"{run_dir / stage} was made with other values ({keys}{more}); add resume=overwrite to redo it, choose another "
+        f"run_dir=…, or give the old values"
+    )
 
 
 @contextmanager
@@ -200,7 +233,9 @@ def _alone(run_dir: Path) -> Iterator[None]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise Refusal(f"run_dir={run_dir}: another command is working in it; wait for it or choose another run_dir") from None
+            raise Refusal(
+                f"run_dir={run_dir}: another command is working in it; wait for it or choose another run_dir"
+            ) from None
         except OSError:
             pass  # some cluster file systems have no locks
         yield

@@ -24,8 +24,11 @@ def ddp(timeout_minutes: float = 30.0) -> Callable[[str], Any]:
     def make(device: str) -> Any:
         from pytorch_lightning.strategies import DDPStrategy
 
-        return DDPStrategy(timeout=timedelta(minutes=timeout_minutes), find_unused_parameters=False,
-                           process_group_backend="gloo" if device == "cpu" else "nccl")
+        return DDPStrategy(
+            timeout=timedelta(minutes=timeout_minutes),
+            find_unused_parameters=False,
+            process_group_backend="gloo" if device == "cpu" else "nccl",
+        )
 
     return make
 
@@ -44,8 +47,13 @@ def zero(
     """
 
     def make(device: str) -> Any:
-        section = {"stage": stage, "overlap_comm": device == "cuda", "contiguous_gradients": True,
-                   "stage3_gather_16bit_weights_on_model_save": False, **(config or {})}
+        section = {
+            "stage": stage,
+            "overlap_comm": device == "cuda",
+            "contiguous_gradients": True,
+            "stage3_gather_16bit_weights_on_model_save": False,
+            **(config or {}),
+        }
         if offload_optimizer:
             section["offload_optimizer"] = {"device": "cpu", "pin_memory": device == "cuda"}
         if offload_parameters:
@@ -95,13 +103,14 @@ def _zero_strategy() -> type:
                 super().setup_environment()
 
         def setup_distributed(self) -> None:
-            if not self._on_cpu:
-                return super().setup_distributed()
-            from lightning_fabric.utilities.seed import reset_seed
+            if self._on_cpu:
+                from lightning_fabric.utilities.seed import reset_seed
 
-            reset_seed()
-            self.set_world_ranks()
-            self._init_deepspeed_distributed()
+                reset_seed()
+                self.set_world_ranks()
+                self._init_deepspeed_distributed()
+            else:
+                super().setup_distributed()
 
         def backward(self, closure_loss: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
             # Lightning has divided by the accumulation already; DeepSpeed would divide again, which halves gradients
@@ -114,7 +123,7 @@ def _zero_strategy() -> type:
             spread, from_pretrained raises on padding tokens, and rotary frequencies are rounded to bf16."""
             self._init_config_if_needed()
             if self.zero_stage_3:
-                from transformers.integrations import HfDeepSpeedConfig
+                from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
                 self._transformers_config = HfDeepSpeedConfig(self.config)  # alive as long as the strategy
             yield

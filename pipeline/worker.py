@@ -1,9 +1,9 @@
 """The process of one stage, or of one of its ranks; and the check before all of them.
 
-    python -m pipeline.worker check SPEC     every selected stage refuses what it can; prints the plan as JSON
-    python -m pipeline.worker prepare SPEC   the single-process part of a stage
-    python -m pipeline.worker run SPEC       a rank of the rest
-    python -m pipeline.worker stage SPEC     both, in one process
+python -m pipeline.worker check SPEC     every selected stage refuses what it can; prints the plan as JSON
+python -m pipeline.worker prepare SPEC   the single-process part of a stage
+python -m pipeline.worker run SPEC       a rank of the rest
+python -m pipeline.worker stage SPEC     both, in one process
 """
 
 from __future__ import annotations
@@ -44,8 +44,11 @@ def main() -> int:
             stage.run(context)
         return 0
     except Refusal as problem:
-        print(json.dumps({"refusal": str(problem)}) if mode == "check" else f"error: {problem}",
-              file=sys.stdout if mode == "check" else sys.stderr, flush=True)
+        print(
+            json.dumps({"refusal": str(problem)}) if mode == "check" else f"error: {problem}",
+            file=sys.stdout if mode == "check" else sys.stderr,
+            flush=True,
+        )
         return 2
     except RuntimeError as problem:
         from models.language_model import NonFiniteLoss
@@ -67,8 +70,16 @@ def check(spec: dict[str, Any]) -> dict[str, Any]:
             stage = build(spec["config"], name)
             with refusing("config"):
                 entry = stage.check(context)
-            plan.append({"stage": name, "ranks": stage.ranks(context), "device": context.device,
-                         "parents": stage.parents(context), "content": stage.content(), **entry})
+            plan.append(
+                {
+                    "stage": name,
+                    "ranks": stage.ranks(context),
+                    "device": context.device,
+                    "parents": stage.parents(context),
+                    "content": stage.content(),
+                    **entry,
+                }
+            )
     return {"plan": plan}
 
 
@@ -91,7 +102,9 @@ def refusing(node: str) -> Iterator[None]:
         cause = problem.__cause__
         if isinstance(cause, Refusal):
             raise cause from None
-        where = next((line.split(":", 1)[1].strip() for line in str(problem).splitlines() if line.startswith("full_key:")), "")
+        where = next(
+            (line.split(":", 1)[1].strip() for line in str(problem).splitlines() if line.startswith("full_key:")), ""
+        )
         raise Refusal(f"{node}{'.' + where if where else ''}: {_told(cause or problem, str(problem))}") from None
 
 
@@ -103,7 +116,8 @@ def _told(problem: BaseException, message: str) -> str:
     if wrong and target:
         from hydra.utils import get_object
 
-        return f"unknown config key {wrong[1]!r}{nearest(wrong[1], list(inspect.signature(get_object(target[1])).parameters))}"
+        known = list(inspect.signature(get_object(target[1])).parameters)
+        return f"unknown config key {wrong[1]!r}{nearest(wrong[1], known)}"
     missing = re.search(r"missing \d+ required .*arguments?: (.*)", text)
     return f"{missing[1]} is not set" if missing else text
 

@@ -11,16 +11,27 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # The quickstart at a size of seconds.
 SMALL = [
-    "data.max_documents=120", "data.max_length=64",
+    "data.max_documents=120",
+    "data.max_length=64",
     "stages.pretrain.tokenizer.vocab_size=400",
-    "stages.pretrain.model.hidden_size=48", "stages.pretrain.model.intermediate_size=96",
-    "stages.pretrain.model.num_hidden_layers=2", "stages.pretrain.model.num_attention_heads=4",
-    "stages.pretrain.model.num_key_value_heads=2", "+stages.pretrain.model.attention_dropout=0.1",
-    "stages.pretrain.training.max_steps=12", "stages.pretrain.training.validate_every_steps=6",
-    "student.shape={hidden_size: 32, intermediate_size: 64, num_hidden_layers: 1, num_attention_heads: 2, num_key_value_heads: 2}",
-    "stages.distill.training.max_steps=12", "stages.distill.training.validate_every_steps=6",
+    "stages.pretrain.model.hidden_size=48",
+    "stages.pretrain.model.intermediate_size=96",
+    "stages.pretrain.model.num_hidden_layers=2",
+    "stages.pretrain.model.num_attention_heads=4",
+    "stages.pretrain.model.num_key_value_heads=2",
+    "+stages.pretrain.model.attention_dropout=0.1",
+    "stages.pretrain.training.max_steps=12",
+    "stages.pretrain.training.validate_every_steps=6",
+    "student.shape.hidden_size=32",
+    "student.shape.intermediate_size=64",
+    "student.shape.num_hidden_layers=1",
+    "student.shape.num_attention_heads=2",
+    "student.shape.num_key_value_heads=2",
+    "stages.distill.training.max_steps=12",
+    "stages.distill.training.validate_every_steps=6",
     "stages.distill.training.micro_batch=8",
-    "trainer.checkpoint.every_steps=4", "trainer.log_every_steps=2",
+    "trainer.checkpoint.every_steps=4",
+    "trainer.log_every_steps=2",
     "stages.evaluate.speed={_target_: models.measure.Speed, prompt_tokens: 16, new_tokens: 8, repeats: 1}",
 ]
 
@@ -32,14 +43,20 @@ ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "COLUMNS": "200",
 def train(*words: str, path: str = "", timeout: float = 300, **environment: str) -> subprocess.CompletedProcess[str]:
     """`python train.py WORDS`; `path` goes in front of the import path."""
     env = {**os.environ, **ENVIRONMENT, "PYTHONPATH": path, **environment}
-    return subprocess.run([sys.executable, str(ROOT / "train.py"), *words], env=env, capture_output=True, text=True,
-                          timeout=timeout)
+    return subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), *words], env=env, capture_output=True, text=True, timeout=timeout
+    )
 
 
 def start(*words: str, **environment: str) -> subprocess.Popen[str]:
     env = {**os.environ, **ENVIRONMENT, **environment}
-    return subprocess.Popen([sys.executable, str(ROOT / "train.py"), *words], env=env, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *words],
+        env=env,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
 
 
 def weights(folder: Path) -> dict[str, object]:

@@ -47,10 +47,22 @@ class Scenario:
 
 def model(hidden: int, layers: int, seed: int, tied: bool = False, dropout: float = 0.0) -> LlamaForCausalLM:
     torch.manual_seed(seed)
-    return LlamaForCausalLM(LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=tied,
-        attention_dropout=dropout, bos_token_id=0, eos_token_id=0, pad_token_id=0))
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=hidden,
+            intermediate_size=2 * hidden,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=64,
+            tie_word_embeddings=tied,
+            attention_dropout=dropout,
+            bos_token_id=0,
+            eos_token_id=0,
+            pad_token_id=0,
+        )
+    )
 
 
 def rows(count: int = 40, seed: int = 0) -> Dataset:
@@ -66,8 +78,15 @@ def rows(count: int = 40, seed: int = 0) -> Dataset:
         targets[cut - 1] = -100
         for at in torch.randint(0, length, (3,), generator=generator).tolist():
             targets[at] = -100
-        made.append({"input_ids": ids, "position_ids": positions, "targets": targets,
-                     "supervised": sum(t >= 0 for t in targets), "bytes": 0})
+        made.append(
+            {
+                "input_ids": ids,
+                "position_ids": positions,
+                "targets": targets,
+                "supervised": sum(t >= 0 for t in targets),
+                "bytes": 0,
+            }
+        )
     return Dataset.from_list(made)
 
 
@@ -94,38 +113,75 @@ def fit(scenario: Scenario, folder: Path) -> dict[str, Any]:
     objective = Distillation(0.3, ForwardKL(2.0)) if scenario.taught else CrossEntropy()
     module = LanguageModel(
         load_student=lambda: load_model(str(student), dtype=torch.float32),
-        load_teacher=(lambda: load_model(str(teacher), dtype=torch.float32).requires_grad_(False)) if scenario.taught else None,
-        objective=objective, optimizer=functools.partial(torch.optim.AdamW, lr=1e-2, betas=(0.9, 0.95)),
-        schedule=cosine(warmup_steps=3), weight_decay=0.1, max_steps=scenario.steps, vocabulary=VOCABULARY, packed=True, seed=0,
-        log_every_steps=1, activation_checkpointing=scenario.activation_checkpointing)
-    data = Rows(rows(), rows(9, seed=1), seed=0, global_batch=scenario.global_batch, micro_batch=scenario.micro_batch,
-                pad_token=0, length=LENGTH, side=scenario.side)
+        load_teacher=(lambda: load_model(str(teacher), dtype=torch.float32).requires_grad_(False))
+        if scenario.taught
+        else None,
+        objective=objective,
+        optimizer=functools.partial(torch.optim.AdamW, lr=1e-2, betas=(0.9, 0.95)),
+        schedule=cosine(warmup_steps=3),
+        weight_decay=0.1,
+        max_steps=scenario.steps,
+        vocabulary=VOCABULARY,
+        packed=True,
+        seed=0,
+        log_every_steps=1,
+        activation_checkpointing=scenario.activation_checkpointing,
+    )
+    data = Rows(
+        rows(),
+        rows(9, seed=1),
+        seed=0,
+        global_batch=scenario.global_batch,
+        micro_batch=scenario.micro_batch,
+        pad_token=0,
+        length=LENGTH,
+        side=scenario.side,
+    )
     kind = scenario.strategy
     settings: dict[str, Any] = {"stage3_param_persistence_threshold": 0}
-    make = {"single": strategies.single, "ddp": strategies.ddp,
-            "zero3_offload": functools.partial(strategies.zero, 3, True, True, config=settings)}.get(
-                kind, functools.partial(strategies.zero, int(kind[4]) if kind.startswith("zero") else 0, config=settings))
+    make = {
+        "single": strategies.single,
+        "ddp": strategies.ddp,
+        "zero3_offload": functools.partial(strategies.zero, 3, True, True, config=settings),
+    }.get(kind, functools.partial(strategies.zero, int(kind[4]) if kind.startswith("zero") else 0, config=settings))
     watch: list[pl.Callback] = [Watch()]
     if scenario.resume:
         from callbacks.checkpoint import Checkpoint
 
         watch.append(Checkpoint(folder / "unused", None, None))
     trainer = pl.Trainer(
-        accelerator="cpu", devices=scenario.world, strategy=make()("cpu"), max_steps=scenario.steps, max_epochs=-1,
-        precision=scenario.precision, gradient_clip_val=scenario.clip,
+        accelerator="cpu",
+        devices=scenario.world,
+        strategy=make()("cpu"),
+        max_steps=scenario.steps,
+        max_epochs=-1,
+        precision=scenario.precision,
+        gradient_clip_val=scenario.clip,
         accumulate_grad_batches=accumulation(scenario.global_batch, scenario.micro_batch, scenario.world),
         val_check_interval=scenario.steps * accumulation(scenario.global_batch, scenario.micro_batch, scenario.world),
-        check_val_every_n_epoch=None, num_sanity_val_steps=0, logger=False, callbacks=watch,
-        use_distributed_sampler=False, inference_mode=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, default_root_dir=folder)
-    trainer.fit(module, datamodule=data,
-                ckpt_path=str(folder / f"{scenario.name}.ckpt") if scenario.resume else None)
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        logger=False,
+        callbacks=watch,
+        use_distributed_sampler=False,
+        inference_mode=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+    )
+    trainer.fit(module, datamodule=data, ckpt_path=str(folder / f"{scenario.name}.ckpt") if scenario.resume else None)
     state = gather_state(module.student, keep=True)
     teacher_gradients = [n for n, p in module.named_parameters() if n.startswith("teacher.") and p.grad is not None]
-    return {"metrics": seen, "validation": module.validation_metrics, "state": state,
-            "teacher_gradients": teacher_gradients,
-            "teacher_sharded": all(hasattr(p, "ds_id") and p.numel() == 0 for p in module.teacher.parameters())
-            if scenario.taught else None}
+    return {
+        "metrics": seen,
+        "validation": module.validation_metrics,
+        "state": state,
+        "teacher_gradients": teacher_gradients,
+        "teacher_sharded": all(hasattr(p, "ds_id") and p.numel() == 0 for p in module.teacher.parameters())
+        if scenario.taught
+        else None,
+    }
 
 
 def write_models(folder: Path) -> None:
@@ -153,9 +209,23 @@ def on_two_ranks(scenarios: list[Scenario], folder: Path) -> dict[str, dict[str,
 
     (folder / "scenarios.json").write_text(json.dumps([asdict(replace(s, world=2)) for s in scenarios]))
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-                           "-m", "tests.fitting", str(folder)], env=environment, capture_output=True, text=True,
-                          cwd=Path(__file__).parent.parent, timeout=900)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node=2",
+            "-m",
+            "tests.fitting",
+            str(folder),
+        ],
+        env=environment,
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent.parent,
+        timeout=900,
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return {s.name: torch.load(folder / f"{s.name}.pt", weights_only=True) for s in scenarios}
 

@@ -13,13 +13,26 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PEER_PYTHON = Path(os.environ.get("RETORT_PEER_PYTHON", ROOT / ".venv-peers/bin/python"))
-TINY = ["--vocabulary=96", "--student-hidden=16", "--teacher-hidden=32", "--student-layers=1", "--teacher-layers=1",
-        "--rows=2", "--length=8", "--steps=2", "--warmup-steps=1", "--repeats=1", "--threads=1", "--device=cpu"]
+TINY = [
+    "--vocabulary=96",
+    "--student-hidden=16",
+    "--teacher-hidden=32",
+    "--student-layers=1",
+    "--teacher-layers=1",
+    "--rows=2",
+    "--length=8",
+    "--steps=2",
+    "--warmup-steps=1",
+    "--repeats=1",
+    "--threads=1",
+    "--device=cpu",
+]
 
 
 def distillation_step(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, ROOT / "benchmarks/distillation_step.py", *words], capture_output=True,
-                          text=True, timeout=300)
+    return subprocess.run(
+        [sys.executable, ROOT / "benchmarks/distillation_step.py", *words], capture_output=True, text=True, timeout=300
+    )
 
 
 def figures(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:

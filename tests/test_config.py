@@ -19,8 +19,11 @@ CONF = ROOT / "conf"
 EXPERIMENTS = sorted(p.stem for p in (CONF / "experiment").glob("*.yaml"))
 # what a person must say, for the choices that cannot know it
 SAID = {
-    "data=files": ["data.train=stdlib"], "data=chat": ["data.train=chat.jsonl"],
-    "student=layers": ["student.keep=2"], "student=one_billion": [], "student=folder": ["student.path=some/folder"],
+    "data=files": ["data.train=stdlib"],
+    "data=chat": ["data.train=chat.jsonl"],
+    "student=layers": ["student.keep=2"],
+    "student=one_billion": [],
+    "student=folder": ["student.path=some/folder"],
 }
 
 
@@ -34,9 +37,13 @@ def quickstart(*words: str) -> dict[str, Any]:
     return composed("+experiment=quickstart", *words)
 
 
-CHOICES = [f"{group.name}={choice.stem}" for group in sorted(CONF.iterdir()) if group.is_dir()
-           for choice in sorted(group.glob("*.yaml"))
-           if group.name in ("data", "teacher", "student", "objective", "strategy", "logger", "callbacks", "launch")]
+CHOICES = [
+    f"{group.name}={choice.stem}"
+    for group in sorted(CONF.iterdir())
+    if group.is_dir()
+    for choice in sorted(group.glob("*.yaml"))
+    if group.name in ("data", "teacher", "student", "objective", "strategy", "logger", "callbacks", "launch")
+]
 
 
 @pytest.mark.parametrize("choice", CHOICES)
@@ -50,9 +57,15 @@ def test_every_choice_composes_and_is_instantiated(choice: str) -> None:
     build(config, "distill")
 
 
-@pytest.mark.parametrize("choice", [f"{g}@stages.distill.training.{g}={p.stem}" for g in ("schedule", "optimizer")
-                                    for p in sorted((CONF / g).glob("*.yaml"))]
-                         + [f"divergence@objective.divergence={p.stem}" for p in sorted((CONF / "divergence").glob("*.yaml"))])
+@pytest.mark.parametrize(
+    "choice",
+    [
+        f"{g}@stages.distill.training.{g}={p.stem}"
+        for g in ("schedule", "optimizer")
+        for p in sorted((CONF / g).glob("*.yaml"))
+    ]
+    + [f"divergence@objective.divergence={p.stem}" for p in sorted((CONF / "divergence").glob("*.yaml"))],
+)
 def test_every_part_of_a_stage_can_be_chosen(choice: str) -> None:
     assert build(quickstart(choice), "distill").training.max_steps == 400
 
@@ -74,8 +87,23 @@ def test_every_experiment_composes_and_builds_all_its_stages(experiment: str, sc
 
 def test_every_yaml_is_met_by_one_of_these_tests() -> None:
     groups = {group.name for group in CONF.iterdir() if group.is_dir()}
-    assert groups == {"data", "teacher", "student", "objective", "strategy", "logger", "callbacks", "launch", "schedule",
-                      "optimizer", "divergence", "experiment", "scale", "stage", "training"}
+    assert groups == {
+        "data",
+        "teacher",
+        "student",
+        "objective",
+        "strategy",
+        "logger",
+        "callbacks",
+        "launch",
+        "schedule",
+        "optimizer",
+        "divergence",
+        "experiment",
+        "scale",
+        "stage",
+        "training",
+    }
     assert {p.stem for p in (CONF / "stage").glob("*.yaml")} == {"pretrain", "distill", "control", "evaluate"}
 
 
@@ -103,21 +131,60 @@ def test_the_student_of_the_production_run_has_about_a_billion_parameters(tmp_pa
 def test_tiny_changes_sizes_only() -> None:
     full, tiny = (composed("+experiment=distill_7b_to_1b", *words) for words in ([], ["+scale=tiny"]))
     changed = {key for key, _, _ in differences(full, tiny)}
-    sizes = {"hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-             "max_position_embeddings", "vocab_size", "keep", "max_length", "max_documents", "validation_rows", "holdout",
-             "max_steps", "max_tokens", "global_batch", "micro_batch", "warmup_steps", "validate_every_steps", "workers",
-             "prompt_tokens", "new_tokens", "repeats", "devices", "accelerator", "nodes",
-             "path", "teacher_path", "train", "name"}
+    sizes = {
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "max_position_embeddings",
+        "vocab_size",
+        "keep",
+        "max_length",
+        "max_documents",
+        "validation_rows",
+        "holdout",
+        "max_steps",
+        "max_tokens",
+        "global_batch",
+        "micro_batch",
+        "warmup_steps",
+        "validate_every_steps",
+        "workers",
+        "prompt_tokens",
+        "new_tokens",
+        "repeats",
+        "devices",
+        "accelerator",
+        "nodes",
+        "path",
+        "teacher_path",
+        "train",
+        "name",
+    }
     assert {key.rpartition(".")[2] for key in changed} <= sizes
 
 
 def test_the_identity_of_a_stage_ignores_hardware_and_where_the_run_folder_is() -> None:
     one = quickstart("run_dir=here")
-    other = quickstart("run_dir=there", "strategy=ddp", "trainer.devices=2", "logger=wandb", "launch=slurm",
-                       "stages.distill.training.micro_batch=2", "trainer.checkpoint.every_steps=7")
+    other = quickstart(
+        "run_dir=there",
+        "strategy=ddp",
+        "trainer.devices=2",
+        "logger=wandb",
+        "launch=slurm",
+        "stages.distill.training.micro_batch=2",
+        "trainer.checkpoint.every_steps=7",
+    )
     assert identity(one, "distill") == identity(other, "distill")
-    for word in ("seed=1", "objective.alpha=0.3", "stages.distill.training.optimizer.lr=0.1", "data.max_length=64",
-                 "trainer.precision=bf16-mixed", "student.shape.hidden_size=48"):
+    for word in (
+        "seed=1",
+        "objective.alpha=0.3",
+        "stages.distill.training.optimizer.lr=0.1",
+        "data.max_length=64",
+        "trainer.precision=bf16-mixed",
+        "student.shape.hidden_size=48",
+    ):
         assert identity(quickstart("run_dir=here", word), "distill") != identity(one, "distill"), word
 
 
@@ -207,7 +274,8 @@ def test_a_folder_with_pickled_weights_alone_is_refused(tmp_path: Path) -> None:
     (folder / "config.json").write_text('{"model_type": "llama"}')
     (folder / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
     assert "only pickled weights (pytorch_model.bin)" in refused(
-        "+experiment=distill", f"teacher.path={folder}", "data.train=stdlib")
+        "+experiment=distill", f"teacher.path={folder}", "data.train=stdlib"
+    )
 
 
 def test_a_folder_without_config_is_refused(tmp_path: Path) -> None:
@@ -215,18 +283,23 @@ def test_a_folder_without_config_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_seen_before_the_work(tmp_path: Path) -> None:
-    wide = "{hidden_size: 8192, intermediate_size: 65536, num_hidden_layers: 2000, num_attention_heads: 64, num_key_value_heads: 64}"
-    assert "GB are free" in refused(f"run_dir={tmp_path}/run", f"student.shape={wide}")
+    wide = [
+        f"student.shape.{name}={value}"
+        for name, value in {"hidden_size": 8192, "intermediate_size": 65536, "num_hidden_layers": 2000}.items()
+    ]
+    assert "GB are free" in refused(f"run_dir={tmp_path}/run", *wide)
 
 
 def test_cfg_job_answers_without_heavy_imports() -> None:
     import subprocess
     import sys
 
-    code = ("import sys, runpy; sys.argv = ['train.py', '--cfg', 'job']\n"
-            "try: runpy.run_path('train.py', run_name='__main__')\n"
-            "except SystemExit as end: assert not end.code\n"
-            "assert not {'torch', 'transformers', 'pytorch_lightning', 'datasets', 'deepspeed'} & set(sys.modules)")
+    code = (
+        "import sys, runpy; sys.argv = ['train.py', '--cfg', 'job']\n"
+        "try: runpy.run_path('train.py', run_name='__main__')\n"
+        "except SystemExit as end: assert not end.code\n"
+        "assert not {'torch', 'transformers', 'pytorch_lightning', 'datasets', 'deepspeed'} & set(sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "experiment" not in done.stdout.splitlines()[0]

@@ -23,8 +23,15 @@ ROWS, LENGTH, VOCABULARY, WIDTH, TEACHER_WIDTH = 3, 7, 23, 5, 6
 class Case:
     """Random hidden states, heads and targets; a third of the targets is masked."""
 
-    def __init__(self, dtype: torch.dtype = torch.float64, *, bias: bool = True, scale: float = 1.0,
-                 softcap: float | None = None, spread: float = 2.0) -> None:
+    def __init__(
+        self,
+        dtype: torch.dtype = torch.float64,
+        *,
+        bias: bool = True,
+        scale: float = 1.0,
+        softcap: float | None = None,
+        spread: float = 2.0,
+    ) -> None:
         generator = torch.Generator().manual_seed(0)
 
         def random(*shape: int) -> Tensor:
@@ -53,16 +60,21 @@ class Case:
 
     def run(self, objective: Any, **words: Any) -> tuple[Tensor, dict[str, Tensor], list[Tensor]]:
         """Value, its parts, and the gradients of what has some."""
-        total, parts = objective_sum(objective, self.hidden, self.head, self.targets, self.teacher_hidden,
-                                     self.teacher_head, **words)
+        total, parts = objective_sum(
+            objective, self.hidden, self.head, self.targets, self.teacher_hidden, self.teacher_head, **words
+        )
         return total, parts, list(torch.autograd.grad(total, self.inputs))
 
     def dense_logits(self) -> tuple[Tensor, Tensor, Tensor]:
         """Of the supervised tokens, in fp64, by autograd's own operations: student, teacher, targets."""
         kept = self.targets != -100
-        logits = [F.linear(hidden[kept].double(), weight.double(), None if bias is None else bias.double()) * self.scale
-                  for hidden, weight, bias in ((self.hidden, self.weight, self.bias),
-                                               (self.teacher_hidden, self.teacher_weight, None))]
+        logits = [
+            F.linear(hidden[kept].double(), weight.double(), None if bias is None else bias.double()) * self.scale
+            for hidden, weight, bias in (
+                (self.hidden, self.weight, self.bias),
+                (self.teacher_hidden, self.teacher_weight, None),
+            )
+        ]
         if self.softcap is not None:
             logits = [self.softcap * torch.tanh(each / self.softcap) for each in logits]
         return logits[0], logits[1], self.targets[kept]
@@ -72,8 +84,12 @@ def dense(case: Case, alpha: float, temperature: float) -> tuple[Tensor, list[Te
     """PyTorch's own cross_entropy and kl_div on whole logits, and autograd's gradients."""
     student, teacher, targets = case.dense_logits()
     hard = F.cross_entropy(student, targets, reduction="sum")
-    soft = F.kl_div(F.log_softmax(student / temperature, -1), F.log_softmax(teacher / temperature, -1),
-                    reduction="sum", log_target=True)
+    soft = F.kl_div(
+        F.log_softmax(student / temperature, -1),
+        F.log_softmax(teacher / temperature, -1),
+        reduction="sum",
+        log_target=True,
+    )
     total = alpha * hard + (1 - alpha) * temperature**2 * soft
     return total, list(torch.autograd.grad(total, case.inputs))
 
@@ -84,7 +100,8 @@ def assert_close(got: list[Tensor], expected: list[Tensor], tolerance: float) ->
 
 
 @pytest.mark.parametrize(
-    "logits", [{}, {"bias": False}, {"scale": 0.3}, {"softcap": 4.0}, {"scale": 1.7, "softcap": 3.0}])
+    "logits", [{}, {"bias": False}, {"scale": 0.3}, {"softcap": 4.0}, {"scale": 1.7, "softcap": 3.0}]
+)
 @pytest.mark.parametrize(("alpha", "temperature"), [(0.0, 1.0), (0.3, 2.0), (0.5, 4.0), (1.0, 2.0)])
 def test_value_and_gradient_equal_the_dense_formula(logits: dict[str, Any], alpha: float, temperature: float) -> None:
     case = Case(**logits)
@@ -169,8 +186,11 @@ def test_finite_differences_agree_with_the_gradient(dtype: torch.dtype) -> None:
             values.append(doubled.run(objective)[0])
         with torch.no_grad():
             doubled.inputs[at].copy_(case.inputs[at])
-        assert_close([(gradient.double() * direction).sum()], [(values[0] - values[1]) / 2e-5],
-                     1e-8 if dtype == torch.float64 else 1e-5)
+        assert_close(
+            [(gradient.double() * direction).sum()],
+            [(values[0] - values[1]) / 2e-5],
+            1e-8 if dtype == torch.float64 else 1e-5,
+        )
 
 
 def test_a_batch_without_supervised_tokens_gives_zero_and_zero_gradients() -> None:
@@ -208,8 +228,11 @@ def test_padded_vocabulary_columns_change_nothing(student_extra: int, teacher_ex
     objective = Distillation(0.5, ForwardKL())
     total, _, gradients = plain.run(objective)
     got, _, padded_gradients = padded.run(objective, vocabulary=VOCABULARY)
-    assert_close([got, *(gradient[: len(other)] for gradient, other in zip(padded_gradients, gradients, strict=True))],
-                 [total, *gradients], 1e-12)
+    assert_close(
+        [got, *(gradient[: len(other)] for gradient, other in zip(padded_gradients, gradients, strict=True))],
+        [total, *gradients],
+        1e-12,
+    )
     assert all((gradient[VOCABULARY:] == 0).all() for gradient in padded_gradients[1:])
 
 
@@ -230,8 +253,9 @@ def test_the_teacher_gets_no_gradient() -> None:
     case = Case()
     case.teacher_hidden.requires_grad_()
     case.teacher_weight.requires_grad_()
-    objective_sum(Distillation(0.5, ForwardKL()), case.hidden, case.head, case.targets, case.teacher_hidden,
-                  case.teacher_head)[0].backward()
+    objective_sum(
+        Distillation(0.5, ForwardKL()), case.hidden, case.head, case.targets, case.teacher_hidden, case.teacher_head
+    )[0].backward()
     assert case.teacher_hidden.grad is None
     assert case.teacher_weight.grad is None
 
@@ -256,9 +280,15 @@ def test_no_tensor_is_larger_than_a_chunk_of_logits() -> None:
     hidden, weight = torch.randn(tokens, width, requires_grad=True), torch.randn(vocabulary, width, requires_grad=True)
     targets = torch.randint(vocabulary, (tokens,))
     with LargestTensor() as largest:
-        total, _ = objective_sum(Distillation(0.5, ForwardKL()), hidden, Head(weight, softcap=9.0, scale=0.5), targets,
-                                 torch.randn(tokens, width), Head(torch.randn(vocabulary, width)),
-                                 chunk_tokens=chunk_tokens)
+        total, _ = objective_sum(
+            Distillation(0.5, ForwardKL()),
+            hidden,
+            Head(weight, softcap=9.0, scale=0.5),
+            targets,
+            torch.randn(tokens, width),
+            Head(torch.randn(vocabulary, width)),
+            chunk_tokens=chunk_tokens,
+        )
         total.backward()
     assert largest.elements == chunk_tokens * vocabulary < tokens * vocabulary
 
@@ -275,8 +305,9 @@ class Recorder:
     def terms(self) -> list[tuple[float, Any]]:
         return [(0.5, self)]
 
-    def add(self, student_NV: Tensor, teacher_NV: Tensor | None, targets_N: Tensor, weight: float,
-            gradient_NV: Tensor) -> Tensor:
+    def add(
+        self, student_NV: Tensor, teacher_NV: Tensor | None, targets_N: Tensor, weight: float, gradient_NV: Tensor
+    ) -> Tensor:
         self.weights.append(weight)
         return student_NV.new_zeros(len(student_NV))
 

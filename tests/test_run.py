@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -45,8 +46,13 @@ for folder in sys.argv[1:]:
     print(sum(p.numel() for p in model.parameters()))
 """
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    done = subprocess.run([sys.executable, "-c", code, *(str(finished / s) for s in STAGES)], cwd=tmp_path, env=env,
-                          capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *(str(finished / s) for s in STAGES)],
+        cwd=tmp_path,
+        env=env,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     rows = json.loads((finished / "report.json").read_text())["rows"]
     assert [int(n) for n in done.stdout.split()] == [row["parameters"] for row in rows]
@@ -79,7 +85,7 @@ def test_the_report_is_measured_on_the_folders(finished: Path) -> None:
         nats, tokens = 0.0, 0
         for packed in test:
             starts = [i for i, p in enumerate(packed["position_ids"]) if p == 0] + [len(packed["position_ids"])]
-            for begin, end in zip(starts, starts[1:], strict=False):
+            for begin, end in itertools.pairwise(starts):
                 ids = torch.tensor(packed["input_ids"][begin:end])[None]
                 targets = torch.tensor(packed["targets"][begin:end])
                 with torch.no_grad():
@@ -89,8 +95,9 @@ def test_the_report_is_measured_on_the_folders(finished: Path) -> None:
         assert row["perplexity"] == pytest.approx(math.exp(nats / tokens), rel=1e-4)
         assert row["bits_per_byte"] == pytest.approx(nats / math.log(2) / sum(test["bytes"]), rel=1e-4)
         folder = Path(row["path"])
-        assert row["bytes"] == sum(p.stat().st_size for p in folder.iterdir()
-                                   if p.name not in ("manifest.json", "metrics.jsonl"))
+        assert row["bytes"] == sum(
+            p.stat().st_size for p in folder.iterdir() if p.name not in ("manifest.json", "metrics.jsonl")
+        )
         for name in ("generate_tokens_per_second", "prefill_tokens_per_second", "first_token_ms", "peak_memory_bytes"):
             assert row[name] > 0, name
     (comparison,) = report["comparisons"]
@@ -133,8 +140,13 @@ def test_other_values_in_a_run_folder_are_refused_with_the_ways_out(finished: Pa
 
 
 def test_what_only_the_machine_notices_is_no_reason_to_refuse(finished: Path) -> None:
-    done = train(f"run_dir={finished}", *SMALL, "stages.distill.training.micro_batch=4", "logger=tensorboard",
-                 "trainer.checkpoint.every_steps=5")
+    done = train(
+        f"run_dir={finished}",
+        *SMALL,
+        "stages.distill.training.micro_batch=4",
+        "logger=tensorboard",
+        "trainer.checkpoint.every_steps=5",
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("finished, skipped") == 4
 
@@ -182,7 +194,9 @@ KILLS = {  # where in a stage, so that each kind of half-finished work is met on
 
 
 @pytest.mark.parametrize("moment", KILLS)
-def test_a_stage_killed_at_a_file_operation_goes_on_to_the_same_bits(finished: Path, tmp_path: Path, moment: str) -> None:
+def test_a_stage_killed_at_a_file_operation_goes_on_to_the_same_bits(
+    finished: Path, tmp_path: Path, moment: str
+) -> None:
     run_dir = tmp_path / "killed"
     words = [f"run_dir={run_dir}", *SMALL, "stop=pretrain"]
     event, part, count = KILLS[moment]

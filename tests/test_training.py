@@ -64,7 +64,9 @@ def assert_same(one: dict[str, Any], other: dict[str, Any], tolerance: float = T
 
 
 @pytest.mark.parametrize("micro_batch", [4, 2, 1])
-def test_accumulating_micro_batches_changes_neither_loss_nor_gradients(folder: Path, reference: Any, micro_batch: int) -> None:
+def test_accumulating_micro_batches_changes_neither_loss_nor_gradients(
+    folder: Path, reference: Any, micro_batch: int
+) -> None:
     assert_same(fit(Scenario("micro", micro_batch=micro_batch), folder), reference)
 
 
@@ -131,10 +133,14 @@ def test_the_loss_is_the_dense_formula_over_the_whole_batch(folder: Path, refere
     kept = batch["targets"] >= 0
     with torch.no_grad():
         # with a KV cache transformers would not look at the positions, and packed documents would see each other
-        logits, taught = (m(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits[kept]
-                          for m in (student, teacher))
+        logits, taught = (
+            m(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits[kept]
+            for m in (student, teacher)
+        )
     hard = F.cross_entropy(logits, batch["targets"][kept])
-    soft = F.kl_div(F.log_softmax(logits / 2, -1), F.log_softmax(taught / 2, -1), log_target=True, reduction="batchmean")
+    soft = F.kl_div(
+        F.log_softmax(logits / 2, -1), F.log_softmax(taught / 2, -1), log_target=True, reduction="batchmean"
+    )
     first = reference["metrics"][0]
     assert first["cross_entropy"] == pytest.approx(hard.item(), rel=1e-6)
     assert first["forward_kl"] == pytest.approx(4 * soft.item(), rel=1e-5)
@@ -153,9 +159,18 @@ def test_packed_documents_do_not_see_each_other(family: str, attention: str | No
     from transformers import AutoConfig
 
     torch.manual_seed(0)
-    shape: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
-                             "num_key_value_heads": 2, "intermediate_size": 64, "max_position_embeddings": 64, "pad_token_id": 0,
-                             "bos_token_id": 0, "eos_token_id": 0}
+    shape: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 64,
+        "max_position_embeddings": 64,
+        "pad_token_id": 0,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    }
     if family in ("mistral", "gemma2"):
         shape["sliding_window"] = 4  # shorter than a document, so that both kinds of mask are at work
     config = AutoConfig.for_model(family, **shape)
@@ -175,8 +190,15 @@ def test_packed_documents_do_not_see_each_other(family: str, attention: str | No
 
 
 def test_a_family_that_cannot_keep_packed_documents_apart_is_refused() -> None:
-    config = OPTConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, ffn_dim=64,
-                       word_embed_proj_dim=32, max_position_embeddings=64)
+    config = OPTConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        ffn_dim=64,
+        word_embed_proj_dim=32,
+        max_position_embeddings=64,
+    )
     model = OPTForCausalLM(config).eval()
     check_split(model, VOCABULARY, packed=False)
     with pytest.raises(Refusal, match=r"OPTForCausalLM.*data\.packing=false"):
@@ -199,7 +221,9 @@ def test_packed_and_unpacked_rows_give_the_same_loss_and_gradients() -> None:
     def loss_and_gradient(batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:
         model.zero_grad()
         hidden = hidden_states(model, batch["input_ids"], batch["position_ids"])
-        total, _ = through_head(model, hidden, lambda h: objective_sum(CrossEntropy(), h, head_of(model), batch["targets"]))
+        total, _ = through_head(
+            model, hidden, lambda h: objective_sum(CrossEntropy(), h, head_of(model), batch["targets"])
+        )
         total.backward()
         return total.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
@@ -227,11 +251,28 @@ def test_ranks_and_micro_batches_share_out_one_order() -> None:
         """Rows per step, put together from all ranks."""
         per_rank = []
         for rank in range(world):
-            order = iter(Order(_column(data, "supervised"), _lengths(data), seed=3, global_batch=4, micro_batch=micro,
-                               rank=rank, world=world, first_step=first))
+            order = iter(
+                Order(
+                    _column(data, "supervised"),
+                    _lengths(data),
+                    seed=3,
+                    global_batch=4,
+                    micro_batch=micro,
+                    rank=rank,
+                    world=world,
+                    first_step=first,
+                )
+            )
             per_rank.append([[next(order) for _ in range(accumulation(4, micro, world))] for _ in range(steps)])
-        return [[row for micro_at in range(len(per_rank[0][step])) for rank in range(world)
-                 for row in per_rank[rank][step][micro_at].rows] for step in range(steps)]
+        return [
+            [
+                row
+                for micro_at in range(len(per_rank[0][step]))
+                for rank in range(world)
+                for row in per_rank[rank][step][micro_at].rows
+            ]
+            for step in range(steps)
+        ]
 
     whole = taken(1, 4)
     assert whole == taken(1, 1) == taken(2, 2) == taken(2, 1) == taken(4, 1)
@@ -243,7 +284,9 @@ def test_ranks_and_micro_batches_share_out_one_order() -> None:
 def test_every_rank_knows_the_tokens_of_the_whole_step() -> None:
     data = rows(11)
     for rank in range(2):
-        order = Order(_column(data, "supervised"), _lengths(data), seed=0, global_batch=4, micro_batch=1, rank=rank, world=2)
+        order = Order(
+            _column(data, "supervised"), _lengths(data), seed=0, global_batch=4, micro_batch=1, rank=rank, world=2
+        )
         micro = next(iter(order))
         assert micro.step_tokens == sum(data[int(i)]["supervised"] for i in order.step_rows(0))
 
@@ -255,13 +298,18 @@ def test_validation_shows_every_row_once_and_keeps_ranks_together() -> None:
     assert sorted(row for row in seen if row >= 0) == list(range(9))
 
 
-@pytest.mark.parametrize(("limits", "steps"), [
-    ({"max_steps": 7, "max_tokens": None, "epochs": None}, 7),
-    ({"max_steps": None, "max_tokens": None, "epochs": 2}, 10),
-    ({"max_steps": 3, "max_tokens": None, "epochs": 2}, 3),
-])
+@pytest.mark.parametrize(
+    ("limits", "steps"),
+    [
+        ({"max_steps": 7, "max_tokens": None, "epochs": None}, 7),
+        ({"max_steps": None, "max_tokens": None, "epochs": 2}, 10),
+        ({"max_steps": 3, "max_tokens": None, "epochs": 2}, 3),
+    ],
+)
 def test_the_first_limit_ends_the_training(limits: dict[str, Any], steps: int) -> None:
-    assert Rows(rows(20), None, seed=0, global_batch=4, micro_batch=4, pad_token=0, length=None).steps(**limits) == steps
+    assert (
+        Rows(rows(20), None, seed=0, global_batch=4, micro_batch=4, pad_token=0, length=None).steps(**limits) == steps
+    )
 
 
 def test_max_tokens_stops_at_the_first_step_that_reaches_it() -> None:

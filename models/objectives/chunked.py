@@ -83,8 +83,16 @@ def objective_sum(
             raise ValueError("the objective has a term that needs a teacher, and none was given")
         teacher_NH = teacher_hidden.detach().reshape(-1, teacher_hidden.shape[-1]).index_select(0, supervised)
     weight, bias = head.weight, head.bias
-    work = _Work(objective, head, teacher_NH, teacher_head, targets.reshape(-1)[supervised], vocabulary, chunk_tokens,
-                 torch.is_grad_enabled())
+    work = _Work(
+        objective,
+        head,
+        teacher_NH,
+        teacher_head,
+        targets.reshape(-1)[supervised],
+        vocabulary,
+        chunk_tokens,
+        torch.is_grad_enabled(),
+    )
     total, *parts = _Chunked.apply(flat_NH, weight, bias, work)
     return total, dict(zip((term.name for _, term in objective.terms), parts, strict=True))
 
@@ -119,8 +127,10 @@ class _Chunked(torch.autograd.Function):
         if work.teacher_NH is not None and work.teacher_head is not None:
             teacher_head = work.teacher_head.restricted(work.vocabulary, work.teacher_NH.dtype)
             if len(teacher_head.weight) != V:
-                raise ValueError(f"student head has {V} columns and teacher head {len(teacher_head.weight)}: "
-                                 f"pass vocabulary, the number of tokens that both tokenizers share")
+                raise ValueError(
+                    f"student head has {V} columns and teacher head {len(teacher_head.weight)}: "
+                    f"pass vocabulary, the number of tokens that both tokenizers share"
+                )
         N = len(hidden_NH)
         kind = device if device in _CHUNK_BYTES else "cuda"
         rows = work.chunk_tokens or max(_CHUNK_TOKENS, _CHUNK_BYTES[kind] // (4 * V))
@@ -151,8 +161,13 @@ class _Chunked(torch.autograd.Function):
                         gradient_nV[block].zero_()
                     taught_nV = None if teacher_nV is None else teacher_nV[block]
                     for at, (factor, term) in enumerate(work.objective.terms):
-                        values_n = term.add(student_nV[block], taught_nV if term.needs_teacher else None,
-                                            targets_n[block], factor if wants_any else 0.0, gradient_nV[block])
+                        values_n = term.add(
+                            student_nV[block],
+                            taught_nV if term.needs_teacher else None,
+                            targets_n[block],
+                            factor if wants_any else 0.0,
+                            gradient_nV[block],
+                        )
                         sums[at] += values_n.sum()
                     if head.softcap is not None and wants_any:
                         gradient_nV[block] *= 1 - (student_nV[block] / head.softcap) ** 2
@@ -180,6 +195,8 @@ class _Chunked(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         # In place: the head's gradient is the largest tensor left, and a copy would be made when memory is fullest.
-        grads = [None if g is None else g.mul_(upstream[0]).to(dtype)
-                 for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)]
+        grads = [
+            None if g is None else g.mul_(upstream[0]).to(dtype)
+            for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        ]
         return (*grads, None)

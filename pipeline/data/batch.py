@@ -29,3 +29,8 @@ def collate(
             lines.append(padding + list(row[name]) if side == "left" else list(row[name]) + padding)
         batch[name] = torch.tensor(lines, dtype=torch.long)
     return batch
+
+
+def pad_token(tokenizer: Any) -> int:
+    """Any token will do: nothing supervised attends to padding, and it is nobody's target."""
+    return next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)

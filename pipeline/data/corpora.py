@@ -166,9 +166,7 @@ def documents(data: Data, split: str) -> Dataset:
             "data.holdout (0 does without) or, of a .txt file, data.sample_by=paragraph"
         )
     if not tally.kept and not held_out:
-        raise Refusal(
-            f"{label}: none of its {tally.read} documents has text for {split}; give another source"
-        )
+        raise Refusal(f"{label}: none of its {tally.read} documents has text for {split}; give another source")
     parts = [part for part in parts if len(part)] or parts[:1]
     if len({tuple(part.column_names) for part in parts}) > 1:
         raise Refusal(f"{label}: text and chat cannot be mixed; give sources of one kind")
@@ -234,9 +232,7 @@ def _find(split: str, name: str) -> Source:
     # A relative path looks like a hub id too; it is a path if its suffix is known or its first folder exists.
     if hub and path.suffix not in SUFFIXES and not Path(path.parts[0]).is_dir():
         return Source(label, hub[1], "hub", hub_split=hub[2] or split)
-    raise Refusal(
-        f"{label}: no such file or folder, nor is it a hub dataset id (OWNER/NAME) or the word stdlib"
-    )
+    raise Refusal(f"{label}: no such file or folder, nor is it a hub dataset id (OWNER/NAME) or the word stdlib")
 
 
 def _files_in(folder: Path, label: str) -> tuple[Path, ...]:
@@ -248,9 +244,7 @@ def _files_in(folder: Path, label: str) -> tuple[Path, ...]:
     kinds = sorted({path.suffix.replace("jsonl", "json") for path in files})
     if len(kinds) > 1:
         largest = max(files, key=lambda path: path.stat().st_size)
-        raise Refusal(
-            f"{label}: the folder mixes {' and '.join(kinds)} files; name what to read, as {largest}"
-        )
+        raise Refusal(f"{label}: the folder mixes {' and '.join(kinds)} files; name what to read, as {largest}")
     return tuple(files)
 
 
@@ -275,9 +269,7 @@ def _columns(path: Path) -> list[str]:
 
 def _is_chat(data: Data, path: Path) -> bool:
     if path.suffix == ".txt" and data.messages_column:
-        raise Refusal(
-            f"{path}: a .txt file has no column data.messages_column={data.messages_column}; set it to null"
-        )
+        raise Refusal(f"{path}: a .txt file has no column data.messages_column={data.messages_column}; set it to null")
     return path.suffix != ".txt" and _column(data, _columns(path), str(path))[1]
 
 
@@ -312,9 +304,7 @@ def _part(data: Data, source: Source, split: str, tally: _Tally) -> Dataset:
     return _in_memory((value for _, value in _chosen(data, read, split, tally)), chat, tally)
 
 
-def _chosen(
-    data: Data, read: Iterable[tuple[str, Value]], split: str, tally: _Tally
-) -> Iterator[tuple[int, Value]]:
+def _chosen(data: Data, read: Iterable[tuple[str, Value]], split: str, tally: _Tally) -> Iterator[tuple[int, Value]]:
     """The documents of the split, with their place in the source; counted and hashed on the way."""
     every = split != "train" and bool(_sources(data, split))
     for index, (where, value) in enumerate(read):
@@ -325,9 +315,7 @@ def _chosen(
         try:
             digest = hashlib.sha256(content.encode()).digest()
         except UnicodeEncodeError as error:
-            raise Refusal(
-                f"{where}: holds half a surrogate pair, which is no text; mend or drop it"
-            ) from error
+            raise Refusal(f"{where}: holds half a surrogate pair, which is no text; mend or drop it") from error
         if not every and _split_of(data, digest) != split:
             continue
         if not value or (isinstance(value, str) and value.isspace()):

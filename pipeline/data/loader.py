@@ -32,8 +32,18 @@ class Order(Sampler[MicroBatch]):
     and every rank can count the tokens of the whole step by itself.
     """
 
-    def __init__(self, supervised: np.ndarray, lengths: np.ndarray, *, seed: int, global_batch: int, micro_batch: int,
-                 rank: int, world: int, first_step: int = 0) -> None:
+    def __init__(
+        self,
+        supervised: np.ndarray,
+        lengths: np.ndarray,
+        *,
+        seed: int,
+        global_batch: int,
+        micro_batch: int,
+        rank: int,
+        world: int,
+        first_step: int = 0,
+    ) -> None:
         self.supervised, self.lengths, self.seed = supervised, lengths, seed
         self.global_batch, self.micro_batch, self.rank, self.world = global_batch, micro_batch, rank, world
         self.first_step = first_step
@@ -42,8 +52,9 @@ class Order(Sampler[MicroBatch]):
         """Row numbers of optimizer step `step`."""
         count = len(self.supervised)
         wanted = np.arange(step * self.global_batch, (step + 1) * self.global_batch)
-        return np.concatenate([self._permutation(int(e))[wanted[wanted // count == e] % count]
-                               for e in np.unique(wanted // count)])
+        return np.concatenate(
+            [self._permutation(int(e))[wanted[wanted // count == e] % count] for e in np.unique(wanted // count)]
+        )
 
     def step_length(self, step: int) -> int:
         return int(self.lengths[self.step_rows(step)].sum())
@@ -71,16 +82,32 @@ class _Collated(Dataset[dict[str, Any]]):
     def __getitem__(self, micro: MicroBatch) -> dict[str, Any]:
         columns = self.rows[[row for row in micro.rows if row != _BLANK]]
         rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-        rows += [{"input_ids": [self.pad_token], "position_ids": [0], "targets": [IGNORED]}] * (len(micro.rows) - len(rows))
+        rows += [{"input_ids": [self.pad_token], "position_ids": [0], "targets": [IGNORED]}] * (
+            len(micro.rows) - len(rows)
+        )
         return collate(rows, pad_token=self.pad_token, length=self.length, side=self.side) | {
-            "step_tokens": micro.step_tokens, "tokens_of_step": micro.tokens_of_step, "rows": micro.rows}
+            "step_tokens": micro.step_tokens,
+            "tokens_of_step": micro.tokens_of_step,
+            "rows": micro.rows,
+        }
 
 
 class Rows(pl.LightningDataModule):
     """Prepared rows → batches of a rank. `length` pads every batch to one width (None: to its longest row)."""
 
-    def __init__(self, train: Any, validation: Any | None, *, seed: int, global_batch: int, micro_batch: int,
-                 pad_token: int, length: int | None, workers: int = 0, side: str = "right") -> None:
+    def __init__(
+        self,
+        train: Any,
+        validation: Any | None,
+        *,
+        seed: int,
+        global_batch: int,
+        micro_batch: int,
+        pad_token: int,
+        length: int | None,
+        workers: int = 0,
+        side: str = "right",
+    ) -> None:
         super().__init__()
         self.train, self.validation = train, validation
         self.seed, self.global_batch, self.micro_batch = seed, global_batch, micro_batch
@@ -89,8 +116,16 @@ class Rows(pl.LightningDataModule):
         self.lengths = np.asarray([len(ids) for ids in train["input_ids"]], dtype=np.int64)
 
     def order(self, rank: int = 0, world: int = 1, first_step: int = 0) -> Order:
-        return Order(self.supervised, self.lengths, seed=self.seed, global_batch=self.global_batch,
-                     micro_batch=self.micro_batch, rank=rank, world=world, first_step=first_step)
+        return Order(
+            self.supervised,
+            self.lengths,
+            seed=self.seed,
+            global_batch=self.global_batch,
+            micro_batch=self.micro_batch,
+            rank=rank,
+            world=world,
+            first_step=first_step,
+        )
 
     def steps(self, *, max_steps: int | None, max_tokens: int | None, epochs: float | None) -> int:
         """Optimizer steps until the first of the limits that is set."""
@@ -116,12 +151,19 @@ class Rows(pl.LightningDataModule):
         if self.validation is None:
             return []
         assert self.trainer is not None
-        return self._loader(self.validation, in_turn(len(self.validation), self.micro_batch, self.trainer.global_rank,
-                                                     self.trainer.world_size))
+        return self._loader(
+            self.validation,
+            in_turn(len(self.validation), self.micro_batch, self.trainer.global_rank, self.trainer.world_size),
+        )
 
     def _loader(self, rows: Any, sampler: Any) -> DataLoader[Any]:
-        return DataLoader(_Collated(rows, self.pad_token, self.length, self.side), sampler=sampler, batch_size=None,
-                          num_workers=self.workers, persistent_workers=self.workers > 0)
+        return DataLoader(
+            _Collated(rows, self.pad_token, self.length, self.side),
+            sampler=sampler,
+            batch_size=None,
+            num_workers=self.workers,
+            persistent_workers=self.workers > 0,
+        )
 
 
 def in_turn(count: int, micro_batch: int, rank: int, world: int) -> list[MicroBatch]:
@@ -138,7 +180,12 @@ def accumulation(global_batch: int, micro_batch: int, world: int) -> int:
     """Micro-batches per rank and optimizer step."""
     if global_batch % (micro_batch * world):
         fitting = [m for m in range(1, global_batch + 1) if global_batch % (m * world) == 0]
-        raise Refusal(f"global_batch={global_batch} is not a multiple of micro_batch={micro_batch} × {world} ranks; "
-                      + (f"micro_batch can be {', '.join(map(str, fitting))}" if fitting
-                         else f"make global_batch a multiple of {world}"))
+        raise Refusal(
+            f"global_batch={global_batch} is not a multiple of micro_batch={micro_batch} × {world} ranks; "
+            + (
+                f"micro_batch can be {', '.join(map(str, fitting))}"
+                if fitting
+                else f"make global_batch a multiple of {world}"
+            )
+        )
     return global_batch // (micro_batch * world)

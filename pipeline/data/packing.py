@@ -186,14 +186,9 @@ def _fill(pieces: Dataset, lengths: Ints, row_of: Ints, max_length: int, path: P
             columns = {name: table[name].combine_chunks().flatten() for name in ("input_ids", "targets")}
             columns["position_ids"] = np.arange(ends[-1]) - np.repeat(ends - lengths[chosen], lengths[chosen])
             cells = {
-                name: pa.ListArray.from_arrays(edges, pa.array(values, pa.int32()))
-                for name, values in columns.items()
-            } | {
-                name: np.add.reduceat(table[name].to_numpy(), bounds[:-1]) for name in ("supervised", "bytes")
-            }
-            writer.write_table(
-                pa.table({name: cells[name] for name in features}, schema=features.arrow_schema)
-            )
+                name: pa.ListArray.from_arrays(edges, pa.array(values, pa.int32())) for name, values in columns.items()
+            } | {name: np.add.reduceat(table[name].to_numpy(), bounds[:-1]) for name in ("supervised", "bytes")}
+            writer.write_table(pa.table({name: cells[name] for name in features}, schema=features.arrow_schema))
         writer.finalize()
     return Dataset.from_file(str(path))
 

@@ -48,9 +48,7 @@ def train_tokenizer(
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     if vocab_size <= len(alphabet):
-        raise Refusal(
-            f"vocab_size={vocab_size}: need {len(alphabet) + 1} or more, for the bytes and {END_OF_TEXT}"
-        )
+        raise Refusal(f"vocab_size={vocab_size}: need {len(alphabet) + 1} or more, for the bytes and {END_OF_TEXT}")
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -88,18 +86,14 @@ def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> PreTrai
     if not folder.is_dir() and (in_a_folder or folder.exists()):
         raise Refusal(f"tokenizer {path}: no such folder; give a model folder or a hub id (OWNER/NAME)")
     if folder.is_dir() and not any((folder / name).exists() for name in FILES):
-        raise Refusal(
-            f"tokenizer {path}: the folder holds no tokenizer.json; copy the tokenizer of its model there"
-        )
+        raise Refusal(f"tokenizer {path}: the folder holds no tokenizer.json; copy the tokenizer of its model there")
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             folder if folder.is_dir() else str(path), trust_remote_code=trust_remote_code
         )
     except Exception as error:
         if "trust_remote_code" in str(error):
-            raise Refusal(
-                f"tokenizer {path}: it is Python code of its own; trust_remote_code=true runs it"
-            ) from error
+            raise Refusal(f"tokenizer {path}: it is Python code of its own; trust_remote_code=true runs it") from error
         raise Refusal(f"tokenizer {path}: it does not open: {str(error).strip().splitlines()[0]}") from error
     if not tokenizer(PROBE, add_special_tokens=False)["input_ids"]:
         # transformers 5 makes an empty tokenizer of a tokenizer_config.json whose vocabulary is missing.
@@ -124,9 +118,7 @@ def first_difference(teacher: PreTrainedTokenizerBase, student: PreTrainedTokeni
         one, other = (t(f"{text} {text}", add_special_tokens=False)["input_ids"] for t in (teacher, student))
         if one != other:
             at = next(i for i, pair in enumerate(zip_longest(one, other)) if pair[0] != pair[1])
-            first, second = (
-                t.convert_ids_to_tokens(ids[at : at + 3]) for t, ids in ((teacher, one), (student, other))
-            )
+            first, second = (t.convert_ids_to_tokens(ids[at : at + 3]) for t, ids in ((teacher, one), (student, other)))
             return f"the text {text[:20]!r}: token {at} on it is {first} in teacher, {second} in student"
     return None
 

@@ -148,9 +148,7 @@ def test_marks_give_the_mask_that_transformers_gives_where_every_character_has_i
             conversation, chat_template=MARKED, return_dict=True, return_assistant_tokens_mask=True
         )
         assert row["input_ids"] == theirs["input_ids"]
-        assert [target != IGNORED for target in row["targets"][:-1]] == [
-            m == 1 for m in theirs["assistant_masks"][1:]
-        ]
+        assert [target != IGNORED for target in row["targets"][:-1]] == [m == 1 for m in theirs["assistant_masks"][1:]]
 
 
 def test_every_turn_is_supervised_also_where_the_tokenizer_trims_spaces_from_offsets(
@@ -215,9 +213,7 @@ def test_a_sharegpt_file_is_learned_from_like_any_other(tmp_path: Path, tokenize
     turns = [{"from": names[message["role"]], "value": message["content"]} for message in SHORT]
     (tmp_path / "a.jsonl").write_text(json.dumps({"conversations": turns}))
     (tmp_path / "t.jinja").write_text(CHATML)
-    data = Data(
-        train=str(tmp_path / "a.jsonl"), holdout=0, chat_template=str(tmp_path / "t.jinja"), max_length=512
-    )
+    data = Data(train=str(tmp_path / "a.jsonl"), holdout=0, chat_template=str(tmp_path / "t.jinja"), max_length=512)
     rows, _ = prepare(documents(data, "train"), tokenizer, data, folder=tmp_path / "rows")
     assert spoken(tokenizer, rows[0]) == [answer + "<|im_end|>\n" for answer in answers(SHORT)]
 

@@ -86,9 +86,7 @@ def test_a_document_falls_to_the_split_its_sha256_says(tmp_path: Path) -> None:
     data = Data(train=write_jsonl(tmp_path / "a.jsonl", [{"text": t} for t in TEXTS]), holdout=HELD_OUT)
     for split, low, high in (("test", 0, 0.2), ("validation", 0.2, 0.4), ("train", 0.4, 1)):
         expected = [
-            text
-            for text in TEXTS
-            if low <= int(hashlib.sha256(text.encode()).hexdigest()[:16], 16) / 16**16 < high
+            text for text in TEXTS if low <= int(hashlib.sha256(text.encode()).hexdigest()[:16], 16) / 16**16 < high
         ]
         assert texts_of(data, split) == expected != []
 
@@ -119,9 +117,7 @@ def test_copies_of_a_conversation_are_all_in_one_split_however_they_are_written(
         for user, assistant in chats
     ]
     one = Data(train=write_jsonl(tmp_path / "a.jsonl", [{"messages": m} for m in chats]), holdout=HELD_OUT)
-    two = Data(
-        train=write_jsonl(tmp_path / "b.jsonl", [{"conversations": m} for m in sharegpt]), holdout=HELD_OUT
-    )
+    two = Data(train=write_jsonl(tmp_path / "b.jsonl", [{"conversations": m} for m in sharegpt]), holdout=HELD_OUT)
     for split in corpora.SPLITS:
         assert documents(one, split)["messages"][:] == documents(two, split)["messages"][:] != []
 
@@ -206,7 +202,8 @@ def test_a_txt_file_is_cut_into_sections_at_blank_lines_and_loses_nothing(tmp_pa
     for section in sections:
         assert rest.startswith(section)
         between = re.match(r"\s*\n|$", rest.removeprefix(section))
-        assert between and between[0].count("\n") != 1
+        assert between
+        assert between[0].count("\n") != 1
         rest = rest[len(section) + between.end() :]
 
 
@@ -280,7 +277,8 @@ def test_a_malformed_conversation_is_refused_by_its_line(tmp_path: Path, message
     path = write_jsonl(tmp_path / "a.jsonl", [{"messages": CHAT}, {"messages": messages}])
     with pytest.raises(Refusal, match=message) as refusal:
         documents(Data(train=path, holdout=0), "train")
-    assert f"{path} line 2" in str(refusal.value) and "\n" not in str(refusal.value)
+    assert f"{path} line 2" in str(refusal.value)
+    assert "\n" not in str(refusal.value)
 
 
 # Hub datasets
@@ -311,7 +309,8 @@ def test_a_hub_dataset_is_read_at_its_subset_revision_and_split(monkeypatch: pyt
     assert asked == []
     for split in corpora.SPLITS:
         dataset = documents(data, split)
-        assert list(dataset["text"]) == TEXTS and dataset.column_names == ["text"]
+        assert list(dataset["text"]) == TEXTS
+        assert dataset.column_names == ["text"]
         assert empty_documents(dataset) == 1
     options = {"name": "en", "revision": "v1"}
     assert asked == [("acme/corpus", {**options, "split": s}) for s in ("train", "validation", "dev")]
@@ -332,9 +331,7 @@ def test_a_hub_dataset_that_does_not_load_is_refused_in_one_line(monkeypatch: py
         raise ConnectionError("Couldn't reach\n 'acme/corpus' on the Hub")
 
     monkeypatch.setattr("datasets.load_dataset", fail)
-    with pytest.raises(
-        Refusal, match=r"data\.train=acme/corpus: no such file or folder here, and"
-    ) as refusal:
+    with pytest.raises(Refusal, match=r"data\.train=acme/corpus: no such file or folder here, and") as refusal:
         documents(Data(train="acme/corpus"), "train")
     assert str(refusal.value).endswith("does not load: Couldn't reach 'acme/corpus' on the Hub")
 
@@ -413,7 +410,8 @@ def test_a_bad_line_in_a_file_is_refused_by_its_number(tmp_path: Path, content: 
     path.write_bytes(content)
     with pytest.raises(Refusal, match=message) as refusal:
         documents(Data(train=str(path), holdout=0), "train")
-    assert str(path) in str(refusal.value) and "\n" not in str(refusal.value)
+    assert str(path) in str(refusal.value)
+    assert "\n" not in str(refusal.value)
 
 
 def test_a_txt_file_in_another_encoding_is_refused(tmp_path: Path) -> None:

@@ -75,9 +75,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return trained(tmp_path_factory.mktemp("tokenizer"))
 
 
-def rows_of(
-    tmp: Path, tokenizer: Any, texts: list[str] = TEXTS, **fields: Any
-) -> tuple[Dataset, dict[str, Any]]:
+def rows_of(tmp: Path, tokenizer: Any, texts: list[str] = TEXTS, **fields: Any) -> tuple[Dataset, dict[str, Any]]:
     return prepare(Dataset.from_dict({"text": texts}), tokenizer, Data(**fields), folder=tmp / "rows")
 
 
@@ -176,14 +174,12 @@ def test_supervised_counts_the_targets_of_each_row(tmp_path: Path, plain: Any) -
 def test_a_row_is_five_columns_of_int32(tmp_path: Path, plain: Any) -> None:
     rows, _ = rows_of(tmp_path, plain)
     kinds = {name: str(field.type) for name, field in zip(rows.column_names, rows.data.schema, strict=True)}
-    listed = {name: "list<item: int32>" for name in ("input_ids", "position_ids", "targets")}
+    listed = dict.fromkeys(("input_ids", "position_ids", "targets"), "list<item: int32>")
     assert kinds == {**listed, "supervised": "int32", "bytes": "int32"}
 
 
 def test_rows_stand_in_the_order_of_the_documents_they_begin_with(tmp_path: Path, plain: Any) -> None:
-    first_of = {
-        pieces: i for i, pieces in enumerate(pieces_of(rows_of(tmp_path / "a", plain, packing=False)[0]))
-    }
+    first_of = {pieces: i for i, pieces in enumerate(pieces_of(rows_of(tmp_path / "a", plain, packing=False)[0]))}
     rows, _ = rows_of(tmp_path / "b", plain)
     firsts = [min(first_of[piece] for piece in pieces_of(Dataset.from_list([row]))) for row in rows]
     assert firsts == sorted(firsts)
@@ -255,9 +251,7 @@ def test_rows_are_memory_mapped_from_the_folder_and_leave_nothing_elsewhere(
     assert [path.name for path in tmp_path.iterdir() if path.name != ".rows.lock"] == ["rows"]
 
 
-def test_preparing_few_documents_is_quiet(
-    tmp_path: Path, plain: Any, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_preparing_few_documents_is_quiet(tmp_path: Path, plain: Any, capfd: pytest.CaptureFixture[str]) -> None:
     rows_of(tmp_path, plain, ["word " * 5000])  # longer than any model, which transformers likes to warn of
     assert capfd.readouterr() == ("", "")
     assert not are_progress_bars_disabled()
@@ -332,9 +326,7 @@ def test_a_tokenizer_without_an_end_is_refused(tmp_path: Path, plain: Any) -> No
     plain.save_pretrained(tmp_path)
     endless = load_tokenizer(tmp_path)
     endless.eos_token = None
-    with pytest.raises(
-        Refusal, match="the tokenizer has no end token, so no text could end; set its eos_token"
-    ):
+    with pytest.raises(Refusal, match="the tokenizer has no end token, so no text could end; set its eos_token"):
         rows_of(tmp_path, endless)
 
 

@@ -113,9 +113,7 @@ def test_a_folder_without_a_usable_tokenizer_is_refused_in_one_line(
     assert "\n" not in str(refusal.value)
 
 
-def test_a_missing_folder_is_refused_without_asking_the_hub(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_folder_is_refused_without_asking_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
     (tmp_path / "file.json").write_text("{}")
@@ -127,9 +125,7 @@ def test_a_missing_folder_is_refused_without_asking_the_hub(
 # Comparing
 
 
-def test_a_tokenizer_has_no_difference_from_itself_saved_and_opened_again(
-    folder: Path, tmp_path: Path
-) -> None:
+def test_a_tokenizer_has_no_difference_from_itself_saved_and_opened_again(folder: Path, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(folder)
     tokenizer.save_pretrained(tmp_path)
     assert first_difference(tokenizer, tokenizer) is None
@@ -157,12 +153,8 @@ def test_the_first_differing_token_is_named(folder: Path, tmp_path: Path) -> Non
 def test_a_token_more_is_named_with_both_sizes(folder: Path) -> None:
     teacher, student = load_tokenizer(folder), load_tokenizer(folder)
     student.add_tokens(["<tool>"])
-    assert (
-        first_difference(teacher, student) == "token 600: absent in teacher (600 tokens), '<tool>' in student"
-    )
-    assert (
-        first_difference(student, teacher) == "token 600: '<tool>' in teacher, absent in student (600 tokens)"
-    )
+    assert first_difference(teacher, student) == "token 600: absent in teacher (600 tokens), '<tool>' in student"
+    assert first_difference(student, teacher) == "token 600: '<tool>' in teacher, absent in student (600 tokens)"
 
 
 def test_equal_tokens_with_other_merges_differ(folder: Path, tmp_path: Path) -> None:
@@ -202,6 +194,5 @@ def test_a_sentencepiece_style_tokenizer_is_compared_too(folder: Path) -> None:
     stories = load_tokenizer(STORIES)
     assert first_difference(stories, load_tokenizer(STORIES)) is None
     assert (
-        first_difference(stories, load_tokenizer(folder))
-        == "token 0: '<unk>' in teacher, '<|endoftext|>' in student"
+        first_difference(stories, load_tokenizer(folder)) == "token 0: '<unk>' in teacher, '<|endoftext|>' in student"
     )

@@ -15,11 +15,12 @@ def options(command: list[str]) -> dict[str, str]:
 
 @pytest.mark.parametrize(("nodes", "per_node"), [(1, 2), (2, 1), (2, 8)])
 def test_srun_starts_one_task_per_device_on_every_node(nodes: int, per_node: int) -> None:
-    command = Slurm().command(["pipeline.worker", "run", "stage.json"], ranks=nodes * per_node, nodes=nodes)
+    ranks = nodes * per_node
+    command = Slurm().command(["pipeline.worker", "run", "stage.json"], ranks=ranks, nodes=nodes)
     told = options(command)
     assert command[0] == "srun"
-    assert (told["nodes"], told["ntasks"], told["ntasks-per-node"]) == (str(nodes), str(nodes * per_node), str(per_node))
-    assert command[command.index(sys.executable) :] == [sys.executable, "-u", "-m", "pipeline.worker", "run", "stage.json"]
+    assert (told["nodes"], told["ntasks"], told["ntasks-per-node"]) == (str(nodes), str(ranks), str(per_node))
+    assert command[command.index(sys.executable) + 1 :] == ["-u", "-m", "pipeline.worker", "run", "stage.json"]
 
 
 def test_a_stage_of_one_process_takes_one_node_of_many() -> None:

@@ -8,7 +8,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -18,8 +17,14 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = str(ROOT / "slurm" / "train.sbatch")
 # one rank on each node; processors and GPUs are only numbers here
 RANKS = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1"]
-FLAGSHIP = ["+experiment=distill_7b_to_1b", "+scale=tiny", "logger=csv", "trainer.checkpoint.every_steps=2",
-            "stages.distill.training.max_steps=30"]
+FLAGSHIP = [
+    "+experiment=distill_7b_to_1b",
+    "+scale=tiny",
+    "logger=csv",
+    "stages.distill.training.max_steps=30",
+    "trainer.checkpoint.every_steps=2",
+    "trainer.checkpoint.keep=99",
+]
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 
@@ -48,16 +53,19 @@ tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
 batch = tokenizer("The meaning of a word", return_tensors="pt")
 assert torch.isfinite(model(**batch).logits).all()
-print(sum(p.numel() for p in model.parameters()), model.config.num_hidden_layers)
+print(sum(p.numel() for p in model.parameters()))
 """
-    done = subprocess.run([sys.executable, "-c", program, str(run_dir / "distill")], cwd=tmp_path, text=True,
-                          env={"PATH": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}, capture_output=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(run_dir / "distill")],
+        cwd=tmp_path,
+        text=True,
+        env={"PATH": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+    )
     assert done.returncode == 0, done.stderr
-    parameters, layers = map(int, done.stdout.split())
     manifest = json.loads((run_dir / "distill" / "manifest.json").read_text())
     assert manifest["steps"] == 30
-    assert parameters == manifest["metrics"]["parameters"]
-    assert layers == 2  # of the teacher's four
+    assert int(done.stdout) == manifest["metrics"]["parameters"]
 
 
 def test_the_report_has_a_row_for_teacher_and_student(run_dir: Path) -> None:
@@ -78,8 +86,11 @@ def test_a_requeued_job_goes_on_from_its_checkpoint_to_the_same_weights(
     cluster.wait(job, seconds=300, until=lambda: len(saved(checkpoints)) > 1)
     step = cluster.command("scontrol", "show", "step", job)
     cluster.command("scontrol", "requeue", job)
-    shards = {int(rank) for path in saved(checkpoints)[-1].rglob("*optim_states.pt")
-              for rank in re.findall(r"zero_pp_rank_(\d+)", path.name)}
+    shards = {
+        int(rank)
+        for path in saved(checkpoints)[-1].rglob("*optim_states.pt")
+        for rank in re.findall(r"zero_pp_rank_(\d+)", path.name)
+    }
     record = cluster.wait(job, seconds=600)
     text = log(record)
     assert record["JobState"] == "COMPLETED", text
@@ -88,9 +99,8 @@ def test_a_requeued_job_goes_on_from_its_checkpoint_to_the_same_weights(
     assert "Tasks=2" in step
     assert shards == {0, 1}  # both ranks worked
     first, second = re.split(r"^job \d+, start 1: 2 x 1 ranks", text, flags=re.M)  # the log was appended to
-    assert "distill: step 3/30" in first
-    assert "distill: step 3/30" not in second
-    assert "resume" in second
+    assert "goes on" not in first
+    assert int(re.findall(r"distill: goes on at step (\d+)/30", second)[0]) >= 4
     assert steps(tmp_path / "distill") == steps(run_dir / "distill")
     assert weights(tmp_path / "distill") == weights(run_dir / "distill")
 
@@ -133,6 +143,7 @@ def steps(folder: Path) -> list[tuple[int, float]]:
     return [(line["step"], line["loss"]) for line in lines if "loss" in line]
 
 
-def weights(folder: Path) -> dict[str, Any]:
-    files: dict[str, Any] = json.loads((folder / "manifest.json").read_text())["files"]
-    return {name: told for name, told in files.items() if name.endswith(".safetensors")}
+def weights(folder: Path) -> str:
+    """Their hash."""
+    told: str = json.loads((folder / "manifest.json").read_text())["files"]["model.safetensors"]["sha256"]
+    return told

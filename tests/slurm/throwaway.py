@@ -55,8 +55,8 @@ ReturnToService=2
 # ranks meet at a port that follows from the job's number: two clusters on one machine should not count alike
 FirstJobId={first}
 PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+NodeName=DEFAULT CPUs=64 RealMemory=64000 Gres=gpu:{gpus}
 """
-_NODE = "NodeName={name} NodeHostname=localhost NodeAddr=127.0.0.1 Port={port} CPUs=64 RealMemory=64000 Gres=gpu:{gpus}\n"
 
 
 def missing() -> list[str]:
@@ -107,9 +107,18 @@ def cluster(home: Path) -> Iterator[Cluster]:
     def start(*words: str) -> None:
         libc = ctypes.CDLL(None)
         with open(home / "daemons.log", "ab") as out:
-            daemons.append(subprocess.Popen(
-                words, env=env, cwd=home, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True,
-                preexec_fn=lambda: libc.prctl(1, signal.SIGTERM)))  # PR_SET_PDEATHSIG: they do not outlive the tests
+            daemons.append(
+                subprocess.Popen(
+                    words,
+                    env=env,
+                    cwd=home,
+                    stdin=subprocess.DEVNULL,
+                    stdout=out,
+                    stderr=out,
+                    start_new_session=True,
+                    preexec_fn=lambda: libc.prctl(1, signal.SIGTERM),
+                )
+            )  # PR_SET_PDEATHSIG: they do not outlive the tests
 
     def until(met: Callable[[], bool]) -> None:
         end = time.monotonic() + 60
@@ -120,8 +129,16 @@ def cluster(home: Path) -> Iterator[Cluster]:
             time.sleep(0.1)
 
     try:
-        start("munged", "--foreground", "--force", f"--key-file={home}/munge.key", f"--socket={home}/munge.sock",
-              f"--pid-file={home}/munged.pid", f"--seed-file={home}/munge.seed", f"--log-file={home}/munged.log")
+        start(
+            "munged",
+            "--foreground",
+            "--force",
+            f"--key-file={home}/munge.key",
+            f"--socket={home}/munge.sock",
+            f"--pid-file={home}/munged.pid",
+            f"--seed-file={home}/munge.seed",
+            f"--log-file={home}/munged.log",
+        )
         until((home / "munge.sock").exists)
         start("slurmctld", "-D")
         for name in NODES:
@@ -146,13 +163,18 @@ def _configure(home: Path) -> None:
     port, *ports = (server.getsockname()[1] for server in taken)
     for server in taken:
         server.close()
-    conf = _CONF.format(home=home, user=getpass.getuser(), port=port, first=random.randrange(1, 9000))
-    nodes = "".join(_NODE.format(name=name, port=at, gpus=GPUS_PER_NODE) for name, at in zip(NODES, ports, strict=True))
-    (home / "slurm.conf").write_text(conf + nodes)
+    conf = _CONF.format(
+        home=home, user=getpass.getuser(), port=port, first=random.randrange(1, 9000), gpus=GPUS_PER_NODE
+    )
+    nodes = [
+        f"NodeName={name} NodeHostname=localhost NodeAddr=127.0.0.1 Port={at}\n"
+        for name, at in zip(NODES, ports, strict=True)
+    ]
+    (home / "slurm.conf").write_text(conf + "".join(nodes))
     for gpu in range(GPUS_PER_NODE):
         (home / f"gpu{gpu}").touch()
     (home / "gres.conf").write_text(f"Name=gpu File={home}/gpu[0-{GPUS_PER_NODE - 1}]\n")
-    # slurmd opens its cgroup plugin though nothing here uses it. Since 24.05 that can be forbidden; v1 is idle if unused.
+    # slurmd opens its cgroup plugin though nothing here uses it: v1 stays idle then, and since 24.05 there is none.
     version = subprocess.run(["slurmd", "-V"], env={"PATH": _PATH}, capture_output=True, text=True).stdout
     new = tuple(map(int, re.findall(r"\d+", version)[:2])) >= (24, 5)
     (home / "cgroup.conf").write_text(f"CgroupPlugin={'disabled' if new else 'cgroup/v1'}\n")
