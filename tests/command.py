@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # The quickstart at a size of seconds.
 SMALL = [
-    "data.max_documents=120",
+    "data.max_documents=60",
     "data.max_length=64",
     "stages.pretrain.tokenizer.vocab_size=400",
     "stages.pretrain.model.hidden_size=48",
@@ -54,8 +54,8 @@ def start(*words: str, **environment: str) -> subprocess.Popen[str]:
         [sys.executable, str(ROOT / "train.py"), *words],
         env=env,
         text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
 
 

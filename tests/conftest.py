@@ -6,13 +6,14 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
+from jaxtyping import install_import_hook
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 
-from jaxtyping import install_import_hook
-
+torch.set_num_threads(1)  # tiny models; and tests must not depend on who else uses the machine's cores
 install_import_hook(["models.objectives", "models.heads", "models.teacher"], "beartype.beartype")
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -64,9 +64,9 @@ def test_the_manifest_tells_where_an_artifact_comes_from(finished: Path) -> None
     assert manifest["stage"] == "distill"
     assert manifest["parents"]["teacher"] == {"path": str(teacher), "content_hash": content_hash(teacher)}
     assert manifest["parents"]["data"]["content_hash"]
-    assert manifest["config"]["objective"]["alpha"] == 0.1
+    assert manifest["config"]["objective"]["alpha"] == 0.5
     assert manifest["steps"] == 12
-    assert manifest["tokens"] > 12 * 16 * 30
+    assert manifest["tokens"] > 12 * 16 * 20
     assert manifest["seconds"] > 0
     assert manifest["versions"]["torch"] == torch.__version__.split("+")[0] or torch.__version__
     assert manifest["content_hash"] == content_hash(finished / "distill")
@@ -154,10 +154,10 @@ def test_what_only_the_machine_notices_is_no_reason_to_refuse(finished: Path) ->
 def test_overwrite_redoes_the_stage_that_changed_and_those_after_it(finished: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "copy"
     shutil.copytree(finished, run_dir)
-    done = train(f"run_dir={run_dir}", *SMALL, "objective.alpha=0.5", "resume=overwrite")
+    done = train(f"run_dir={run_dir}", *SMALL, "objective.alpha=0.3", "resume=overwrite")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("finished, skipped") == 2  # pretrain and control
-    assert json.loads((run_dir / "distill" / "manifest.json").read_text())["config"]["objective"]["alpha"] == 0.5
+    assert json.loads((run_dir / "distill" / "manifest.json").read_text())["config"]["objective"]["alpha"] == 0.3
     old, new = (json.loads((d / "evaluate" / "manifest.json").read_text()) for d in (finished, run_dir))
     assert old["parents"]["distill"] != new["parents"]["distill"]
 
@@ -167,7 +167,8 @@ def test_force_and_a_selection_of_stages(finished: Path, tmp_path: Path) -> None
     shutil.copytree(finished, run_dir)
     done = train(f"run_dir={run_dir}", *SMALL, "stages=[distill,evaluate]", "force=distill")
     assert done.returncode == 0, done.stderr
-    assert "pretrain" not in done.stdout.split("perplexity")[0].replace(f"{run_dir}/pretrain", "")
+    assert "pretrain: step" not in done.stdout
+    assert "distill: step" in done.stdout
     for name, tensor in weights(finished / "distill").items():
         assert torch.equal(tensor, weights(run_dir / "distill")[name]), name
 
@@ -247,6 +248,6 @@ def _wait_for(condition: object, process: subprocess.Popen[str], seconds: float 
     while time.monotonic() < until:
         if condition():  # type: ignore[operator]
             return
-        assert process.poll() is None, process.stdout.read() if process.stdout else ""
+        assert process.poll() is None, "the command ended too early"
         time.sleep(0.02)
     raise AssertionError("it did not happen in time")

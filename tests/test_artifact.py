@@ -1,0 +1,120 @@
+"""A folder under its final name is whole, whatever happened while it was made."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline import artifact
+from tests.command import ROOT
+
+HEAD = {"stage": "distill", "kind": "model", "parents": {}}
+
+
+def _build(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(b"weights")
+    (folder / "sub").mkdir()
+    (folder / "sub" / "config.json").write_text("{}")
+
+
+def test_a_published_folder_says_what_is_in_it(tmp_path: Path) -> None:
+    manifest = artifact.publish(tmp_path / "distill", _build, HEAD)
+    assert artifact.read_manifest(tmp_path / "distill") == manifest
+    assert set(manifest["files"]) == {"model.safetensors", "sub/config.json"}
+    assert manifest["content_hash"] == artifact.content_hash(tmp_path / "distill")
+    # independent truth: sha256sum's own figure
+    told = subprocess.run(["sha256sum", tmp_path / "distill" / "model.safetensors"], capture_output=True, text=True)
+    assert manifest["files"]["model.safetensors"]["sha256"] == told.stdout.split()[0]
+
+
+def test_a_build_that_fails_leaves_the_old_artifact_alone(tmp_path: Path) -> None:
+    artifact.publish(tmp_path / "distill", _build, HEAD)
+
+    def broken(folder: Path) -> None:
+        (folder / "model.safetensors").write_bytes(b"half")
+        raise RuntimeError("disk full")
+
+    with pytest.raises(RuntimeError, match="disk full"):
+        artifact.publish(tmp_path / "distill", broken, HEAD)
+    assert (tmp_path / "distill" / "model.safetensors").read_bytes() == b"weights"
+
+
+def test_the_hash_follows_contents_and_names_and_not_the_clock(tmp_path: Path) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    for folder in (one, other):
+        folder.mkdir()
+        (folder / "a").write_text("1")
+    os.utime(other / "a", (0, 0))
+    assert artifact.content_hash(one) == artifact.content_hash(other)
+    (other / "a").write_text("2")
+    assert artifact.content_hash(one) != artifact.content_hash(other)
+    (other / "a").rename(other / "b")
+    (other / "b").write_text("1")
+    assert artifact.content_hash(one) != artifact.content_hash(other)
+
+
+def test_a_remembered_hash_is_taken_again_when_the_file_changes(tmp_path: Path) -> None:
+    folder, cache = tmp_path / "model", tmp_path / "hashes.json"
+    folder.mkdir()
+    (folder / "a").write_text("1")
+    before = artifact.content_hash(folder, cache)
+    assert artifact.content_hash(folder, cache) == before
+    (folder / "a").write_text("2")
+    assert artifact.content_hash(folder, cache) == artifact.content_hash(folder) != before
+
+
+def test_a_folder_with_a_file_cut_short_is_no_artifact(tmp_path: Path) -> None:
+    artifact.publish(tmp_path / "distill", _build, HEAD)
+    (tmp_path / "distill" / "model.safetensors").write_bytes(b"w")
+    assert artifact.read_manifest(tmp_path / "distill") is None
+
+
+OPERATIONS = range(1, 9)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_killed_at_any_rename_or_write_the_folder_is_old_or_new_and_never_half(tmp_path: Path, operation: int) -> None:
+    artifact.publish(tmp_path / "distill", _build, HEAD)
+    code = """
+import os, signal, sys
+from pathlib import Path
+from pipeline import artifact
+left = [int(sys.argv[2])]
+def hook(event, arguments):
+    if event in ("os.rename", "shutil.rmtree") or (event == "open" and ".partial" in str(arguments[0])):
+        left[0] -= 1
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+def build(folder):
+    (folder / "model.safetensors").write_bytes(b"new weights")
+sys.addaudithook(hook)
+artifact.publish(Path(sys.argv[1]) / "distill", build, {"stage": "distill", "kind": "model", "parents": {}})
+print("done")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path), str(operation)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    artifact.sweep(tmp_path)
+    manifest = artifact.read_manifest(tmp_path / "distill")
+    assert manifest is not None
+    content = (tmp_path / "distill" / "model.safetensors").read_bytes()
+    assert content in (b"weights", b"new weights")
+    assert manifest["content_hash"] == artifact.content_hash(tmp_path / "distill")
+    assert [p.name for p in tmp_path.iterdir()] == ["distill"]
+    if operation == OPERATIONS[0]:
+        assert done.returncode == -9, "the first operation must be met, or this test shows nothing"
+
+
+def test_json_is_replaced_whole(tmp_path: Path) -> None:
+    artifact.write_json(tmp_path / "a.json", {"a": 1})
+    artifact.write_json(tmp_path / "a.json", {"a": 2})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"a": 2}
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]

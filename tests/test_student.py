@@ -1,0 +1,133 @@
+"""How a student starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaConfig
+
+from models.errors import Refusal
+from models.student import Folder, Layers, Shape
+from pipeline.data.tokenizer import load_tokenizer, train_tokenizer
+
+TEXT = ["the quick brown fox jumps over the lazy dog " * 20, "pack my box with five dozen liquor jugs " * 20]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("tokenizer") / "made"
+    train_tokenizer(TEXT, 280, folder)
+    return load_tokenizer(folder)
+
+
+FAMILIES = {
+    "llama": LlamaConfig(
+        vocab_size=288,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=5,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+    ),
+    "tied llama": LlamaConfig(
+        vocab_size=288,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=5,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+    ),
+    "gemma2": Gemma2Config(
+        vocab_size=288,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=6,
+        head_dim=8,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        sliding_window=4,
+    ),
+    "gpt2": GPT2Config(vocab_size=288, n_embd=32, n_layer=5, n_head=4, n_positions=64),
+}
+
+
+@pytest.fixture(params=FAMILIES)
+def teacher(request: pytest.FixtureRequest, tmp_path: Path, tokenizer: Any) -> Path:
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(FAMILIES[request.param]).save_pretrained(tmp_path / "teacher")
+    tokenizer.save_pretrained(tmp_path / "teacher")
+    return tmp_path / "teacher"
+
+
+def opened(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=torch.arange(12)[None] + 5, use_cache=False).logits
+
+
+def test_all_of_the_teachers_layers_are_the_teacher(teacher: Path, tokenizer: Any, tmp_path: Path) -> None:
+    depth = opened(teacher).config.num_hidden_layers
+    Layers(keep=depth).materialise(str(teacher), tokenizer, tmp_path / "student", seed=0)
+    torch.testing.assert_close(logits(opened(tmp_path / "student")), logits(opened(teacher)), rtol=0, atol=0)
+
+
+def test_some_of_the_teachers_layers_are_the_teacher_without_the_others(
+    teacher: Path, tokenizer: Any, tmp_path: Path
+) -> None:
+    """Truth: the teacher itself, with the left-out layers taken out of its list."""
+    Layers(keep=[0, 2, 3]).materialise(str(teacher), tokenizer, tmp_path / "student", seed=0)
+    whole = opened(teacher)
+    inner = whole.model if hasattr(whole, "model") else whole.transformer
+    name = "layers" if hasattr(inner, "layers") else "h"
+    setattr(inner, name, torch.nn.ModuleList([getattr(inner, name)[i] for i in (0, 2, 3)]))
+    inner.config.num_hidden_layers = whole.config.num_hidden_layers = 3
+    if kinds := getattr(whole.config, "layer_types", None):
+        whole.config.layer_types = [kinds[i] for i in (0, 2, 3)]
+    student = opened(tmp_path / "student")
+    torch.testing.assert_close(logits(student), logits(whole), rtol=0, atol=0)
+    cached = student.generate(torch.arange(4)[None] + 5, max_new_tokens=8, do_sample=False, use_cache=True)
+    plain = student.generate(torch.arange(4)[None] + 5, max_new_tokens=8, do_sample=False, use_cache=False)
+    assert torch.equal(cached, plain)
+
+
+def test_layers_are_taken_evenly_from_first_to_last() -> None:
+    assert Layers(keep=4).kept(32) == [0, 10, 21, 31]
+    assert Layers(keep=1).kept(5) == [0]
+    assert Layers(keep=5).kept(5) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("keep", [0, 6, [3, 1], [0, 5], [0, 0], []])
+def test_layers_that_do_not_exist_are_refused(keep: Any) -> None:
+    with pytest.raises(Refusal, match=r"student\.keep="):
+        Layers(keep=keep).kept(5)
+
+
+def test_a_shape_replaces_numbers_and_starts_from_the_seed_alone(tmp_path: Path, tokenizer: Any) -> None:
+    AutoModelForCausalLM.from_config(FAMILIES["llama"]).save_pretrained(tmp_path / "teacher")
+    tokenizer.save_pretrained(tmp_path / "teacher")
+    start = Shape(shape={"hidden_size": 16, "num_hidden_layers": 2})
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        torch.rand(3)  # whatever ran before
+        start.materialise(str(tmp_path / "teacher"), tokenizer, tmp_path / name, seed)
+    a, b, c = (dict(opened(tmp_path / name).state_dict()) for name in "abc")
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert any(not torch.equal(a[k], c[k]) for k in a)
+    config = opened(tmp_path / "a").config
+    assert (config.hidden_size, config.num_hidden_layers, config.head_dim, config.num_attention_heads) == (16, 2, 4, 4)
+    assert a["model.embed_tokens.weight"].std().item() == pytest.approx(0.02, rel=0.1)
+
+
+def test_a_student_folder_is_continued_from_its_own_weights(tmp_path: Path, tokenizer: Any) -> None:
+    model = AutoModelForCausalLM.from_config(FAMILIES["llama"])
+    model.save_pretrained(tmp_path / "old")
+    Folder(path=str(tmp_path / "old")).materialise("", tokenizer, tmp_path / "start", seed=0)
+    torch.testing.assert_close(logits(opened(tmp_path / "start")), logits(opened(tmp_path / "old")), rtol=0, atol=0)
