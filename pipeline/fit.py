@@ -19,7 +19,7 @@ from hydra.utils import instantiate
 
 from models.errors import Refusal
 from models.language_model import LanguageModel, gather_state
-from models.load import attention_for, empty_model, load_config, load_model, save_model
+from models.load import attention_for, empty_model, load_config, load_model, parameter_count, save_model
 from models.objectives.term import Objective
 from pipeline import artifact
 from pipeline.context import Context
@@ -163,6 +163,8 @@ def train(
         length=data.max_length if data.packing else None,
         workers=training.workers,
     )
+    # Now: once a ZeRO-3 trainer exists, every model made is sharded, which takes all ranks.
+    parameters = parameter_count(empty_model(load_config(prepared["start"])))
     steps = rows.steps(max_steps=training.max_steps, max_tokens=training.max_tokens, epochs=training.epochs)
     module = LanguageModel(
         load_student=lambda: load_model(prepared["start"], dtype=torch.float32, attention=attention, role="student"),
@@ -212,7 +214,7 @@ def train(
     state = gather_state(module.student, keep=trainer.is_global_zero)
     if trainer.is_global_zero:
         metrics = {
-            "parameters": parameters_of(prepared["start"]),
+            "parameters": parameters,
             **(extra or {}),
             "data": prepared["statistics"],
             **module.validation_metrics,
@@ -263,12 +265,6 @@ def publish_model(
             "certificates": {},
         },
     )
-
-
-def parameters_of(folder: str) -> int:
-    from models.load import parameter_count
-
-    return parameter_count(empty_model(load_config(folder)))
 
 
 def _logger(context: Context) -> Any:
