@@ -68,7 +68,9 @@ def arguments(given: list[str]) -> list[str]:
     words = [re.sub(r"^only=([^\[].*)$", r"only=[\1]", word) for word in words]
     words = [re.sub(r"^force=([^\[].*)$", r"force=[\1]", word) for word in words]
     if not any(word.startswith("+experiment=") for word in words) and not {"--help", "--hydra-help"} & set(words):
-        words.append("+experiment=quickstart")
+        # beside the other overrides: argparse wants them all in one place
+        at = next((i for i, word in enumerate(words) if "=" in word and not word.startswith("-")), len(words))
+        words.insert(at, "+experiment=quickstart")
     return words
 
 
@@ -95,7 +97,12 @@ def _suggestion(key: str) -> str:
 
 def front_door() -> None:
     sys.argv[1:] = arguments(sys.argv[1:])
-    main()
+    try:
+        main()
+    except ValueError as problem:
+        if "Config group override" not in str(problem):  # as of `logger=null`, where Hydra raises no error of its own
+            raise
+        raise Refusal(f"{problem}; name one of the files in conf/") from None
 
 
 if __name__ == "__main__":

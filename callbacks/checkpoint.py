@@ -57,7 +57,9 @@ class Checkpoint(pl.Callback):
         self.save(trainer, module)
 
     def save(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        weights = [p for p in module.parameters() if p.requires_grad]
+        weights = [
+            getattr(p, "ds_tensor", p) for p in module.parameters() if p.requires_grad
+        ]  # ZeRO-3: this rank's shard
         fine = all(bool(torch.isfinite(p).all()) for p in weights)
         if not trainer.strategy.reduce_boolean_decision(fine, all=True):
             raise RuntimeError(

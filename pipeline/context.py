@@ -20,6 +20,7 @@ class Context:
     parents: dict[str, dict[str, str]] = field(default_factory=dict)  # role → path and content hash
     identity: dict[str, Any] = field(default_factory=dict)
     fingerprint: str = ""
+    attempt: str = ""  # names this making of the stage, over all its restarts
     restart: int = 0  # how often this stage was started before
     plans: Path | None = None  # check process only: a folder of configs of models to be made
     planned: list[str] = field(default_factory=list)  # check process only: stages that will have run before this one
@@ -90,6 +91,7 @@ class Context:
             "parents": self.parents,
             "config": self.identity,
             "fingerprint": self.fingerprint,
+            "attempt": self.attempt,
             "seed": self.seed,
             "versions": versions(),
             "git_commit": git_commit(),

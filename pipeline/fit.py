@@ -181,7 +181,7 @@ def train(
         activation_checkpointing=training.activation_checkpointing,
     )
     micro_batches = accumulation(training.global_batch, training.micro_batch, context.world)
-    found = sorted((context.work / "checkpoints").glob("step-*.ckpt"))
+    checkpoint = last_checkpoint(context.work / "checkpoints", context.config["strategy"], context.world)
     trainer = pl.Trainer(
         accelerator=device,
         devices=context.devices,
@@ -208,7 +208,7 @@ def train(
         log_every_n_steps=settings["log_every_steps"],
     )
     trainer.fit(
-        module, datamodule=rows, ckpt_path=str(found[-1]) if found else None, weights_only=False
+        module, datamodule=rows, ckpt_path=checkpoint, weights_only=False
     )  # our own file, with the optimizer's and the loops' state
 
     state = gather_state(module.student, keep=trainer.is_global_zero)
@@ -230,9 +230,23 @@ def train(
             steps=steps,
             seconds=module.seconds_spent,
         )
-        shutil.rmtree(context.work / "checkpoints", ignore_errors=True)
-        shutil.rmtree(context.work / "start", ignore_errors=True)
     trainer.strategy.barrier()
+
+
+def last_checkpoint(folder: Path, strategy: dict[str, Any], world: int) -> str | None:
+    """The newest whole checkpoint, or None; refuses one that this topology cannot open."""
+    found = sorted(folder.glob("step-*.ckpt"))
+    if not found:
+        return None
+    saved_by = len(list(found[-1].glob("checkpoint/*optim_states.pt")))  # ZeRO saves a folder, a file for every rank
+    sharded = strategy["_target_"].endswith(".zero")
+    if found[-1].is_dir() != sharded or (sharded and saved_by != world):
+        how = f"{saved_by} ranks under ZeRO" if found[-1].is_dir() else "strategy=single or ddp"
+        raise Refusal(
+            f"{found[-1]} was saved by {how}, and this is {world} ranks {'under ZeRO' if sharded else 'without'}; go "
+            f"on with the old strategy and devices, or remove {folder} to start the stage anew"
+        )
+    return str(found[-1])
 
 
 def publish_model(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,8 +80,6 @@ class Pretrain:
             training=self.training,
             precision=self.precision,
         )
-        if context.rank == 0:
-            shutil.rmtree(context.work / "tokenizer", ignore_errors=True)
 
     def _config(self, vocabulary: int) -> Any:
         values = dict(self.model)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -96,48 +97,55 @@ def _check(config: dict[str, Any], stages: list[str]) -> list[dict[str, Any]]:
 
 
 def _jobs(config: dict[str, Any], stages: list[str], plan: dict[str, Any]) -> list[dict[str, Any]]:
-    """What is to be done for each stage: skip, start, resume, redo; refuse what was made with other values."""
-    run_dir = Path(config["run_dir"])
+    """What is to be done for each stage: start, resume, redo, skip; refuse what was made with other values."""
     jobs: list[dict[str, Any]] = []
-    redone: set[str] = set()
     for name in stages:
         told = identity(config, name)
         job = {"stage": name, "identity": told, "fingerprint": fingerprint(told), "plan": plan[name]}
-        finished = artifact.read_manifest(run_dir / name)
-        started = _read(run_dir / "work" / name / "stage.json")
-        made_here = {
-            role: Path(path).name
-            for role, path in plan[name]["parents"].items()
-            if Path(path).parent == run_dir and Path(path).name in config["stages"]
-        }
-        stale = [role for role, stage in made_here.items() if stage in redone]
-        old = finished or started
-        if name in config["force"]:
-            job["do"] = "redo"
-        elif old is None:
-            job["do"] = "start"
-        else:
-            changed = differences(old["config" if finished else "identity"], told)
-            parents = _parents(config, plan[name]) if not stale else {}
-            other = {
-                role
-                for role in {*parents, *old["parents"]}
-                if parents.get(role, {}).get("content_hash") != old["parents"].get(role, {}).get("content_hash")
-            }
-            outside = sorted(other - set(made_here)) if not stale else []
-            changed += [
-                (f"parents.{role}", _short(old["parents"].get(role)), _short(parents.get(role))) for role in outside
-            ]
-            if changed and config["resume"] != "overwrite":
-                raise Refusal(_differs(run_dir, name, changed))
-            if changed or stale or other:
-                job["do"] = "redo"
-            else:
-                job["do"] = "skip" if finished else "resume"
-        if job["do"] in ("start", "redo", "resume"):
-            redone.add(name)
-        jobs.append(job)
+        busy = {other["stage"] for other in jobs if other["do"] != "skip"}
+        jobs.append({**job, "do": _verdict(config, job, busy)})
     return jobs
+
+
+def _verdict(config: dict[str, Any], job: dict[str, Any], busy: set[str]) -> str:
+    """`busy`: the stages before this one that will not be skipped."""
+    name, told, entry = job["stage"], job["identity"], job["plan"]
+    run_dir = Path(config["run_dir"])
+    finished = artifact.read_manifest(run_dir / name)
+    started = _read(run_dir / "work" / name / "stage.json")
+    if started and finished and started["attempt"] == finished["attempt"]:
+        started = None  # killed after its result was in place
+    if started is None and finished is None:
+        return "start"
+    made_here = {
+        role
+        for role, path in entry["parents"].items()
+        if Path(path).parent == run_dir and Path(path).name in config["stages"]
+    }
+    stale = any(Path(entry["parents"][role]).name in busy for role in made_here)
+    parents = {} if stale else _parents(config, entry)
+
+    def other_parents(old: dict[str, Any]) -> set[str]:
+        def hash_of(where: dict[str, Any], role: str) -> Any:
+            return where.get(role, {}).get("content_hash")
+
+        return {r for r in {*parents, *old["parents"]} if hash_of(parents, r) != hash_of(old["parents"], r)}
+
+    # An attempt that was cut short goes on, whether it was begun by itself, by force or by resume=overwrite.
+    if started and not stale and started["identity"] == told and not other_parents(started):
+        return "resume"
+    if name in config["force"]:
+        return "redo"
+    old: dict[str, Any] = finished or started  # type: ignore[assignment]
+    changed = differences(old["config"] if finished else old["identity"], told)
+    others = set() if stale else other_parents(old)
+    changed += [
+        (f"parents.{role}", _short(old["parents"].get(role)), _short(parents.get(role)))
+        for role in sorted(others - made_here)
+    ]
+    if changed and config["resume"] != "overwrite":
+        raise Refusal(_differs(run_dir, name, changed))
+    return "redo" if changed or stale or others else "skip"
 
 
 def _parents(config: dict[str, Any], entry: dict[str, Any]) -> dict[str, dict[str, str]]:
@@ -160,9 +168,9 @@ def _run_stage(config: dict[str, Any], job: dict[str, Any]) -> None:
     if job["do"] == "skip":
         console.print(f"[dim]{name}: finished, skipped")
         return
-    if job["do"] == "redo":
+    if job["do"] != "resume":
         shutil.rmtree(work, ignore_errors=True)
-    before = _read(work / "stage.json") or {"restart": -1}
+    before = _read(work / "stage.json") or {"restart": -1, "attempt": uuid.uuid4().hex}
     work.mkdir(parents=True, exist_ok=True)
     spec = work / "stage.json"
     artifact.write_json(
@@ -174,6 +182,7 @@ def _run_stage(config: dict[str, Any], job: dict[str, Any]) -> None:
             "identity": job["identity"],
             "fingerprint": job["fingerprint"],
             "restart": before["restart"] + 1,
+            "attempt": before["attempt"],
         },
     )
     launcher = instantiate(config["launch"])
@@ -192,6 +201,7 @@ def _run_stage(config: dict[str, Any], job: dict[str, Any]) -> None:
             )
     if artifact.read_manifest(run_dir / name) is None:
         raise StageFailed(f"stage {name} ended without its result {run_dir / name}", 1)
+    shutil.rmtree(work)
     console.print(f"[green]{name}[/]: done in {time.monotonic() - begin:.0f} s")
 
 

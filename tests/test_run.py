@@ -66,7 +66,7 @@ def test_the_manifest_tells_where_an_artifact_comes_from(finished: Path) -> None
     assert manifest["parents"]["data"]["content_hash"]
     assert manifest["config"]["objective"]["alpha"] == 0.5
     assert manifest["steps"] == 12
-    assert manifest["tokens"] > 12 * 16 * 20
+    assert manifest["tokens"] > 12 * 8 * 20
     assert manifest["seconds"] > 0
     assert manifest["versions"]["torch"] == torch.__version__.split("+")[0] or torch.__version__
     assert manifest["content_hash"] == content_hash(finished / "distill")
@@ -117,9 +117,7 @@ def test_the_control_sees_the_same_data_from_the_same_start(finished: Path) -> N
 
 
 def test_nothing_of_a_finished_stage_is_left_in_the_work_folder(finished: Path) -> None:
-    for stage in STAGES:
-        assert not (finished / "work" / stage / "checkpoints").exists()
-        assert not (finished / "work" / stage / "start").exists()
+    assert {p.name for p in (finished / "work").iterdir()} == {"data", "hashes.json"}
     assert not list(finished.glob(".*.partial"))
 
 
@@ -143,7 +141,7 @@ def test_what_only_the_machine_notices_is_no_reason_to_refuse(finished: Path) ->
     done = train(
         f"run_dir={finished}",
         *SMALL,
-        "stages.distill.training.micro_batch=4",
+        "stages.distill.training.micro_batch=2",
         "logger=tensorboard",
         "trainer.checkpoint.every_steps=5",
     )
@@ -228,6 +226,20 @@ def test_everything_killed_in_the_middle_of_a_step_goes_on_to_the_same_bits(fini
     assert again.returncode == 0, again.stdout + again.stderr
     assert "resume" in again.stdout
     _same_weights(finished / "distill", run_dir / "distill")
+
+
+def test_a_forced_stage_that_is_killed_goes_on_too(finished: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "killed"
+    shutil.copytree(finished, run_dir)
+    words = [f"run_dir={run_dir}", *SMALL, "stages=[control]", "force=control"]
+    killing = {"path": str(ROOT / "tests" / "killing"), "RETORT_TEST_KILL": "os.rename .control.partial 1"}
+    assert train(*words, **killing).returncode not in (0, 2)  # all steps done, the result not yet in place
+    assert content_hash(run_dir / "control") == content_hash(finished / "control")  # the old one, whole
+    again = train(*words)
+    assert again.returncode == 0, again.stderr
+    assert "resume" in again.stdout
+    assert "control: step 2/" not in again.stdout
+    _same_weights(finished / "control", run_dir / "control")
 
 
 def _same_weights(one: Path, other: Path) -> None:
