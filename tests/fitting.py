@@ -43,6 +43,8 @@ class Scenario:
     clip: float = 0.5
     checkpoint_at: int | None = None  # save a checkpoint there, into `folder`
     resume: bool = False
+    student: str | None = None  # another folder than the shared one
+    teacher: str = "teacher"
 
 
 def model(hidden: int, layers: int, seed: int, tied: bool = False, dropout: float = 0.0) -> LlamaForCausalLM:
@@ -99,7 +101,8 @@ def fit(scenario: Scenario, folder: Path) -> dict[str, Any]:
     """Train as the pipeline does; losses per step, gradient norms and final weights."""
     from models.load import load_model
 
-    student, teacher = folder / f"student-{scenario.tied}-{scenario.dropout}", folder / "teacher"
+    student = folder / (scenario.student or f"student-{scenario.tied}-{scenario.dropout}")
+    teacher = folder / scenario.teacher
     seen: list[dict[str, float]] = []
 
     class Watch(pl.Callback):

@@ -304,3 +304,32 @@ def test_cfg_job_answers_without_heavy_imports() -> None:
     assert done.returncode == 0, done.stderr
     assert "experiment" not in done.stdout.splitlines()[0]
     assert "name: quickstart" in done.stdout
+
+
+def test_a_student_larger_than_its_teacher_is_warned_of() -> None:
+    from pipeline.worker import check
+
+    plan = check({"config": quickstart("student.shape.hidden_size=256"), "stages": ["pretrain", "distill"]})["plan"]
+    assert "is larger than its teacher" in plan[1]["warnings"][0]
+
+
+def test_two_tokenizers_are_refused_with_the_first_differing_token(tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from pipeline.data.tokenizer import load_tokenizer, train_tokenizer
+
+    for name, text in (("teacher", "the cat sat on the mat " * 9), ("student", "pack my box with five jugs " * 9)):
+        train_tokenizer([text], 270, tmp_path / f"{name}-tokenizer")
+        LlamaForCausalLM(
+            LlamaConfig(vocab_size=270, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+        ).save_pretrained(tmp_path / name)
+        load_tokenizer(tmp_path / f"{name}-tokenizer").save_pretrained(tmp_path / name)
+    said = refused(
+        "+experiment=distill",
+        f"teacher.path={tmp_path}/teacher",
+        "data.train=stdlib",
+        "student=folder",
+        f"student.path={tmp_path}/student",
+    )
+    assert "different tokenizers: token 257" in said
+    assert "in teacher" in said

@@ -10,10 +10,13 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
 
+from callbacks.checkpoint import Checkpoint
 from models.errors import Refusal
 from models.heads import check_split, hidden_states
+from models.language_model import NonFiniteLoss
 from pipeline.data.batch import collate
 from pipeline.data.loader import Order, Rows, accumulation, in_turn
+from pipeline.fit import last_checkpoint
 from tests import fitting
 from tests.fitting import LENGTH, VOCABULARY, Scenario, fit, on_two_ranks, rows, write_models
 
@@ -119,6 +122,54 @@ def test_a_single_process_checkpoint_holds_no_teacher_and_resumes_to_the_bit(fol
     assert all(name.startswith("student.") for name in saved["state_dict"])
     resumed = fit(Scenario("saving", micro_batch=4, resume=True, dropout=0.1), folder)
     assert_same(whole, resumed, tolerance=0, first=7)
+
+
+def test_a_padded_vocabulary_teaches_the_same(folder: Path, reference: Any) -> None:
+    """More columns than the tokenizer has tokens, on either side: as if they were not there."""
+    for name, source in (("teacher-padded", "teacher"), ("student-padded", "student-False-0.0")):
+        model = AutoModelForCausalLM.from_pretrained(folder / source)
+        torch.manual_seed(5)
+        model.resize_token_embeddings(VOCABULARY + 7, mean_resizing=False)
+        model.lm_head.weight.data[VOCABULARY:] += 3  # loud, if anybody listened
+        model.save_pretrained(folder / name)
+    assert_same(fit(Scenario("padded", teacher="teacher-padded"), folder), reference)
+    both = fit(Scenario("both", teacher="teacher-padded", student="student-padded"), folder)
+    both["state"] = {n: t[:VOCABULARY] if len(t) == VOCABULARY + 7 else t for n, t in both["state"].items()}
+    assert_same(both, reference)
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_names_step_and_rows(folder: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder / "student-False-0.0")
+    model.model.embed_tokens.weight.data[17] = float("nan")  # a token that some rows have
+    model.save_pretrained(folder / "poisoned")
+    with pytest.raises(NonFiniteLoss, match=r"step \d+: the loss is nan on rows \[\d+.*last checkpoint"):
+        fit(Scenario("poisoned", student="poisoned", micro_batch=1), folder)
+
+
+def test_weights_that_are_no_numbers_are_not_saved(tmp_path: Path) -> None:
+    from types import SimpleNamespace
+
+    module = torch.nn.Linear(2, 2)
+    module.weight.data[0] = float("inf")
+    trainer: Any = SimpleNamespace(
+        global_step=3, strategy=SimpleNamespace(reduce_boolean_decision=lambda value, all: value)
+    )
+    with pytest.raises(RuntimeError, match="step 3: the weights are not finite"):
+        Checkpoint(tmp_path, 1, None).save(trainer, module)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_checkpoint_of_another_topology_is_refused_before_it_is_opened(tmp_path: Path) -> None:
+    zero, single = {"_target_": "pipeline.strategy.zero"}, {"_target_": "pipeline.strategy.single"}
+    assert last_checkpoint(tmp_path, zero, 2) is None
+    for rank in range(2):
+        part = tmp_path / "step-00000004.ckpt" / "checkpoint" / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+        part.parent.mkdir(parents=True, exist_ok=True)
+        part.touch()
+    assert last_checkpoint(tmp_path, zero, 2) == str(tmp_path / "step-00000004.ckpt")
+    for strategy, world in ((zero, 4), (single, 1)):
+        with pytest.raises(Refusal, match="saved by 2 ranks under ZeRO"):
+            last_checkpoint(tmp_path, strategy, world)
 
 
 def test_a_run_resumed_with_other_micro_batches_learns_the_same(folder: Path) -> None:
