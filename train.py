@@ -65,8 +65,7 @@ def arguments(given: list[str]) -> list[str]:
         if re.match(r"experiment=", word):
             raise Refusal(f"{word}: write +{word} (an experiment is added to the configuration)")
         words.append(re.sub(r"^stages=(\[?)", lambda m: "only=" + m[1], word))
-    words = [re.sub(r"^only=([^\[].*)$", r"only=[\1]", word) for word in words]
-    words = [re.sub(r"^force=([^\[].*)$", r"force=[\1]", word) for word in words]
+    words = [re.sub(r"^(only|force)=(?!null$)([^\[].*)$", r"\1=[\2]", word) for word in words]
     if not any(word.startswith("+experiment=") for word in words) and not {"--help", "--hydra-help"} & set(words):
         # beside the other overrides: argparse wants them all in one place
         at = next((i for i, word in enumerate(words) if "=" in word and not word.startswith("-")), len(words))

@@ -11,6 +11,8 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 
+from models.errors import NotFinite
+
 _PARTIAL = ".partial"
 _CLOCK_STEPS = 10  # the clock is a collective decision: not at every step
 
@@ -62,7 +64,7 @@ class Checkpoint(pl.Callback):
         ]  # ZeRO-3: this rank's shard
         fine = all(bool(torch.isfinite(p).all()) for p in weights)
         if not trainer.strategy.reduce_boolean_decision(fine, all=True):
-            raise RuntimeError(
+            raise NotFinite(
                 f"step {trainer.global_step}: the weights are not finite; not saved, the last checkpoint "
                 f"under {self.folder} is from before; lower the learning rate"
             )

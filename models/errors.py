@@ -14,3 +14,7 @@ class StageFailed(RuntimeError):
     def __init__(self, message: str, code: int) -> None:
         super().__init__(message)
         self.code = code
+
+
+class NotFinite(RuntimeError):
+    """A loss, a gradient or a weight that is not a number; the message names the step, and the rows where known."""

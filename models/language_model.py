@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
@@ -11,15 +12,12 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
+from models.errors import NotFinite
 from models.heads import check_split, head_of, hidden_states, through_head
 from models.objectives.chunked import Head, objective_sum
 from models.objectives.cross_entropy import CrossEntropy
 from models.objectives.term import Objective
 from models.teacher import signal
-
-
-class NonFiniteLoss(RuntimeError):
-    """A loss or gradient that is not a number; the message names the step and the rows."""
 
 
 class LanguageModel(pl.LightningModule):
@@ -79,10 +77,11 @@ class LanguageModel(pl.LightningModule):
         # Lightning leaves modules in the mode they come in, and from_pretrained returns eval: no dropout, no
         # activation checkpointing.
         self.student.train()
-        check_split(self.student, self.vocabulary, self.packed)
-        if self.teacher is not None:
-            self.teacher.eval()
-            check_split(self.teacher, self.vocabulary, self.packed)
+        with self.trainer.precision_plugin.forward_context():
+            check_split(self.student, self.vocabulary, self.packed)
+            if self.teacher is not None:
+                self.teacher.eval()
+                check_split(self.teacher, self.vocabulary, self.packed)
 
     def on_train_start(self) -> None:
         self._started = time.monotonic() - self.seconds_spent
@@ -93,9 +92,10 @@ class LanguageModel(pl.LightningModule):
         step, micro = self.trainer.global_step, batch_idx % accumulation
         torch.manual_seed(_mix(self.seed, step, micro, self.global_rank))
         self.step_metrics = None
+        self._rows = batch["rows"]
         total, parts = self._objective(self.objective, batch)
         if not torch.isfinite(total):
-            raise NonFiniteLoss(
+            raise NotFinite(
                 f"step {step}: the loss is {total.item()} on rows {batch['rows']} "
                 f"(micro-batch {micro}, rank {self.global_rank}); lower the learning rate or look at "
                 f"these rows; the last checkpoint is from before this step"
@@ -141,8 +141,15 @@ class LanguageModel(pl.LightningModule):
         self.gradient_norm = torch.nn.utils.clip_grad_norm_(
             (p for p in self.student.parameters() if p.requires_grad),
             gradient_clip_val or float("inf"),
-            error_if_nonfinite=False,
         )
+        self._check_gradient(self.gradient_norm, self.trainer.global_step)
+
+    def _check_gradient(self, norm: Any, step: int) -> None:
+        if norm is not None and not math.isfinite(float(norm)):
+            raise NotFinite(
+                f"step {step}: the gradient's norm is {float(norm)} on rows {self._rows} (the last micro-batch); lower "
+                f"the learning rate; the last checkpoint is from before this step"
+            )
 
     def optimizer_step(self, epoch: int, batch_idx: int, *arguments: Any, **words: Any) -> None:
         super().optimizer_step(epoch, batch_idx, *arguments, **words)
@@ -151,13 +158,14 @@ class LanguageModel(pl.LightningModule):
 
     def _close_step(self, step: int) -> None:
         """Leave the step's numbers, summed over ranks, in `step_metrics` for whoever watches."""
+        engine = getattr(self.trainer.strategy, "deepspeed_engine", None)
+        norm = engine.get_global_grad_norm() if engine is not None else self.gradient_norm
+        self._check_gradient(norm, step - 1)
         sums, self._sums = self._sums, {}
         self.seconds_spent = time.monotonic() - self._started
         if step % self.log_every_steps and step not in (1, self.max_steps):
             return
         values = self.trainer.strategy.reduce(torch.stack(list(sums.values())).detach().float(), reduce_op="sum")
-        engine = getattr(self.trainer.strategy, "deepspeed_engine", None)
-        norm = engine.get_global_grad_norm() if engine is not None else self.gradient_norm
         (tokens_before, seconds_before), self._marked = self._marked, (self.tokens_seen, self.seconds_spent)
         self.step_metrics = {
             "step": step,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig
 from transformers import logging as transformers_logging
@@ -39,9 +40,14 @@ def check_folder(path: str, role: str) -> None:
 
 def load_config(path: str, role: str = "model", trust_remote_code: bool = False) -> PretrainedConfig:
     try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, json.JSONDecodeError) as problem:
         raise Refusal(f"{role}.path={path}: its config does not open: {_first_line(problem)}") from None
+    if not hasattr(config, "vocab_size") or not hasattr(config, "num_hidden_layers"):
+        raise Refusal(
+            f"{role}.path={path}: {type(config).__name__} joins several models; give the text model alone, as a folder"
+        )
+    return config
 
 
 def attention_for(wanted: str, device: str, dtype: torch.dtype) -> str | None:
@@ -62,7 +68,7 @@ def load_model(
         return AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, attn_implementation=attention, use_safetensors=True, trust_remote_code=trust_remote_code
         )
-    except (OSError, ValueError) as problem:
+    except (OSError, ValueError, ImportError, SafetensorError) as problem:
         raise Refusal(
             f"{role}.path={path}: it does not open as a causal language model: {_first_line(problem)}"
         ) from None

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from models.errors import Refusal
 from models.heads import check_split, head_of, hidden_states
 from models.load import DTYPES, attention_for, load_model, parameter_count
 from models.objectives.chunked import objective_sum
@@ -31,6 +32,10 @@ class Speed:
     prompt_tokens: int = 64
     new_tokens: int = 64
     repeats: int = 3
+
+    def __post_init__(self) -> None:
+        if self.prompt_tokens < 1 or self.new_tokens < 2 or self.repeats < 1:
+            raise Refusal(f"{self}: need prompt_tokens and repeats of at least 1, new_tokens of at least 2")
 
 
 def open_for_inference(folder: str, device: str, dtype: str, trust_remote_code: bool = False) -> Any:

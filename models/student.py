@@ -40,13 +40,12 @@ class Folder:
     """An existing model: continue from it."""
 
     path: str
-    trust_remote_code: bool = False
 
     def config(self, teacher: str) -> PretrainedConfig:
-        return load_config(self.path, "student", self.trust_remote_code)
+        return load_config(self.path, "student")
 
     def materialise(self, teacher: str, tokenizer: Any, folder: Path, seed: int) -> None:
-        model = load_model(self.path, dtype=torch.float32, role="student", trust_remote_code=self.trust_remote_code)
+        model = load_model(self.path, dtype=torch.float32, role="student")
         save_model(model, tokenizer, folder, model.state_dict(), torch.float32)
 
 
@@ -162,7 +161,7 @@ def _rebuild(base: PretrainedConfig, values: dict[str, Any]) -> PretrainedConfig
     values = {
         k: v
         for k, v in copy.deepcopy(values).items()
-        if k not in ("model_type", "transformers_version", "_name_or_path")
+        if k not in ("model_type", "transformers_version", "_name_or_path", "quantization_config")
     }
     try:
         return type(base)(**values)

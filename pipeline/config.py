@@ -122,7 +122,7 @@ def selected(config: dict[str, Any]) -> list[str]:
 
 # What a stage's numbers do not depend on beyond rounding: changing it neither invalidates a finished stage nor
 # forbids to go on in an unfinished one.
-_FREE = {"micro_batch", "workers", "memory_budget_mb", "measure"}
+_FREE = {"micro_batch", "workers"}
 
 
 def identity(config: dict[str, Any], stage: str) -> dict[str, Any]:

@@ -46,7 +46,7 @@ class Context:
 
     @property
     def seed(self) -> int:
-        return int(self.config["seed"])
+        return int(self.config["stages"][self.stage].get("seed", self.config["seed"]))
 
     @property
     def rank(self) -> int:
@@ -74,7 +74,8 @@ class Context:
 
         wanted = self.config["trainer"]["devices"]
         if wanted == "auto":
-            return torch.cuda.device_count() if self.device == "cuda" else 1
+            alone = self.device == "cpu" or self.config["strategy"]["_target_"].endswith(".single")
+            return 1 if alone else torch.cuda.device_count()
         if not isinstance(wanted, int) or wanted < 1:
             raise Refusal(f"trainer.devices={wanted}: need a positive number or auto")
         return wanted
@@ -90,6 +91,7 @@ class Context:
             "kind": kind,
             "parents": self.parents,
             "config": self.identity,
+            "run_config": self.config,
             "fingerprint": self.fingerprint,
             "attempt": self.attempt,
             "seed": self.seed,

@@ -75,6 +75,7 @@ class Distill:
             "data": corpus,
             "length": self.training.length(),
             "warnings": warnings,
+            "commits": {"teacher": getattr(teacher, "_commit_hash", None)},
             "teacher": f"{self.teacher.path} ({sizes['teacher']:,})" if self._taught else None,
         }
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from models.errors import Refusal
-from models.load import check_folder
+from models.load import DTYPES, check_folder
 from models.measure import Speed, measure_folder
 from pipeline import artifact
 from pipeline.context import Context
@@ -27,8 +29,13 @@ class Evaluate:
     dtype: str = "float32"
     batch_rows: int = 8
     speed: Speed = field(default_factory=Speed)
-    measure: Any = None
-    seed: int = 0
+    trust_remote_code: bool = False  # of models that bring code, as the teacher's does
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise Refusal(f"evaluate.dtype={self.dtype}: need one of {', '.join(DTYPES)}")
+        if self.batch_rows < 1:
+            raise Refusal(f"evaluate.batch_rows={self.batch_rows}: need at least 1")
 
     def ranks(self, context: Context) -> int:
         return 1
@@ -36,6 +43,9 @@ class Evaluate:
     def parents(self, context: Context) -> dict[str, str]:
         """Role → folder of every model that will be measured."""
         if self.models is not None:
+            names = [Path(m).name for m in self.models]
+            if twice := [m for m, name in zip(self.models, names, strict=True) if names.count(name) > 1]:
+                raise Refusal(f"evaluate.models: {', '.join(twice)} would bear one name in the report; rename a folder")
             return {Path(m).name: m if "/" in m else str(context.run_dir / m) for m in self.models}
         order = context.config["order"]
         found = {
@@ -78,7 +88,7 @@ class Evaluate:
         processes.set_forkserver_preload(["models.measure"])
         rows = []
         for role, folder in self.parents(context).items():
-            tokenizer = load_tokenizer(folder)
+            tokenizer = load_tokenizer(folder, self.trust_remote_code)
             packed, statistics, _ = rows_of(self.data, "test", tokenizer, context.data_folder)
             if not len(packed):
                 raise Refusal("data.test: no text to measure on; give data.test or a data.holdout above 0")
@@ -90,20 +100,26 @@ class Evaluate:
                 for at in range(0, len(packed), self.batch_rows)
             ]
             prompt = batches[0]["input_ids"][:1, : self.speed.prompt_tokens]
-            with processes.Pool(1) as pool:
-                measured = pool.apply(
+            with ProcessPoolExecutor(1, mp_context=processes) as pool:
+                work = pool.submit(
                     measure_folder,
-                    (
-                        folder,
-                        batches,
-                        statistics["bytes"],
-                        prompt,
-                        context.device,
-                        self.dtype,
-                        self.speed,
-                        self.data.packing,
-                    ),
+                    folder,
+                    batches,
+                    statistics["bytes"],
+                    prompt,
+                    context.device,
+                    self.dtype,
+                    self.speed,
+                    self.data.packing,
+                    self.trust_remote_code,
                 )
+                try:
+                    measured = work.result()
+                except BrokenProcessPool:
+                    raise Refusal(
+                        f"measuring {role} was killed, most likely for lack of memory; try "
+                        f"stages.{context.stage}.dtype=bfloat16 or a smaller batch_rows"
+                    ) from None
             manifest = artifact.read_manifest(Path(folder)) or {}
             rows.append(
                 {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import json
 import logging
@@ -67,6 +68,25 @@ class Training:
 def check(context: Context, training: Training, precision: Any) -> None:
     """Refuse what can be seen to fail before anything is loaded."""
     trainer = context.config["trainer"]
+    cadence = trainer["checkpoint"]
+    for name, value in {
+        "nodes": trainer["nodes"],
+        "log_every_steps": trainer["log_every_steps"],
+        "checkpoint.every_steps": cadence["every_steps"],
+        "checkpoint.every_minutes": cadence["every_minutes"],
+        "checkpoint.keep": cadence["keep"],
+    }.items():
+        if value is not None and not value > 0:
+            raise Refusal(f"trainer.{name}={value}: need a number above 0")
+    if trainer["nodes"] > 1 and not context.config["launch"]["_target_"].endswith(".Slurm"):
+        raise Refusal(
+            f"trainer.nodes={trainer['nodes']}: several nodes need launch=slurm inside an allocation; "
+            f"slurm/train.sbatch does both"
+        )
+    if trainer["attention"] not in ("auto", "sdpa", "eager", "flash_attention_2"):
+        raise Refusal(f"trainer.attention={trainer['attention']}: need auto, sdpa, eager or flash_attention_2")
+    if trainer["attention"] == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
+        raise Refusal("trainer.attention=flash_attention_2: the package flash_attn is not installed; use auto")
     if precision not in _SAVED:
         raise Refusal(f"trainer.precision={precision}: need {' or '.join(_SAVED)}")
     device = context.device
@@ -82,9 +102,13 @@ def check(context: Context, training: Training, precision: Any) -> None:
     instantiate(context.config["strategy"])
     if context.config["logger"] is not None:
         instantiate(context.config["logger"])
-    _callbacks(context)
-    if trainer["checkpoint"]["keep"] < 1:
-        raise Refusal(f"trainer.checkpoint.keep={trainer['checkpoint']['keep']}: need at least 1")
+    instantiate(context.config["launch"])
+    try:
+        _callbacks(context)
+        training.schedule(training.optimizer([torch.nn.Parameter(torch.zeros(1))]), 10)
+    except (TypeError, ValueError) as problem:
+        raise Refusal(f"stages.{context.stage}.training or callbacks: {str(problem).splitlines()[0]}") from None
+    last_checkpoint(context.work / "checkpoints", context.config["strategy"], context.world)
 
 
 def check_length(config: Any, data: corpora.Data, role: str) -> None:
@@ -101,8 +125,9 @@ def check_disk(context: Context, parameters: int) -> None:
     place = context.run_dir
     while not place.exists():
         place = place.parent
-    free = shutil.disk_usage(place).free
-    if free < needed:
+    had = sum(p.stat().st_size for p in context.work.rglob("*") if p.is_file()) if context.work.exists() else 0
+    free = shutil.disk_usage(place).free + had
+    if free < needed and not context.finished(str(context.out)):
         raise Refusal(
             f"run_dir={context.run_dir}: {context.stage} needs about {needed / 1e9:.1f} GB for checkpoints and "
             f"result, and {free / 1e9:.1f} GB are free; choose another run_dir or a smaller "
@@ -217,7 +242,7 @@ def train(
             "parameters": parameters,
             **(extra or {}),
             "data": prepared["statistics"],
-            **module.validation_metrics,
+            "validation": module.validation_metrics or None,
         }
         publish_model(
             context,

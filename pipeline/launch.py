@@ -6,14 +6,15 @@ parent runs it and looks at the exit status.
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 _ROOT = str(Path(__file__).resolve().parent.parent)
-PREEMPTED = 75  # EX_TEMPFAIL: saved and asked to be started again
 
 
 class Launcher(Protocol):
@@ -67,6 +68,17 @@ class Slurm:
             "-m",
             *arguments,
         ]
+
+
+def die_with(parent: int) -> None:
+    """End this process when `parent` ends, however it ends: nobody must train on, unseen, into a run folder.
+
+    Linux alone; called by every process of a stage, and by the launcher's process before it becomes torchrun or srun.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:  # it ended before the line above
+            os._exit(1)
 
 
 def environment(ranks_here: int, device: str) -> dict[str, str]:

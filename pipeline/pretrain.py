@@ -47,6 +47,11 @@ class Pretrain:
     def check(self, context: Context) -> dict[str, Any]:
         fit.check(context, self.training, self.precision)
         corpus = corpora.check(self.data)
+        if corpus["chat"] and not self.tokenizer.path:
+            raise Refusal(
+                "pretrain trains its tokenizer on text, and the data are conversations; give "
+                "stages.pretrain.tokenizer.path=FOLDER, or teacher.path=FOLDER to distil from an existing teacher"
+            )
         vocabulary = len(load_tokenizer(self.tokenizer.path)) if self.tokenizer.path else self.tokenizer.vocab_size
         config = self._config(vocabulary)
         context.plan_model(config)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from rich.table import Table
 from models.errors import Refusal, StageFailed
 from pipeline import artifact
 from pipeline.config import differences, fingerprint, identity, selected
-from pipeline.launch import PREEMPTED, environment
+from pipeline.launch import die_with, environment
 from pipeline.report import table, write_report
 
 console = Console()
@@ -34,13 +36,13 @@ def run(config: dict[str, Any]) -> None:
     stages = needed(config)
     plan = {entry["stage"]: entry for entry in _check(config, stages)}
     run_dir.mkdir(parents=True, exist_ok=True)
-    with _alone(run_dir):
+    with _alone(run_dir) as lock:
         artifact.sweep(run_dir)
         jobs = _jobs(config, stages, plan)
         _show(config, jobs)
         artifact.write_json(run_dir / "config.json", config)
         for job in jobs:
-            _run_stage(config, job)
+            _run_stage(config, job, lock)
         report = write_report(run_dir)
     console.print(table(report))
     console.print(f"report: {run_dir / 'report.html'}")
@@ -154,14 +156,15 @@ def _parents(config: dict[str, Any], entry: dict[str, Any]) -> dict[str, dict[st
     found = {}
     for role, path in entry["parents"].items():
         folder = Path(path)
-        content = artifact.content_hash(folder, cache) if folder.exists() else f"hub:{path}"
+        commit = entry.get("commits", {}).get(role)  # of a hub id; a changed repository is another parent
+        content = artifact.content_hash(folder, cache) if folder.exists() else f"hub:{path}@{commit}"
         found[role] = {"path": path, "content_hash": content}
     if entry.get("content"):
         found["data"] = {"path": str(config["data"]["train"]), "content_hash": entry["content"]}
     return found
 
 
-def _run_stage(config: dict[str, Any], job: dict[str, Any]) -> None:
+def _run_stage(config: dict[str, Any], job: dict[str, Any], lock: int) -> None:
     name, entry = job["stage"], job["plan"]
     run_dir = Path(config["run_dir"])
     work = run_dir / "work" / name
@@ -192,12 +195,14 @@ def _run_stage(config: dict[str, Any], job: dict[str, Any]) -> None:
     for mode, count in modes:
         command = launcher.command(["pipeline.worker", mode, str(spec)], ranks=count, nodes=nodes)
         env = environment(max(1, count // nodes), entry["device"])
-        code = subprocess.run(command, env=env).returncode
+        # The lock goes along: as long as any process of the stage lives, no other command may work here.
+        code = subprocess.run(command, env=env, pass_fds=[lock], preexec_fn=partial(die_with, os.getpid())).returncode
         if code:
             where = f"{name} ({mode})" if len(modes) > 1 else name
-            kind = "was preempted" if code == PREEMPTED else f"failed with exit status {code}"
             raise StageFailed(
-                f"stage {where} {kind}; run the same command again to go on from its last checkpoint", code
+                f"stage {where} failed with exit status {code}; run the same command again to go on from its last "
+                f"checkpoint",
+                code,
             )
     if artifact.read_manifest(run_dir / name) is None:
         raise StageFailed(f"stage {name} ended without its result {run_dir / name}", 1)
@@ -237,7 +242,7 @@ def _differs(run_dir: Path, stage: str, changed: list[tuple[str, Any, Any]]) -> 
 
 
 @contextmanager
-def _alone(run_dir: Path) -> Iterator[None]:
+def _alone(run_dir: Path) -> Iterator[int]:
     """Two commands in one run folder would overwrite each other's checkpoints."""
     with open(run_dir / ".lock", "w") as handle:
         try:
@@ -248,7 +253,7 @@ def _alone(run_dir: Path) -> Iterator[None]:
             ) from None
         except OSError:
             pass  # some cluster file systems have no locks
-        yield
+        yield handle.fileno()
 
 
 def _read(path: Path) -> dict[str, Any] | None:

@@ -8,12 +8,10 @@ python -m pipeline.worker stage SPEC     both, in one process
 
 from __future__ import annotations
 
-import ctypes
 import inspect
 import json
 import os
 import re
-import signal
 import sys
 import tempfile
 import warnings
@@ -22,13 +20,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from models.errors import Refusal
+from models.errors import NotFinite, Refusal
 from pipeline.config import nearest
+from pipeline.launch import die_with
 
 
 def main() -> int:
     mode, spec = sys.argv[1], json.loads(Path(sys.argv[2]).read_text())
-    _die_with_parent()
+    die_with(os.getppid())
     _quiet()
     try:
         if mode == "check":
@@ -50,11 +49,7 @@ def main() -> int:
             flush=True,
         )
         return 2
-    except RuntimeError as problem:
-        from models.language_model import NonFiniteLoss
-
-        if not isinstance(problem, NonFiniteLoss):
-            raise
+    except NotFinite as problem:
         print(f"error: {problem}", file=sys.stderr, flush=True)
         return 3
 
@@ -120,14 +115,6 @@ def _told(problem: BaseException, message: str) -> str:
         return f"unknown config key {wrong[1]!r}{nearest(wrong[1], known)}"
     missing = re.search(r"missing \d+ required .*arguments?: (.*)", text)
     return f"{missing[1]} is not set" if missing else text
-
-
-def _die_with_parent() -> None:
-    """Whoever started this process may be killed outright; it must not train on, unseen, into the same folder."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        if os.getppid() == 1:
-            sys.exit(1)
 
 
 def _quiet() -> None:

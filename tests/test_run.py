@@ -68,7 +68,8 @@ def test_the_manifest_tells_where_an_artifact_comes_from(finished: Path) -> None
     assert manifest["steps"] == 12
     assert manifest["tokens"] > 12 * 8 * 20
     assert manifest["seconds"] > 0
-    assert manifest["versions"]["torch"] == torch.__version__.split("+")[0] or torch.__version__
+    assert manifest["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert manifest["run_config"]["strategy"]["_target_"] == "pipeline.strategy.single"
     assert manifest["content_hash"] == content_hash(finished / "distill")
 
 
@@ -226,6 +227,27 @@ def test_everything_killed_in_the_middle_of_a_step_goes_on_to_the_same_bits(fini
     assert again.returncode == 0, again.stdout + again.stderr
     assert "resume" in again.stdout
     _same_weights(finished / "distill", run_dir / "distill")
+
+
+def test_two_ranks_die_with_the_command_and_go_on_to_the_same_bits(finished: Path, tmp_path: Path) -> None:
+    """torchrun stands between: it and its ranks must not outlive what started them."""
+    words = [*SMALL, "stages=[distill]", "strategy=zero2", "trainer.accelerator=cpu", "trainer.devices=2"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for run_dir in (whole, killed):
+        shutil.copytree(finished / "pretrain", run_dir / "pretrain")
+    assert train(f"run_dir={whole}", *words).returncode == 0
+    process = start(f"run_dir={killed}", *words)
+    metrics = killed / "work" / "distill" / "metrics.jsonl"
+    _wait_for(lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= 4, process)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    time.sleep(1.0)
+    processes = subprocess.run(["pgrep", "-f", f"pipeline.worker run {killed}"], capture_output=True, text=True)
+    assert processes.stdout == "", "a rank is still alive"
+    again = train(f"run_dir={killed}", *words)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "resume" in again.stdout
+    _same_weights(whole / "distill", killed / "distill")
 
 
 def test_a_forced_stage_that_is_killed_goes_on_too(finished: Path, tmp_path: Path) -> None:

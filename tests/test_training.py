@@ -11,9 +11,8 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
 
 from callbacks.checkpoint import Checkpoint
-from models.errors import Refusal
+from models.errors import NotFinite, Refusal
 from models.heads import check_split, hidden_states
-from models.language_model import NonFiniteLoss
 from pipeline.data.batch import collate
 from pipeline.data.loader import Order, Rows, accumulation, in_turn
 from pipeline.fit import last_checkpoint
@@ -142,7 +141,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_step_and_rows(folder: 
     model = AutoModelForCausalLM.from_pretrained(folder / "student-False-0.0")
     model.model.embed_tokens.weight.data[17] = float("nan")  # a token that some rows have
     model.save_pretrained(folder / "poisoned")
-    with pytest.raises(NonFiniteLoss, match=r"step \d+: the loss is nan on rows \[\d+.*last checkpoint"):
+    with pytest.raises(NotFinite, match=r"step \d+: the loss is nan on rows \[\d+.*last checkpoint"):
         fit(Scenario("poisoned", student="poisoned", micro_batch=1), folder)
 
 
@@ -154,7 +153,7 @@ def test_weights_that_are_no_numbers_are_not_saved(tmp_path: Path) -> None:
     trainer: Any = SimpleNamespace(
         global_step=3, strategy=SimpleNamespace(reduce_boolean_decision=lambda value, all: value)
     )
-    with pytest.raises(RuntimeError, match="step 3: the weights are not finite"):
+    with pytest.raises(NotFinite, match="step 3: the weights are not finite"):
         Checkpoint(tmp_path, 1, None).save(trainer, module)
     assert not list(tmp_path.iterdir())
 
