@@ -51,7 +51,8 @@ def _told(work: Callable[[], None]) -> int:
         print(f"error: {problem}", file=sys.stderr)
         return 2
     except StageFailed as problem:
-        print(f"error: {problem}", file=sys.stderr)
+        if str(problem):
+            print(f"error: {problem}", file=sys.stderr)
         return problem.code
     except (HydraException, OmegaConfBaseException) as problem:
         print(f"error: {explain(problem)}", file=sys.stderr)
@@ -76,8 +77,13 @@ def arguments(given: list[str]) -> list[str]:
 def explain(problem: Exception) -> str:
     """Hydra's and OmegaConf's errors in one line."""
     text = " ".join(str(problem).split())
-    found = re.search(r"Could not override '([^']+)'", text)
-    return f"unknown config key {found[1]!r}{_suggestion(found[1])}" if found else text
+    if found := re.search(r"Could not override '([^']+)'", text):
+        return f"unknown config key {found[1]!r}{_suggestion(found[1])}"
+    if found := re.search(
+        r"Could not find '([^']+)/([^'/]+)' Available options in '[^']+': (.*?) Config search path", text
+    ):
+        return f"{found[1]}={found[2]}: no such choice{nearest(found[2], found[3].split())}"
+    return text
 
 
 def _suggestion(key: str) -> str:
@@ -89,7 +95,8 @@ def _suggestion(key: str) -> str:
         if not OmegaConf.is_dict(node):
             return ""
         if part not in node:
-            return nearest(part, [str(name) for name in node]) + f" (add a new one with +{key}=…)"
+            known = [str(name) for name in node]
+            return nearest(part, known) if known else f"; nothing is set there yet: +{key}=…"
         node = node[part]
     return ""
 

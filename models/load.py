@@ -42,7 +42,10 @@ def load_config(path: str, role: str = "model", trust_remote_code: bool = False)
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, json.JSONDecodeError) as problem:
-        raise Refusal(f"{role}.path={path}: its config does not open: {_first_line(problem)}") from None
+        raise Refusal(
+            f"{role}.path={path}: its config does not open: {_first_line(problem)} "
+            f"(give a folder, or a hub id that can be reached)"
+        ) from None
     if not hasattr(config, "vocab_size") or not hasattr(config, "num_hidden_layers"):
         raise Refusal(
             f"{role}.path={path}: {type(config).__name__} joins several models; give the text model alone, as a folder"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import re
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -62,9 +63,9 @@ class Shape:
     def config(self, teacher: str) -> PretrainedConfig:
         base = load_config(teacher, "teacher")
         values = base.to_dict()
-        if unknown := [k for k in self.shape if k not in values]:
-            from difflib import get_close_matches
-
+        # Some families call the common numbers by names of their own: gpt2's hidden_size is n_embd.
+        shape = {base.attribute_map.get(k, k): v for k, v in self.shape.items() if v is not None}
+        if unknown := [k for k in shape if k not in values]:
             close = get_close_matches(unknown[0], values, n=1)
             raise Refusal(
                 f"student.shape.{unknown[0]}: {type(base).__name__} has no such number"
@@ -72,7 +73,7 @@ class Shape:
             )
         # A stated head_dim, or a per-layer list, belongs to the teacher's widths unless the student states its own.
         values = {k: v for k, v in values.items() if k not in ("head_dim", "layer_types")}
-        values |= self.shape
+        values |= shape
         check_sizes(values, "student")
         return _rebuild(base, values)
 

@@ -10,11 +10,17 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
 from omegaconf import MISSING, OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from omegaconf.errors import (
+    ConfigKeyError,
+    InterpolationToMissingValueError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+)
 
 from models.errors import Refusal
 
@@ -80,6 +86,11 @@ def parse(composed: Any) -> dict[str, Any]:
         node = OmegaConf.select(OmegaConf.structured(Config), parent) if parent else OmegaConf.structured(Config)
         known = [str(k) for k in node] if node is not None else []
         raise Refusal(f"unknown config key {key!r}{nearest(last, known)}") from None
+    except (MissingMandatoryValue, InterpolationToMissingValueError) as problem:
+        found = re.search(r"Missing mandatory value: (\w+\.[\w.]+)", str(problem))  # of an interpolation
+        key = found[1] if found else str(problem.full_key)
+        key = re.sub(r"^stages\.\w+\.(?=(data|teacher|student|objective)\.)", "", key)
+        raise Refusal(f"{key} is not set; give {key}=…") from None
     except OmegaConfBaseException as problem:
         raise Refusal(f"{problem.full_key or 'config'}: {str(problem).splitlines()[0]}") from None
     order = config["order"]

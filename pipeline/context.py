@@ -57,7 +57,7 @@ class Context:
         """cpu or cuda."""
         import torch
 
-        wanted = self.config["trainer"]["accelerator"]
+        wanted = self.config["trainer"]["accelerator"].replace("gpu", "cuda")  # Lightning's word for it
         if wanted not in ("auto", "cpu", "cuda"):
             raise Refusal(f"trainer.accelerator={wanted}: need auto, cpu or cuda")
         if wanted == "cuda" and not torch.cuda.is_available():

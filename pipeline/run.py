@@ -35,7 +35,10 @@ def run(config: dict[str, Any]) -> None:
     config = {**config, "run_dir": str(run_dir)} if config["run_dir"] == str(run_dir) else _rooted(config, run_dir)
     stages = needed(config)
     plan = {entry["stage"]: entry for entry in _check(config, stages)}
-    run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        raise Refusal(f"run_dir={run_dir}: {problem.strerror}; choose a folder that can be written to") from None
     with _alone(run_dir) as lock:
         artifact.sweep(run_dir)
         jobs = _jobs(config, stages, plan)
@@ -117,6 +120,8 @@ def _verdict(config: dict[str, Any], job: dict[str, Any], busy: set[str]) -> str
     started = _read(run_dir / "work" / name / "stage.json")
     if started and finished and started["attempt"] == finished["attempt"]:
         started = None  # killed after its result was in place
+    if started and started["identity"] != told and not list((run_dir / "work" / name).glob("checkpoints/step-*.ckpt")):
+        started = None  # refused or killed before it had learnt anything: nothing to protect
     if started is None and finished is None:
         return "start"
     made_here = {
@@ -197,6 +202,8 @@ def _run_stage(config: dict[str, Any], job: dict[str, Any], lock: int) -> None:
         env = environment(max(1, count // nodes), entry["device"])
         # The lock goes along: as long as any process of the stage lives, no other command may work here.
         code = subprocess.run(command, env=env, pass_fds=[lock], preexec_fn=partial(die_with, os.getpid())).returncode
+        if code == 2:  # refused, and told why
+            raise StageFailed("", code)
         if code:
             where = f"{name} ({mode})" if len(modes) > 1 else name
             raise StageFailed(

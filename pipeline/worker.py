@@ -105,7 +105,7 @@ def refusing(node: str) -> Iterator[None]:
 
 def _told(problem: BaseException, message: str) -> str:
     """A constructor's TypeError in the words of the config, with the nearest key it does take."""
-    text = str(problem).splitlines()[0]
+    text = " ".join(str(problem).splitlines()[:2])
     wrong = re.search(r"unexpected keyword argument '(\w+)'", text)
     target = re.search(r"target '([\w.]+)'", message)
     if wrong and target:

@@ -346,3 +346,25 @@ def test_a_temperature_that_is_not_above_zero_is_refused(temperature: float) -> 
 def test_an_alpha_outside_0_to_1_is_refused(alpha: float) -> None:
     with pytest.raises(ValueError, match=f"alpha={alpha}"):
         Distillation(alpha, ForwardKL())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 5e-2)])
+def test_on_a_gpu_value_and_gradients_are_those_of_the_cpu_in_fp64(dtype: torch.dtype, tolerance: float) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    objective, case = Distillation(0.3, ForwardKL(2.0)), Case(spread=1.0)
+    truth, _ = objective_sum(objective, case.hidden, case.head, case.targets, case.teacher_hidden, case.teacher_head)
+    expected = torch.autograd.grad(truth, case.inputs)
+    moved = [t.detach().to("cuda", dtype).requires_grad_() for t in case.inputs]
+    value, _ = objective_sum(
+        objective,
+        moved[0],
+        Head(moved[1], moved[2]),
+        case.targets.cuda(),
+        case.teacher_hidden.to("cuda", dtype),
+        Head(case.teacher_weight.to("cuda", dtype)),
+    )
+    torch.testing.assert_close(value.double().cpu(), truth, rtol=tolerance, atol=tolerance)
+    for mine, theirs in zip(torch.autograd.grad(value, moved), expected, strict=True):
+        torch.testing.assert_close(mine.double().cpu(), theirs, rtol=tolerance, atol=10 * tolerance)
