@@ -147,7 +147,8 @@ def ours(folder: Path, settings: Settings, side: str) -> dict[str, Any]:
     from models.objectives.distillation import Distillation
     from models.objectives.forward_kl import ForwardKL
     from models.schedules import constant
-    from models.teacher import Online
+    from models.teachers.online import Online
+    from models.teachers.teacher import Opening
 
     tokens = torch.load(folder / "tokens.pt")
     batches = []
@@ -175,7 +176,9 @@ def ours(folder: Path, settings: Settings, side: str) -> dict[str, Any]:
     divergence = ForwardKL(settings.temperature)
     module = LanguageModel(
         load_student=lambda: load_model(str(folder / "student"), dtype=torch.float32, attention="sdpa"),
-        load_teacher=lambda: Online(str(folder / "teacher"), dtype=settings.teacher_dtype).load("sdpa"),
+        load_teacher=lambda: Online(str(folder / "teacher"), dtype=settings.teacher_dtype).open(
+            Opening(settings.vocabulary, "sdpa")
+        ),
         objective=divergence if side == "ours_kl" else Distillation(ALPHA, divergence),
         optimizer=functools.partial(torch.optim.AdamW, lr=LEARNING_RATE, betas=BETAS, fused=True),
         schedule=constant(),

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from models.errors import Refusal
-from models.objectives.chunked import Head
+from models.objectives.head import Adapter, Head
 
 
 def body_of(model: Any) -> nn.Module:
@@ -24,13 +24,41 @@ def body_of(model: Any) -> nn.Module:
 def head_of(model: Any) -> Head:
     """The head's weights and what the family does to logits, as its config states it."""
     linear = model.get_output_embeddings()
-    config = model.config.get_text_config()
-    scale = 1.0
+    scale, softcap = logit_numbers(model.config)
+    if not hasattr(linear, "lora_A"):
+        return Head(linear.weight, getattr(linear, "bias", None), scale, softcap)
+    base = linear.base_layer
+    return Head(base.weight, getattr(base, "bias", None), scale, softcap, _adapter(linear))
+
+
+def _adapter(linear: Any) -> Adapter | None:
+    """The adapter that PEFT's LoRA layer adds to a head."""
+    if linear.merged or linear.disable_adapters:
+        return None
+    (name, *others) = linear.active_adapters
+    if others or linear.use_dora.get(name):
+        raise Refusal(f"LoRA on the head: adapters {linear.active_adapters}; need one, without DoRA")
+    return Adapter(_Down(linear, name), linear.lora_B[name].weight)
+
+
+class _Down(nn.Module):
+    def __init__(self, linear: Any, name: str) -> None:
+        super().__init__()
+        self.dropout, self.down, self.scale = linear.lora_dropout[name], linear.lora_A[name], linear.scaling[name]
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        low: Tensor = self.down(self.dropout(hidden.to(self.down.weight.dtype))) * self.scale
+        return low
+
+
+def logit_numbers(config: Any) -> tuple[float, float | None]:
+    """(scale, softcap) that the family puts on its logits."""
+    config, scale = config.get_text_config(), 1.0
     if getattr(config, "logit_scale", None) is not None:  # cohere
         scale *= float(config.logit_scale)
     if getattr(config, "logits_scaling", None) is not None:  # granite divides
         scale /= float(config.logits_scaling)
-    return Head(linear.weight, getattr(linear, "bias", None), scale, getattr(config, "final_logit_softcapping", None))
+    return scale, getattr(config, "final_logit_softcapping", None)
 
 
 def hidden_states(
@@ -56,6 +84,11 @@ def through_head(model: Any, hidden: Tensor, work: Callable[[Tensor], Any]) -> A
     frees it after, and reduces its gradient.
     """
     linear = model.get_output_embeddings()
+    for parameter in linear.parameters():
+        if hasattr(parameter, "ds_id") and hasattr(linear, "lora_A"):  # of its children, whose forwards do not run
+            import deepspeed
+
+            deepspeed.zero.register_external_parameter(linear, parameter)
     linear.forward = work
     try:
         return linear(hidden)

@@ -14,10 +14,12 @@ from torch import Tensor, nn
 
 from models.errors import NotFinite
 from models.heads import check_split, head_of, hidden_states, through_head
-from models.objectives.chunked import Head, objective_sum
+from models.objectives.chunked import objective_sum
 from models.objectives.cross_entropy import CrossEntropy
-from models.objectives.term import Objective
-from models.teacher import signal
+from models.objectives.representation import Wanted
+from models.objectives.signal import Signal
+from models.objectives.term import Objective, needs_teacher
+from models.teachers.teacher import Teacher, capturing
 
 
 class LanguageModel(pl.LightningModule):
@@ -35,7 +37,7 @@ class LanguageModel(pl.LightningModule):
         self,
         *,
         load_student: Callable[[], nn.Module],
-        load_teacher: Callable[[], nn.Module] | None,
+        load_teacher: Callable[[], Teacher] | None,
         objective: Objective,
         optimizer: Callable[[Iterable[Any]], torch.optim.Optimizer],
         schedule: Callable[[torch.optim.Optimizer, int], Any],
@@ -46,15 +48,21 @@ class LanguageModel(pl.LightningModule):
         seed: int,
         log_every_steps: int,
         activation_checkpointing: bool,
+        configs: tuple[Any, Any] | None = None,
+        memory_bytes: int | None = None,
+        compiled: bool = False,
     ) -> None:
+        """`configs`: student's and teacher's, where the objective compares layers. The last two: of the engine."""
         super().__init__()
         self.load_student, self.load_teacher = load_student, load_teacher
         self.objective, self.optimizer, self.schedule = objective, optimizer, schedule
         self.weight_decay, self.max_steps, self.vocabulary = weight_decay, max_steps, vocabulary
         self.packed = packed
         self.seed, self.log_every_steps, self.activation_checkpointing = seed, log_every_steps, activation_checkpointing
+        self.configs, self.memory_bytes, self.compiled = configs, memory_bytes, compiled
         self.student: Any = None
         self.teacher: Any = None
+        self.comparisons = nn.ModuleDict()  # of layers, with what they learn: in checkpoints, and not in the result
         self.strict_loading = False  # a checkpoint holds the student alone
         self.step_metrics: dict[str, float] | None = None
         self.validation_metrics: dict[str, float] = {}
@@ -70,6 +78,9 @@ class LanguageModel(pl.LightningModule):
         self.student = self.load_student()
         if self.load_teacher is not None:
             self.teacher = self.load_teacher()
+        for term in self.objective.representations:
+            assert self.configs is not None
+            self.comparisons[term.name] = term.build(*self.configs, seed=self.seed)
         if self.activation_checkpointing:
             self.student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
@@ -80,8 +91,11 @@ class LanguageModel(pl.LightningModule):
         with self.trainer.precision_plugin.forward_context():
             check_split(self.student, self.vocabulary, self.packed)
             if self.teacher is not None:
-                self.teacher.eval()
-                check_split(self.teacher, self.vocabulary, self.packed)
+                self.teacher.check()
+
+    def on_fit_end(self) -> None:
+        if self.teacher is not None:
+            self.teacher.close()
 
     def on_train_start(self) -> None:
         self._started = time.monotonic() - self.seconds_spent
@@ -107,39 +121,50 @@ class LanguageModel(pl.LightningModule):
         return total * (accumulation * self.trainer.world_size / batch["step_tokens"])
 
     def _objective(self, objective: Objective, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        wanted = Wanted()
+        for comparison in objective.representations:
+            assert self.configs is not None
+            wanted = wanted | comparison.wanted(*self.configs)
+        looked = self.teacher.look(batch, wanted) if needs_teacher(objective) else None
         ids, positions, targets = batch["input_ids"], batch["position_ids"], batch["targets"]
-        taught = any(term.needs_teacher for _, term in objective.terms)
-        teacher_hidden: Any = signal(self.teacher, ids, positions) if taught else None
-        hidden = hidden_states(self.student, ids, positions)
+        weights = batch.get("weights")
+        with capturing(self.student, wanted.student_hidden, wanted.student_relations) as capture:
+            hidden = hidden_states(self.student, ids, positions)
 
-        def engine(hidden: Tensor, teacher_head: Head | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        def engine(hidden: Tensor, signal: Signal | None = None) -> tuple[Tensor, dict[str, Tensor]]:
             return objective_sum(
                 objective,
                 hidden,
                 head_of(self.student),
                 targets,
-                teacher_hidden,
-                teacher_head,
+                signal,
+                weights=weights,
                 vocabulary=self.vocabulary,
+                memory_bytes=self.memory_bytes,
+                compiled=self.compiled,
             )
 
-        def engine_with_teacher(hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            # The teacher's head is whole only inside its own forward. The loss leaves by the side door: as that
-            # forward's result, ZeRO-3 would take it for the teacher's and gather its weight for the backward.
-            results: list[tuple[Tensor, dict[str, Tensor]]] = []
-            through_head(self.teacher, teacher_hidden, lambda _: results.append(engine(hidden, head_of(self.teacher))))
-            return results[0]
+        def with_teacher(hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            result: tuple[Tensor, dict[str, Tensor]] = self.teacher.give(looked, lambda signal: engine(hidden, signal))
+            return result
 
-        result: tuple[Tensor, dict[str, Tensor]] = through_head(
-            self.student, hidden, engine_with_teacher if taught else engine
-        )
-        return result
+        total, parts = through_head(self.student, hidden, engine if looked is None else with_teacher)
+        for comparison in objective.representations:
+            assert looked is not None
+            capture.reshape(*ids.shape)
+            weights_BT = (targets >= 0).float() if weights is None else weights
+            value = self.comparisons[comparison.name](capture, looked.capture, positions, weights_BT)
+            total, parts = total + comparison.weight * value, {**parts, comparison.name: value.detach()}
+        return total, parts
+
+    def trained(self) -> list[nn.Parameter]:
+        return [p for module in (self.student, self.comparisons) for p in module.parameters() if p.requires_grad]
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
         self.gradient_norm = torch.nn.utils.clip_grad_norm_(
-            (p for p in self.student.parameters() if p.requires_grad),
+            self.trained(),
             gradient_clip_val or float("inf"),
         )
         self._check_gradient(self.gradient_norm, self.trainer.global_step)
@@ -182,7 +207,7 @@ class LanguageModel(pl.LightningModule):
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         assert self._validation_sums is not None
-        total, _ = self._objective(CrossEntropy(), batch)
+        total, _ = self._objective(CrossEntropy(), {k: v for k, v in batch.items() if k != "weights"})
         self._validation_sums += torch.tensor([float(total), float((batch["targets"] >= 0).sum())], dtype=torch.float64)
 
     def on_validation_epoch_end(self) -> None:
@@ -198,8 +223,8 @@ class LanguageModel(pl.LightningModule):
         }
 
     def configure_optimizers(self) -> Any:
-        decayed = [p for p in self.student.parameters() if p.requires_grad and _dimensions(p) >= 2]
-        others = [p for p in self.student.parameters() if p.requires_grad and _dimensions(p) < 2]
+        decayed = [p for p in self.trained() if _dimensions(p) >= 2]
+        others = [p for p in self.trained() if _dimensions(p) < 2]
         groups = [{"params": decayed, "weight_decay": self.weight_decay}, {"params": others, "weight_decay": 0.0}]
         optimizer = self.optimizer([g for g in groups if g["params"]])
         return {
@@ -210,7 +235,8 @@ class LanguageModel(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["so_far"] = (self.tokens_seen, self.seconds_spent, self.validation_metrics)
         if "state_dict" in checkpoint:
-            checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k.startswith("student.")}
+            kept = ("student.", "comparisons.")
+            checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k.startswith(kept)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.tokens_seen, self.seconds_spent, self.validation_metrics = checkpoint["so_far"]

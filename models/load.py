@@ -19,8 +19,11 @@ transformers_logging.disable_progress_bar()
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def check_folder(path: str, role: str) -> None:
-    """Refuse, before anything is loaded, a model folder that cannot be opened safely. A hub id passes unread."""
+def check_folder(path: str, role: str, weights: bool = True) -> None:
+    """Refuse, before anything is loaded, a model folder that cannot be opened safely. A hub id passes unread.
+
+    `weights`: whether they will be opened, or only what lies beside them.
+    """
     folder = Path(path)
     if not folder.exists():
         if path.startswith((".", "/", "~")) or path.count("/") != 1:
@@ -28,7 +31,9 @@ def check_folder(path: str, role: str) -> None:
         return
     if not (folder / "config.json").is_file():
         raise Refusal(f"{role}.path={path}: no config.json in it; give a folder AutoModelForCausalLM can open")
-    if not list(folder.glob("*.safetensors")):
+    if weights and (folder / "signal.json").is_file():
+        raise Refusal(f"{role}.path={path}: this is a recorded signal, without the model's weights; give its folder")
+    if weights and not list(folder.glob("*.safetensors")):
         pickled = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))
         if pickled:
             raise Refusal(

@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, set_seed
@@ -22,6 +22,8 @@ from models.load import empty_model, load_config, load_model, save_model
 
 class Start(Protocol):
     """A way to start. `teacher` is a folder or hub id whose config can be read."""
+
+    opens_teacher: ClassVar[bool]  # whether it needs the teacher's weights
 
     @property
     def path(self) -> str | None:
@@ -41,6 +43,7 @@ class Folder:
     """An existing model: continue from it."""
 
     path: str
+    opens_teacher: ClassVar[bool] = False
 
     def config(self, teacher: str) -> PretrainedConfig:
         return load_config(self.path, "student")
@@ -59,6 +62,7 @@ class Shape:
 
     shape: dict[str, Any] = field(default_factory=dict)
     path: None = None
+    opens_teacher: ClassVar[bool] = False
 
     def config(self, teacher: str) -> PretrainedConfig:
         base = load_config(teacher, "teacher")
@@ -90,6 +94,7 @@ class Layers:
 
     keep: Any
     path: None = None
+    opens_teacher: ClassVar[bool] = True
 
     def kept(self, depth: int) -> list[int]:
         if isinstance(self.keep, int):

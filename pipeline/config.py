@@ -42,6 +42,8 @@ class Trainer:
     precision: str = "32-true"  # or bf16-mixed: bf16 compute over fp32 master weights
     attention: str = "auto"  # FlashAttention 2 where installed, else transformers' choice; or sdpa | eager | flash_…
     log_every_steps: int = 10
+    objective_memory_mb: int | None = None  # what a chunk of logits may take; null chooses
+    compile: bool = False  # the objective's terms through torch.compile: faster where runs are long
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
 
 

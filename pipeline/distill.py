@@ -3,39 +3,48 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from models.cache import HEADER, read_header
 from models.errors import Refusal
 from models.load import check_folder, empty_model, load_config, parameter_count
-from models.objectives.term import Objective
+from models.objectives.term import Objective, needs_teacher
 from models.student import Start
-from models.teacher import Online
+from models.teachers.teacher import Source
 from pipeline import fit
 from pipeline.context import Context
 from pipeline.data import corpora, packing
-from pipeline.data.tokenizer import first_difference, load_tokenizer
+from pipeline.data.alignment import vocabulary_pairs
+from pipeline.data.tokenizer import first_difference, load_tokenizer, tokenizer_key
 
 
 @dataclass(frozen=True)
 class Distill:
     data: corpora.Data
-    teacher: Online
+    teacher: Source
     student: Start
     objective: Objective
     training: fit.Training
     precision: str
     seed: int
+    align: bool = False  # teacher and student may have different tokenizers: compared where they cover the same bytes
 
     @property
     def _taught(self) -> bool:
-        return any(term.needs_teacher for _, term in self.objective.terms)
+        return needs_teacher(self.objective)
+
+    @property
+    def _cache(self) -> str | None:
+        return getattr(self.teacher, "cache", None) if self._taught and self.teacher.needs_record else None
 
     def ranks(self, context: Context) -> int:
         return context.world
 
     def parents(self, context: Context) -> dict[str, str]:
         # A control starts from the teacher's shape and tokenizer too, so the teacher is its parent as well.
-        return {"teacher": self.teacher.path, **({"student": self.student.path} if self.student.path else {})}
+        more = {"student": self.student.path, "signal": self._cache}
+        return {"teacher": self.teacher.path, **{role: path for role, path in more.items() if path}}
 
     def content(self) -> str:
         """Hash of the text it reads."""
@@ -47,7 +56,9 @@ class Distill:
         warnings = []
         made_here = context.produced_by(self.teacher.path)
         if not made_here:
-            check_folder(self.teacher.path, "teacher")
+            # Where another program runs the teacher, or only its cache is left, its tokenizer and config will do.
+            opened = self.student.opens_teacher or (self._taught and not self._cache)
+            check_folder(self.teacher.path, "teacher", weights=opened)
         elif context.config_folder(self.teacher.path) == self.teacher.path and not context.finished(self.teacher.path):
             raise Refusal(
                 f"{context.stage} needs the stage {made_here}, which has not been run; add it to stages, or "
@@ -61,6 +72,11 @@ class Distill:
         fit.check_length(teacher, self.data, "teacher")
         fit.check_length(student, self.data, "student")
         sizes = {role: parameter_count(empty_model(c)) for role, c in (("teacher", teacher), ("student", student))}
+        if self._taught:
+            self.teacher.check(self.objective)
+            for term in self.objective.representations:
+                term.check(student, teacher)
+        self._check_cache(context)
         context.plan_model(student)
         fit.check_disk(context, sizes["student"])
         if sizes["student"] > sizes["teacher"]:
@@ -68,7 +84,7 @@ class Distill:
                 f"the student ({sizes['student']:,} parameters) is larger than its teacher ({sizes['teacher']:,})"
             )
         if context.finished(self.teacher.path) or not made_here:
-            self._check_tokenizers(teacher, student, chat=bool(corpus["chat"]))
+            self._check_tokenizers(context, teacher, student, chat=bool(corpus["chat"]))
         return {
             "model": student.model_type,
             "parameters": sizes["student"],
@@ -79,38 +95,79 @@ class Distill:
             "teacher": f"{self.teacher.path} ({sizes['teacher']:,})" if self._taught else None,
         }
 
-    def _check_tokenizers(self, teacher: Any, student: Any, chat: bool) -> None:
+    def _check_tokenizers(self, context: Context, teacher: Any, student: Any, chat: bool) -> None:
         tokenizer = load_tokenizer(self.teacher.path, self.teacher.trust_remote_code)
         if chat:
             packing.chat_template(tokenizer, self.data)
         if self.student.path:
             other = load_tokenizer(self.student.path)
-            if difference := first_difference(tokenizer, other):
+            if not self.align and (difference := first_difference(tokenizer, other)):
                 raise Refusal(
-                    f"teacher and student have different tokenizers: {difference}; logit distillation needs "
-                    f"one vocabulary, so choose a student of the teacher's family or a student shape"
+                    f"teacher and student have different tokenizers: {difference}; set stages.{context.stage}.align="
+                    f"true to compare them where they cover the same bytes, or choose a student of the teacher's family"
                 )
-        for role, config in (("teacher", teacher), ("student", student)):
-            if config.vocab_size < len(tokenizer):
+            if self.align:
+                vocabulary_pairs(other, tokenizer)
+        else:
+            other = tokenizer
+        for role, config, its in (("teacher", teacher, tokenizer), ("student", student, other)):
+            if config.vocab_size < len(its):
                 raise Refusal(
-                    f"{role}: vocab_size={config.vocab_size} is smaller than its tokenizer's {len(tokenizer)} tokens"
+                    f"{role}: vocab_size={config.vocab_size} is smaller than its tokenizer's {len(its)} tokens"
+                )
+
+    def _check_cache(self, context: Context) -> None:
+        """The cache's header, as it is or as the stage before will write it, against what is asked of it."""
+        if self._cache is None:
+            return
+        if self.align:
+            raise Refusal(
+                f"stages.{context.stage}.align=true: a recorded signal is of the student's own tokens; use "
+                f"teacher=online or teacher=sharded"
+            )
+        folder = Path(context.config_folder(self._cache))
+        if not (folder / HEADER).exists() and (maker := context.produced_by(self._cache)):
+            raise Refusal(
+                f"{context.stage} needs the stage {maker}, which has not been run; add it to stages, or give "
+                f"teacher.cache=FOLDER"
+            )
+        header = read_header(folder)
+        encoding = header.open()
+        for _, term in self.objective.terms:
+            if term.needs_teacher and (reason := encoding.refusal(term)):
+                raise Refusal(f"teacher.cache={self._cache}: {reason}")
+        if context.finished(self.teacher.path) or not context.produced_by(self.teacher.path):
+            tokenizer = load_tokenizer(self.teacher.path, self.teacher.trust_remote_code)
+            if header.tokenizer and header.tokenizer != tokenizer_key(tokenizer):
+                raise Refusal(
+                    f"teacher.cache={self._cache}: it was recorded with another tokenizer than {self.teacher.path}'s; "
+                    f"run the stage record on this teacher, or give the teacher it was recorded of"
                 )
 
     def prepare(self, context: Context) -> None:
-        tokenizer = load_tokenizer(self.teacher.path, self.teacher.trust_remote_code)
+        tokenizer, students = self._tokenizers()
         fit.prepare(
             context,
             self.data,
-            tokenizer,
-            lambda folder: self.student.materialise(self.teacher.path, tokenizer, folder, self.seed),
+            students or tokenizer,
+            lambda folder: self.student.materialise(self.teacher.path, students or tokenizer, folder, self.seed),
+            teacher_tokenizer=tokenizer if students else None,
         )
 
+    def _tokenizers(self) -> tuple[Any, Any]:
+        """The teacher's, and the student's where the two are to be aligned."""
+        tokenizer = load_tokenizer(self.teacher.path, self.teacher.trust_remote_code)
+        aligned = self.align and self.student.path
+        return tokenizer, load_tokenizer(self.student.path) if aligned and self.student.path else None
+
     def run(self, context: Context) -> None:
+        teachers, students = self._tokenizers()
         fit.train(
             context,
             objective=self.objective,
-            load_teacher=self.teacher.load if self._taught else None,
+            teacher=self.teacher if self._taught else None,
             data=self.data,
             training=self.training,
             precision=self.precision,
+            teacher_tokenizer=teachers if students and self._taught else None,
         )

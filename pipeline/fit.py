@@ -22,9 +22,11 @@ from models.errors import Refusal
 from models.language_model import LanguageModel, gather_state
 from models.load import attention_for, empty_model, load_config, load_model, parameter_count, save_model
 from models.objectives.term import Objective
+from models.teachers.teacher import Opening, Source
 from pipeline import artifact
 from pipeline.context import Context
 from pipeline.data import corpora, packing
+from pipeline.data.alignment import vocabulary_pairs
 from pipeline.data.batch import pad_token
 from pipeline.data.loader import Rows, accumulation
 from pipeline.data.rows import rows_of
@@ -72,6 +74,7 @@ def check(context: Context, training: Training, precision: Any) -> None:
     for name, value in {
         "nodes": trainer["nodes"],
         "log_every_steps": trainer["log_every_steps"],
+        "objective_memory_mb": trainer["objective_memory_mb"],
         "checkpoint.every_steps": cadence["every_steps"],
         "checkpoint.every_minutes": cadence["every_minutes"],
         "checkpoint.keep": cadence["keep"],
@@ -135,7 +138,13 @@ def check_disk(context: Context, parameters: int) -> None:
         )
 
 
-def prepare(context: Context, data: corpora.Data, tokenizer: Any, write_start: Callable[[Path], None]) -> None:
+def prepare(
+    context: Context,
+    data: corpora.Data,
+    tokenizer: Any,
+    write_start: Callable[[Path], None],
+    teacher_tokenizer: Any = None,
+) -> None:
     """Tokenize and pack, and write the weights training starts from. One process; the ranks come after."""
     context.work.mkdir(parents=True, exist_ok=True)
     if data.chat_template is not None:  # the finished model is to be talked to as it was taught
@@ -143,7 +152,8 @@ def prepare(context: Context, data: corpora.Data, tokenizer: Any, write_start: C
     folders: dict[str, str | None] = {"start": str(context.work / "start")}
     statistics = {}
     for split in ("train", "validation"):
-        rows, statistics[split], folder = rows_of(data, split, tokenizer, context.data_folder)
+        other = teacher_tokenizer if split == "train" else None
+        rows, statistics[split], folder = rows_of(data, split, tokenizer, context.data_folder, other)
         folders[split] = str(folder) if len(rows) else None
         if split == "train" and not len(rows):
             raise Refusal(f"data.train={data.train}: no row of text is left after tokenizing")
@@ -160,13 +170,17 @@ def train(
     context: Context,
     *,
     objective: Objective,
-    load_teacher: Callable[[str | None], Any] | None,
+    teacher: Source | None,
     data: corpora.Data,
     training: Training,
     precision: Any,
+    teacher_tokenizer: Any = None,
     extra: dict[str, Any] | None = None,
 ) -> None:
-    """Fit `<work>/start` on the prepared rows and publish `<run_dir>/<stage>/`. Runs on every rank."""
+    """Fit `<work>/start` on the prepared rows and publish `<run_dir>/<stage>/`. Runs on every rank.
+
+    `teacher_tokenizer`: where it is not the student's, and rows carry the teacher's tokens and their spans.
+    """
     from datasets import load_from_disk
 
     prepared = json.loads((context.work / "prepared.json").read_text())
@@ -189,11 +203,21 @@ def train(
         workers=training.workers,
     )
     # Now: once a ZeRO-3 trainer exists, every model made is sharded, which takes all ranks.
-    parameters = parameter_count(empty_model(load_config(prepared["start"])))
+    student_config = load_config(prepared["start"])
+    parameters = parameter_count(empty_model(student_config))
+    configs = None
+    if teacher is not None and objective.representations:
+        configs = (student_config, load_config(teacher.path, "teacher", teacher.trust_remote_code))
     steps = rows.steps(max_steps=training.max_steps, max_tokens=training.max_tokens, epochs=training.epochs)
+    pairs = None
+    if teacher_tokenizer is not None:
+        students, teachers = vocabulary_pairs(tokenizer, teacher_tokenizer)
+        pairs = (torch.from_numpy(students), torch.from_numpy(teachers))
+    opening = Opening(len(teacher_tokenizer or tokenizer), attention, data.packing, pairs)
+    budget = settings["objective_memory_mb"]
     module = LanguageModel(
         load_student=lambda: load_model(prepared["start"], dtype=torch.float32, attention=attention, role="student"),
-        load_teacher=None if load_teacher is None else lambda: load_teacher(attention),
+        load_teacher=None if teacher is None else lambda: teacher.open(opening),
         objective=objective,
         optimizer=training.optimizer,
         schedule=training.schedule,
@@ -204,6 +228,9 @@ def train(
         seed=context.seed,
         log_every_steps=settings["log_every_steps"],
         activation_checkpointing=training.activation_checkpointing,
+        configs=configs,
+        memory_bytes=None if budget is None else budget * 2**20,
+        compiled=settings["compile"],
     )
     micro_batches = accumulation(training.global_batch, training.micro_batch, context.world)
     checkpoint = last_checkpoint(context.work / "checkpoints", context.config["strategy"], context.world)

@@ -80,7 +80,7 @@ class Pretrain:
         fit.train(
             context,
             objective=CrossEntropy(),
-            load_teacher=None,
+            teacher=None,
             data=self.data,
             training=self.training,
             precision=self.precision,

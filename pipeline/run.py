@@ -52,9 +52,12 @@ def run(config: dict[str, Any]) -> None:
 
 
 def needed(config: dict[str, Any]) -> list[str]:
-    """The selected stages, without those that make a teacher where another one is given."""
+    """The selected stages, without those that make a teacher, or record one, where it comes from elsewhere."""
     stages = selected(config)
-    teacher = (config["teacher"] or {}).get("path")
+    teacher, cache = ((config["teacher"] or {}).get(name) for name in ("path", "cache"))
+    recorders = [name for name in stages if config["stages"][name]["_target_"].endswith(".Record")]
+    if unused := [name for name in recorders if cache != f"{config['run_dir']}/{name}"]:
+        stages = [name for name in stages if name not in unused] or stages
     makers = [name for name in stages if config["stages"][name]["_target_"].endswith(".Pretrain")]
     if teacher and not any(teacher == f"{config['run_dir']}/{name}" for name in makers) and stages != makers:
         stages = [name for name in stages if name not in makers]

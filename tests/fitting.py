@@ -20,6 +20,8 @@ from models.objectives.cross_entropy import CrossEntropy
 from models.objectives.distillation import Distillation
 from models.objectives.forward_kl import ForwardKL
 from models.schedules import cosine
+from models.teachers.online import Online
+from models.teachers.teacher import Opening
 from pipeline import strategy as strategies
 from pipeline.data.loader import Rows, accumulation
 
@@ -116,9 +118,7 @@ def fit(scenario: Scenario, folder: Path) -> dict[str, Any]:
     objective = Distillation(0.3, ForwardKL(2.0)) if scenario.taught else CrossEntropy()
     module = LanguageModel(
         load_student=lambda: load_model(str(student), dtype=torch.float32),
-        load_teacher=(lambda: load_model(str(teacher), dtype=torch.float32).requires_grad_(False))
-        if scenario.taught
-        else None,
+        load_teacher=(lambda: Online(str(teacher)).open(Opening(VOCABULARY))) if scenario.taught else None,
         objective=objective,
         optimizer=functools.partial(torch.optim.AdamW, lr=1e-2, betas=(0.9, 0.95)),
         schedule=cosine(warmup_steps=3),

@@ -11,10 +11,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.objectives import chunked
-from models.objectives.chunked import Head, objective_sum
+from models.objectives.chunked import objective_sum
 from models.objectives.cross_entropy import CrossEntropy
 from models.objectives.distillation import Distillation
 from models.objectives.forward_kl import ForwardKL
+from models.objectives.head import Head
+from models.objectives.signal import Dense
 from models.objectives.softmax import softmax
 
 ROWS, LENGTH, VOCABULARY, WIDTH, TEACHER_WIDTH = 3, 7, 23, 5, 6
@@ -55,13 +57,17 @@ class Case:
         return Head(self.teacher_weight, None, self.scale, self.softcap)
 
     @property
+    def signal(self) -> Dense:
+        return Dense(self.teacher_hidden, self.teacher_head)
+
+    @property
     def inputs(self) -> list[Tensor]:
         return [tensor for tensor in (self.hidden, self.weight, self.bias) if tensor is not None]
 
     def run(self, objective: Any, **words: Any) -> tuple[Tensor, dict[str, Tensor], list[Tensor]]:
         """Value, its parts, and the gradients of what has some."""
         total, parts = objective_sum(
-            objective, self.hidden, self.head, self.targets, self.teacher_hidden, self.teacher_head, **words
+            objective, self.hidden, self.head, self.targets, self.signal, **words
         )
         return total, parts, list(torch.autograd.grad(total, self.inputs))
 
@@ -254,7 +260,7 @@ def test_the_teacher_gets_no_gradient() -> None:
     case.teacher_hidden.requires_grad_()
     case.teacher_weight.requires_grad_()
     objective_sum(
-        Distillation(0.5, ForwardKL()), case.hidden, case.head, case.targets, case.teacher_hidden, case.teacher_head
+        Distillation(0.5, ForwardKL()), case.hidden, case.head, case.targets, case.signal
     )[0].backward()
     assert case.teacher_hidden.grad is None
     assert case.teacher_weight.grad is None
@@ -285,8 +291,7 @@ def test_no_tensor_is_larger_than_a_chunk_of_logits() -> None:
             hidden,
             Head(weight, softcap=9.0, scale=0.5),
             targets,
-            torch.randn(tokens, width),
-            Head(torch.randn(vocabulary, width)),
+            Dense(torch.randn(tokens, width), Head(torch.randn(vocabulary, width))),
             chunk_tokens=chunk_tokens,
         )
         total.backward()
@@ -304,6 +309,10 @@ class Recorder:
     @property
     def terms(self) -> list[tuple[float, Any]]:
         return [(0.5, self)]
+
+    @property
+    def representations(self) -> list[Any]:
+        return []
 
     def add(
         self, student_NV: Tensor, teacher_NV: Tensor | None, targets_N: Tensor, weight: float, gradient_NV: Tensor
@@ -354,7 +363,7 @@ def test_on_a_gpu_value_and_gradients_are_those_of_the_cpu_in_fp64(dtype: torch.
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     objective, case = Distillation(0.3, ForwardKL(2.0)), Case(spread=1.0)
-    truth, _ = objective_sum(objective, case.hidden, case.head, case.targets, case.teacher_hidden, case.teacher_head)
+    truth, _ = objective_sum(objective, case.hidden, case.head, case.targets, case.signal)
     expected = torch.autograd.grad(truth, case.inputs)
     moved = [t.detach().to("cuda", dtype).requires_grad_() for t in case.inputs]
     value, _ = objective_sum(
@@ -362,8 +371,7 @@ def test_on_a_gpu_value_and_gradients_are_those_of_the_cpu_in_fp64(dtype: torch.
         moved[0],
         Head(moved[1], moved[2]),
         case.targets.cuda(),
-        case.teacher_hidden.to("cuda", dtype),
-        Head(case.teacher_weight.to("cuda", dtype)),
+        Dense(case.teacher_hidden.to("cuda", dtype), Head(case.teacher_weight.to("cuda", dtype))),
     )
     torch.testing.assert_close(value.double().cpu(), truth, rtol=tolerance, atol=tolerance)
     for mine, theirs in zip(torch.autograd.grad(value, moved), expected, strict=True):

@@ -4,58 +4,34 @@ The logits of a large vocabulary are the largest tensor of a training step: 8192
 student, teacher, softmax and gradient want one each. Here no [tokens × vocabulary] tensor exists: each chunk's logits
 are made, turned into values and gradients by the objective's terms in one pass, and dropped. Sums are kept in fp32
 (fp64 for fp64 inputs) whatever the model's dtype.
+
+Chunks are of tokens; the terms work on smaller blocks of them, which a CPU's caches hold. The vocabulary is not cut:
+a softmax needs all of a row, so that blocks of columns would take every product twice.
 """
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from models.objectives.head import Head
+from models.objectives.signal import Look, Signal
 from models.objectives.term import Objective
 
-# Logits of one chunk: the matrix products, which sweep the whole head for every chunk, want it large.
-_CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 128 * 2**20}
+# What the buffers of one chunk may take by themselves, in bytes: the matrix products, which sweep the whole head for
+# every chunk, want it large; more than a sixteenth of the tokens at once would give the memory away again.
+_BUDGET = {"cpu": 96 * 2**20, "cuda": 1024 * 2**20}
 _CHUNK_TOKENS = 128  # and at least these, however large the vocabulary
 # Logits of one block, on which the terms work: small enough for a CPU's caches, large enough to fill a GPU.
 _BLOCK_BYTES = {"cpu": 2 * 2**20, "cuda": 32 * 2**20}
 IGNORED = -100
-
-
-@dataclass(frozen=True)
-class Head:
-    """logits = softcap(scale · (hidden @ weight.T + bias)), softcap(z) = cap · tanh(z / cap)."""
-
-    weight: Float[Tensor, "V H"]
-    bias: Float[Tensor, " V"] | None = None
-    scale: float = 1.0
-    softcap: float | None = None
-
-    def logits(self, hidden_NH: Float[Tensor, "N H"], dtype: torch.dtype) -> Float[Tensor, "N V"]:
-        return self.write_logits(hidden_NH, hidden_NH.new_empty(len(hidden_NH), len(self.weight), dtype=dtype))
-
-    def write_logits(self, hidden_NH: Float[Tensor, "N H"], logits_NV: Float[Tensor, "N V"]) -> Float[Tensor, "N V"]:
-        """Into `logits_NV`, in its dtype; outside autograd."""
-        if hidden_NH.dtype == logits_NV.dtype:
-            torch.mm(hidden_NH, self.weight.T, out=logits_NV)
-            if self.bias is not None:
-                logits_NV += self.bias
-        else:
-            logits_NV.copy_(torch.nn.functional.linear(hidden_NH, self.weight, self.bias))
-        if self.scale != 1.0:
-            logits_NV *= self.scale
-        if self.softcap is not None:
-            logits_NV.div_(self.softcap).tanh_().mul_(self.softcap)
-        return logits_NV
-
-    def restricted(self, vocabulary: int | None, dtype: torch.dtype) -> Head:
-        """The first `vocabulary` columns (a padded table has more rows than its tokenizer has tokens), in `dtype`."""
-        weight = self.weight.detach()[:vocabulary].to(dtype)
-        bias = None if self.bias is None else self.bias.detach()[:vocabulary].to(dtype)
-        return Head(weight, bias, self.scale, self.softcap)
 
 
 def objective_sum(
@@ -63,37 +39,48 @@ def objective_sum(
     hidden: Float[Tensor, "*tokens H"],
     head: Head,
     targets: Int[Tensor, "*tokens"],
-    teacher_hidden: Float[Tensor, "*tokens Ht"] | None = None,
-    teacher_head: Head | None = None,
+    signal: Signal | None = None,
     *,
+    weights: Float[Tensor, "*tokens"] | None = None,
     vocabulary: int | None = None,
+    memory_bytes: int | None = None,
     chunk_tokens: int | None = None,
+    compiled: bool = False,
 ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
-    """Sum of the objective over tokens whose target is not -100, and the detached sum of each of its terms.
+    """Sum of the objective's terms over tokens whose target is not -100, and the detached sum of each of its terms.
 
-    `vocabulary`: number of columns that stand for tokens; those beyond are as if they were not there, in both models.
-    The sum is differentiable by `hidden`, `head.weight` and `head.bias`, once: the gradients are ready by then, and a
-    second backward would find them used up. The teacher gets no gradient.
+    `weights`: of each token's value, in the sums and the gradients; none are all 1. `vocabulary`: number of columns
+    that stand for tokens; those beyond are as if they were not there. `memory_bytes`: what the buffers of a chunk may
+    take (`chunk_tokens` says how many tokens instead); None chooses. `compiled`: terms through torch.compile.
+    The sum is differentiable by `hidden` and the head's tensors, once: the gradients are ready by then, and a second
+    backward would find them used up. The teacher gets no gradient.
     """
-    supervised = (targets != IGNORED).reshape(-1).nonzero().squeeze(1)
-    flat_NH = hidden.reshape(-1, hidden.shape[-1]).index_select(0, supervised)
-    teacher_NH = None
+    supervised_N = (targets != IGNORED).reshape(-1).nonzero().squeeze(1)
+    flat_NH = hidden.reshape(-1, hidden.shape[-1]).index_select(0, supervised_N)
+    if compiled:
+        objective = _Compiled(objective)
+    look = None
+    wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     if any(term.needs_teacher for _, term in objective.terms):
-        if teacher_hidden is None or teacher_head is None:
+        if signal is None:
             raise ValueError("the objective has a term that needs a teacher, and none was given")
-        teacher_NH = teacher_hidden.detach().reshape(-1, teacher_hidden.shape[-1]).index_select(0, supervised)
-    weight, bias = head.weight, head.bias
+        with torch.no_grad():
+            look = signal.at(supervised_N, vocabulary, head.weight, wide)
+    low_Nr = None if head.adapter is None else head.adapter.down(flat_NH)
     work = _Work(
         objective,
         head,
-        teacher_NH,
-        teacher_head,
-        targets.reshape(-1)[supervised],
+        look,
+        targets.reshape(-1)[supervised_N],
+        None if weights is None else weights.reshape(-1)[supervised_N].to(wide),
         vocabulary,
+        memory_bytes,
         chunk_tokens,
+        wide,
         torch.is_grad_enabled(),
     )
-    total, *parts = _Chunked.apply(flat_NH, weight, bias, work)
+    up = None if head.adapter is None else head.adapter.up
+    total, *parts = _Chunked.apply(flat_NH, head.weight, head.bias, low_Nr, up, work)
     return total, dict(zip((term.name for _, term in objective.terms), parts, strict=True))
 
 
@@ -103,89 +90,106 @@ class _Work:
 
     objective: Objective
     head: Head
-    teacher_NH: Tensor | None
-    teacher_head: Head | None
+    look: Look | None
     targets_N: Tensor
+    weights_N: Tensor | None
     vocabulary: int | None
+    memory_bytes: int | None
     chunk_tokens: int | None
+    wide: torch.dtype
     differentiate: bool  # inside the function autograd is off, and needs_input_grad does not know of no_grad
+
+
+class _Compiled:
+    """An objective whose terms run through torch.compile; the engine's products are the library's already."""
+
+    def __init__(self, objective: Objective) -> None:
+        self.terms = [(factor, _compiled(cast(Hashable, term))) for factor, term in objective.terms]
+        self.representations = objective.representations
+
+
+@cache
+def _compiled(term: Hashable) -> Any:
+    twin = copy.copy(term)
+    for method in ("add", "add_sampled"):
+        if hasattr(term, method):
+            object.__setattr__(twin, method, torch.compile(getattr(term, method), dynamic=True))
+    return twin
 
 
 class _Chunked(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden_NH: Tensor, weight: Tensor, bias: Tensor | None, work: _Work) -> tuple[Tensor, ...]:
-        device = hidden_NH.device.type
-        ctx.dtypes = (hidden_NH.dtype, weight.dtype, None if bias is None else bias.dtype)
+    def forward(
+        ctx: Any,
+        hidden_NH: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        low_Nr: Tensor | None,
+        up: Tensor | None,
+        work: _Work,
+    ) -> tuple[Tensor, ...]:
+        device, wide, look = hidden_NH.device.type, work.wide, work.look
+        given = (hidden_NH, weight, bias, low_Nr, up)
+        ctx.dtypes = tuple(None if tensor is None else tensor.dtype for tensor in given)
         # Under autocast the products run in its dtype, as the model's own head would.
         low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_NH.dtype
-        wide = torch.float64 if hidden_NH.dtype == torch.float64 else torch.float32
-        wants_hidden, wants_weight, wants_bias = (work.differentiate and needed for needed in ctx.needs_input_grad[:3])
+        wanted = [work.differentiate and needed for needed in ctx.needs_input_grad[:5]]
         head = work.head.restricted(work.vocabulary, low)
         V = len(head.weight)
-        hidden_NH = hidden_NH.to(low)
-        teacher_head = None
-        if work.teacher_NH is not None and work.teacher_head is not None:
-            teacher_head = work.teacher_head.restricted(work.vocabulary, work.teacher_NH.dtype)
-            if len(teacher_head.weight) != V:
-                raise ValueError(
-                    f"student head has {V} columns and teacher head {len(teacher_head.weight)}: "
-                    f"pass vocabulary, the number of tokens that both tokenizers share"
-                )
+        hidden_NH, low_Nr = hidden_NH.to(low), None if low_Nr is None else low_Nr.to(low)
         N = len(hidden_NH)
-        kind = device if device in _CHUNK_BYTES else "cuda"
-        rows = work.chunk_tokens or max(_CHUNK_TOKENS, _CHUNK_BYTES[kind] // (4 * V))
-        rows = max(1, min(rows, N))
-        block_rows = max(1, _BLOCK_BYTES[kind] // (4 * V))
-        # Written over by every chunk: fresh memory costs as much as the arithmetic on it.
-        student_RV, gradient_RV = (torch.empty(rows, V, dtype=wide, device=hidden_NH.device) for _ in range(2))
-        teacher_RV = torch.empty_like(student_RV) if teacher_head is not None else None
-        grad_hidden_NH = torch.zeros_like(hidden_NH, dtype=wide) if wants_hidden else None
-        # Of the parameter's full shape: columns beyond the vocabulary keep a zero gradient.
-        grad_weight = torch.zeros_like(weight, dtype=wide) if wants_weight else None
-        grad_bias = torch.zeros_like(bias, dtype=wide) if wants_bias and bias is not None else None
-        wants_any = wants_hidden or wants_weight or wants_bias
+        # Sums. Of the parameters' full shape: columns beyond the vocabulary keep a zero gradient.
+        gradients = [
+            torch.zeros_like(tensor, dtype=wide) if want and tensor is not None else None
+            for want, tensor in zip(wanted, given, strict=True)
+        ]
+        grad_hidden_NH, grad_weight, grad_bias, grad_low_Nr, grad_up = gradients
+        differentiate = any(wanted)
         sums = [hidden_NH.new_zeros((), dtype=wide) for _ in work.objective.terms]
+        kind = device if device in _BUDGET else "cuda"
+        rows = work.chunk_tokens or _chunk_tokens(work, kind, N, V, narrow=low != wide)
+        block_rows = max(1, _BLOCK_BYTES[kind] // (4 * V))
+        student_RV: Tensor | None = None
 
         with torch.autocast(device, enabled=False):
-            for begin in range(0, N, rows):
-                chunk = slice(begin, begin + rows)
-                hidden_nH, targets_n = hidden_NH[chunk], work.targets_N[chunk]
+            for chunk in _slices(0, N, rows, None if look is None else look.cuts):
+                hidden_nH = hidden_NH[chunk]
+                low_nr = None if low_Nr is None else low_Nr[chunk]
                 n = len(hidden_nH)
-                student_nV, gradient_nV = head.write_logits(hidden_nH, student_RV[:n]), gradient_RV[:n]
-                teacher_nV = None
-                if teacher_head is not None and work.teacher_NH is not None and teacher_RV is not None:
-                    teacher_nV = teacher_head.write_logits(work.teacher_NH[chunk], teacher_RV[:n])
-                for start in range(0, n, block_rows):
-                    block = slice(start, start + block_rows)
-                    if wants_any:
-                        gradient_nV[block].zero_()
-                    taught_nV = None if teacher_nV is None else teacher_nV[block]
-                    for at, (factor, term) in enumerate(work.objective.terms):
-                        values_n = term.add(
-                            student_nV[block],
-                            taught_nV if term.needs_teacher else None,
-                            targets_n[block],
-                            factor if wants_any else 0.0,
-                            gradient_nV[block],
-                        )
+                if student_RV is None or len(student_RV) < n:
+                    # Written over by every chunk: fresh memory costs as much as the arithmetic on it.
+                    student_RV, gradient_RV = (torch.empty(n, V, dtype=wide, device=hidden_NH.device) for _ in range(2))
+                student_nV, gradient_nV = head.write_logits(hidden_nH, student_RV[:n], low_nr), gradient_RV[:n]
+                if look is not None:
+                    look.open(chunk)
+                for tokens in _slices(chunk.start, chunk.stop, block_rows, None if look is None else look.cuts):
+                    values = _block(
+                        work,
+                        tokens,
+                        student_nV[tokens.start - chunk.start : tokens.stop - chunk.start],
+                        gradient_nV[tokens.start - chunk.start : tokens.stop - chunk.start],
+                        head.softcap,
+                        differentiate,
+                    )
+                    for at, values_n in enumerate(values):
                         sums[at] += values_n.sum()
-                    if head.softcap is not None and wants_any:
-                        gradient_nV[block] *= 1 - (student_nV[block] / head.softcap) ** 2
-                if not wants_any:
+                if not differentiate:
                     continue
                 if head.scale != 1.0:
                     gradient_nV *= head.scale
                 if grad_bias is not None:
                     grad_bias[:V] += gradient_nV.sum(0)
-                gradient_nV = gradient_nV.to(low)
+                narrow_nV = gradient_nV.to(low)
                 if grad_hidden_NH is not None:
-                    grad_hidden_NH[chunk] = gradient_nV @ head.weight
+                    _accumulate(grad_hidden_NH[chunk], narrow_nV, head.weight)
                 if grad_weight is not None:
-                    if low == wide:
-                        grad_weight[:V].addmm_(gradient_nV.T, hidden_nH)
-                    else:
-                        grad_weight[:V] += gradient_nV.T @ hidden_nH
-        ctx.save_for_backward(grad_hidden_NH, grad_weight, grad_bias)
+                    _accumulate(grad_weight[:V], narrow_nV.T, hidden_nH)
+                if low_nr is not None and head.adapter is not None:
+                    if grad_low_Nr is not None:
+                        _accumulate(grad_low_Nr[chunk], narrow_nV, head.adapter.up)
+                    if grad_up is not None:
+                        _accumulate(grad_up[:V], narrow_nV.T, low_nr)
+        ctx.save_for_backward(*gradients)
         ctx.mark_non_differentiable(*sums)
         total = torch.zeros((), dtype=wide, device=hidden_NH.device)
         for (factor, _), part in zip(work.objective.terms, sums, strict=True):
@@ -200,3 +204,63 @@ class _Chunked(torch.autograd.Function):
             for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
         return (*grads, None)
+
+
+def _block(
+    work: _Work,
+    tokens: slice,
+    student_nV: Tensor,
+    gradient_nV: Tensor,
+    softcap: float | None,
+    differentiate: bool,
+) -> list[Tensor]:
+    """Values of every term, and their gradient by the head's product (before its softcap) in `gradient_nV`."""
+    if differentiate:
+        gradient_nV.zero_()
+    targets_n = work.targets_N[tokens]
+    weights_n = None if work.weights_N is None else work.weights_N[tokens]
+    values = []
+    for factor, term in work.objective.terms:
+        factor = factor if differentiate else 0.0
+        if term.needs_teacher:
+            assert work.look is not None
+            values_n = work.look.add(term, student_nV, targets_n, tokens, factor, gradient_nV)
+        else:
+            values_n = term.add(student_nV, None, targets_n, factor, gradient_nV)
+        values.append(values_n if weights_n is None else values_n * weights_n)
+    if differentiate:
+        if weights_n is not None:
+            gradient_nV *= weights_n[:, None]
+        if softcap is not None:
+            gradient_nV *= 1 - (student_nV / softcap) ** 2
+    return values
+
+
+def _accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right. In low precision each chunk's product is rounded once, the sum is not."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    else:
+        total += left @ right
+
+
+def _chunk_tokens(work: _Work, kind: str, N: int, V: int, narrow: bool) -> int:
+    """Tokens whose buffers fit the budget."""
+    held = 2 * V + (0 if work.look is None else work.look.columns)  # logits and gradients; the teacher's logits
+    per_token = held * work.wide.itemsize + (4 * V if narrow else 0)  # products come out in low precision first
+    if work.memory_bytes is not None:
+        return max(1, work.memory_bytes // per_token)
+    return max(_CHUNK_TOKENS, min(_BUDGET[kind] // per_token, N // 16))
+
+
+def _slices(start: int, stop: int, size: int, cuts: Sequence[bool] | None) -> Iterator[slice]:
+    """From `start` to `stop` in slices of at most `size`, or more where no cut is allowed that soon."""
+    while start < stop:
+        end = min(start + size, stop)
+        if cuts is not None:
+            while end < stop and end > start + 1 and not cuts[end]:
+                end -= 1
+            while end < stop and not cuts[end]:  # a span longer than the slice stays whole
+                end += 1
+        yield slice(start, end)
+        start = end

@@ -8,6 +8,7 @@ from typing import ClassVar
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from models.objectives.representation import RepresentationTerm
 from models.objectives.softmax import softmax
 from models.objectives.term import Term
 
@@ -22,6 +23,10 @@ class CrossEntropy:
     @property
     def terms(self) -> list[tuple[float, Term]]:
         return [(1.0, self)]
+
+    @property
+    def representations(self) -> list[RepresentationTerm]:
+        return []
 
     def add(
         self,

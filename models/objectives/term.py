@@ -1,6 +1,6 @@
 """The contract of an objective: weighted terms, each a value and a gradient per token.
 
-Legend of this folder: N supervised tokens, V vocabulary, H hidden width.
+Legend of this folder: N supervised tokens, V vocabulary, H hidden width, K categories kept of the vocabulary.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from typing import ClassVar, Protocol, runtime_checkable
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from models.objectives.representation import RepresentationTerm
+
 
 @runtime_checkable
 class Term(Protocol):
@@ -17,7 +19,9 @@ class Term(Protocol):
 
     `add` returns the value per token in nats and adds `weight` times its gradient by the student's logits into
     `gradient_NV`. Values are true ones: a divergence is zero, with zero gradient, when student equals teacher.
-    Both logits are already restricted to the shared vocabulary, in fp32 or fp64.
+    Both logits are already restricted to what the two models share, in fp32 or fp64. That is the shared vocabulary
+    where the teacher's signal is dense; where it is sparse, or the teacher has another tokenizer, the columns are
+    categories that a signal has made of it (see signal.py), and the term need not know.
     """
 
     name: ClassVar[str]
@@ -41,4 +45,15 @@ class Objective(Protocol):
     """
 
     @property
-    def terms(self) -> list[tuple[float, Term]]: ...
+    def terms(self) -> list[tuple[float, Term]]:
+        """On next-token logits, through the engine."""
+        ...
+
+    @property
+    def representations(self) -> list[RepresentationTerm]:
+        """On what the layers give; each knows its own weight."""
+        ...
+
+
+def needs_teacher(objective: Objective) -> bool:
+    return bool(objective.representations) or any(term.needs_teacher for _, term in objective.terms)

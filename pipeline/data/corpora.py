@@ -35,6 +35,7 @@ from models.errors import Refusal
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from pyarrow import DataType
     from pyarrow.parquet import ParquetFile
 
 SPLITS = ("train", "validation", "test")
@@ -53,8 +54,9 @@ SAMPLE_BY = {
 
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}  # ShareGPT's names for the usual roles
 
-Conversation = list[dict[str, str]]  # each message has role and content
-Value = str | Conversation
+Conversation = list[dict[str, Any]]  # each message has role and content, and a weight where it is not 1
+Content = str | Conversation
+Document = tuple[str, Content, float]  # where it stands, for messages; what it holds; its weight
 
 
 @dataclass
@@ -63,6 +65,10 @@ class Data:
 
     `train`, `validation` and `test` are sources (see the module); of the last two, what is not given is taken
     out of `train`. A `messages` or `conversations` column makes a source chat, even beside a text column.
+
+    `weight_column` names numbers of 0 or more, one for each document: what its tokens count in the loss, 1 being what
+    they count without. A message's `weight` multiplies it for that turn of the assistant; without a weight_column
+    it may be 0 or 1 only, as in OpenAI's format. What weighs 0 is not supervised.
     """
 
     train: Any = "stdlib"  # str | list[str], as the two below
@@ -72,6 +78,7 @@ class Data:
     revision: str | None = None  # commit, tag or branch of a hub dataset
     text_column: str = "text"
     messages_column: str | None = None
+    weight_column: str | None = None  # of every document
     sample_by: str = "section"  # a document of a .txt file: section, line, paragraph or document (the file)
     chat_template: str | None = None  # jinja file, in place of the tokenizer's template
     max_length: int = 128  # tokens in a row
@@ -126,6 +133,7 @@ def check(data: Data) -> dict[str, Any]:
         sources = _sources(data, split)
         plan[split] = _described(sources) if sources else {"holdout": data.holdout}
         for source in sources:
+            _check_weighable(data, source)
             chats = [False] if source.kind == "stdlib" else [_is_chat(data, path) for path in source.files]
             for chat in chats:
                 if plan["chat"] not in (None, chat):
@@ -167,7 +175,7 @@ def documents(data: Data, split: str) -> Dataset:
         )
     if not tally.kept and not held_out:
         raise Refusal(f"{label}: none of its {tally.read} documents has text for {split}; give another source")
-    parts = [part for part in parts if len(part)] or parts[:1]
+    parts = _of_one_kind([part for part in parts if len(part)] or parts[:1])
     if len({tuple(part.column_names) for part in parts}) > 1:
         raise Refusal(f"{label}: text and chat cannot be mixed; give sources of one kind")
     dataset = concatenate_datasets(parts)
@@ -260,6 +268,30 @@ def _column(data: Data, columns: Iterable[str], where: str) -> tuple[str, bool]:
     raise Refusal(f"{where}: data.{key}={getattr(data, key)} is no column of it; it has {found}")
 
 
+def _with_weight(data: Data, column: str, columns: Iterable[str], where: str) -> list[str]:
+    """The columns to read: the one of text or messages, and the weight's if one is named."""
+    if data.weight_column is None:
+        return [column]
+    if data.weight_column not in columns or data.weight_column == column:
+        found = ", ".join(name for name in columns if name != column) or "nothing"
+        raise Refusal(
+            f"{where}: data.weight_column={data.weight_column} is no column of numbers; beside {column} it has {found}"
+        )
+    return [column, data.weight_column]
+
+
+def _check_weighable(data: Data, source: Source) -> None:
+    if data.weight_column is None:
+        return
+    if source.kind == "stdlib" or any(path.suffix == ".txt" for path in source.files):
+        raise Refusal(
+            f"{source.label}: it has no columns, so no data.weight_column={data.weight_column}; set it to null"
+        )
+    for path in source.files:
+        columns = _columns(path)
+        _with_weight(data, _column(data, columns, str(path))[0], columns, str(path))
+
+
 def _columns(path: Path) -> list[str]:
     """The columns of a .parquet file; of .jsonl and .json files the keys of the first object."""
     if path.suffix == ".parquet":
@@ -287,31 +319,39 @@ def _count(files: list[Path]) -> int | None:
 
 def _part(data: Data, source: Source, split: str, tally: _Tally) -> Dataset:
     """The documents of one source that belong to the split."""
+    from datasets import Value
+
+    _check_weighable(data, source)
     if source.kind == "hub":
         dataset = _hub_dataset(data, source)
         column, chat = _column(data, dataset.column_names, source.label)
-        dataset = dataset.select_columns(column)
-        rows = chain.from_iterable(batch[column] for batch in dataset.iter(1000))
-        read = _values(((f"{source.label} row {i}", row) for i, row in enumerate(rows)), chat)
+        columns = _with_weight(data, column, dataset.column_names, source.label)
+        dataset = dataset.select_columns(columns)
+        rows = chain.from_iterable(zip(*(batch[name] for name in columns), strict=True) for batch in dataset.iter(1000))
+        read = _documents(((f"{source.label} row {i}", row) for i, row in enumerate(rows)), chat)
         if not chat:
-            indices = [index for index, _ in _chosen(data, read, split, tally)]
-            return dataset.rename_column(column, "text").select(indices)
+            indices = [index for index, _, _ in _chosen(data, read, split, tally)]
+            texts = dataset.rename_columns(dict(zip(columns, ("text", "weight"), strict=False)))
+            if data.weight_column is not None and texts.features["weight"] != Value("float64"):
+                texts = texts.cast_column("weight", Value("float64"))
+            return texts.select(indices)
     elif source.kind == "stdlib":
-        chat, read = False, (("stdlib", text) for text in library_documents())
+        chat, read = False, (("stdlib", text, 1.0) for text in library_documents())
     else:
         chat = _is_chat(data, source.files[0])
         read = chain.from_iterable(_read_file(data, path, chat) for path in source.files)
-    return _in_memory((value for _, value in _chosen(data, read, split, tally)), chat, tally)
+    values = ((value, weight) for _, value, weight in _chosen(data, read, split, tally))
+    return _in_memory(values, chat, data.weight_column is not None, tally)
 
 
-def _chosen(data: Data, read: Iterable[tuple[str, Value]], split: str, tally: _Tally) -> Iterator[tuple[int, Value]]:
-    """The documents of the split, with their place in the source; counted and hashed on the way."""
+def _chosen(data: Data, read: Iterable[Document], split: str, tally: _Tally) -> Iterator[tuple[int, Content, float]]:
+    """The documents of the split and their weights, with their place in the source; counted and hashed on the way."""
     every = split != "train" and bool(_sources(data, split))
-    for index, (where, value) in enumerate(read):
+    for index, (where, value, weight) in enumerate(read):
         if tally.kept == data.max_documents:
             return
         tally.read += 1
-        content = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, sort_keys=True)
+        content = value if isinstance(value, str) else _unweighted(value)
         try:
             digest = hashlib.sha256(content.encode()).digest()
         except UnicodeEncodeError as error:
@@ -323,7 +363,7 @@ def _chosen(data: Data, read: Iterable[tuple[str, Value]], split: str, tally: _T
             continue
         tally.kept += 1
         tally.digest.update(digest)
-        yield index, value
+        yield index, value, weight
 
 
 def _split_of(data: Data, digest: bytes) -> str:
@@ -336,17 +376,48 @@ def _split_of(data: Data, digest: bytes) -> str:
     return "train"
 
 
-def _in_memory(values: Iterator[Value], chat: bool, tally: _Tally) -> Dataset:
+def _unweighted(messages: Conversation) -> str:
+    """What the split of a conversation depends on: a copy that only weighs otherwise falls to the same."""
+    told = [{name: value for name, value in message.items() if name != "weight"} for message in messages]
+    return json.dumps(told, ensure_ascii=False, sort_keys=True)
+
+
+def _in_memory(values: Iterator[tuple[Content, float]], chat: bool, weighted: bool, tally: _Tally) -> Dataset:
     import pyarrow as pa
     from datasets import Dataset
 
-    message = pa.struct({"role": pa.string(), "content": pa.string()})
-    column = pa.field("messages", pa.list_(message)) if chat else pa.field("text", pa.string())
-    chunks = []
+    name = "messages" if chat else "text"
+    tables = []
     while chunk := list(islice(values, 1000)):  # so that Python strings of only one chunk exist at a time
-        chunks.append(pa.array(chunk, type=column.type))
-    table = pa.table([pa.chunked_array(chunks, type=column.type)], schema=pa.schema([column]))
-    return Dataset(table, fingerprint=tally.digest.hexdigest()[:16])
+        contents, weights = zip(*chunk, strict=True)
+        differ = chat and any("weight" in message for messages in contents for message in messages)
+        table = pa.table({name: pa.array(contents, type=_message_lists(differ) if chat else pa.string())})
+        tables.append(table.append_column("weight", pa.array(weights, pa.float64())) if weighted else table)
+    empty = pa.schema(
+        {name: _message_lists(False) if chat else pa.string()} | ({"weight": pa.float64()} if weighted else {})
+    )
+    return Dataset(
+        pa.concat_tables([empty.empty_table(), *tables], promote_options="permissive"),
+        fingerprint=tally.digest.hexdigest()[:16],
+    )
+
+
+def _message_lists(weighted: bool) -> DataType:
+    import pyarrow as pa
+
+    weight = {"weight": pa.float64()} if weighted else {}
+    return pa.list_(pa.struct({"role": pa.string(), "content": pa.string()} | weight))
+
+
+def _of_one_kind(parts: list[Dataset]) -> list[Dataset]:
+    """The parts, all with message weights if one has them: datasets itself does not join different messages."""
+    from datasets import Dataset
+
+    schemas = {part.data.schema.remove_metadata() for part in parts}
+    weighing = [schema for schema in schemas if schema.names[0] == "messages" and "weight" in str(schema.field(0).type)]
+    if len(schemas) == 1 or not weighing or any(schema.names != weighing[0].names for schema in schemas):
+        return parts
+    return [Dataset(part.data.table.cast(weighing[0])) for part in parts]
 
 
 def _hub_dataset(data: Data, source: Source) -> Dataset:
@@ -362,34 +433,44 @@ def _hub_dataset(data: Data, source: Source) -> Dataset:
         ) from error
 
 
-def _read_file(data: Data, path: Path, chat: bool) -> Iterator[tuple[str, Value]]:
-    """The documents of one file, each with where it stands, for messages."""
+def _read_file(data: Data, path: Path, chat: bool) -> Iterator[Document]:
+    """The documents of one file."""
     if path.suffix == ".txt":
-        return ((str(path), text) for text in _text_documents(path, data.sample_by))
-    column, found_chat = _column(data, _columns(path), str(path))
+        return ((str(path), text, 1.0) for text in _text_documents(path, data.sample_by))
+    found = _columns(path)
+    column, found_chat = _column(data, found, str(path))
     if found_chat != chat:
         raise Refusal(f"{path}: text and chat cannot be mixed, as with the files before it; give one kind")
     cells = _parquet_cells if path.suffix == ".parquet" else _json_cells
-    return _values(cells(path, column), chat)
+    return _documents(cells(path, _with_weight(data, column, found, str(path))), chat)
 
 
-def _values(cells: Iterable[tuple[str, Any]], chat: bool) -> Iterator[tuple[str, Value]]:
-    for where, cell in cells:
+def _documents(cells: Iterable[tuple[str, tuple[Any, ...]]], chat: bool) -> Iterator[Document]:
+    """From the cells of the text's or messages' column, and of the weight's where there is one."""
+    for where, (cell, *weights) in cells:
+        weight = _weight(weights[0], where) if weights else 1.0
         if cell is None:
-            yield where, ""
+            yield where, "", weight
         elif chat:
-            yield where, conversation(cell, where)
+            yield where, conversation(cell, where), weight
         elif isinstance(cell, str):
-            yield where, cell
+            yield where, cell, weight
         else:
             raise Refusal(f"{where}: holds {type(cell).__name__} {str(cell)[:40]!r} where text is needed")
 
 
+def _weight(value: Any, where: str) -> float:
+    # Beyond 1e9 no weight is meant, and float32 could not hold what a document's and a message's make together.
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1e9:
+        raise Refusal(f"{where}: has weight {str(value)[:40]}; need a number from 0 to 1e9, 1 for what counts as usual")
+    return float(value)
+
+
 def conversation(cell: Any, where: str) -> Conversation:
-    """Messages of role and content, also from ShareGPT's from and value."""
+    """Messages of role and content, also from ShareGPT's from and value, and a weight where it is not 1."""
     if not isinstance(cell, list):
         raise Refusal(f"{where}: holds {type(cell).__name__} where a list of messages is needed")
-    messages = []
+    messages: Conversation = []
     for number, message in enumerate(cell):
         fields = message if isinstance(message, dict) else {}
         role = fields.get("role") or fields.get("from")
@@ -400,6 +481,9 @@ def conversation(cell: Any, where: str) -> Conversation:
                 "(tool calls and images are not supported)"
             )
         messages.append({"role": ROLES.get(role, role), "content": content})
+        weight = fields.get("weight")
+        if weight is not None and _weight(weight, f"{where}: message {number}") != 1:
+            messages[-1]["weight"] = float(weight)
     if messages and all(message["role"] != "assistant" for message in messages):
         raise Refusal(f"{where}: no message is the assistant's, so there is nothing to learn; drop it")
     return messages
@@ -453,17 +537,18 @@ def _parquet(path: Path) -> ParquetFile:
         raise Refusal(f"{path}: not a readable parquet file ({error}); write it again") from error
 
 
-def _parquet_cells(path: Path, column: str) -> Iterator[tuple[str, Any]]:
-    batches = _parquet(path).iter_batches(batch_size=1000, columns=[column])
-    cells = chain.from_iterable(batch.column(0).to_pylist() for batch in batches)
-    return ((f"{path} row {i}", cell) for i, cell in enumerate(cells))
+def _parquet_cells(path: Path, columns: list[str]) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    batches = _parquet(path).iter_batches(batch_size=1000, columns=columns)
+    rows = chain.from_iterable(zip(*(b.column(name).to_pylist() for name in columns), strict=True) for b in batches)
+    return ((f"{path} row {i}", row) for i, row in enumerate(rows))
 
 
-def _json_cells(path: Path, column: str) -> Iterator[tuple[str, Any]]:
+def _json_cells(path: Path, columns: list[str]) -> Iterator[tuple[str, tuple[Any, ...]]]:
     for where, record in _objects(path):
-        if column not in record:
-            raise Refusal(f"{where}: no column {column}, unlike the first object; it has {', '.join(record)}")
-        yield where, record[column]
+        for column in columns:
+            if column not in record:
+                raise Refusal(f"{where}: no column {column}, unlike the first object; it has {', '.join(record)}")
+        yield where, tuple(record[column] for column in columns)
 
 
 def _objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

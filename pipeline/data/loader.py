@@ -12,7 +12,7 @@ import pytorch_lightning as pl
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from models.errors import Refusal
-from pipeline.data.batch import IGNORED, collate
+from pipeline.data.batch import blank, collate
 
 _BLANK = -1
 
@@ -22,7 +22,9 @@ class MicroBatch:
     """The rows one rank works on at once, and the totals of the optimizer step they belong to."""
 
     rows: list[int]
-    step_tokens: int  # supervised tokens of the whole step, over all ranks and micro-batches
+    step_tokens: (
+        float  # supervised tokens of the whole step, over all ranks and micro-batches; of weighted rows, weights
+    )
     tokens_of_step: int  # all its tokens, padding left out
 
 
@@ -30,7 +32,8 @@ class Order(Sampler[MicroBatch]):
     """Epoch after epoch of seeded permutations, cut into steps of `global_batch` rows; a step may straddle epochs.
 
     The rows of step k depend on the seed alone. So accumulation, rank count and a restart at any step change nothing,
-    and every rank can count the tokens of the whole step by itself.
+    and every rank can count the tokens of the whole step by itself. `supervised` is what each row counts: whole numbers
+    of tokens, or sums of their weights.
     """
 
     def __init__(
@@ -70,7 +73,7 @@ class Order(Sampler[MicroBatch]):
         step = self.first_step
         while True:
             rows = self.step_rows(step)
-            tokens, length = int(self.supervised[rows].sum()), int(self.lengths[rows].sum())
+            tokens, length = self.supervised[rows].sum().item(), int(self.lengths[rows].sum())
             for begin in range(self.rank * self.micro_batch, self.global_batch, self.world * self.micro_batch):
                 yield MicroBatch(rows[begin : begin + self.micro_batch].tolist(), tokens, length)
             step += 1
@@ -83,9 +86,7 @@ class _Collated(Dataset[dict[str, Any]]):
     def __getitem__(self, micro: MicroBatch) -> dict[str, Any]:
         columns = self.rows[[row for row in micro.rows if row != _BLANK]]
         rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-        rows += [{"input_ids": [self.pad_token], "position_ids": [0], "targets": [IGNORED]}] * (
-            len(micro.rows) - len(rows)
-        )
+        rows += [blank(self.rows.column_names, self.pad_token)] * (len(micro.rows) - len(rows))
         return collate(rows, pad_token=self.pad_token, length=self.length, side=self.side) | {
             "step_tokens": micro.step_tokens,
             "tokens_of_step": micro.tokens_of_step,
@@ -113,7 +114,11 @@ class Rows(pl.LightningDataModule):
         self.train, self.validation = train, validation
         self.seed, self.global_batch, self.micro_batch = seed, global_batch, micro_batch
         self.pad_token, self.length, self.workers, self.side = pad_token, length, workers, side
-        self.supervised = np.asarray(train.with_format("numpy")["supervised"][:], dtype=np.int64)
+        weighted = "weight" in train.column_names
+        self.supervised = np.asarray(
+            train.with_format("numpy")["weight" if weighted else "supervised"][:],
+            dtype=np.float64 if weighted else np.int64,
+        )
         # from Arrow's offsets: as Python lists, ten billion tokens would take minutes on every rank
         self.lengths = np.asarray(pc.list_value_length(train.with_format("arrow")["input_ids"][:]), dtype=np.int64)
 

@@ -10,19 +10,30 @@ from typing import Any
 from pipeline.data import corpora, packing
 
 
-def rows_of(data: corpora.Data, split: str, tokenizer: Any, root: Path) -> tuple[Any, dict[str, Any], Path]:
-    """(rows, statistics, folder) of a split; the folder's name says everything the rows depend on."""
-    folder = root / f"{split}-{_key(data, tokenizer)}"
+def rows_of(
+    data: corpora.Data, split: str, tokenizer: Any, root: Path, teacher_tokenizer: Any | None = None
+) -> tuple[Any, dict[str, Any], Path]:
+    """(rows, statistics, folder) of a split; the folder's name says everything the rows depend on.
+
+    With `teacher_tokenizer` they carry the teacher's tokens and the spans between both (pipeline/data/packing.py).
+    """
+    told = [corpora.content_key(data), *_told(tokenizer)]
+    if teacher_tokenizer is not None:
+        told += _told(teacher_tokenizer)
+        # The ends are no part of the rules, and which tokens are special decides what is aligned.
+        told += [[t.bos_token_id, t.eos_token_id, t.all_special_ids] for t in (tokenizer, teacher_tokenizer)]
+    folder = root / f"{split}-{hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]}"
     if folder.exists():
         return (*packing.prepared(folder), folder)
-    return (*packing.prepare(corpora.documents(data, split), tokenizer, data, folder=folder), folder)
+    documents = corpora.documents(data, split)
+    return (*packing.prepare(documents, tokenizer, data, folder=folder, teacher_tokenizer=teacher_tokenizer), folder)
 
 
-def _key(data: corpora.Data, tokenizer: Any) -> str:
-    told = [corpora.content_key(data), sorted(tokenizer.get_vocab().items()), getattr(tokenizer, "chat_template", None)]
+def _told(tokenizer: Any) -> list[Any]:
+    told = [sorted(tokenizer.get_vocab().items()), getattr(tokenizer, "chat_template", None)]
     if tokenizer.is_fast:
         rules = json.loads(tokenizer.backend_tokenizer.to_str())
         told.append(
             {name: rule for name, rule in rules.items() if name not in ("truncation", "padding")}
         )  # last call's
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+    return told

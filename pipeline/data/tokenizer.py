@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -133,3 +134,13 @@ def _merges(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
         return []
     merges: list[Any] = json.loads(tokenizer.backend_tokenizer.to_str())["model"].get("merges", [])
     return merges
+
+
+def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash of the vocabulary and the rules: equal for tokenizers that make the same tokens of any text."""
+    told: list[Any] = [sorted(tokenizer.get_vocab().items()), tokenizer.bos_token_id, tokenizer.eos_token_id]
+    if tokenizer.is_fast:
+        rules = json.loads(tokenizer.backend_tokenizer.to_str())
+        # not these two: they are whatever the last call asked for
+        told.append({name: rule for name, rule in rules.items() if name not in ("truncation", "padding")})
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,52 @@
+"""A divergence over the teacher's likeliest tokens and one bucket for all the others."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from models.objectives.divergence import Divergence
+from models.objectives.softmax import softmax
+
+
+def add_in_buckets(
+    term: Divergence,
+    student_NV: Float[Tensor, "N V"],
+    ids_NK: Int[Tensor, "N K"],
+    teacher_NK: Float[Tensor, "N K"],
+    teacher_tail_N: Float[Tensor, " N"] | None,
+    targets_N: Int[Tensor, " N"],
+    weight: float,
+    gradient_NV: Float[Tensor, "N V"],
+) -> Float[Tensor, " N"]:
+    """As `term.add`, on K + 1 categories: the tokens `ids_NK`, and the rest of the vocabulary together.
+
+    `teacher_tail_N` is T · log Σ exp(logit / T) over the rest, the logit of the bucket; None where there is no rest
+    (K = V). Both distributions are true ones over the same events, so this is a true divergence, at most the one over
+    all V categories (data processing), and zero with zero gradient when student equals teacher: unlike a top-k that
+    renormalises, or that drops the tail.
+    """
+    kept_NK = student_NV.gather(1, ids_NK)
+    if teacher_tail_N is None:
+        slope_NK = torch.zeros_like(kept_NK)
+        values_N = term.add(kept_NK, teacher_NK, targets_N, weight, slope_NK)
+        gradient_NV.scatter_add_(1, ids_NK, slope_NK)
+        return values_N
+    # The rest's log-sum-exp over the rest itself: a difference of normalisers would lose a small tail's digits.
+    rest_NV, normaliser_N = softmax((student_NV / term.temperature).scatter_(1, ids_NK, float("-inf")))
+    tail_N = (normaliser_N * term.temperature).to(student_NV.dtype)
+    buckets_NK = torch.cat([kept_NK, tail_N[:, None]], dim=1)
+    slope_NK = torch.zeros_like(buckets_NK)
+    taught_NK = torch.cat([teacher_NK, teacher_tail_N[:, None]], dim=1)
+    values_N = term.add(buckets_NK, taught_NK, targets_N, weight, slope_NK)
+    if weight:
+        gradient_NV.scatter_add_(1, ids_NK, slope_NK[:, :-1])
+        gradient_NV.addcmul_(rest_NV, slope_NK[:, -1:])
+    return values_N
+
+
+def tail_of(logits_NV: Float[Tensor, "N V"], ids_NK: Int[Tensor, "N K"], temperature: float) -> Float[Tensor, " N"]:
+    """T · log Σ exp(logit / T) over the tokens that are not in `ids_NK`."""
+    rest_NV = (logits_NV / temperature).scatter_(1, ids_NK, float("-inf"))
+    return torch.logsumexp(rest_NV, dim=-1) * temperature

@@ -1,0 +1,86 @@
+"""What all divergences between next-token distributions have in common: temperature, and the way to the logits."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from models.objectives.representation import RepresentationTerm
+from models.objectives.softmax import softmax
+from models.objectives.term import Term
+
+
+@dataclass(frozen=True)
+class Divergence(ABC):
+    """T² · D(p, q) of the teacher's p = softmax(teacher / T) and the student's q = softmax(student / T), in nats.
+
+    The T² keeps the gradient's size when T changes (Hinton et al., arXiv:1503.02531). A new divergence says its value,
+    and its derivative by log q; the rest is here.
+    """
+
+    temperature: float = 1.0
+    weight: float = 1.0  # of this term in the objective it is part of
+
+    name: ClassVar[str]
+    needs_teacher: ClassVar[bool] = True
+    order: ClassVar[int] = 2  # of the divergence in a small difference of p and q: the power of T that offsets T
+
+    def __post_init__(self) -> None:
+        if not (self.temperature > 0 and math.isfinite(self.temperature)):
+            raise ValueError(f"temperature={self.temperature}: need a number above 0; 2 is usual")
+        if not (self.weight >= 0 and math.isfinite(self.weight)):
+            raise ValueError(f"weight={self.weight}: need a number of at least 0; 1 leaves the term as it is")
+
+    @property
+    def terms(self) -> list[tuple[float, Term]]:
+        return [(self.weight, self)]
+
+    @property
+    def representations(self) -> list[RepresentationTerm]:
+        return []
+
+    @abstractmethod
+    def of(
+        self, p_NV: Float[Tensor, "N V"], q_NV: Float[Tensor, "N V"], ratio_NV: Float[Tensor, "N V"]
+    ) -> tuple[Float[Tensor, " N"], Float[Tensor, "N V"]]:
+        """D(p, q) per token, and q · ∂D/∂q up to a multiple of q, which the softmax takes out again.
+
+        `ratio_NV` is log q − log p, taken from the logits: small differences and small probabilities keep their digits.
+        """
+
+    def add(
+        self,
+        student_NV: Float[Tensor, "N V"],
+        teacher_NV: Float[Tensor, "N V"] | None,
+        targets_N: Int[Tensor, " N"],
+        weight: float,
+        gradient_NV: Float[Tensor, "N V"],
+    ) -> Float[Tensor, " N"]:
+        assert teacher_NV is not None
+        temperature = self.temperature
+        student_NV, teacher_NV = student_NV / temperature, teacher_NV / temperature
+        q_NV, student_normaliser_N = softmax(student_NV)
+        p_NV, teacher_normaliser_N = softmax(teacher_NV)
+        shift_N = (student_normaliser_N - teacher_normaliser_N).to(student_NV.dtype)
+        value_N, slope_NV = self.of(p_NV, q_NV, student_NV.sub_(teacher_NV).sub_(shift_N[:, None]))
+        if weight:
+            slope_NV = slope_NV.addcmul(q_NV, slope_NV.sum(-1, keepdim=True), value=-1)
+            gradient_NV.add_(slope_NV, alpha=weight * temperature ** (self.order - 1))
+        return value_N * temperature**self.order
+
+
+def log_mix(share: float, ratio_NV: Float[Tensor, "N V"]) -> Float[Tensor, "N V"]:
+    """log(1 − share + share · e^ratio): zero at ratio zero, to the bit, and without overflow."""
+    bounded_NV = ratio_NV.clamp(max=60.0)
+    return torch.log1p(share * torch.expm1(bounded_NV)).add_(ratio_NV).sub_(bounded_NV)
+
+
+def check_share(name: str, value: float, meaning: str) -> None:
+    if not 0 < value < 1:
+        raise ValueError(f"{name}={value}: need a number between 0 and 1; {meaning}")

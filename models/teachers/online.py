@@ -1,0 +1,78 @@
+"""The teacher in the student's process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import nn
+
+from models.errors import Refusal
+from models.heads import check_split, head_of, hidden_states, through_head
+from models.load import DTYPES, load_model
+from models.objectives.representation import Wanted
+from models.objectives.signal import Signal
+from models.objectives.term import Objective
+from models.teachers.teacher import Looked, Opening, Result, Teacher, look_through, signal_of
+
+
+@dataclass(frozen=True)
+class Online:
+    """Frozen, without graph, its head handed to the engine instead of logits.
+
+    Under ZeRO-3 it is sharded by the student's engine. It is in no checkpoint and in no optimizer.
+    """
+
+    path: str
+    dtype: str = "float32"
+    trust_remote_code: bool = False
+    needs_record: ClassVar[bool] = False
+    runs_here: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise Refusal(f"teacher.dtype={self.dtype}: need one of {', '.join(DTYPES)}")
+
+    def check(self, objective: Objective) -> None:
+        """It serves all of them."""
+
+    def open(self, opening: Opening) -> Teacher:
+        model = load_model(
+            self.path,
+            dtype=DTYPES[self.dtype],
+            attention=opening.attention,
+            role="teacher",
+            trust_remote_code=self.trust_remote_code,
+        )
+        return Resident(model.eval().requires_grad_(False), opening)
+
+
+class Resident(nn.Module):
+    """A model that lives where the student does, as a module beside it."""
+
+    def __init__(self, model: Any, opening: Opening) -> None:
+        super().__init__()
+        self.model, self.opening = model, opening
+
+    def check(self) -> None:
+        self.eval()
+        check_split(self.model, self.opening.vocabulary, self.opening.packed)
+
+    def look(self, batch: dict[str, Any], wanted: Wanted) -> Looked:
+        return look_through(self.model, lambda ids, positions: hidden_states(self.model, ids, positions), batch, wanted)
+
+    def give(self, looked: Looked, work: Callable[[Signal], Result]) -> Result:
+        # Its head is whole only inside the head's own forward. The result leaves by the side door: as that forward's
+        # result, ZeRO-3 would take it for the teacher's and gather its weight for the backward.
+        assert looked.hidden is not None
+        results: list[Result] = []
+        through_head(
+            self.model,
+            looked.hidden,
+            lambda _: results.append(work(signal_of(looked, head_of(self.model), self.opening))),
+        )
+        return results[0]
+
+    def close(self) -> None:
+        """It goes with the module it is part of, whose engine may still hold its shards."""

@@ -1,0 +1,44 @@
+"""A teacher behind an OpenAI-compatible endpoint: asked once, in the stage `record`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from models.endpoint import Endpoint
+from models.errors import Refusal
+from models.objectives.term import Objective
+from models.teachers.cached import refuse_representations
+from models.teachers.recorded import Recorded
+from models.teachers.teacher import Opening, Teacher
+
+
+@dataclass(frozen=True)
+class Served:
+    """vLLM or llama.cpp's server gives the top-k log-probabilities of every token; training reads them from `cache`.
+
+    `path` holds the teacher's tokenizer and config; its weights are the server's. A server tells log-probabilities at
+    temperature 1 alone, so the objective's divergence must be at temperature 1.
+    """
+
+    path: str
+    cache: str
+    endpoint: Endpoint
+    dtype: str = "float32"
+    trust_remote_code: bool = False
+    needs_record: ClassVar[bool] = True
+    runs_here: ClassVar[bool] = False
+
+    def check(self, objective: Objective) -> None:
+        refuse_representations(objective)
+        self.endpoint.check()
+        for _, term in objective.terms:
+            temperature = getattr(term, "temperature", 1.0)
+            if term.needs_teacher and temperature != 1.0:
+                raise Refusal(
+                    f"objective: {term.name} at temperature={temperature:g}, and a server tells what lies beyond "
+                    f"its top k at temperature 1 only; set objective.divergence.temperature=1"
+                )
+
+    def open(self, opening: Opening) -> Teacher:
+        return Recorded(self.cache, opening)

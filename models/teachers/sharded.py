@@ -1,0 +1,163 @@
+"""A teacher that fits no single device: sharded over the ranks by an engine of its own, whatever the student's."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from models.errors import Refusal
+from models.heads import check_split, head_of, hidden_states
+from models.load import DTYPES, load_model
+from models.objectives.representation import Wanted
+from models.objectives.signal import Signal
+from models.objectives.term import Objective
+from models.teachers.teacher import Looked, Opening, Result, Teacher, look_through, signal_of
+
+OFFLOADS = ("none", "cpu", "nvme")
+
+
+@dataclass(frozen=True)
+class Sharded:
+    """DeepSpeed ZeRO-3 for inference: every rank holds a share of each weight, gathered layer by layer.
+
+    `offload` moves the shares to host memory or to `nvme_path` (ZeRO-Inference), so that even one small GPU, or none,
+    runs a large teacher, at the speed of the bus. The engine is the teacher's alone: the student may train under any
+    strategy, and none of it is in the student's checkpoint.
+    """
+
+    path: str
+    dtype: str = "float32"
+    trust_remote_code: bool = False
+    offload: str = "none"
+    nvme_path: str | None = None
+    needs_record: ClassVar[bool] = False
+    runs_here: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise Refusal(f"teacher.dtype={self.dtype}: need one of {', '.join(DTYPES)}")
+        if self.offload not in OFFLOADS:
+            raise Refusal(f"teacher.offload={self.offload}: need one of {', '.join(OFFLOADS)}")
+        if self.offload == "nvme" and not self.nvme_path:
+            raise Refusal("teacher.offload=nvme: give teacher.nvme_path, a folder on a local NVMe disk")
+
+    def check(self, objective: Objective) -> None:
+        """It serves all of them."""
+
+    def open(self, opening: Opening) -> Teacher:
+        return _ShardedTeacher(self, opening)
+
+    def config(self) -> dict[str, Any]:
+        """DeepSpeed's."""
+        section: dict[str, Any] = {"stage": 3, "stage3_param_persistence_threshold": 0}
+        if self.offload != "none":
+            section["offload_param"] = {"device": self.offload, "pin_memory": torch.cuda.is_available()}
+        if self.nvme_path:
+            section["offload_param"]["nvme_path"] = self.nvme_path
+        return {
+            "zero_optimization": section,
+            "train_micro_batch_size_per_gpu": 1,
+            "bf16": {"enabled": self.dtype == "bfloat16"},
+            "fp16": {"enabled": self.dtype == "float16"},
+        }
+
+
+class _Body(nn.Module):
+    """What the engine runs: the model up to its head."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor, positions: Tensor) -> Tensor:
+        return hidden_states(self.model, ids, positions)
+
+
+class _ShardedTeacher:
+    """No module, on purpose: Lightning and the student's engine would take it for part of the student."""
+
+    def __init__(self, source: Sharded, opening: Opening) -> None:
+        self.source, self.opening = source, opening
+        self.engine: Any = None
+        self.model: Any = None
+
+    def check(self) -> None:
+        """Load and shard. Not earlier: the process group is up and the student is in place by now."""
+        if self.engine is not None:
+            return
+        deepspeed = _deepspeed()
+        from transformers.integrations import deepspeed as bridge
+
+        config = self.source.config()
+        # While a config is registered transformers loads straight into shards. The student's, if it is under ZeRO-3
+        # itself, comes back afterwards.
+        students = bridge._hf_deepspeed_config_weak_ref
+        mine = bridge.HfDeepSpeedConfig(config)
+        try:
+            model = load_model(
+                self.source.path,
+                dtype=DTYPES[self.source.dtype],
+                attention=self.opening.attention,
+                role="teacher",
+                trust_remote_code=self.source.trust_remote_code,
+            )
+        finally:
+            bridge._hf_deepspeed_config_weak_ref = students
+            del mine
+        self.model = model.eval().requires_grad_(False)
+        self.engine, *_ = deepspeed.initialize(model=_Body(self.model), config=config)
+        self.engine.eval()
+        with self._whole():
+            check_split(self.model, self.opening.vocabulary, self.opening.packed)
+
+    def look(self, batch: dict[str, Any], wanted: Wanted) -> Looked:
+        return look_through(self.model, self.engine, batch, wanted)
+
+    def give(self, looked: Looked, work: Callable[[Signal], Result]) -> Result:
+        with _gathered(self.model.get_output_embeddings().parameters()):
+            return work(signal_of(looked, head_of(self.model), self.opening))
+
+    def close(self) -> None:
+        if self.engine is not None:
+            self.engine.destroy()
+            self.engine = self.model = None
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+    def _whole(self) -> Any:
+        """The head beside the body, whose own forward gathers it."""
+        return _gathered(self.model.get_output_embeddings().parameters())
+
+
+def _gathered(parameters: Any) -> Any:
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=None)
+
+
+def _deepspeed() -> Any:
+    """DeepSpeed with a process group: the student's where there is one, else a group of one."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+
+    if not torch.cuda.is_available():
+        import deepspeed.ops
+
+        # The shared-memory collective would be compiled on first use, for minutes.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if not torch.distributed.is_initialized():
+        from torch._C._distributed_c10d import HashStore
+
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        torch.distributed.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+    if not deepspeed.comm.is_initialized():
+        deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
+    return deepspeed
