@@ -27,6 +27,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 ALPHA, TEMPERATURE, BETA = 0.5, 2.0, 0.5  # of the hard label; of the softmaxes; of the Jensen–Shannon divergence
 TOP_K, SPARSE_CHUNK = 64, 1024
+MET = {True: "met", False: "missed"}
 GOALS = {"memory_to_dense": 0.1, "time_to_dense": 0.5, "time_to_fastest_peer": 0.7, "time_to_bound": 1.5}
 
 
@@ -66,7 +67,7 @@ class Side:
     package: str  # "" is this Python
     make: Callable[[Any, Settings], Callable[[], Any]]
     # What it holds at its fullest, as measured, by which a case that does not fit is left out: so many fp32 tensors of
-    # `tokens` × `columns`, and the gradients twice.
+    # `tokens` × `columns`, the gradients twice, and the inputs, which while they are made are held twice.
     tensors: float
     tokens: int = sys.maxsize
     columns: int = sys.maxsize
@@ -77,7 +78,7 @@ class Side:
         rows = -(-case.tokens // max(1, case.tokens // self.tokens))
         gradients = settings.hidden * (case.tokens + case.vocabulary)
         inputs = (settings.hidden + settings.teacher_hidden) * (case.tokens + case.vocabulary)
-        return 4 * int(self.tensors * rows * min(self.columns, case.vocabulary) + 2 * gradients + inputs)
+        return 4 * int(self.tensors * rows * min(self.columns, case.vocabulary) + 2 * gradients + 2 * inputs)
 
 
 @dataclass
@@ -722,7 +723,7 @@ def main() -> None:
         console.print(table(case, found[str(case)]))
         for side, each in found[str(case)]["goals"].items():
             parts = [
-                f"{key.replace('_', ' ')} {value['is']:.2f} ({'at most' if value['met'] else 'not'} {value['goal']:g})"
+                f"{key.replace('_', ' ')} {value['is']:.2f} (goal {value['goal']:g}: {MET[value['met']]})"
                 for key, value in each.items()
                 if key != "fastest_peer"
             ]

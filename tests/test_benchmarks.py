@@ -59,3 +59,63 @@ def test_without_the_peers_environment_the_remedy_is_named_in_one_line() -> None
     done = distillation_step("--peer-python=/nowhere/python", *TINY)
     assert done.returncode == 2
     assert "--peer-python /nowhere/python: not there" in done.stderr.splitlines()[-1]
+
+
+TINY_OBJECTIVE = [
+    "--cases=96x512",
+    "--hidden=16",
+    "--teacher-hidden=32",
+    "--calls=1",
+    "--repeats=1",
+    "--threads=1",
+    "--device=cpu",
+]
+
+
+def objective(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, ROOT / "benchmarks/objective.py", *words], capture_output=True, text=True, timeout=300
+    )
+
+
+def test_our_losses_have_the_value_and_the_gradients_of_the_dense_formula() -> None:
+    found = figures(objective("--sides=dense,bound,ours,ours_kl,ours_jsd,ours_top_k", *TINY_OBJECTIVE))
+    assert set(found) == {"cases", "device", "settings"}
+    case = found["cases"]["96x512"]
+    assert case["left_out"] == {}
+    sides = case["sides"]
+    for name in ("dense", "ours", "ours_kl", "ours_jsd", "ours_top_k"):
+        assert sides[name]["divergence"] == pytest.approx(sides[name]["reference"], rel=1e-5), name
+        assert sides[name]["seconds"] > 0
+        assert sides[name]["peak_memory"] > 0
+    assert sides["ours"]["gradient_norms"] == pytest.approx(sides["dense"]["gradient_norms"], rel=1e-5)
+    assert sides["bound"]["divergence"] is None
+    assert sides["bound"]["ratios"]["time_to_bound"] == 1
+    assert set(case["goals"]["ours"]) == {"time_to_dense", "time_to_bound", "memory_to_dense"}
+
+
+def test_a_case_that_does_not_fit_is_left_out_with_its_estimate() -> None:
+    found = figures(objective("--sides=dense,ours", *TINY_OBJECTIVE, "--cases=10000000000x96"))
+    case = found["cases"]["10000000000x96"]
+    assert case["sides"] == {}
+    assert set(case["left_out"]) == {"dense", "ours"}
+    assert case["left_out"]["dense"].startswith("does not fit: about ")
+
+
+@pytest.mark.skipif(not PEER_PYTHON.is_file(), reason="no environment with the peers; see benchmarks/README.md")
+def test_the_peers_losses_come_to_the_same_divergences() -> None:
+    found = figures(objective("--sides=ours,ours_kl,trl,liger,torchtune,trl_jsd,liger_jsd", *TINY_OBJECTIVE))
+    case = found["cases"]["96x512"]
+    assert case["left_out"] == {}
+    sides = case["sides"]
+    for name, side in sides.items():
+        assert side["divergence"] == pytest.approx(side["reference"], rel=1e-5), name
+    assert sides["ours"]["gradient_norms"] == pytest.approx(sides["liger"]["gradient_norms"], rel=1e-5)
+    assert sides["ours_kl"]["gradient_norms"] == pytest.approx(sides["trl"]["gradient_norms"], rel=1e-5)
+    assert case["goals"]["ours"]["fastest_peer"] in ("trl", "liger", "torchtune")
+
+
+def test_distillkit_is_named_with_where_to_get_it() -> None:
+    done = objective("--sides=distillkit", *TINY_OBJECTIVE)
+    assert done.returncode == 2
+    assert "--sides distillkit: need --distillkit" in done.stderr.splitlines()[-1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -33,8 +34,12 @@ class AlphaBeta(Divergence):
     def of(
         self, p_NV: Float[Tensor, "N V"], q_NV: Float[Tensor, "N V"], ratio_NV: Float[Tensor, "N V"]
     ) -> tuple[Float[Tensor, " N"], Float[Tensor, "N V"]]:
-        both = self.alpha + self.beta
-        mixed_NV, student_NV = p_NV.pow(self.alpha).mul_(q_NV.pow(self.beta)), q_NV.pow(both)
-        bound_NV = (p_NV.pow(both).mul_(self.alpha)).add_(student_NV, alpha=self.beta).div_(both)
-        value_N = (bound_NV - mixed_NV).sum(-1) / (self.alpha * self.beta)
-        return value_N, student_NV.sub_(mixed_NV).div_(self.alpha)
+        # With d = −|ratio| all powers are of the larger of p and q times e^(multiples of d): nothing overflows, and
+        # where p = q everything is 0 to the bit.
+        both, falls_NV = self.alpha + self.beta, ratio_NV.abs().neg_()
+        ahead_NV = ratio_NV >= 0  # the student's is the larger
+        power_NV = torch.where(ahead_NV, p_NV.new_tensor(self.alpha), p_NV.new_tensor(self.beta))
+        whole_NV, part_NV = torch.expm1(falls_NV * both), torch.expm1(falls_NV * power_NV)
+        larger_NV = torch.maximum(p_NV, q_NV).pow_(both)
+        value_N = torch.linalg.vecdot(larger_NV, power_NV * (whole_NV / both) - part_NV) / (self.alpha * self.beta)
+        return value_N, larger_NV * whole_NV.masked_fill_(ahead_NV, 0).sub_(part_NV) / self.alpha

@@ -78,7 +78,7 @@ class Divergence(ABC):
 def log_mix(share: float, ratio_NV: Float[Tensor, "N V"]) -> Float[Tensor, "N V"]:
     """log(1 − share + share · e^ratio): zero at ratio zero, to the bit, and without overflow."""
     bounded_NV = ratio_NV.clamp(max=60.0)
-    return torch.log1p(share * torch.expm1(bounded_NV)).add_(ratio_NV).sub_(bounded_NV)
+    return torch.log1p(share * torch.expm1(bounded_NV)).add_(ratio_NV - bounded_NV)
 
 
 def check_share(name: str, value: float, meaning: str) -> None:

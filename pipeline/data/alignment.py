@@ -353,7 +353,7 @@ def spans_between(student: Places, teacher: Places) -> tuple[Ints, int]:
     for side, first, last in ((student, s0, s1), (teacher, t0, t1)):
         follows = side.spelled[1:] & side.spelled[:-1] & (side.starts[1:] == side.ends[:-1])
         run = np.concatenate([[0], np.cumsum(~follows)])
-        pass
+        whole &= run[first] == run[last]
     spans = np.stack([s0, s1 + 1, t0, t1 + 1], axis=1)[whole]
     short = np.maximum(spans[:, 1] - spans[:, 0], spans[:, 3] - spans[:, 2]) <= LONGEST
     return spans[short], int((~short).sum())

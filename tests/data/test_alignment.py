@@ -1,6 +1,8 @@
 """Tokens of two tokenizers are held side by side only where they are the same bytes of the same text."""
 
 import json
+import math
+from collections import Counter
 from itertools import pairwise, product
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -57,16 +59,16 @@ def changed(tokenizer: Any, **parts: Any) -> Any:
 
 def unigram() -> Any:
     """SentencePiece's other kind, with a normalizer that composes and widens, and no byte fallback."""
-    backend = Tokenizer(models.Unigram())
+    text = "▁".join(" ".join([*ENGLISH, *TEXTS[:4]]).split())
+    counts = Counter(text[i : i + length] for length in range(1, 6) for i in range(len(text)))
+    single = {piece for piece in counts if len(piece) == 1}
+    pieces = sorted(single | {piece for piece, _ in counts.most_common(400) if "▁" not in piece[1:]})
+    vocabulary = [(special, 0.0) for special in ("<unk>", "<s>", "</s>")]
+    vocabulary += [(piece, math.log(counts[piece] / len(text))) for piece in pieces]
+    backend = Tokenizer(models.Unigram(vocabulary, unk_id=0))
     backend.normalizer = normalizers.NFKC()
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
     backend.decoder = decoders.Metaspace()
-    backend.train_from_iterator(
-        [*ENGLISH, *TEXTS[:4]],
-        trainers.UnigramTrainer(
-            vocab_size=300, special_tokens=["<unk>", "<s>", "</s>"], unk_token="<unk>", show_progress=False
-        ),
-    )
     return wrapped(backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
@@ -278,6 +280,18 @@ def test_nothing_is_aligned_where_the_tokens_do_not_spell_the_text(kinds: dict[s
         assert covered.endswith(b" and more")
         assert ("fine" if name == "composing" else " thing").encode() in b"".join(theirs)
         assert ("fin" if name == "composing" else "thing").encode() not in covered
+
+
+def test_what_a_normalizer_takes_away_is_not_found_in_its_like(kinds: dict[str, Any]) -> None:
+    shortening = changed(kinds["bpe400"], normalizer=normalizers.Replace(Regex("^ab"), ""))
+    text = "abab! ab"
+    (ours, places), (theirs, others) = tokens_of(shortening, text), tokens_of(kinds["bpe400"], text)
+    assert b"".join(spelled(shortening, ours)) == b"ab! ab"
+    spans, _ = align(shortening, kinds["bpe400"], text)
+    assert b"".join(b"".join(spelled(shortening, ours)[s0:s1]) for s0, s1, _, _ in spans).endswith(b"b! ab")
+    for s0, s1, t0, t1 in spans:
+        assert (places[s0][0], places[s1 - 1][1]) == (others[t0][0], others[t1 - 1][1])
+    assert len(theirs) > len(ours)
 
 
 def test_special_tokens_in_a_text_are_aligned_with_nothing(kinds: dict[str, Any]) -> None:
@@ -647,6 +661,22 @@ def test_a_template_that_marks_other_parts_than_turns_is_refused(tmp_path: Path,
     (tmp_path / "t.jinja").write_text(MARKED.replace("{{ eos_token }}", "{% endgeneration %}{% generation %}."))
     with pytest.raises(Refusal, match=r"conversation 0: the chat template marks 4 parts .* speaks 2 times"):
         taught_chats(tmp_path, chatty["chatml"], chatty["marked"], chat_template=str(tmp_path / "t.jinja"))
+
+
+def test_a_token_that_nothing_stands_before_is_in_no_span(tmp_path: Path, chatty: dict[str, Any]) -> None:
+    """A conversation gets no begin token but its template's, and this one's speaks at once."""
+    chat = [turn("assistant", "Hello there, reader"), turn("user", "Hello")]
+    bare = "{% for m in messages %}{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}"
+    bare += "{% endgeneration %}{% else %}{{ m['content'] }}{% endif %}{% endfor %}"
+    one, other = chatty["chatml"], chatty["marked"]
+    for student, teacher in ((one, other), (other, one), (one, one)):
+        path = tmp_path / f"{student is one}{teacher is one}"
+        path.mkdir()
+        (path / "t.jinja").write_text(bare)
+        rows, statistics = taught_chats(path, student, teacher, [chat], chat_template=str(path / "t.jinja"))
+        check_spans(rows[0], student, teacher)
+        assert spans_of(rows[0])[0][0] >= 0
+        assert 0 < statistics["spanned"] <= statistics["supervised"]
 
 
 def test_turns_that_are_switched_off_have_no_spans(tmp_path: Path, chatty: dict[str, Any]) -> None:
