@@ -33,15 +33,16 @@ class Settings:
     student_layers: int = 4
     teacher_hidden: int = 512
     teacher_layers: int = 8
-    teacher_steps: int = 60  # of as many rows as the student's, before anything is measured
+    teacher_steps: int = 100  # of `teacher_rows`, before anything is measured
+    teacher_rows: int = 2
     rows: int = 8
     length: int = 256
     device: str = "cpu"
     precision: str = "fp32"  # bf16: autocast over fp32 student weights, the teacher's own weights in bf16
     threads: int = 2
     warmup_steps: int = 2
-    steps: int = 8
-    repeats: int = 3
+    steps: int = 6
+    repeats: int = 2
 
     @property
     def epoch_rows(self) -> int:
@@ -138,7 +139,7 @@ def write_inputs(folder: Path, settings: Settings) -> dict[str, Any]:
     texts = documents(Data(), "train")["text"][:]
     tokenizer = train_tokenizer(texts, settings.vocabulary, folder / "tokenizer")
     random.Random(0).shuffle(texts)
-    for name, rows in (("epoch", settings.epoch_rows), ("lessons", settings.teacher_steps * settings.rows)):
+    for name, rows in (("epoch", settings.epoch_rows), ("lessons", settings.teacher_steps * settings.teacher_rows)):
         tokens, chosen = 0, list[str]()
         while texts and tokens < rows * settings.length:
             chosen.append(json.dumps({"text": texts.pop()}) + "\n")
@@ -169,7 +170,8 @@ def write_inputs(folder: Path, settings: Settings) -> dict[str, Any]:
         tokenizer.save_pretrained(folder / name)
     lessons = rows_of(folder, "lessons", settings) if settings.teacher_steps else None
     if lessons is not None and len(lessons):
-        module, _ = train(folder, "teacher", CrossEntropy(), None, lessons, settings.teacher_steps, settings)
+        taught = replace(settings, rows=settings.teacher_rows)
+        module, _ = train(folder, "teacher", CrossEntropy(), None, lessons, settings.teacher_steps, taught)
         module.student.save_pretrained(folder / "teacher")
     return {**of_teacher(folder, settings), "steps": settings.teacher_steps}
 
@@ -252,6 +254,7 @@ def record(folder: Path, settings: Settings, side: str) -> dict[str, Any]:
         {
             "run_dir": str(folder),
             "seed": 0,
+            "force": [],
             "stages": {side: {}},
             "trainer": {"accelerator": settings.device, "devices": 1, "nodes": 1},
             "strategy": {"_target_": "pipeline.strategy.single"},
@@ -363,7 +366,6 @@ def train_side(folder: Path, settings: Settings, side: str) -> dict[str, Any]:
     from models.teachers.sharded import Sharded
 
     if side == "sharded":
-        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed's zero.Init asks for it, in a process of its own as well
         import deepspeed  # noqa: F401 - the library itself is no part of the peak
 
     path = str(folder / "teacher")
@@ -519,7 +521,7 @@ def table(figures: dict[str, Any]) -> Any:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--quick", action="store_true", help="about a minute on 2 cores: fewer steps and sides, a teacher of few steps"
+        "--quick", action="store_true", help="about a minute on 2 cores: fewer rows, steps and sides, a teacher of few steps"
     )
     parser.add_argument("--sides", help=f"comma-separated, of {', '.join(SIDES)}")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
@@ -543,7 +545,7 @@ def main() -> None:
     device = words.device or ("cuda" if torch.cuda.is_available() else "cpu")
     settings = Settings(device=device, precision="bf16" if device == "cuda" else "fp32", threads=os.cpu_count() or 1)
     if words.quick:
-        settings = replace(settings, teacher_steps=4, warmup_steps=1, steps=3, repeats=1)
+        settings = replace(settings, rows=4, teacher_steps=10, warmup_steps=1, steps=3, repeats=1)
     given = {name: value for name in asdict(settings) if (value := getattr(words, name, None)) is not None}
     settings = replace(settings, **given)
     for name in ("rows", "warmup_steps", "steps", "repeats"):

@@ -19,10 +19,23 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from models.cache import Cache, Header, Piece, Writer, pieces_of, save_head, seed_of, write_header
+from models.cache import (
+    HEADER,
+    Cache,
+    Header,
+    Piece,
+    Shard,
+    Writer,
+    pieces_of,
+    read_header,
+    save_head,
+    scan,
+    seed_of,
+    write_header,
+)
 from models.encodings.encoding import Encoding, Payload, describe
 from models.encodings.fidelity import fidelity
-from models.encodings.top_k import TopK
+from models.encodings.top_k import FLOOR, TopK, ids_dtype
 from models.errors import Refusal
 from models.heads import logit_numbers
 from models.load import DTYPES, attention_for, check_folder, empty_model, load_config, parameter_count
@@ -47,7 +60,7 @@ class Record:
     teacher: Any  # a Source that needs a record: cached, served
     encoding: Encoding
     batch_rows: int = 8  # rows the teacher reads at once; memory only
-    shard_mb: int = 256  # of one file; what an interrupted run has to do again, at most
+    shard_mb: int = 256  # of one file; what an interrupted run has to do again, at most, or what five minutes gave
     sample_tokens: int = 512  # on which the encoding is measured against the dense teacher
 
     def __post_init__(self) -> None:
@@ -109,26 +122,32 @@ class Record:
         tokenizer = load_tokenizer(self.teacher.path, self.teacher.trust_remote_code)
         context.work.mkdir(parents=True, exist_ok=True)
         rows, statistics, folder = rows_of(self.data, "train", tokenizer, context.data_folder)
+        if not len(rows):
+            raise Refusal(f"data.train={self.data.train}: no row of text is left after tokenizing")
         shards = context.work / "shards"
         shards.mkdir(exist_ok=True)
         header = self._header(context, tokenizer)
         write_header(shards, header)
+        if context.stage not in context.config["force"]:
+            _adopt(context.out, shards, header)
         there = Cache(shards, header)
-        todo: list[int] = []
-        seen, tokens = set[bytes](), 0
-        for at in range(0, len(rows), 1000):
-            numbers = range(at, min(at + 1000, len(rows)))
-            columns = rows[list(numbers)]
-            for place, number in enumerate(numbers):
-                row = {name: np.asarray([columns[name][place]]) for name in ("input_ids", "position_ids", "targets")}
-                found = [p for p in pieces_of(row, header.fingerprint) if p.key not in seen]
-                seen.update(piece.key for piece in found)
-                tokens += sum(len(piece.supervised) for piece in found)
-                if any(piece.key not in there for piece in found):
-                    todo.append(number)
+        row_P, tokens_P, keys, new_P = [], [], [], []
+        for numbers, counts, some in scan(rows, header.fingerprint):
+            row_P.append(numbers)
+            tokens_P.append(counts)
+            keys.append(b"".join(some))
+            new_P.append(~there.holds(some))
+        first_P = _first(np.frombuffer(b"".join(keys), dtype=np.uint64).reshape(-1, 2))
+        todo = np.unique(np.concatenate(row_P)[np.concatenate(new_P) & first_P])
         artifact.write_json(
             context.work / "prepared.json",
-            {"rows": str(folder), "todo": todo, "pieces": len(seen), "tokens": tokens, "statistics": statistics},
+            {
+                "rows": str(folder),
+                "todo": todo.tolist(),
+                "pieces": int(first_P.sum()),
+                "tokens": int(np.concatenate(tokens_P)[first_P].sum()),
+                "statistics": statistics,
+            },
         )
 
     def run(self, context: Context) -> None:
@@ -138,7 +157,7 @@ class Record:
         tokenizer = load_tokenizer(self.teacher.path, self.teacher.trust_remote_code)
         rows = load_from_disk(prepared["rows"])
         shards = context.work / "shards"
-        header = self._header(context, tokenizer)
+        header = read_header(shards)
         begin = time.monotonic()
         measured: dict[str, Any] = {}
         if self.teacher.runs_here:
@@ -204,12 +223,13 @@ class Record:
         payloads = [self._encoding.encode(_states(hidden, piece), head, seed_of(piece.key)) for piece in chosen]
         payload = {name: torch.cat([each[name] for each in payloads]) for name in payloads[0]}
         states_NH = torch.cat([_states(hidden, piece) for piece in chosen])
-        temperature = getattr(self._encoding, "temperature", 1.0)
+        temperature = getattr(self._encoding, "temperature", None) or getattr(self._encoding, "temperatures", [1.0])[0]
         return fidelity(self._encoding, payload, states_NH, head, temperature)
 
     def _ask(self, rows: Any, todo: list[int], tokenizer: Any, header: Header, shards: Path) -> None:
         """Of a server, what it says after every token of every new piece."""
         known, writer = Known(shards, header), Writer(shards, 0, self.shard_mb * 2**20)
+        columns = load_config(self.teacher.path, "teacher", self.teacher.trust_remote_code).vocab_size
 
         def pieces() -> Iterator[tuple[tuple[bytes, Any], list[int]]]:
             for number in _shown(len(todo), True):
@@ -220,33 +240,42 @@ class Record:
 
         try:
             for (key, supervised), ids_TK, log_TK in self.teacher.endpoint.score(pieces()):
-                writer.add(key, self._served(ids_TK[supervised], log_TK[supervised], header.vocabulary))
+                writer.add(key, self._served(ids_TK[supervised], log_TK[supervised], header.vocabulary, columns))
                 writer.flush_after(_FLUSH_SECONDS)
         finally:  # a server that stays down, or an interrupt: what has come is kept
             writer.flush()
 
-    def _served(self, ids_NK: Any, log_NK: Any, vocabulary: int) -> Payload:
-        if ids_NK.size and ids_NK.max() >= vocabulary:
+    def _served(self, ids_NK: Any, log_NK: Any, vocabulary: int, columns: int) -> Payload:
+        """`columns`: of the model's table, which can be padded beyond its tokenizer's `vocabulary`."""
+        if ids_NK.size and ids_NK.max() >= columns:
             raise Refusal(
-                f"teacher.path={self.teacher.path}: the server names token {ids_NK.max()}, and the tokenizer has "
-                f"{vocabulary}; give the tokenizer of the model that is served"
+                f"teacher.path={self.teacher.path}: the server names token {ids_NK.max()}, and its model has "
+                f"{columns}; give the tokenizer and the config of the model that is served"
             )
-        log_NK = torch.from_numpy(np.where(ids_NK < 0, -np.inf, log_NK)).double()
-        ids_NK = torch.from_numpy(np.maximum(ids_NK, 0))
         encoding = self._encoding
         assert isinstance(encoding, TopK)
-        payload = {"ids": ids_NK.to(torch.uint16 if vocabulary <= 2**16 else torch.int32)}
-        payload["logits"] = log_NK.clamp_min(-1e4).to(DTYPES[encoding.dtype])
+        width = min(encoding.k, vocabulary)
+        if ids_NK.shape[1] < width:
+            raise Refusal(
+                f"teacher.endpoint.top_k={encoding.k}: the server gives {ids_NK.shape[1]} tokens at most; set "
+                f"teacher.endpoint.top_k={ids_NK.shape[1]}"
+            )
+        ids_NK, log_NK = _distinct(ids_NK, log_NK.astype(np.float64), width, vocabulary)
+        payload = {
+            "ids": torch.from_numpy(ids_NK).to(ids_dtype(vocabulary)),
+            "logits": torch.from_numpy(log_NK).to(DTYPES[encoding.dtype]),
+        }
         if ids_NK.shape[1] < vocabulary:
-            rest_N = (1 - log_NK.exp().sum(-1)).clamp_min(1e-9)  # rounding can leave less than nothing
-            payload["tails"] = rest_N.log().float()[:, None]
+            rest_N = (1 - np.exp(log_NK).sum(-1)).clip(1e-9)  # rounding can leave less than nothing
+            payload["tails"] = torch.from_numpy(np.log(rest_N)).float()[:, None]
         return payload
 
     def _header(self, context: Context, tokenizer: Any) -> Header:
         parent = context.parents["teacher"]
         teacher = parent["content_hash"]
         if not self.teacher.runs_here:
-            teacher = f"{self.teacher.endpoint.url} {self.teacher.endpoint.model}"
+            endpoint = self.teacher.endpoint  # asked for its model: what answers at an address can change
+            teacher = f"{endpoint.url} {endpoint.model or endpoint.ask().model}"
         template = getattr(tokenizer, "chat_template", None)
         if self.data.chat_template is not None:
             template = packing.chat_template(tokenizer, self.data)
@@ -311,11 +340,59 @@ class Known:
 
     def new(self, pieces: list[Piece]) -> list[Piece]:
         found = []
-        for piece in pieces:
-            if piece.key not in self.taken and piece.key not in self.there:
+        for piece, there in zip(pieces, self.there.holds([piece.key for piece in pieces]), strict=True):
+            if not there and piece.key not in self.taken:
                 self.taken.add(piece.key)
                 found.append(piece)
         return found
+
+
+def _adopt(old: Path, shards: Path, header: Header) -> None:
+    """What an earlier result holds of the same signal need not be recorded again, be the text another or a shard lost.
+
+    Every piece of it is verified, so that a damaged shard is left behind.
+    """
+    if not (old / HEADER).exists() or read_header(old) != header:
+        return
+    for path in sorted(old.glob("shard-*.safetensors")):
+        try:
+            Shard(path).verify()
+        except Refusal:
+            continue
+        if not (shards / path.name).exists():
+            _link(path, shards / path.name)
+
+
+def _first(keys_P2: Any) -> Any:
+    """Which keys have not stood before."""
+    order = np.lexsort((keys_P2[:, 1], keys_P2[:, 0]))
+    changed = np.ones(len(order), dtype=bool)
+    changed[1:] = (keys_P2[order[1:]] != keys_P2[order[:-1]]).any(axis=1)
+    first_P = np.zeros(len(order), dtype=bool)
+    first_P[order[changed]] = True  # lexsort is stable
+    return first_P
+
+
+def _distinct(ids_NK: Any, log_NK: Any, width: int, vocabulary: int) -> tuple[Any, Any]:
+    """`width` different tokens in every row, where a server named columns that are no tokens, or left a place empty.
+
+    Twice the same id would be twice the student's probability of it. A place is empty (-1) where no other token is
+    possible; where a column gave way, another token has the average of what is left.
+    """
+    token_NK = (ids_NK >= 0) & (ids_NK < vocabulary)
+    beyond_N = np.where(ids_NK >= vocabulary, np.exp(log_NK), 0).sum(-1, keepdims=True)
+    log_NK = np.where(token_NK, (log_NK - np.log1p(-beyond_N)).clip(FLOOR), FLOOR)
+    order = np.argsort(~token_NK, axis=-1, kind="stable")[:, :width]
+    impossible_N = (ids_NK < 0).any(-1)
+    ids_NK, log_NK, token_NK = (np.take_along_axis(each, order, -1) for each in (ids_NK, log_NK, token_NK))
+    for row in np.flatnonzero(~token_NK.all(-1)):
+        known, empty = token_NK[row], ~token_NK[row]
+        free = np.setdiff1d(np.arange(min(vocabulary, 2 * width)), ids_NK[row, known])
+        ids_NK[row, empty] = free[: empty.sum()]
+        if not impossible_N[row]:
+            left = 1 - np.exp(log_NK[row, known]).sum()
+            log_NK[row, empty] = np.log(max(left, 1e-9) / (vocabulary - known.sum()))
+    return ids_NK, log_NK
 
 
 def _states(hidden: Tensor, piece: Piece) -> Tensor:

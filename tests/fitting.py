@@ -13,14 +13,19 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from models.language_model import LanguageModel, gather_state
+from models.load import load_config
+from models.objectives.attention_relations import AttentionRelations
 from models.objectives.cross_entropy import CrossEntropy
 from models.objectives.distillation import Distillation
 from models.objectives.forward_kl import ForwardKL
+from models.objectives.hidden_states import HiddenStates
 from models.schedules import cosine
 from models.teachers.online import Online
+from models.teachers.sharded import Sharded
 from models.teachers.teacher import Opening
 from pipeline import strategy as strategies
 from pipeline.data.loader import Rows, accumulation
@@ -47,6 +52,10 @@ class Scenario:
     resume: bool = False
     student: str | None = None  # another folder than the shared one
     teacher: str = "teacher"
+    sharded: bool = False  # the teacher by an engine of its own
+    offload: str = "none"
+    layers: bool = False  # hidden states and attention compared as well
+    lora_head: bool = False  # the student's head frozen under a low-rank adapter
 
 
 def model(hidden: int, layers: int, seed: int, tied: bool = False, dropout: float = 0.0) -> LlamaForCausalLM:
@@ -94,6 +103,18 @@ def rows(count: int = 40, seed: int = 0) -> Dataset:
     return Dataset.from_list(made)
 
 
+def adapted_head(student: Any) -> Any:
+    """PEFT's LoRA on the head alone, which is frozen under it; the body trains."""
+    from peft.tuners.lora import Linear
+
+    torch.manual_seed(3)
+    config = LoraConfig(r=2, lora_alpha=4)
+    student.lm_head.requires_grad_(False)
+    student.lm_head = Linear(student.lm_head, "default", config, r=2, lora_alpha=4)
+    torch.nn.init.normal_(student.lm_head.lora_B["default"].weight, std=0.1)
+    return student
+
+
 def saved(folder: Path, name: str, made: LlamaForCausalLM) -> str:
     made.save_pretrained(folder / name)
     return str(folder / name)
@@ -115,10 +136,17 @@ def fit(scenario: Scenario, folder: Path) -> dict[str, Any]:
             if at and trainer.global_step == at and module.step_metrics and not scenario.resume:
                 trainer.save_checkpoint(folder / f"{scenario.name}.ckpt")
 
-    objective = Distillation(0.3, ForwardKL(2.0)) if scenario.taught else CrossEntropy()
+    also = {"hidden": HiddenStates(), "attention": AttentionRelations(relation_heads=2)} if scenario.layers else {}
+    objective = Distillation(0.3, ForwardKL(2.0), also) if scenario.taught else CrossEntropy()
+    source = Sharded(str(teacher), offload=scenario.offload) if scenario.sharded else Online(str(teacher))
+
+    def load_student() -> Any:
+        loaded = load_model(str(student), dtype=torch.float32)
+        return adapted_head(loaded) if scenario.lora_head else loaded
+
     module = LanguageModel(
-        load_student=lambda: load_model(str(student), dtype=torch.float32),
-        load_teacher=(lambda: Online(str(teacher)).open(Opening(VOCABULARY))) if scenario.taught else None,
+        load_student=load_student,
+        load_teacher=(lambda: source.open(Opening(VOCABULARY))) if scenario.taught else None,
         objective=objective,
         optimizer=functools.partial(torch.optim.AdamW, lr=1e-2, betas=(0.9, 0.95)),
         schedule=cosine(warmup_steps=3),
@@ -129,6 +157,7 @@ def fit(scenario: Scenario, folder: Path) -> dict[str, Any]:
         seed=0,
         log_every_steps=1,
         activation_checkpointing=scenario.activation_checkpointing,
+        configs=(load_config(str(student)), load_config(str(teacher))),
     )
     data = Rows(
         rows(),
@@ -182,7 +211,7 @@ def fit(scenario: Scenario, folder: Path) -> dict[str, Any]:
         "state": state,
         "teacher_gradients": teacher_gradients,
         "teacher_sharded": all(hasattr(p, "ds_id") and p.numel() == 0 for p in module.teacher.parameters())
-        if scenario.taught
+        if isinstance(module.teacher, torch.nn.Module)
         else None,
     }
 
@@ -202,15 +231,21 @@ def main() -> None:
         result = fit(Scenario(**entry), folder)
         if int(os.environ["RANK"]) == 0:
             torch.save(result, folder / f"{entry['name']}.pt")
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 def on_two_ranks(scenarios: list[Scenario], folder: Path) -> dict[str, dict[str, Any]]:
     """All scenarios in one pair of processes."""
+    return on_ranks(2, scenarios, folder)
+
+
+def on_ranks(world: int, scenarios: list[Scenario], folder: Path) -> dict[str, dict[str, Any]]:
+    """All scenarios in as many processes as there are ranks."""
     import subprocess
 
-    (folder / "scenarios.json").write_text(json.dumps([asdict(replace(s, world=2)) for s in scenarios]))
+    (folder / "scenarios.json").write_text(json.dumps([asdict(replace(s, world=world)) for s in scenarios]))
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         [
@@ -218,7 +253,7 @@ def on_two_ranks(scenarios: list[Scenario], folder: Path) -> dict[str, dict[str,
             "-m",
             "torch.distributed.run",
             "--standalone",
-            "--nproc-per-node=2",
+            f"--nproc-per-node={world}",
             "-m",
             "tests.fitting",
             str(folder),

@@ -119,3 +119,35 @@ def test_distillkit_is_named_with_where_to_get_it() -> None:
     done = objective("--sides=distillkit", *TINY_OBJECTIVE)
     assert done.returncode == 2
     assert "--sides distillkit: need --distillkit" in done.stderr.splitlines()[-1]
+
+
+TINY_CACHE = [
+    "--vocabulary=300",
+    "--student-hidden=16",
+    "--teacher-hidden=32",
+    "--student-layers=1",
+    "--teacher-layers=1",
+    "--teacher-steps=2",
+    "--length=16",
+    "--steps=2",
+    "--warmup-steps=1",
+    "--rows=2",
+    "--repeats=1",
+    "--threads=1",
+    "--device=cpu",
+]
+
+
+def test_every_source_of_the_teacher_trains_on_the_same_rows_and_tells_its_cost() -> None:
+    sides = ["cross_entropy", "online", "cached_top_k", "cached_hidden_bf16"]
+    words = [sys.executable, ROOT / "benchmarks/teacher_cache.py", "--quick", f"--sides={','.join(sides)}", *TINY_CACHE]
+    found = figures(subprocess.run(words, capture_output=True, text=True, timeout=600))
+    assert set(found) == {"sides", "teacher", "goals", "device", "settings"}
+    assert list(found["sides"]) == sides
+    assert all(each["tokens_per_second"] > 0 and each["peak_memory"] > 0 for each in found["sides"].values())
+    online, top_k, exact = (found["sides"][side] for side in sides[1:])
+    assert exact["first_divergence"] == pytest.approx(online["first_divergence"], rel=0.01)
+    assert top_k["first_divergence"] < online["first_divergence"]  # of 65 categories, by data processing
+    assert exact["bytes_per_token"] > 2 * 32
+    assert exact["gradient_error"] < top_k["gradient_error"]
+    assert set(found["goals"]) == set(sides[2:])

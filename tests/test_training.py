@@ -17,7 +17,7 @@ from pipeline.data.batch import collate
 from pipeline.data.loader import Order, Rows, accumulation, in_turn
 from pipeline.fit import last_checkpoint
 from tests import fitting
-from tests.fitting import LENGTH, VOCABULARY, Scenario, fit, on_two_ranks, rows, write_models
+from tests.fitting import LENGTH, VOCABULARY, Scenario, fit, on_ranks, on_two_ranks, rows, write_models
 
 TOLERANCE = 1e-6  # fp32, 20 steps
 
@@ -38,13 +38,20 @@ def reference(folder: Path) -> dict[str, Any]:
 TWO_RANKS = [
     Scenario("ddp", "ddp", micro_batch=4),
     Scenario("ddp-accumulated", "ddp", micro_batch=1),
+    # Before those under ZeRO-3, whose configuration may outlive them in one process.
+    Scenario("ddp-sharded", "ddp", micro_batch=4, sharded=True),
+    Scenario("ddp-layers", "ddp", micro_batch=4, layers=True),
     Scenario("zero1", "zero1", micro_batch=4),
+    Scenario("zero2-sharded", "zero2", micro_batch=2, sharded=True, offload="cpu"),
     Scenario("zero2", "zero2", micro_batch=2),
     Scenario("zero3", "zero3", micro_batch=2),
     Scenario("zero3_offload", "zero3_offload", micro_batch=4),
     Scenario("zero3-tied", "zero3", micro_batch=4, tied=True, activation_checkpointing=True),
     Scenario("zero3-saving", "zero3", micro_batch=2, checkpoint_at=7, dropout=0.1),
     Scenario("zero3-bf16", "zero3", micro_batch=4, precision="bf16-mixed"),
+    Scenario("zero3-sharded", "zero3", micro_batch=4, sharded=True, checkpoint_at=7),
+    Scenario("zero3-layers", "zero3", micro_batch=2, layers=True, sharded=True, checkpoint_at=7),
+    Scenario("zero3-lora_head", "zero3", micro_batch=4, lora_head=True),
 ]
 
 
@@ -76,13 +83,69 @@ def test_padding_on_the_left_changes_nothing(folder: Path, reference: Any) -> No
     assert_same(fit(Scenario("left", side="left"), folder), reference)
 
 
-@pytest.mark.parametrize("name", ["ddp", "ddp-accumulated", "zero1", "zero2", "zero3", "zero3_offload"])
+@pytest.mark.parametrize(
+    "name",
+    ["ddp", "ddp-accumulated", "zero1", "zero2", "zero3", "zero3_offload"]
+    + ["ddp-sharded", "zero2-sharded", "zero3-sharded"],
+)
 def test_two_ranks_learn_what_one_does(two_ranks: Any, reference: Any, name: str) -> None:
     assert_same(two_ranks[name], reference)
 
 
 def test_tied_embeddings_with_activation_checkpointing_under_zero3_learn_the_same(folder: Path, two_ranks: Any) -> None:
     assert_same(two_ranks["zero3-tied"], fit(Scenario("tied", tied=True), folder))
+
+
+def test_a_sharded_teacher_in_one_process_is_the_online_one(folder: Path, reference: Any) -> None:
+    scenarios = [Scenario(f"alone-{offload}", sharded=True, offload=offload) for offload in ("none", "cpu")]
+    for result in on_ranks(1, scenarios, folder).values():
+        assert_same(result, reference)
+
+
+@pytest.fixture(scope="module")
+def layers(folder: Path) -> dict[str, Any]:
+    return fit(Scenario("layers", layers=True), folder)
+
+
+@pytest.mark.parametrize("name", ["ddp-layers", "zero3-layers"])
+def test_two_ranks_learn_from_layers_what_one_does(two_ranks: Any, layers: Any, name: str) -> None:
+    assert_same(two_ranks[name], layers)
+    for one, other in zip(two_ranks[name]["metrics"], layers["metrics"], strict=True):
+        for term in ("hidden_states", "attention_relations"):
+            assert one[term] == pytest.approx(other[term], rel=1e-4)
+
+
+def test_comparing_layers_changes_what_is_learnt_and_falls(layers: Any, reference: Any) -> None:
+    first, last = layers["metrics"][0], layers["metrics"][-1]
+    assert last["hidden_states"] < 0.9 * first["hidden_states"]
+    assert not torch.equal(*(each["state"]["model.embed_tokens.weight"] for each in (layers, reference)))
+
+
+def test_the_loss_that_is_reported_is_the_weighted_sum_of_its_terms(layers: Any) -> None:
+    for step in layers["metrics"]:
+        terms = 0.3 * step["cross_entropy"] + 0.7 * step["forward_kl"] + step["hidden_states"]
+        assert step["loss"] == pytest.approx(terms + step["attention_relations"], rel=1e-5)
+
+
+def test_layers_with_their_projections_resume_to_the_bit(folder: Path, two_ranks: Any) -> None:
+    scenario = Scenario("zero3-layers", "zero3", micro_batch=2, layers=True, sharded=True, resume=True)
+    assert_same(two_ranks["zero3-layers"], on_two_ranks([scenario], folder)["zero3-layers"], tolerance=0, first=7)
+
+
+def test_a_low_rank_adapter_on_the_head_learns_the_same_under_zero3(folder: Path, two_ranks: Any) -> None:
+    alone = fit(Scenario("lora", lora_head=True), folder)
+    assert_same(two_ranks["zero3-lora_head"], alone)
+    start = AutoModelForCausalLM.from_pretrained(folder / "student-False-0.0").state_dict()
+    assert torch.equal(alone["state"]["lm_head.base_layer.weight"], start["lm_head.weight"])
+
+
+@pytest.mark.parametrize("name", ["zero3-sharded", "zero3-layers"])
+def test_a_sharded_teacher_is_in_no_checkpoint(folder: Path, name: str) -> None:
+    for part in sorted((folder / f"{name}.ckpt" / "checkpoint").glob("*model_states.pt")):
+        saved = torch.load(part, weights_only=False)
+        names = {n for group in saved["param_shapes"] for n in group} | set(saved["module"])
+        assert names
+        assert all(n.startswith(("student.", "comparisons.")) for n in names)
 
 
 def test_bf16_over_fp32_masters_stays_close(two_ranks: Any, reference: Any) -> None:

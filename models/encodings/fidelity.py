@@ -17,7 +17,7 @@ _NOISE = 0.3  # of the spread of the hidden states: a student that is not yet it
 
 def fidelity(
     encoding: Encoding, payload: Payload, hidden_NH: Float[Tensor, "N H"], head: Head, temperature: float
-) -> dict[str, float]:
+) -> dict[str, float | int]:
     """Against the dense teacher, on N tokens whose `payload` the encoding made.
 
     `own_kl`: what a student that is the teacher would be told is still missing, nats per token. For one that is the

@@ -42,7 +42,8 @@ class Sampled:
     def of(self, logits_NV: Float[Tensor, "N V"], generator: torch.Generator) -> Payload:
         log_p_NV = torch.log_softmax(logits_NV / self.temperature, -1)
         p_NV = log_p_NV.exp()
-        drawn_ND = torch.multinomial(p_NV, self.draws, replacement=True, generator=generator).sort(-1).values
+        # In fp64: drawing adds the probabilities up, and in fp32 those of a long tail would vanish beside the sum.
+        drawn_ND = torch.multinomial(p_NV.double(), self.draws, replacement=True, generator=generator).sort(-1).values
         fresh_ND = torch.ones_like(drawn_ND, dtype=torch.bool)
         fresh_ND[:, 1:] = drawn_ND[:, 1:] != drawn_ND[:, :-1]
         starts = fresh_ND.reshape(-1).nonzero().squeeze(1)  # every token's first draw is fresh, so runs end at tokens

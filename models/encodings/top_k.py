@@ -11,11 +11,12 @@ from torch import Tensor
 
 from models.encodings.encoding import Payload, in_chunks, wide
 from models.errors import Refusal
-from models.objectives import signal
+from models.objectives import signal, top_k
 from models.objectives.buckets import tail_of
 from models.objectives.head import Head
 
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
+FLOOR = -1e4  # a log-probability that stands for none: 0 · −∞ would be no number
 
 
 @dataclass(frozen=True)
@@ -47,10 +48,13 @@ class TopK:
         logits_NV = logits_NV - torch.logsumexp(logits_NV, -1, keepdim=True)
         vocabulary = logits_NV.shape[1]
         logits_NK, ids_NK = logits_NV.topk(min(self.k, vocabulary), dim=-1)
-        payload = {"ids": ids_NK.to(_ids_dtype(vocabulary)), "logits": logits_NK.to(self._kept(logits_NV))}
+        payload = {
+            "ids": ids_NK.to(ids_dtype(vocabulary)),
+            "logits": logits_NK.clamp_min(FLOOR).to(self._kept(logits_NV)),
+        }
         if self.k < vocabulary:
             tails = [tail_of(logits_NV, ids_NK, temperature) for temperature in self.temperatures]
-            payload["tails"] = torch.stack(tails, dim=1).to(wide(logits_NV))
+            payload["tails"] = torch.stack(tails, dim=1).clamp_min(FLOOR).to(wide(logits_NV))
         return payload
 
     def signal(self, payload: Payload, head: Head | None) -> signal.Signal:
@@ -62,6 +66,13 @@ class TopK:
     def refusal(self, term: Any) -> str | None:
         if getattr(term, "any_vocabulary", False):
             return f"{term.name} needs whole distributions; record with encoding=hidden_states"
+        if isinstance(term, top_k.TopK):
+            return (
+                "divergence=top_k would take its k of those that are recorded; name the divergence it wraps, which is "
+                "over the recorded k and the rest, or record with encoding=hidden_states"
+            )
+        if not hasattr(term, "temperature"):
+            return f"{term.name} has no temperature, and the rest is summed for one; record with encoding=hidden_states"
         if term.temperature not in self.temperatures:
             return (
                 f"temperature={term.temperature:g}, and the signal is recorded for "
@@ -73,5 +84,5 @@ class TopK:
         return torch.float64 if tensor.dtype == torch.float64 and self.dtype == "float32" else DTYPES[self.dtype]
 
 
-def _ids_dtype(vocabulary: int) -> torch.dtype:
+def ids_dtype(vocabulary: int) -> torch.dtype:
     return torch.uint16 if vocabulary <= 2**16 else torch.int32

@@ -3,36 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from models.cache import Cache, pieces_of
+from models.encodings.encoding import Payload
+from models.load import DTYPES
 from models.objectives.representation import Wanted
 from models.objectives.signal import Signal
 from models.teachers.teacher import Looked, Opening, Result
 
 
+@dataclass
+class _Reading(Looked):
+    payload: Future[Payload] | None = None
+
+
 class Recorded:
-    """Looks up the pieces of each batch in a cache."""
+    """Looks up the pieces of each batch in a cache, while the student's forward runs."""
 
     def __init__(self, folder: str, opening: Opening) -> None:
         self.cache, self.opening = Cache(Path(folder)), opening
+        self.reader = ThreadPoolExecutor(1, thread_name_prefix="recorded")
 
     def check(self) -> None:
         """The front door has held the cache's header against teacher, tokenizer and objective."""
 
     def look(self, batch: dict[str, Any], wanted: Wanted) -> Looked:
-        return Looked(batch)
+        keys = [piece.key for piece in pieces_of(batch, self.cache.fingerprint)]
+        return _Reading(batch, payload=self.reader.submit(self.cache.read, keys, batch["input_ids"].device))
 
     def give(self, looked: Looked, work: Callable[[Signal], Result]) -> Result:
-        batch = looked.batch
-        device = batch["input_ids"].device
-        pieces = pieces_of(batch, self.cache.fingerprint)
-        payload = self.cache.read([piece.key for piece in pieces], device)
-        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
-        return work(self.cache.encoding.signal(payload, self.cache.open_head(device, dtype)))
+        assert isinstance(looked, _Reading)
+        assert looked.payload is not None
+        # In the teacher's own dtype, whatever the student's precision, as the teacher itself would multiply.
+        head = self.cache.open_head(looked.batch["input_ids"].device, DTYPES[self.cache.header.dtype])
+        return work(self.cache.encoding.signal(looked.payload.result(), head))
 
     def close(self) -> None:
-        self.cache.opened.clear()
+        self.reader.shutdown()
+        self.cache.close()

@@ -146,6 +146,7 @@ def _deepspeed() -> Any:
     """DeepSpeed with a process group: the student's where there is one, else a group of one."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))  # zero.Init reads it
     import deepspeed
 
     if not torch.cuda.is_available():

@@ -24,9 +24,9 @@ and with a teacher of another tokenizer, int32 again,
                            the student's tokens, the place in teacher_input_ids that predicts the teacher's first
                            token of the span, the teacher's tokens. Both sides' tokens are the same bytes of text.
 
-The teacher's piece of a text is begin + those of its tokens of the text that lie within the student's piece, + end if
-the student's ends. So tokens are those of the whole text, not cut anew at every window, and the teacher sees no text
-that the student does not. Begin stands before every window: many models are lost without it.
+The teacher's piece of a text is those of its tokens of the text that lie within the student's piece; begin + these, if
+the piece begins the text, and + end, if it ends it. So tokens are those of the whole text, not cut anew at every window,
+and the teacher sees just the text that the student sees: with identical tokenizers, the very same pieces.
 """
 
 from __future__ import annotations
@@ -294,9 +294,13 @@ class _Teacher:
         """Beside the student's window of `length` tokens from `at` on, begin being 0; `ids` are the whole text's."""
         begin, end = _ends(self.tokenizer, "the teacher's tokenizer")
         (first, last), spans = aligned.window(at - 1, at - 1 + length)
-        held = [begin, *ids[first:last]]
-        # Token i of the text stands at i + 1 behind begin, and so is predicted at i.
-        spans = spans - np.array([at, at, first, first])
+        # As the student's own windows: begin stands before the text alone. Behind it token i is predicted at i; a
+        # later window's first token only predicts, and nothing can be compared at it.
+        headed = at == 0 or first >= last
+        held = [begin, *ids[first:last]] if headed else list(ids[first:last])
+        lost = first if headed else first + 1
+        spans = spans - np.array([at, at, lost, lost])
+        spans = spans[spans[:, 2] >= 0]
         if at + length == len(aligned.student.starts) + 2:
             spans = np.append(spans, [[length - 2, length - 1, len(held) - 1, len(held)]], axis=0)
             held.append(end)
