@@ -521,7 +521,7 @@ def table(figures: dict[str, Any]) -> Any:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--quick", action="store_true", help="about a minute on 2 cores: fewer rows, steps and sides, a teacher of few steps"
+        "--quick", action="store_true", help="about a minute on 2 cores: fewer rows, steps, sides and lessons"
     )
     parser.add_argument("--sides", help=f"comma-separated, of {', '.join(SIDES)}")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")

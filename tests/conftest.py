@@ -14,7 +14,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 
 torch.set_num_threads(1)  # tiny models; and tests must not depend on who else uses the machine's cores
-install_import_hook(["models.objectives", "models.heads", "models.teachers", "models.encodings", "models.representations"], "beartype.beartype")
+install_import_hook(
+    ["models.objectives", "models.heads", "models.teachers", "models.encodings", "models.representations"],
+    "beartype.beartype",
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 

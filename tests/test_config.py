@@ -24,6 +24,7 @@ SAID = {
     "student=layers": ["student.keep=2"],
     "student=one_billion": [],
     "student=folder": ["student.path=some/folder"],
+    "teacher=served": ["teacher.endpoint.url=http://localhost:8000/v1"],
 }
 
 
@@ -65,10 +66,41 @@ def test_every_choice_composes_and_is_instantiated(choice: str) -> None:
         for g in ("schedule", "optimizer")
         for p in sorted((CONF / g).glob("*.yaml"))
     ]
-    + [f"divergence@objective.divergence={p.stem}" for p in sorted((CONF / "divergence").glob("*.yaml"))],
+    + [f"divergence@objective.divergence={p.stem}" for p in sorted((CONF / "divergence").glob("*.yaml"))]
+    + [f"+divergence@objective.also.more={p.stem}" for p in sorted((CONF / "divergence").glob("[!f]*.yaml"))]
+    + [f"+auxiliary@objective.also.more={p.stem}" for p in sorted((CONF / "auxiliary").glob("*.yaml"))],
 )
 def test_every_part_of_a_stage_can_be_chosen(choice: str) -> None:
     assert build(quickstart(choice), "distill").training.max_steps == 600
+
+
+@pytest.mark.parametrize("encoding", sorted(p.stem for p in (CONF / "encoding").glob("*.yaml")))
+def test_every_encoding_can_be_recorded_in(encoding: str) -> None:
+    stage = build(quickstart("teacher=cached", f"encoding@stages.record.encoding={encoding}"), "record")
+    assert stage.encoding.name == encoding
+
+
+@pytest.mark.parametrize("recorder", ["online", "sharded"])
+def test_a_cached_teacher_can_be_recorded_by(recorder: str) -> None:
+    teacher = build(quickstart("teacher=cached", f"teacher@teacher.recorder={recorder}"), "record").teacher
+    assert type(teacher.recorder).__name__.lower() == recorder
+    assert teacher.recorder.path == teacher.path
+
+
+@pytest.mark.parametrize(
+    ("words", "stages"),
+    [
+        ([], ["pretrain", "distill", "control", "evaluate"]),
+        (["teacher=sharded"], ["pretrain", "distill", "control", "evaluate"]),
+        (["teacher=cached"], ["pretrain", "record", "distill", "control", "evaluate"]),
+        (["teacher=cached", "teacher.cache=elsewhere/record"], ["pretrain", "distill", "control", "evaluate"]),
+        (["teacher=cached", "teacher.path=a/teacher"], ["record", "distill", "control", "evaluate"]),
+    ],
+)
+def test_a_stage_that_records_runs_only_where_its_record_is_read(words: list[str], stages: list[str]) -> None:
+    from pipeline.run import needed
+
+    assert needed(quickstart(*words)) == stages
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
@@ -100,12 +132,20 @@ def test_every_yaml_is_met_by_one_of_these_tests() -> None:
         "schedule",
         "optimizer",
         "divergence",
+        "auxiliary",
+        "encoding",
         "experiment",
         "scale",
         "stage",
         "training",
     }
-    assert {p.stem for p in (CONF / "stage").glob("*.yaml")} == {"pretrain", "distill", "control", "evaluate"}
+    assert {p.stem for p in (CONF / "stage").glob("*.yaml")} == {
+        "pretrain",
+        "record",
+        "distill",
+        "control",
+        "evaluate",
+    }
 
 
 def test_the_production_run_is_what_it_says() -> None:
@@ -245,6 +285,28 @@ MISTAKES = {
     "+experiment=distill data.train=stdlib": ["teacher.path is not set"],
     "student=layers": ["student.keep is not set"],
     "only=null start=nowhere": ["start=nowhere"],
+    "trainer.objective_memory_mb=0": ["trainer.objective_memory_mb=0"],
+    "teacher=sharded teacher.offload=disk": ["teacher.offload=disk", "cpu"],
+    "teacher=sharded teacher.offload=nvme": ["teacher.nvme_path"],
+    "teacher=cached objective.divergence.temperature=3.0": ["temperature=3", "recorded for 1, 2", "temperatures"],
+    "teacher=cached encoding@stages.record.encoding=sampled": ["temperature=2", "encoding.temperature=2"],
+    "teacher=cached encoding@stages.record.encoding=sampled divergence@objective.divergence=reverse_kl": [
+        "reverse_kl cannot be worked out from samples"
+    ],
+    "teacher=cached divergence@objective.divergence=universal_logit": ["universal_logit", "encoding=hidden_states"],
+    "teacher=cached +auxiliary@objective.also.layers=hidden_states": ["hidden_states compares layers", "online"],
+    "teacher=cached teacher.cache=./nowhere": ["nowhere", "run the stage record"],
+    "teacher=cached start=distill teacher.path=./nowhere": ["teacher.path=./nowhere"],
+    "stages=[record]": ["nothing to record"],
+    "teacher=served teacher.endpoint.url=nonsense objective.divergence.temperature=1": ["nonsense"],
+    "teacher=served teacher.endpoint.url=http://localhost:1/v1": ["temperature=2", "temperature=1"],
+    "teacher=served": ["teacher.endpoint.url is not set"],
+    "stages.record.encoding.k=0 teacher=cached": ["encoding.k=0"],
+    "+divergence@objective.also.more=forward_kl": ["two terms are named forward_kl"],
+    "+auxiliary@objective.also.a=attention_relations objective.also.a.relation_heads=7": ["relation_heads=7"],
+    "+auxiliary@objective.also.h=hidden_states objective.also.h.layers=[[9,1]]": ["student layer 9"],
+    "+auxiliary@objective.also.h=hidden_states objective.also.h.projection=false": ["64", "128"],
+    "divergence@objective.divergence=jensen_shannon objective.divergence.beta=2.0": ["beta=2.0"],
 }
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,10 +18,13 @@ from models.objectives.chunked import objective_sum
 from models.objectives.cross_entropy import CrossEntropy
 from models.objectives.distillation import Distillation
 from models.objectives.forward_kl import ForwardKL
-from models.objectives.head import Head
-from models.objectives.signal import Dense
+from models.objectives.head import Adapter, Head
+from models.objectives.jensen_shannon import JensenShannon
+from models.objectives.reverse_kl import ReverseKL
+from models.objectives.signal import Dense, Sampled, TopK
 from models.objectives.softmax import softmax
 
+ROOT = Path(__file__).resolve().parent.parent
 ROWS, LENGTH, VOCABULARY, WIDTH, TEACHER_WIDTH = 3, 7, 23, 5, 6
 
 
@@ -66,9 +72,7 @@ class Case:
 
     def run(self, objective: Any, **words: Any) -> tuple[Tensor, dict[str, Tensor], list[Tensor]]:
         """Value, its parts, and the gradients of what has some."""
-        total, parts = objective_sum(
-            objective, self.hidden, self.head, self.targets, self.signal, **words
-        )
+        total, parts = objective_sum(objective, self.hidden, self.head, self.targets, self.signal, **words)
         return total, parts, list(torch.autograd.grad(total, self.inputs))
 
     def dense_logits(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -259,9 +263,7 @@ def test_the_teacher_gets_no_gradient() -> None:
     case = Case()
     case.teacher_hidden.requires_grad_()
     case.teacher_weight.requires_grad_()
-    objective_sum(
-        Distillation(0.5, ForwardKL()), case.hidden, case.head, case.targets, case.signal
-    )[0].backward()
+    objective_sum(Distillation(0.5, ForwardKL()), case.hidden, case.head, case.targets, case.signal)[0].backward()
     assert case.teacher_hidden.grad is None
     assert case.teacher_weight.grad is None
 
@@ -376,3 +378,132 @@ def test_on_a_gpu_value_and_gradients_are_those_of_the_cpu_in_fp64(dtype: torch.
     torch.testing.assert_close(value.double().cpu(), truth, rtol=tolerance, atol=tolerance)
     for mine, theirs in zip(torch.autograd.grad(value, moved), expected, strict=True):
         torch.testing.assert_close(mine.double().cpu(), theirs, rtol=tolerance, atol=10 * tolerance)
+
+
+def test_weights_multiply_values_and_gradients_token_by_token() -> None:
+    case = Case(softcap=5.0)
+    weights = torch.rand(ROWS, LENGTH, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    objective = Distillation(0.3, ForwardKL(2.0))
+    got = objective_sum(objective, case.hidden, case.head, case.targets, case.signal, weights=weights, chunk_tokens=4)
+    student, teacher, targets = case.dense_logits()
+    hard = F.cross_entropy(student, targets, reduction="none")
+    soft = 4 * F.kl_div(
+        F.log_softmax(student / 2, -1), F.log_softmax(teacher / 2, -1), reduction="none", log_target=True
+    ).sum(-1)
+    kept = weights[case.targets != -100]
+    expected = (kept * (0.3 * hard + 0.7 * soft)).sum()
+    truth = torch.autograd.grad(expected, case.inputs)
+    assert_close([got[0], *torch.autograd.grad(got[0], case.inputs)], [expected, *truth], 1e-12)
+    assert_close(list(got[1].values()), [(kept * hard).sum(), (kept * soft).sum()], 1e-12)
+
+
+def test_weights_of_one_change_nothing() -> None:
+    case = Case(torch.float32)
+    total, _, gradients = case.run(ForwardKL())
+    again, _, same = case.run(ForwardKL(), weights=torch.ones(ROWS, LENGTH))
+    assert again == total
+    assert all(torch.equal(*pair) for pair in zip(gradients, same, strict=True))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("softcap", [None, 4.0])
+def test_a_low_rank_adapter_on_the_head_is_its_product_added_to_the_weight(frozen: bool, softcap: float | None) -> None:
+    case = Case(softcap=softcap)
+    generator = torch.Generator().manual_seed(5)
+    down = torch.nn.Linear(WIDTH, 2, bias=False, dtype=torch.float64)
+    up = torch.randn(VOCABULARY, 2, generator=generator, dtype=torch.float64, requires_grad=True)
+    case.weight.requires_grad_(not frozen)
+    head = Head(case.weight, case.bias, 1.0, softcap, Adapter(down, up))
+    objective = Distillation(0.3, ForwardKL(2.0))
+    total, _ = objective_sum(objective, case.hidden, head, case.targets, case.signal, chunk_tokens=4)
+    inputs = [case.hidden, case.bias, down.weight, up] + ([] if frozen else [case.weight])
+    got = torch.autograd.grad(total, inputs)
+    merged = Head(case.weight + up @ down.weight, case.bias, 1.0, softcap)  # by autograd's own product
+    expected, _ = objective_sum(objective, case.hidden, merged, case.targets, case.signal, chunk_tokens=4)
+    assert_close([total, *got], [expected, *torch.autograd.grad(expected, inputs)], 1e-12)
+
+
+def test_a_frozen_head_gets_no_gradient_and_takes_no_memory_for_one() -> None:
+    hidden, weight = torch.randn(8, 4, requires_grad=True), torch.randn(512, 4)
+    with LargestTensor() as largest:
+        total, _ = objective_sum(CrossEntropy(), hidden, Head(weight), torch.zeros(8, dtype=torch.long), chunk_tokens=1)
+        total.backward()
+    assert largest.elements == weight.numel()  # a view of the head itself; a gradient would be as large, and fp32
+    assert weight.grad is None
+    assert hidden.grad is not None
+
+
+def test_a_tied_head_collects_the_gradients_of_both_its_uses() -> None:
+    generator = torch.Generator().manual_seed(0)
+    table = torch.randn(VOCABULARY, WIDTH, generator=generator, dtype=torch.float64, requires_grad=True)
+    ids = torch.randint(VOCABULARY, (ROWS, LENGTH), generator=generator)
+    total, _ = objective_sum(CrossEntropy(), torch.tanh(F.embedding(ids, table)), Head(table), ids, chunk_tokens=4)
+    expected = F.cross_entropy(torch.tanh(table[ids]).reshape(-1, WIDTH) @ table.T, ids.reshape(-1), reduction="sum")
+    assert_close([total, *torch.autograd.grad(total, table)], [expected, *torch.autograd.grad(expected, table)], 1e-12)
+
+
+@pytest.mark.parametrize("megabytes", [1, 8])
+def test_a_memory_budget_bounds_the_buffers(megabytes: int) -> None:
+    tokens, width, vocabulary = 512, 4, 4096
+    hidden, weight = torch.randn(tokens, width, requires_grad=True), torch.randn(vocabulary, width, requires_grad=True)
+    signal = Dense(torch.randn(tokens, width), Head(torch.randn(vocabulary, width)))
+    with LargestTensor() as largest:
+        objective_sum(
+            Distillation(0.5, ForwardKL()),
+            hidden,
+            Head(weight),
+            torch.randint(vocabulary, (tokens,)),
+            signal,
+            memory_bytes=megabytes * 2**20,
+        )
+    assert 3 * 4 * largest.elements <= megabytes * 2**20  # logits of both models, and gradients
+    assert 3 * 4 * (largest.elements + 2 * vocabulary) > megabytes * 2**20  # and no smaller than need be
+
+
+def compare_compiled() -> None:
+    for divergence in (ForwardKL(2.0), JensenShannon(1.0)):
+        case = Case(torch.float32)
+        objective = Distillation(0.5, divergence)
+        total, parts, gradients = case.run(objective, chunk_tokens=4)
+        again, other_parts, same = case.run(objective, chunk_tokens=4, compiled=True)
+        assert_close([again, *same, *other_parts.values()], [total, *gradients, *parts.values()], 1e-5)
+
+
+def test_compiled_terms_give_the_same() -> None:
+    # In a process without this suite's type checks, which the compiler would trace as well.
+    command = "from tests.test_objectives import compare_compiled; compare_compiled(); print('the same')"
+    done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.strip() == "the same", done.stderr
+
+
+def test_sparse_signals_hold_no_tokens_times_vocabulary_either() -> None:
+    tokens, width, vocabulary, chunk_tokens = 96, 4, 512, 8
+    hidden, weight = torch.randn(tokens, width, requires_grad=True), torch.randn(vocabulary, width, requires_grad=True)
+    ids = torch.rand(tokens, vocabulary).topk(4).indices
+    logits = torch.randn(tokens, 4)
+    for signal in (
+        TopK(ids, logits, {1.0: torch.zeros(tokens)}),
+        Sampled(ids, torch.full((tokens, 4), 0.25), torch.zeros(tokens), 1.0),
+    ):
+        with LargestTensor() as largest:
+            total, _ = objective_sum(
+                Distillation(0.5, ForwardKL(1.0)),
+                hidden,
+                Head(weight),
+                torch.randint(vocabulary, (tokens,)),
+                signal,
+                chunk_tokens=chunk_tokens,
+            )
+            total.backward()
+        assert largest.elements == chunk_tokens * vocabulary
+
+
+def test_several_terms_share_the_logits_and_keep_their_own_sums() -> None:
+    case = Case()
+    objective = Distillation(0.25, ForwardKL(2.0), {"more": ReverseKL(1.0, weight=0.5)})
+    total, parts, _ = case.run(objective)
+    alone = {term.name: case.run(term)[0] for term in (CrossEntropy(), ForwardKL(2.0), ReverseKL(1.0))}
+    assert_close(list(parts.values()), [alone[name] for name in parts], 1e-12)
+    assert_close(
+        [total], [0.25 * alone["cross_entropy"] + 0.75 * alone["forward_kl"] + 0.5 * alone["reverse_kl"]], 1e-12
+    )

@@ -18,12 +18,10 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
-from safetensors.torch import load_file
 
 from models.cache import Cache, read_header, write_header
 from models.encodings.encoding import Payload
 from models.errors import Refusal
-from models.objectives.term import Objective
 from pipeline.artifact import content_hash
 from pipeline.config import Config, parse
 from pipeline.context import Context
@@ -144,7 +142,7 @@ OTHERS = {
     "another batch": ["stages.distill.training.global_batch=6", "stages.distill.training.micro_batch=2"],
     "another seed": ["seed=5", "stages.distill.training.micro_batch=8"],
     "no packing": ["data.packing=false"],
-    "another divergence": ["divergence@objective.divergence=jensen_shannon", "objective.divergence.temperature=3"],
+    "another divergence": ["divergence@objective.divergence=jensen_shannon", "objective.divergence.temperature=3.0"],
 }
 
 
@@ -259,7 +257,7 @@ def test_what_an_earlier_result_holds_is_not_recorded_again(
 TOP_K = ["teacher=cached"]
 SAMPLED = ["teacher=cached", "encoding@stages.record.encoding=sampled"]
 REFUSED = {
-    "another temperature": ([*TOP_K, "objective.divergence.temperature=3"], "add it to stages.record.encoding.temp"),
+    "another temperature": ([*TOP_K, "objective.divergence.temperature=3.0"], "add it to stages.record.encoding.temp"),
     "reverse KL of samples": (
         [*SAMPLED, "divergence@objective.divergence=reverse_kl"],
         "cannot be worked out from samples",
@@ -370,7 +368,7 @@ def test_a_served_teacher_killed_half_way_goes_on_and_trains_as_the_one_beside(
         "teacher.endpoint.top_k=400",
         "teacher.endpoint.retries=1",
         "stages.record.encoding.dtype=float32",
-        "objective.divergence.temperature=1",
+        "objective.divergence.temperature=1.0",
         "data.max_documents=1",
     ]
     server.start("--die-after", "20")
