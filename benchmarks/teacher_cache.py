@@ -286,9 +286,16 @@ def record(folder: Path, settings: Settings, side: str) -> dict[str, Any]:
 
 
 def train(
-    folder: Path, student: str, objective: Any, source: Any, rows: Any, steps: int, settings: Settings
+    folder: Path,
+    student: str,
+    objective: Any,
+    source: Any,
+    rows: Any,
+    steps: int,
+    settings: Settings,
+    keep: Path | None = None,
 ) -> tuple[Any, tuple[Clock, list[float]]]:
-    """As pipeline/fit.py does: (module, (clock, the divergences that were logged))."""
+    """As pipeline/fit.py does: (module, (clock, the divergences that were logged)). `keep`: of the first gradient."""
     import functools
 
     import pytorch_lightning as pl
@@ -315,6 +322,10 @@ def train(
     clock, divergences = Clock(settings.device), list[float]()
 
     class Watch(pl.Callback):
+        def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
+            if keep is not None and trainer.global_step == 0:  # which warms up
+                torch.save([parameter.grad for parameter in module.student.parameters()], keep)
+
         def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, *_: Any) -> None:
             clock.step_ended(batch["tokens_of_step"])
             if module.step_metrics and "forward_kl" in module.step_metrics:
@@ -377,7 +388,8 @@ def train_side(folder: Path, settings: Settings, side: str) -> dict[str, Any]:
     objective = CrossEntropy() if source is None else Distillation(ALPHA, ForwardKL(TEMPERATURE))
     rows = rows_of(folder, "epoch", settings)
     steps = settings.warmup_steps + settings.steps
-    _, (clock, divergences) = train(folder, "student", objective, source, rows, steps, settings)
+    keep = folder / f"{side}.gradient"
+    _, (clock, divergences) = train(folder, "student", objective, source, rows, steps, settings, keep)
     return {
         **clock.figures(settings.warmup_steps),
         "first_divergence": divergences[0] if divergences else None,
@@ -457,12 +469,31 @@ def measure(sides: list[str], settings: Settings, say: Any) -> dict[str, Any]:
                     f"{repeat + 1}/{settings.repeats} {side}: {last['tokens_per_second']:,.0f} tokens/s, "
                     f"{last['peak_memory'] / 2**20:,.0f} MiB"
                 )
-    figures = {side: {**summary(each), **recorded.get(side, {})} for side, each in runs.items()}
+        errors = first_gradient_errors(Path(folder), sides)
+    figures = {
+        side: {**summary(each), **recorded.get(side, {}), "first_gradient_error": errors.get(side)}
+        for side, each in runs.items()
+    }
     if "cross_entropy" in figures:
         plain = figures["cross_entropy"]["tokens_per_second"]
         for each in figures.values():
             each["ratio_to_cross_entropy"] = round(each["tokens_per_second"] / plain, 3)
     return {"sides": figures, "teacher": teacher, "goals": goals(figures)}
+
+
+def first_gradient_errors(folder: Path, sides: list[str]) -> dict[str, float]:
+    """Of the student's first gradient, over all its parameters and all tokens of the batch: against `online`'s."""
+    import torch
+
+    if "online" not in sides:
+        return {}
+
+    def gradient(side: str) -> Any:
+        parts = torch.load(folder / f"{side}.gradient", map_location="cpu")
+        return torch.cat([part.double().flatten() for part in parts])
+
+    truth = gradient("online")
+    return {side: ((gradient(side) - truth).norm() / truth.norm()).item() for side in sides if side != "cross_entropy"}
 
 
 def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -493,6 +524,7 @@ def table(figures: dict[str, Any]) -> Any:
         "÷ cross-entropy",
         "bytes a token",
         "gradient error",
+        "of the first step",
         "KL error",
         "recorded, tokens/s",
         "peak MiB",
@@ -508,8 +540,9 @@ def table(figures: dict[str, Any]) -> Any:
             f"{each['tokens_per_second']:,.0f} ({low:,.0f}–{high:,.0f})",
             f"{each['ratio_to_cross_entropy']:.2f}" if "ratio_to_cross_entropy" in each else "",
             f"{each['bytes_per_token']:,.1f}" if recorded else "",
-            f"{each['gradient_error']:.2%}" if recorded else exact,
-            f"{each['kl_error']:+.2%}" if recorded else exact,
+            f"{each['gradient_error']:.1%}" if recorded else exact,
+            "" if each["first_gradient_error"] is None else f"{each['first_gradient_error']:.2%}",
+            f"{each['kl_error']:+.1%}" if recorded else exact,
             f"{each['recording_tokens_per_second']:,.0f}" if recorded else "",
             f"{each['peak_memory'] / 2**20:,.0f}",
             "" if each["first_divergence"] is None else f"{each['first_divergence']:.5f}",

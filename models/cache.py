@@ -217,7 +217,7 @@ class Shard:
             raise ValueError
         self.keys_P2 = flat["keys"].view(np.uint64).reshape(-1, 2)
         self.checksums_P = flat["checksums"].view(np.int64)
-        # name → offsets, bytes of each row; and how to read these
+        # Of each field, by name: where the pieces begin, and its rows as bytes; how these are to be read.
         self.fields: list[tuple[np.ndarray, np.ndarray]] = []
         self.kinds: dict[str, tuple[torch.dtype, list[int]]] = {}
         for name in sorted(name for name in entries if not _is_index(name)):
@@ -253,7 +253,6 @@ class Cache:
         keys_P2 = np.concatenate([np.zeros((0, 2), dtype=np.uint64), *(shard.keys_P2 for shard in self.shards)])
         sizes = [len(shard.keys_P2) for shard in self.shards]
         order = np.lexsort((keys_P2[:, 1], keys_P2[:, 0]))
-        # Apart, because a search in every second number would copy them all first.
         self.first_P, self.second_P = (np.ascontiguousarray(keys_P2[order, half]) for half in (0, 1))
         shard_of = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
         place = np.concatenate([np.zeros(0, dtype=np.int32), *(np.arange(size, dtype=np.int32) for size in sizes)])

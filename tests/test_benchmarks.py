@@ -150,4 +150,6 @@ def test_every_source_of_the_teacher_trains_on_the_same_rows_and_tells_its_cost(
     assert top_k["first_divergence"] < online["first_divergence"]  # of 65 categories, by data processing
     assert exact["bytes_per_token"] > 2 * 32
     assert exact["gradient_error"] < top_k["gradient_error"]
+    assert online["first_gradient_error"] == 0
+    assert 0 < exact["first_gradient_error"] < top_k["first_gradient_error"]
     assert set(found["goals"]) == set(sides[2:])

@@ -30,11 +30,12 @@ from tests.command import ROOT, SMALL, train, weights
 
 LITTLE = [
     *SMALL,
-    "data.max_documents=4",
+    "data.max_documents=12",
     "stages.pretrain.training.max_steps=4",
     "stages.distill.training.max_steps=5",
     "stages.distill.training.validate_every_steps=5",
     "trainer.log_every_steps=1",
+    "+student.shape.attention_dropout=0.0",  # which draws differently on every rank
 ]
 CACHED = ["teacher=cached", "stages.record.shard_mb=1"]
 HIDDEN = [*CACHED, "encoding@stages.record.encoding=hidden_states", "stages.record.encoding.dtype=float32"]
@@ -61,8 +62,9 @@ def make(run_dir: Path, stage: str, *words: str) -> Path:
 
 def losses(folder: Path) -> list[float]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    found = [value for line in lines for name, value in line.items() if name in ("loss", "forward_kl", "grad_norm")]
-    assert len(found) >= 15
+    clocked = ("seconds", "tokens_per_second")
+    found = [value for line in lines for name, value in line.items() if name not in clocked]
+    assert len(found) >= 30
     return found
 
 
@@ -171,7 +173,7 @@ def test_only_the_cache_is_left_and_two_ranks_train_from_it(online: Path, hidden
 
 def test_a_recording_killed_half_way_goes_on_with_two_ranks_to_the_same_pieces(hidden: Path, tmp_path: Path) -> None:
     shutil.copytree(hidden / "pretrain", tmp_path / "pretrain")
-    words = [f"run_dir={tmp_path}", *LITTLE, *HIDDEN, "stop=record"]
+    words = [f"run_dir={tmp_path}", *LITTLE, *HIDDEN, "stages=[record]"]
     killing = {"path": str(ROOT / "tests" / "killing"), "RETORT_TEST_KILL": "os.rename .shard-0000-000001 1"}
     assert train(*words, **killing).returncode not in (0, 2)
     shards = tmp_path / "work" / "record" / "shards"
@@ -216,7 +218,7 @@ def test_a_coarser_encoding_states_its_error(encoding: str, online: Path, tmp_pa
         words.append("stages.record.encoding.temperatures=[2.0]")
     record = make(tmp_path, "record", *words)
     fidelity = json.loads((record / "manifest.json").read_text())["metrics"]["fidelity"]
-    assert 1e-3 < fidelity["gradient_error"] < 3
+    assert 1e-3 < fidelity["gradient_error"] < 100  # of single draws, and of a student close to its teacher
     assert fidelity["temperature"] == (2 if encoding == "top_k" else 1)
     assert fidelity["kl_dense"] > 0
 
@@ -226,13 +228,12 @@ def test_what_an_earlier_result_holds_is_not_recorded_again(
 ) -> None:
     """One shard is lost and one damaged; the rest is adopted, unless the stage is forced."""
     shutil.copytree(hidden / "record", tmp_path / "record")
-    lost, damaged, *others = sorted((tmp_path / "record").glob("shard-*"))
-    content = bytearray(damaged.read_bytes())
-    content[-1] ^= 1
-    damaged.write_bytes(content)
-    held = len(Cache(tmp_path / "record").shards[0].keys_P2)
-    lost.unlink()
+    lost, damaged, *others = Cache(tmp_path / "record").shards
     assert others
+    content = bytearray(damaged.path.read_bytes())
+    content[len(content) // 2] ^= 1  # of the hidden states
+    damaged.path.write_bytes(content)
+    lost.path.unlink()
     stage = "pipeline.record.Record.run"
     told: list[dict[str, Any]] = []
 
@@ -246,7 +247,8 @@ def test_what_an_earlier_result_holds_is_not_recorded_again(
     run = Record.run
     monkeypatch.setattr(stage, spy)
     make(tmp_path, "record", *HIDDEN, teacher_of(hidden))
-    assert 0 < told[0]["adopted"] < told[0]["pieces"] - held
+    assert told[0]["adopted"] == sum(len(shard.keys_P2) for shard in others)
+    assert 0 < len(told[0]["todo"]) < told[0]["pieces"]
     same_signals(tmp_path / "record", hidden / "record")
     make(tmp_path, "record", *HIDDEN, teacher_of(hidden), "force=[record]")
     assert told[1]["adopted"] == 0
@@ -296,20 +298,22 @@ def test_a_cache_of_another_tokenizer_and_a_student_of_its_layers_are_refused(hi
     shutil.copytree(hidden / "record", other)
 
     def refused(*words: str) -> str:
+        config = composed(tmp_path / "run", "teacher=cached", *words)
         with pytest.raises(Refusal) as problem:
-            check({"config": composed(tmp_path / "run", "teacher=cached", *words), "stages": ["distill"]})
+            check({"config": config, "stages": ["distill"]})
         assert "\n" not in str(problem.value)
         return str(problem.value)
 
     alone = (f"teacher.path={other}", f"teacher.cache={other}")
-    assert "recorded signal, without the model's weights" in refused(*alone, "student=layers", "+student.keep=1")
+    layers = ("~student.shape", "student._target_=models.student.Layers", "+student.keep=1")
+    assert "recorded signal, without the model's weights" in refused(*alone, *layers)
     header = read_header(other)
     write_header(other, type(header)(**{**header.__dict__, "tokenizer": "another"}))
     assert "it was recorded with another tokenizer" in refused(teacher_of(hidden), f"teacher.cache={other}")
 
 
 def test_other_text_than_was_recorded_is_refused_by_the_stage(hidden: Path, tmp_path: Path) -> None:
-    words = ["teacher=cached", teacher_of(hidden), cache_of(hidden), "data.max_documents=9", "stages=[distill]"]
+    words = ["teacher=cached", teacher_of(hidden), cache_of(hidden), "data.max_documents=16", "stages=[distill]"]
     done = train(f"run_dir={tmp_path}", *LITTLE, *words)
     assert done.returncode == 2, done.stdout + done.stderr
     (line,) = done.stderr.strip().splitlines()
@@ -367,23 +371,24 @@ def test_a_served_teacher_killed_half_way_goes_on_and_trains_as_the_one_beside(
         f"teacher.endpoint.url=http://127.0.0.1:{server.port}/v1",
         "teacher.endpoint.top_k=400",
         "teacher.endpoint.retries=1",
+        "teacher.endpoint.concurrency=2",
         "stages.record.encoding.dtype=float32",
         "objective.divergence.temperature=1.0",
         "data.max_documents=1",
     ]
-    server.start("--die-after", "20")
+    server.start("--die-after", "7")
     command = [f"run_dir={tmp_path}", *LITTLE, *words, "stages=[record]"]
     done = train(*command)
     assert done.returncode == 2, done.stdout + done.stderr
     assert "no usable answer in 2 tries" in done.stderr.strip().splitlines()[-1]
     assert "run the same command again to go on" in done.stderr.strip().splitlines()[-1]
     kept = len(Cache(tmp_path / "work" / "record" / "shards"))
-    assert 0 < kept < 20
+    assert 3 <= kept < 7
     server.kill()
     server.start()
     done = train(*command)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "resume" in done.stdout
     assert kept + server.posts() == len(Cache(tmp_path / "record"))
-    beside = make(tmp_path / "beside", "distill", teacher_of(online), *words[6:])
+    beside = make(tmp_path / "beside", "distill", teacher_of(online), *words[-2:])
     same_training(make(tmp_path, "distill", *words), beside, 1e-4)

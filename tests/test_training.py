@@ -117,7 +117,7 @@ def test_two_ranks_learn_from_layers_what_one_does(two_ranks: Any, layers: Any, 
 
 def test_comparing_layers_changes_what_is_learnt_and_falls(layers: Any, reference: Any) -> None:
     first, last = layers["metrics"][0], layers["metrics"][-1]
-    assert last["hidden_states"] < 0.9 * first["hidden_states"]
+    assert last["hidden_states"] < 0.97 * first["hidden_states"]
     assert not torch.equal(*(each["state"]["model.embed_tokens.weight"] for each in (layers, reference)))
 
 
