@@ -441,26 +441,26 @@ def test_two_tokenizers_are_refused_with_the_first_differing_token(tmp_path: Pat
     assert "in teacher" in said
 
 
-def test_the_readmes_own_objective_is_a_reverse_kl(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_readmes_own_objective_is_hellingers(monkeypatch: pytest.MonkeyPatch) -> None:
     """The code as printed, against the dense formula and autograd."""
     import re
     import sys
     import types
 
     import torch
-    import torch.nn.functional as F
 
-    code = re.search(r"```python\n(.*?class ReverseKL.*?)```", (ROOT / "README.md").read_text(), re.S)
+    code = re.search(r"```python\n(.*?class Hellinger.*?)```", (ROOT / "README.md").read_text(), re.S)
     assert code is not None
-    module = types.ModuleType("reverse_kl")
-    monkeypatch.setitem(sys.modules, "reverse_kl", module)  # where dataclasses look a class's module up
+    module = types.ModuleType("hellinger")
+    monkeypatch.setitem(sys.modules, "hellinger", module)  # where dataclasses look a class's module up
     exec(compile(code[1], "README.md", "exec"), module.__dict__)
     torch.manual_seed(0)
     student, teacher = torch.randn(2, 5, 11, dtype=torch.float64)
     student.requires_grad_()
-    expected = F.kl_div(teacher.log_softmax(-1), student.log_softmax(-1), log_target=True, reduction="none").sum(-1)
+    expected = 4 * ((teacher / 2).softmax(-1).sqrt() - (student / 2).softmax(-1).sqrt()).square().sum(-1) / 2
     gradient = torch.zeros_like(student)
-    value = module.ReverseKL().add(student.detach(), teacher, torch.zeros(5, dtype=torch.long), 1.0, gradient)
+    hellinger = module.Hellinger(temperature=2.0)
+    value = hellinger.add(student.detach(), teacher, torch.zeros(5, dtype=torch.long), 1.0, gradient)
     torch.testing.assert_close(value, expected.detach())
     torch.testing.assert_close(gradient, torch.autograd.grad(expected.sum(), student)[0])
 
@@ -470,7 +470,7 @@ def test_the_readmes_own_model_command_composes(command: str) -> None:
     import shlex
 
     text = (ROOT / "README.md").read_text()
-    block = next(b for b in text.split("```") if command in b and "+experiment=distill " in b)
+    block = next(b for b in text.split("```") if command in b and "python train.py +experiment=distill \\" in b)
     words = shlex.split(block.split("python train.py", 1)[1].replace("\\\n", " "))
     config = composed(*words)
     assert config["student"]["shape"]["num_hidden_layers"] == 2
