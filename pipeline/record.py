@@ -124,11 +124,17 @@ class Record:
         rows, statistics, folder = rows_of(self.data, "train", tokenizer, context.data_folder)
         if not len(rows):
             raise Refusal(f"data.train={self.data.train}: no row of text is left after tokenizing")
-        shards = context.work / "shards"
-        shards.mkdir(exist_ok=True)
         header = self._header(context, tokenizer)
+        # Not in the stage's own folder, which goes when the stage is begun with other values: hours of a teacher's
+        # answers must survive another number of retries.
+        shards = context.work.parent / f"{context.stage}-{header.fingerprint.hex()[:16]}"
+        forced = context.stage in context.config["force"]
+        for old in context.work.parent.glob(f"{context.stage}-*"):
+            if old != shards or (forced and not context.restart):
+                shutil.rmtree(old)
+        shards.mkdir(exist_ok=True)
         write_header(shards, header)
-        if context.stage not in context.config["force"]:
+        if not forced:
             _adopt(context.out, shards, header)
         there = Cache(shards, header)
         row_P, tokens_P, keys, new_P = [], [], [], []
@@ -143,6 +149,7 @@ class Record:
             context.work / "prepared.json",
             {
                 "rows": str(folder),
+                "shards": str(shards),
                 "todo": todo.tolist(),
                 "pieces": int(first_P.sum()),
                 "tokens": int(np.concatenate(tokens_P)[first_P].sum()),
@@ -156,7 +163,7 @@ class Record:
         prepared = json.loads((context.work / "prepared.json").read_text())
         tokenizer = load_tokenizer(self.teacher.path, self.teacher.trust_remote_code)
         rows = load_from_disk(prepared["rows"])
-        shards = context.work / "shards"
+        shards = Path(prepared["shards"])
         header = read_header(shards)
         begin = time.monotonic()
         measured: dict[str, Any] = {}
@@ -330,6 +337,7 @@ class Record:
                 "certificates": {},
             },
         )
+        shutil.rmtree(shards)
 
 
 class Known:

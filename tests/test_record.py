@@ -14,17 +14,24 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
+from torch import Tensor
 
 from models.cache import Cache, read_header, write_header
 from models.encodings.encoding import Payload
+from models.encodings.top_k import TopK
+from models.endpoint import Endpoint
 from models.errors import Refusal
+from models.teachers.served import Served
 from pipeline.artifact import content_hash
 from pipeline.config import Config, parse
 from pipeline.context import Context
+from pipeline.data.corpora import Data
+from pipeline.record import Record
 from pipeline.worker import build, check
 from tests.command import ROOT, SMALL, train, weights
 
@@ -176,18 +183,19 @@ def test_a_recording_killed_half_way_goes_on_with_two_ranks_to_the_same_pieces(h
     words = [f"run_dir={tmp_path}", *LITTLE, *HIDDEN, "stages=[record]"]
     killing = {"path": str(ROOT / "tests" / "killing"), "RETORT_TEST_KILL": "os.rename .shard-0000-000001 1"}
     assert train(*words, **killing).returncode not in (0, 2)
-    shards = tmp_path / "work" / "record" / "shards"
+    (shards,) = (tmp_path / "work").glob("record-*")
     assert {path.name for path in shards.glob("*shard*")} == {
         "shard-0000-000000.safetensors",
         ".shard-0000-000001.safetensors.partial",
     }
     first = shards / "shard-0000-000000.safetensors"
     before, held = first.stat().st_mtime_ns, len(Cache(shards))
-    done = train(*words, "strategy=ddp", "trainer.accelerator=cpu", "trainer.devices=2")
+    # Other values of what the signal does not depend on: what is there is kept.
+    done = train(*words, "stages.record.batch_rows=3", "strategy=ddp", "trainer.accelerator=cpu", "trainer.devices=2")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "resume" in done.stdout
     record = tmp_path / "record"
     assert not list(record.glob(".*"))
+    assert not list((tmp_path / "work").glob("record*"))
     assert (record / first.name).stat().st_mtime_ns == before
     assert {path.name[:10] for path in record.glob("shard-*")} == {"shard-0000", "shard-0001"}
     same_signals(record, hidden / "record")
@@ -239,10 +247,8 @@ def test_what_an_earlier_result_holds_is_not_recorded_again(
 
     def spy(self: Any, context: Context) -> None:
         told.append(json.loads((context.work / "prepared.json").read_text()))
-        told[-1]["adopted"] = len(Cache(context.work / "shards"))
+        told[-1]["adopted"] = len(Cache(Path(told[-1]["shards"])))
         run(self, context)
-
-    from pipeline.record import Record
 
     run = Record.run
     monkeypatch.setattr(stage, spy)
@@ -324,6 +330,49 @@ def test_other_text_than_was_recorded_is_refused_by_the_stage(hidden: Path, tmp_
 # --- a teacher that is served ---
 
 
+def told_by_a_server(logits: Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """As Endpoint.score gives it: the best k of all columns; an impossible one's place holds -1 at -inf."""
+    best = logits.log_softmax(-1).topk(min(k, logits.shape[1]))
+    ids = best.indices.where(best.values > -torch.inf, -1)
+    return ids.numpy(), best.values.float().numpy()
+
+
+def recorder(k: int) -> Record:
+    served = Served("teacher", "cache", Endpoint("http://host/v1", top_k=k))
+    return Record(Data(), served, TopK(dtype="float32"))
+
+
+@pytest.mark.parametrize("k", [5, 30, 36])
+def test_a_servers_padded_columns_and_impossible_tokens_are_no_tokens(k: int) -> None:
+    """30 tokens in a table of 36: every id stands once, and what the server named keeps its share without padding."""
+    logits = torch.randn(4, 36, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 2
+    logits[0, 33] = logits[1, 35] = 6.0  # padding that the model finds likely
+    logits[2, 4:] = -torch.inf  # four tokens are possible
+    told = told_by_a_server(logits, k)
+    payload = recorder(k)._served(*told, 30, 36)
+    ids, got = payload["ids"].long(), payload["logits"].double()
+    assert ids.shape == (4, min(k, 30))
+    assert all(len(row.unique()) == len(row) and row.max() < 30 for row in ids)
+    assert got.isfinite().all()
+    named, p = torch.from_numpy(told[0]), logits.softmax(-1)
+    padding = torch.where(named >= 30, p.gather(1, named.clamp_min(0)), 0).sum(-1, keepdim=True)
+    was_named = (ids[:, :, None] == named[:, None, :]).any(-1)
+    expected = (p / (1 - padding)).log().gather(1, ids).clamp_min(-1e4)
+    torch.testing.assert_close(got[was_named], expected[was_named], atol=1e-5, rtol=1e-5)
+    assert (got[2][~was_named[2]] == -1e4).all()
+    tails = payload["tails"][:, 0].double().exp() if k < 30 else 0
+    torch.testing.assert_close(got.exp().sum(-1) + tails, torch.ones(4, dtype=torch.float64), atol=1e-5, rtol=0)
+    if k == 36:
+        torch.testing.assert_close(got[:2].exp(), logits[:2, :30].softmax(-1).gather(1, ids[:2]), atol=1e-6, rtol=0)
+
+
+def test_a_server_of_another_model_or_of_fewer_tokens_is_refused() -> None:
+    with pytest.raises(Refusal, match="names token 40, and its model has 36; give the tokenizer and the config"):
+        recorder(2)._served(np.array([[40, 3]]), np.log([[0.6, 0.2]]), 30, 36)
+    with pytest.raises(Refusal, match=r"teacher.endpoint.top_k=20: the server gives 2 tokens at most; set .*top_k=2$"):
+        recorder(20)._served(np.array([[4, 3]]), np.log([[0.6, 0.2]]), 30, 36)
+
+
 class Server:
     """tests/serving.py around the teacher, at a port of its own that it keeps."""
 
@@ -382,13 +431,13 @@ def test_a_served_teacher_killed_half_way_goes_on_and_trains_as_the_one_beside(
     assert done.returncode == 2, done.stdout + done.stderr
     assert "no usable answer in 2 tries" in done.stderr.strip().splitlines()[-1]
     assert "run the same command again to go on" in done.stderr.strip().splitlines()[-1]
-    kept = len(Cache(tmp_path / "work" / "record" / "shards"))
+    (shards,) = (tmp_path / "work").glob("record-*")
+    kept = len(Cache(shards))
     assert 3 <= kept < 7
     server.kill()
     server.start()
-    done = train(*command)
+    done = train(*command, "teacher.endpoint.retries=4")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "resume" in done.stdout
     assert kept + server.posts() == len(Cache(tmp_path / "record"))
     beside = make(tmp_path / "beside", "distill", teacher_of(online), *words[-2:])
     same_training(make(tmp_path, "distill", *words), beside, 1e-4)

@@ -12,7 +12,7 @@ from models.objectives.forward_kl import ForwardKL
 from models.objectives.head import Head
 from models.objectives.signal import Dense
 
-_NOISE = 0.3  # of the spread of the hidden states: a student that is not yet its teacher
+_NOISE = 1.0  # of the spread of the hidden states: a student that is not yet its teacher
 
 
 def fidelity(
@@ -21,11 +21,15 @@ def fidelity(
     """Against the dense teacher, on N tokens whose `payload` the encoding made.
 
     `own_kl`: what a student that is the teacher would be told is still missing, nats per token. For one that is the
-    teacher with noise on its hidden states: the divergence per token, dense and as encoded, and the error of its
-    gradient by those states, as a share of the dense gradient's norm.
+    teacher with noise on its hidden states: the divergence per token, dense and as encoded, and the gradient's error as
+    a share of the dense gradient's norm: of the head's weight, which sums over tokens as every weight's gradient does,
+    and token by token. Draws err at each token, and much less in the sum.
     """
     head = Head(
-        head.weight.detach().float(), None if head.bias is None else head.bias.float(), head.scale, head.softcap
+        head.weight.detach().float().requires_grad_(),
+        None if head.bias is None else head.bias.float(),
+        head.scale,
+        head.softcap,
     )
     hidden_NH = hidden_NH.detach().float()
     targets_N = torch.zeros(len(hidden_NH), dtype=torch.long, device=hidden_NH.device)
@@ -38,7 +42,8 @@ def fidelity(
         own, _ = objective_sum(divergence, hidden_NH, head, targets_N, encoded)
     with torch.enable_grad():
         sums = [objective_sum(divergence, noisy_NH, head, targets_N, each)[0] for each in (dense, encoded)]
-    truth, got = (torch.autograd.grad(total, noisy_NH)[0] for total in sums)
+    truth, got = (torch.autograd.grad(total, (head.weight, noisy_NH)) for total in sums)
+    errors = [((g - t).norm() / t.norm().clamp_min(1e-30)).item() for g, t in zip(got, truth, strict=True)]
     count = max(1, len(hidden_NH))
     return {
         "tokens": len(hidden_NH),
@@ -46,5 +51,6 @@ def fidelity(
         "own_kl": own.item() / count,
         "kl_dense": sums[0].item() / count,
         "kl_encoded": sums[1].item() / count,
-        "gradient_error": ((got - truth).norm() / truth.norm().clamp_min(1e-30)).item(),
+        "gradient_error": errors[0],
+        "gradient_error_per_token": errors[1],
     }
