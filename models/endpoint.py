@@ -78,21 +78,26 @@ class Endpoint:
         except httpx.InvalidURL:
             parsed = httpx.URL("")
         if parsed.scheme not in ("http", "https") or not parsed.host:
-            raise Refusal(f"teacher.url={self.url}: need a url such as http://host:8000/v1")
+            raise Refusal(f"teacher.endpoint.url={self.url}: need a url such as http://host:8000/v1")
         if parsed.userinfo:
             raise Refusal(
-                "teacher.url: it holds a password; put the key into the variable teacher.api_key_variable names"
+                "teacher.endpoint.url: it holds a password; put the key into the variable that "
+                "teacher.endpoint.api_key_variable names"
             )
         if self.dialect not in DIALECTS:
-            raise Refusal(f"teacher.dialect={self.dialect}: need one of {', '.join(DIALECTS)}")
+            raise Refusal(f"teacher.endpoint.dialect={self.dialect}: need one of {', '.join(DIALECTS)}")
         for name, least in (("top_k", 1), ("concurrency", 1), ("retries", 0)):
             if getattr(self, name) < least:
-                raise Refusal(f"teacher.{name}={getattr(self, name)}: need {least} or more")
+                raise Refusal(f"teacher.endpoint.{name}={getattr(self, name)}: need {least} or more")
         if not 0 < self.timeout_seconds < math.inf:
-            raise Refusal(f"teacher.timeout_seconds={self.timeout_seconds}: need more than 0; 120 suits most servers")
+            raise Refusal(
+                f"teacher.endpoint.timeout_seconds={self.timeout_seconds}: need more than 0; 120 suits most servers"
+            )
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.api_key_variable):
             # What is no name may be the key itself, and a message ends in logs.
-            raise Refusal("teacher.api_key_variable: need the name of an environment variable, such as OPENAI_API_KEY")
+            raise Refusal(
+                "teacher.endpoint.api_key_variable: need the name of an environment variable, such as OPENAI_API_KEY"
+            )
 
     def ask(self) -> Served:
         """The server's kind and the model it will be asked for. Raises Refusal if nothing answers."""
@@ -205,7 +210,7 @@ class Endpoint:
     def _down(self, problem: _Unanswered, given: int) -> Refusal:
         kept = f"the {given} answers before it are kept; " if given else ""
         return Refusal(
-            f"teacher.url={self.url}: no usable answer in {self.retries + 1} tries ({problem}); {kept}"
+            f"teacher.endpoint.url={self.url}: no usable answer in {self.retries + 1} tries ({problem}); {kept}"
             f"see to the server and run the same command again to go on"
         )
 
@@ -256,7 +261,7 @@ class _Session:
             try:
                 response = self.client.request("GET" if body is None else "POST", url, json=body)
             except httpx.TimeoutException:
-                reason = f"no answer within teacher.timeout_seconds={self.endpoint.timeout_seconds:g}"
+                reason = f"no answer within teacher.endpoint.timeout_seconds={self.endpoint.timeout_seconds:g}"
             except httpx.RequestError as problem:
                 reason = str(problem) or type(problem).__name__
             else:
@@ -277,7 +282,7 @@ class _Session:
             pause = max(pause, asked_to_wait)
             if time.monotonic() - self.said > 10:  # once, not once a thread
                 self.said = time.monotonic()
-                log.warning("teacher.url=%s: %s; trying again in %.0f s", self.endpoint.url, reason, pause)
+                log.warning("teacher.endpoint.url=%s: %s; trying again in %.0f s", self.endpoint.url, reason, pause)
             if self.stopped.wait(pause):
                 break
         raise _Unanswered(reason)
@@ -291,15 +296,17 @@ class _Session:
 
     def refusal(self, problem: _Rejected) -> Refusal:
         endpoint, message = self.endpoint, problem.message
-        said = f"teacher.url={endpoint.url}: the server says {problem.status}: {message}"
+        said = f"teacher.endpoint.url={endpoint.url}: the server says {problem.status}: {message}"
         if problem.status in (401, 403):
             return Refusal(f"{said}; set the environment variable {endpoint.api_key_variable} to its key")
         if problem.status == 404:
-            return Refusal(f"{said}; see teacher.model={self.model} and teacher.url, which ends in /v1")
+            return Refusal(
+                f"{said}; see teacher.endpoint.model={self.model} and teacher.endpoint.url, which ends in /v1"
+            )
         if "logprobs" in message and (limit := re.search(r"(?:max|at most|or equal to|up to)\D*(\d+)", message)):
             return Refusal(
-                f"teacher.top_k={endpoint.top_k}: the server says {problem.status}: {message}; set "
-                f"teacher.top_k={limit[1]}, or start vLLM with --max-logprobs {endpoint.top_k}"
+                f"teacher.endpoint.top_k={endpoint.top_k}: the server says {problem.status}: {message}; set "
+                f"teacher.endpoint.top_k={limit[1]}, or start vLLM with --max-logprobs {endpoint.top_k}"
             )
         if re.search(r"context (size|length)|max_model_len|longer than the maximum", message):
             return Refusal(
@@ -308,7 +315,7 @@ class _Session:
         return Refusal(said)
 
     def unusable(self, what: str) -> Refusal:
-        return Refusal(f"teacher.url={self.endpoint.url} (dialect {self.dialect or 'auto'}): {what}")
+        return Refusal(f"teacher.endpoint.url={self.endpoint.url} (dialect {self.dialect or 'auto'}): {what}")
 
     # --- who answers ---
 
@@ -334,7 +341,8 @@ class _Session:
         if not self.model:
             if self.kind == "unknown":
                 raise Refusal(
-                    f"teacher.url={self.endpoint.url}: it lists no model; see that it ends in /v1, or set teacher.model"
+                    f"teacher.endpoint.url={self.endpoint.url}: it lists no model; see that it ends in /v1, or set "
+                    f"teacher.endpoint.model"
                 )
             self.model = self.kind  # these serve one model and ignore its name
 
@@ -356,8 +364,8 @@ class _Session:
             return
         if self.kind == "tgi":
             raise Refusal(
-                f"teacher.url={self.endpoint.url}: text-generation-inference tells only the log-probabilities of a "
-                f"prompt's own tokens, not the best k beside them; serve the teacher with vLLM or llama.cpp"
+                f"teacher.endpoint.url={self.endpoint.url}: text-generation-inference tells only the log-probabilities "
+                f"of a prompt's own tokens, not the best k beside them; serve the teacher with vLLM or llama.cpp"
             )
         if self.kind != "unknown":
             self.dialect = self.kind
@@ -381,7 +389,7 @@ class _Session:
         except (AttributeError, KeyError, TypeError, ValueError) as problem:
             if isinstance(problem, Refusal):  # which is a ValueError
                 raise
-            raise self.unusable(f"its answer has another shape ({problem!r}); see teacher.dialect") from None
+            raise self.unusable(f"its answer has another shape ({problem!r}); see teacher.endpoint.dialect") from None
 
     def vllm_body(self, ids: list[int], k: int) -> dict[str, Any]:
         # One token more than needed is generated: not all versions take 0.
@@ -528,7 +536,8 @@ def _best(rows: Sequence[Row], k: int, url: str) -> tuple[Int64[np.ndarray, "row
         for value in row.values():
             if value is None or not value <= 1e-3:
                 raise Refusal(
-                    f"teacher.url={url}: it told {value} for a log-probability; its weights or its precision are broken"
+                    f"teacher.endpoint.url={url}: it told {value} for a log-probability; its weights or its precision "
+                    f"are broken"
                 )
         likely = [(value, token) for token, value in row.items() if value is not None and value > MINUS_INFINITY]
         likely = sorted(likely, key=lambda entry: -entry[0])[:width]

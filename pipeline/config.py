@@ -135,7 +135,8 @@ def selected(config: dict[str, Any]) -> list[str]:
 
 # What a stage's numbers do not depend on beyond rounding: changing it neither invalidates a finished stage nor
 # forbids to go on in an unfinished one.
-_FREE = {"micro_batch", "workers"}
+_FREE = {"micro_batch", "workers", "batch_rows", "shard_mb", "sample_tokens"}
+_FREE |= {"concurrency", "retries", "timeout_seconds", "api_key_variable"}  # of a server
 
 
 def identity(config: dict[str, Any], stage: str) -> dict[str, Any]:

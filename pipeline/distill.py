@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from models.cache import HEADER, read_header
+from datasets import load_from_disk
+
+from models.cache import HEADER, Cache, read_header
 from models.errors import Refusal
 from models.load import check_folder, empty_model, load_config, parameter_count
 from models.objectives.term import Objective, needs_teacher
 from models.student import Start
 from models.teachers.teacher import Source
-from pipeline import fit
+from pipeline import artifact, fit
 from pipeline.context import Context
 from pipeline.data import corpora, packing
 from pipeline.data.alignment import vocabulary_pairs
@@ -136,7 +139,16 @@ class Distill:
         for _, term in self.objective.terms:
             if term.needs_teacher and (reason := encoding.refusal(term)):
                 raise Refusal(f"teacher.cache={self._cache}: {reason}")
-        if context.finished(self.teacher.path) or not context.produced_by(self.teacher.path):
+        made_here = context.produced_by(self.teacher.path)
+        if header.teacher and self.teacher.path != self._cache and not made_here and Path(self.teacher.path).exists():
+            known = context.run_dir / "work" / "hashes.json"  # a refused command leaves no run folder behind
+            found = artifact.content_hash(Path(self.teacher.path), known if known.exists() else None)
+            if self.teacher.runs_here and header.teacher != found:
+                raise Refusal(
+                    f"teacher.cache={self._cache}: it was recorded of another teacher than {self.teacher.path}; run "
+                    f"the stage record on this teacher, or give teacher.path={self._cache} to trust the record alone"
+                )
+        if context.finished(self.teacher.path) or not made_here:
             tokenizer = load_tokenizer(self.teacher.path, self.teacher.trust_remote_code)
             if header.tokenizer and header.tokenizer != tokenizer_key(tokenizer):
                 raise Refusal(
@@ -153,6 +165,9 @@ class Distill:
             lambda folder: self.student.materialise(self.teacher.path, students or tokenizer, folder, self.seed),
             teacher_tokenizer=tokenizer if students else None,
         )
+        if self._cache:  # what is missing would be missed at its batch, perhaps days from now
+            rows = json.loads((context.work / "prepared.json").read_text())["train"]
+            Cache(Path(self._cache)).check_holds(load_from_disk(rows))
 
     def _tokenizers(self) -> tuple[Any, Any]:
         """The teacher's, and the student's where the two are to be aligned."""

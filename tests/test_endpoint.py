@@ -252,7 +252,8 @@ def test_a_server_that_was_never_there_is_refused_in_one_line() -> None:
 
 @pytest.mark.parametrize(("dialect", "limit"), [("vllm", 60), ("openai", 60), ("strings", 5)])
 def test_a_k_that_the_server_refuses_names_the_one_it_takes(dialect: str, limit: int, calm: Served) -> None:
-    with pytest.raises(Refusal, match=rf"^teacher.top_k=61: .*set teacher.top_k={limit}, or .*--max-logprobs 61$"):
+    said = rf"^teacher.endpoint.top_k=61: .*set teacher.endpoint.top_k={limit}, or .*--max-logprobs 61$"
+    with pytest.raises(Refusal, match=said):
         list(calm.endpoint(dialect, top_k=61).score([(0, [1, 2, 3])]))
 
 
@@ -346,14 +347,14 @@ GOOD = Endpoint("http://host:8000/v1")
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"url": "host:8000/v1"}, "teacher.url=host:8000/v1: need a url"),
+        ({"url": "host:8000/v1"}, "teacher.endpoint.url=host:8000/v1: need a url"),
         ({"url": "http://"}, "need a url"),
         ({"url": "http://me:secret@host/v1"}, "holds a password"),
-        ({"dialect": "vLLM"}, "teacher.dialect=vLLM: need one of"),
-        ({"top_k": 0}, "teacher.top_k=0: need 1"),
+        ({"dialect": "vLLM"}, "teacher.endpoint.dialect=vLLM: need one of"),
+        ({"top_k": 0}, "teacher.endpoint.top_k=0: need 1"),
         ({"concurrency": 0}, "teacher.concurrency=0"),
         ({"retries": -1}, "teacher.retries=-1"),
-        ({"timeout_seconds": float("nan")}, "teacher.timeout_seconds=nan"),
+        ({"timeout_seconds": float("nan")}, "teacher.endpoint.timeout_seconds=nan"),
         ({"api_key_variable": "sk-123"}, "need the name of an environment variable"),
     ],
 )

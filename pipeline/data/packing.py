@@ -25,8 +25,8 @@ and with a teacher of another tokenizer, int32 again,
                            token of the span, the teacher's tokens. Both sides' tokens are the same bytes of text.
 
 The teacher's piece of a text is those of its tokens of the text that lie within the student's piece; begin + these, if
-the piece begins the text, and + end, if it ends it. So tokens are those of the whole text, not cut anew at every window,
-and the teacher sees just the text that the student sees: with identical tokenizers, the very same pieces.
+the piece begins the text, and + end, if it ends it. So tokens are those of the whole text, not cut anew at every
+window, and the teacher sees just the text that the student sees: with identical tokenizers, the very same pieces.
 """
 
 from __future__ import annotations
