@@ -246,7 +246,7 @@ def test_a_server_that_was_never_there_is_refused_in_one_line() -> None:
     with pytest.raises(Refusal, match="no usable answer in 2 tries") as refused:
         list(endpoint.score([(0, [1, 2])]))
     assert "kept" not in str(refused.value)
-    with pytest.raises(Refusal, match=r"teacher\.url=http://127"):
+    with pytest.raises(Refusal, match=r"teacher\.endpoint\.url=http://127"):
         endpoint.ask()
 
 
@@ -352,8 +352,8 @@ GOOD = Endpoint("http://host:8000/v1")
         ({"url": "http://me:secret@host/v1"}, "holds a password"),
         ({"dialect": "vLLM"}, "teacher.endpoint.dialect=vLLM: need one of"),
         ({"top_k": 0}, "teacher.endpoint.top_k=0: need 1"),
-        ({"concurrency": 0}, "teacher.concurrency=0"),
-        ({"retries": -1}, "teacher.retries=-1"),
+        ({"concurrency": 0}, "teacher.endpoint.concurrency=0"),
+        ({"retries": -1}, "teacher.endpoint.retries=-1"),
         ({"timeout_seconds": float("nan")}, "teacher.endpoint.timeout_seconds=nan"),
         ({"api_key_variable": "sk-123"}, "need the name of an environment variable"),
     ],
