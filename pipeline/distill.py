@@ -15,7 +15,7 @@ from models.load import check_folder, empty_model, load_config, parameter_count
 from models.objectives.term import Objective, needs_teacher
 from models.student import Start
 from models.teachers.teacher import Source
-from pipeline import artifact, fit
+from pipeline import fit
 from pipeline.context import Context
 from pipeline.data import corpora, packing
 from pipeline.data.alignment import vocabulary_pairs
@@ -75,6 +75,15 @@ class Distill:
         fit.check_length(teacher, self.data, "teacher")
         fit.check_length(student, self.data, "student")
         sizes = {role: parameter_count(empty_model(c)) for role, c in (("teacher", teacher), ("student", student))}
+        if self.align and not self.student.path:
+            raise Refusal(
+                f"stages.{context.stage}.align=true: the student has no tokenizer of its own; use student=folder"
+            )
+        if self.align and self.objective.representations:
+            raise Refusal(
+                f"objective.also: {self.objective.representations[0].name} compares layers position by position, and "
+                f"stages.{context.stage}.align=true has other positions on either side; leave one of them out"
+            )
         if self._taught:
             self.teacher.check(self.objective)
             for term in self.objective.representations:
@@ -140,14 +149,6 @@ class Distill:
             if term.needs_teacher and (reason := encoding.refusal(term)):
                 raise Refusal(f"teacher.cache={self._cache}: {reason}")
         made_here = context.produced_by(self.teacher.path)
-        if header.teacher and self.teacher.path != self._cache and not made_here and Path(self.teacher.path).exists():
-            known = context.run_dir / "work" / "hashes.json"  # a refused command leaves no run folder behind
-            found = artifact.content_hash(Path(self.teacher.path), known if known.exists() else None)
-            if self.teacher.runs_here and header.teacher != found:
-                raise Refusal(
-                    f"teacher.cache={self._cache}: it was recorded of another teacher than {self.teacher.path}; run "
-                    f"the stage record on this teacher, or give teacher.path={self._cache} to trust the record alone"
-                )
         if context.finished(self.teacher.path) or not made_here:
             tokenizer = load_tokenizer(self.teacher.path, self.teacher.trust_remote_code)
             if header.tokenizer and header.tokenizer != tokenizer_key(tokenizer):
@@ -165,9 +166,23 @@ class Distill:
             lambda folder: self.student.materialise(self.teacher.path, students or tokenizer, folder, self.seed),
             teacher_tokenizer=tokenizer if students else None,
         )
-        if self._cache:  # what is missing would be missed at its batch, perhaps days from now
+        if self._cache:
+            self._check_recorded(context)
+            # What is missing would be missed at its batch, perhaps days from now.
             rows = json.loads((context.work / "prepared.json").read_text())["train"]
             Cache(Path(self._cache)).check_holds(load_from_disk(rows))
+
+    def _check_recorded(self, context: Context) -> None:
+        """Whether the cache is of this very teacher; of one that is served, the model's name is all there is."""
+        assert self._cache is not None
+        recorded = read_header(Path(self._cache)).teacher
+        if self.teacher.path == self._cache or recorded.startswith("served "):
+            return
+        if recorded != context.parents["teacher"]["content_hash"]:
+            raise Refusal(
+                f"teacher.cache={self._cache}: it was recorded of another teacher than {self.teacher.path}; run the "
+                f"stage record on this teacher, or give teacher.path={self._cache} to go by the record alone"
+            )
 
     def _tokenizers(self) -> tuple[Any, Any]:
         """The teacher's, and the student's where the two are to be aligned."""

@@ -9,9 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from models.cache import HEADER
 from models.errors import Refusal
 from models.load import DTYPES, check_folder
 from models.measure import Speed, measure_folder
+from models.teachers.teacher import Source
 from pipeline import artifact
 from pipeline.context import Context
 from pipeline.data import corpora
@@ -24,18 +26,22 @@ from pipeline.data.tokenizer import load_tokenizer
 class Evaluate:
     data: corpora.Data
     models: list[str] | None = None  # stage names or folders; None: every model this run has made, and the teacher
-    teacher_path: str | None = None
+    teacher: Source | None = None
     compare: list[list[str]] = field(default_factory=list)  # pairs of stages to be put side by side
     dtype: str = "float32"
     batch_rows: int = 8
     speed: Speed = field(default_factory=Speed)
-    trust_remote_code: bool = False  # of models that bring code, as the teacher's does
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise Refusal(f"evaluate.dtype={self.dtype}: need one of {', '.join(DTYPES)}")
         if self.batch_rows < 1:
             raise Refusal(f"evaluate.batch_rows={self.batch_rows}: need at least 1")
+
+    @property
+    def _trusted(self) -> bool:
+        """Whether code that comes with a model may run."""
+        return self.teacher is not None and self.teacher.trust_remote_code
 
     def ranks(self, context: Context) -> int:
         return 1
@@ -53,8 +59,10 @@ class Evaluate:
             for name in order[: order.index(context.stage)]
             if name in context.planned or (artifact.read_manifest(context.run_dir / name) or {}).get("kind") == "model"
         }
-        if self.teacher_path and not context.produced_by(self.teacher_path):
-            found = {"teacher": self.teacher_path, **found}
+        # A teacher that is served, or of which only a record is left, cannot be measured here.
+        path = self.teacher.path if self.teacher is not None and self.teacher.runs_here else None
+        if path and not (Path(path) / HEADER).is_file() and not context.produced_by(path):
+            found = {"teacher": path, **found}
         return found
 
     def content(self) -> str:
@@ -88,7 +96,7 @@ class Evaluate:
         processes.set_forkserver_preload(["models.measure"])
         rows = []
         for role, folder in self.parents(context).items():
-            tokenizer = load_tokenizer(folder, self.trust_remote_code)
+            tokenizer = load_tokenizer(folder, self._trusted)
             packed, statistics, _ = rows_of(self.data, "test", tokenizer, context.data_folder)
             if not len(packed):
                 raise Refusal("data.test: no text to measure on; give data.test or a data.holdout above 0")
@@ -111,7 +119,7 @@ class Evaluate:
                     self.dtype,
                     self.speed,
                     self.data.packing,
-                    self.trust_remote_code,
+                    self._trusted,
                 )
                 try:
                     measured = work.result()

@@ -92,6 +92,16 @@ class Record:
             raise Refusal(f"{context.stage} records for teacher=cached or teacher=served; there is nothing to record")
         if not self.teacher.runs_here:
             self.teacher.endpoint.check()
+            if not isinstance(self.encoding, TopK):
+                raise Refusal(
+                    f"stages.{context.stage}.encoding={self.encoding.name}: a server gives the best k tokens alone; "
+                    f"use encoding@stages.{context.stage}.encoding=top_k and teacher.endpoint.top_k"
+                )
+            if self.encoding.k not in (TopK().k, self.teacher.endpoint.top_k):
+                raise Refusal(
+                    f"stages.{context.stage}.encoding.k={self.encoding.k}: of a server, teacher.endpoint.top_k="
+                    f"{self.teacher.endpoint.top_k} decides; set that one"
+                )
         made_here = context.produced_by(self.teacher.path)
         if not made_here:
             check_folder(self.teacher.path, "teacher", weights=self.teacher.runs_here)
@@ -120,19 +130,20 @@ class Record:
     def prepare(self, context: Context) -> None:
         """Rows, and which of them are still to be read; one process, before the ranks."""
         tokenizer = load_tokenizer(self.teacher.path, self.teacher.trust_remote_code)
+        if self.data.chat_template is not None:  # as training does, so that both find the same prepared rows
+            tokenizer.chat_template = packing.chat_template(tokenizer, self.data)
         context.work.mkdir(parents=True, exist_ok=True)
         rows, statistics, folder = rows_of(self.data, "train", tokenizer, context.data_folder)
         if not len(rows):
             raise Refusal(f"data.train={self.data.train}: no row of text is left after tokenizing")
         header = self._header(context, tokenizer)
         # Not in the stage's own folder, which goes when the stage is begun with other values: hours of a teacher's
-        # answers must survive another number of retries.
-        shards = context.work.parent / f"{context.stage}-{header.fingerprint.hex()[:16]}"
+        # answers must survive them, and wait for the old values to come back, until a result is published.
+        shards = self._shelf(context) / header.fingerprint.hex()[:16]
         forced = context.stage in context.config["force"]
-        for old in context.work.parent.glob(f"{context.stage}-*"):
-            if old != shards or (forced and not context.restart):
-                shutil.rmtree(old)
-        shards.mkdir(exist_ok=True)
+        if forced and not context.restart:
+            shutil.rmtree(shards, ignore_errors=True)
+        shards.mkdir(parents=True, exist_ok=True)
         write_header(shards, header)
         if not forced:
             _adopt(context.out, shards, header)
@@ -230,8 +241,11 @@ class Record:
         payloads = [self._encoding.encode(_states(hidden, piece), head, seed_of(piece.key)) for piece in chosen]
         payload = {name: torch.cat([each[name] for each in payloads]) for name in payloads[0]}
         states_NH = torch.cat([_states(hidden, piece) for piece in chosen])
-        temperature = getattr(self._encoding, "temperature", None) or getattr(self._encoding, "temperatures", [1.0])[0]
-        return fidelity(self._encoding, payload, states_NH, head, temperature)
+        one = [getattr(self._encoding, "temperature", 1.0)]
+        return {
+            f"{temperature:g}": fidelity(self._encoding, payload, states_NH, head, temperature)
+            for temperature in getattr(self._encoding, "temperatures", one)
+        }
 
     def _ask(self, rows: Any, todo: list[int], tokenizer: Any, header: Header, shards: Path) -> None:
         """Of a server, what it says after every token of every new piece."""
@@ -282,7 +296,7 @@ class Record:
         teacher = parent["content_hash"]
         if not self.teacher.runs_here:
             endpoint = self.teacher.endpoint  # asked for its model: what answers at an address can change
-            teacher = f"{endpoint.url} {endpoint.model or endpoint.ask().model}"
+            teacher = f"served {endpoint.model or endpoint.ask().model}"
         template = getattr(tokenizer, "chat_template", None)
         if self.data.chat_template is not None:
             template = packing.chat_template(tokenizer, self.data)
@@ -319,6 +333,7 @@ class Record:
             load_config(self.teacher.path, "teacher", self.teacher.trust_remote_code).save_pretrained(folder)
 
         stored = sum(path.stat().st_size for path in shards.glob("shard-*.safetensors"))
+        stored *= prepared["pieces"] / max(1, len(Cache(shards, header)))  # adopted shards may hold other text as well
         print(f"{context.stage}: {prepared['tokens']:,} tokens, {stored / max(1, prepared['tokens']):.1f} bytes each")
         artifact.publish(
             context.out,
@@ -331,13 +346,17 @@ class Record:
                     "encoding": header.encoding,
                     "pieces": prepared["pieces"],
                     "bytes_per_token": stored / max(1, prepared["tokens"]),
-                    "fidelity": measured or None,  # a server gives no dense truth to measure against
+                    "fidelity": measured or None,  # by temperature; a server gives no dense truth to measure against
                     "data": prepared["statistics"],
                 },
                 "certificates": {},
             },
         )
-        shutil.rmtree(shards)
+        shutil.rmtree(self._shelf(context))
+
+    def _shelf(self, context: Context) -> Path:
+        """Unfinished shards, one folder for everything that decides the signal."""
+        return context.work.parent / "signals" / context.stage
 
 
 class Known:

@@ -202,6 +202,22 @@ def test_a_span_over_tokens_that_are_not_supervised_is_refused() -> None:
         case.run_aligned(ForwardKL(1.0))
 
 
+def test_tokens_of_a_span_with_different_weights_are_refused_and_with_one_weight_they_count_so() -> None:
+    case = Spanned()
+    weights = torch.ones_like(case.targets, dtype=torch.float64)
+    weights[0] = 0.5
+    row, rest = case.spans[:4], case.spans[4:]
+    case.spans = row
+    half = case.run_aligned(ForwardKL(1.0))[0] / 2
+    case.spans = rest
+    expected = half + case.run_aligned(ForwardKL(1.0))[0]
+    case.spans = torch.cat([row, rest])
+    assert_close([case.run_aligned(ForwardKL(1.0), weights=weights)[0]], [expected], 1e-12)
+    weights[0, 2] = 0.25
+    with pytest.raises(ValueError, match="different weights"):
+        case.run_aligned(ForwardKL(1.0), weights=weights)
+
+
 def test_a_batch_without_spans_gives_zero() -> None:
     case = Spanned()
     case.spans = case.spans[:0]

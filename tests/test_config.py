@@ -199,7 +199,6 @@ def test_tiny_changes_sizes_only() -> None:
         "accelerator",
         "nodes",
         "path",
-        "teacher_path",
         "train",
         "name",
     }
@@ -301,6 +300,10 @@ MISTAKES = {
     "teacher=served teacher.endpoint.url=nonsense objective.divergence.temperature=1": ["nonsense"],
     "teacher=served teacher.endpoint.url=http://localhost:1/v1": ["temperature=2", "temperature=1"],
     "teacher=served": ["teacher.endpoint.url is not set"],
+    "teacher=served teacher.endpoint.url=http://localhost:1/v1 encoding@stages.record.encoding=hidden_states": [
+        "encoding=hidden_states: a server gives the best k"
+    ],
+    "stages.distill.align=true": ["align=true", "student=folder"],
     "stages.record.encoding.k=0 teacher=cached": ["encoding.k=0"],
     "+divergence@objective.also.more=forward_kl": ["two terms are named forward_kl"],
     "+auxiliary@objective.also.a=attention_relations objective.also.a.relation_heads=7": ["relation_heads=7"],

@@ -186,6 +186,18 @@ def test_of_a_model_with_itself_it_is_zero_with_zero_gradient(
 
 
 @named
+def test_of_a_model_with_itself_it_is_zero_under_autocast_too(name: str) -> None:
+    """Both heads' products are rounded alike, whatever dtype the teacher is kept in."""
+    make, _ = DIVERGENCES[name]
+    case = Case(torch.float32, bias=False)
+    case.teacher_hidden, case.teacher_weight = case.hidden.detach(), case.weight.detach()
+    with torch.autocast("cpu", torch.bfloat16):
+        total, _, gradients = case.run(make(1.0), chunk_tokens=4)
+    assert abs(total.item()) <= 1e-6
+    assert all(gradient.abs().max() <= 1e-5 for gradient in gradients)
+
+
+@named
 def test_it_is_never_negative_and_positive_where_the_models_differ(name: str) -> None:
     make, _ = DIVERGENCES[name]
     for spread in (0.01, 1.0, 8.0):

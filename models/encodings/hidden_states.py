@@ -23,18 +23,19 @@ class HiddenStates:
     training.
     """
 
-    dtype: str = "bfloat16"
+    dtype: str | None = None  # the teacher's own
     name: ClassVar[str] = "hidden_states"
     keeps_head: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if self.dtype not in ("bfloat16", "int8", "float32"):
-            raise Refusal(f"encoding.dtype={self.dtype}: need bfloat16, int8 or float32")
+        if self.dtype not in (None, "bfloat16", "float16", "int8", "float32"):
+            raise Refusal(f"encoding.dtype={self.dtype}: need bfloat16, float16, int8, float32, or null: the teacher's")
 
     def encode(self, hidden_NH: Float[Tensor, "N H"], head: Head, seed: int) -> Payload:
         if self.dtype != "int8":
             exact = hidden_NH.dtype == torch.float64 and self.dtype == "float32"
-            return {"hidden": hidden_NH if exact else hidden_NH.to(getattr(torch, self.dtype))}
+            kept = self.dtype is None or exact
+            return {"hidden": hidden_NH if kept else hidden_NH.to(getattr(torch, str(self.dtype)))}
         scale_N = hidden_NH.float().abs().amax(-1).clamp_min(1e-30) / 127
         return {"hidden": (hidden_NH.float() / scale_N[:, None]).round().to(torch.int8), "scale": scale_N}
 

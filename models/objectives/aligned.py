@@ -9,6 +9,9 @@ models have read the same text, so their next-token distributions can be compare
 A multi-token way of writing takes its share out of its first token's category, so the categories exclude one another;
 what only one side can say (tokens without a partner) is left out, and both sides are normalised over the rest. With
 identical tokenizers every span is one token on each side and every token has its partner: the same-vocabulary loss.
+
+A span has one value, whatever its number of tokens; like every term's, the sum is divided by the supervised tokens. So
+where spans are long, or tokens lie in none, the divergence weighs less beside cross-entropy than alpha says.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from models.objectives.head import Head
+from models.objectives.head import Head, product_dtype
 from models.objectives.signal import Look
 
 _NOTHING = -1e9  # the logit of a category that neither side has: finite, so that 0 · (x − x) is 0
@@ -72,9 +75,11 @@ class _AlignedLook:
         self.taught_offset_S = np.concatenate([[0], np.cumsum(self.taught_length_S)])
         taught_M = torch.repeat_interleave(taught_first_S, taught_length_S) + _within(self.taught_length_S, device)
         flat = signal.hidden.detach().reshape(-1, signal.hidden.shape[-1])
+        flat = flat.to(product_dtype(flat))
         self.hidden_MH, self.targets_M = flat[taught_M], signal.teacher_targets.reshape(-1)[taught_M]
         self.head = signal.head.restricted(signal.teacher_vocabulary, flat.dtype)
-        self.columns = 2 * len(self.head.weight)  # a span may need more teacher tokens than student tokens
+        rate = max(1.0, len(taught_M) / max(1, len(supervised_N)))  # teacher tokens for every student token
+        self.columns = int(rate * len(self.head.weight))
         self.partner_V = _partners(signal.student_ids_C, columns)
         self.taught_partner_V = _partners(signal.teacher_ids_C, len(self.head.weight))
         ids = torch.arange(columns, device=device)

@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from models.objectives.head import Head
+from models.objectives.head import Head, product_dtype
 from models.objectives.signal import Look, Signal
 from models.objectives.term import Objective
 
@@ -66,6 +66,10 @@ def objective_sum(
             raise ValueError("the objective has a term that needs a teacher, and none was given")
         with torch.no_grad():
             look = signal.at(supervised_N, vocabulary, head.weight, wide)
+    if look is not None and look.cuts is not None and weights is not None:
+        weights_N = weights.reshape(-1)[supervised_N]
+        if any(not cut and a != b for cut, a, b in zip(look.cuts[1:], weights_N[:-1], weights_N[1:], strict=False)):
+            raise ValueError("the tokens of a span have different weights; what is compared is the span as a whole")
     low_Nr = None if head.adapter is None else head.adapter.down(flat_NH)
     work = _Work(
         objective,
@@ -131,8 +135,7 @@ class _Chunked(torch.autograd.Function):
         device, wide, look = hidden_NH.device.type, work.wide, work.look
         given = (hidden_NH, weight, bias, low_Nr, up)
         ctx.dtypes = tuple(None if tensor is None else tensor.dtype for tensor in given)
-        # Under autocast the products run in its dtype, as the model's own head would.
-        low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_NH.dtype
+        low = product_dtype(hidden_NH)
         wanted = [work.differentiate and needed for needed in ctx.needs_input_grad[:5]]
         head = work.head.restricted(work.vocabulary, low)
         V = len(head.weight)

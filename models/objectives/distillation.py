@@ -32,6 +32,8 @@ class Distillation:
     @property
     def terms(self) -> list[tuple[float, Term]]:
         more = [(term.weight, term) for term in self.also.values() if not isinstance(term, RepresentationTerm)]
+        if self.alpha == 1:  # no teacher is asked then, nor loaded
+            return [(1.0, CrossEntropy()), *more]
         return [(self.alpha, CrossEntropy()), ((1 - self.alpha) * self.divergence.weight, self.divergence), *more]
 
     @property

@@ -9,6 +9,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 
+def product_dtype(hidden: Float[Tensor, "*tokens H"]) -> torch.dtype:
+    """Of a head's products: the hidden states', or autocast's, as the model's own head would run under it."""
+    kind = hidden.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+
+
 @dataclass(frozen=True)
 class Adapter:
     """A low-rank addition to a head's weight: scale · up @ down."""

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from models.objectives.buckets import add_in_buckets
-from models.objectives.head import Head
+from models.objectives.head import Head, product_dtype
 
 
 @runtime_checkable
@@ -67,6 +67,7 @@ class Dense:
 
     def at(self, supervised_N: Int[Tensor, " N"], vocabulary: int | None, like: Tensor, wide: torch.dtype) -> Look:
         hidden_NH = self.hidden.detach().reshape(-1, self.hidden.shape[-1]).index_select(0, supervised_N)
+        hidden_NH = hidden_NH.to(product_dtype(hidden_NH))  # rounded as the student's: zero where they are equal
         head = self.head.restricted(vocabulary, hidden_NH.dtype)
         columns = min(len(like), vocabulary or len(like))
         if len(head.weight) != columns:

@@ -37,7 +37,7 @@ class Served:
             if term.needs_teacher and temperature != 1.0:
                 raise Refusal(
                     f"objective: {term.name} at temperature={temperature:g}, and a server tells what lies beyond "
-                    f"its top k at temperature 1 only; set objective.divergence.temperature=1"
+                    f"its top k at temperature 1 only; set the temperature of {term.name} to 1"
                 )
 
     def open(self, opening: Opening) -> Teacher:

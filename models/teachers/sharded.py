@@ -58,7 +58,7 @@ class Sharded:
         section: dict[str, Any] = {"stage": 3, "stage3_param_persistence_threshold": 0}
         if self.offload != "none":
             section["offload_param"] = {"device": self.offload, "pin_memory": torch.cuda.is_available()}
-        if self.nvme_path:
+        if self.offload == "nvme":
             section["offload_param"]["nvme_path"] = self.nvme_path
         return {
             "zero_optimization": section,
