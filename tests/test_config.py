@@ -298,7 +298,7 @@ MISTAKES = {
     "teacher=cached start=distill teacher.path=./nowhere": ["teacher.path=./nowhere"],
     "stages=[record]": ["nothing to record"],
     "teacher=served teacher.endpoint.url=nonsense objective.divergence.temperature=1": ["nonsense"],
-    "teacher=served teacher.endpoint.url=http://localhost:1/v1": ["temperature=2", "temperature=1"],
+    "teacher=served teacher.endpoint.url=http://localhost:1/v1": ["temperature=2", "forward_kl to 1"],
     "teacher=served": ["teacher.endpoint.url is not set"],
     "teacher=served teacher.endpoint.url=http://localhost:1/v1 encoding@stages.record.encoding=hidden_states": [
         "encoding=hidden_states: a server gives the best k"
