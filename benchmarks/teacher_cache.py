@@ -267,7 +267,7 @@ def record(folder: Path, settings: Settings, side: str) -> dict[str, Any]:
     manifest = read_manifest(folder / side)
     assert manifest is not None
     metrics = manifest["metrics"]
-    told = metrics["fidelity"]
+    told = metrics["fidelity"]["1"]
     lengths = [len(ids) for ids in rows_of(folder, "epoch", settings)["input_ids"]]
     # From the first batch's end, which warms up, to the last shard on disk; the last batch of all measures.
     warm = len(gives) > 2
