@@ -15,7 +15,7 @@ from models.load import check_folder, empty_model, load_config, parameter_count
 from models.objectives.term import Objective, needs_teacher
 from models.student import Start
 from models.teachers.teacher import Source
-from pipeline import fit
+from pipeline import artifact, fit
 from pipeline.context import Context
 from pipeline.data import corpora, packing
 from pipeline.data.alignment import vocabulary_pairs
@@ -144,6 +144,16 @@ class Distill:
                 f"teacher.cache=FOLDER"
             )
         header = read_header(folder)
+        if (folder / artifact.MANIFEST).exists() and artifact.read_manifest(folder) is None:
+            raise Refusal(
+                f"teacher.cache={self._cache}: files that its {artifact.MANIFEST} lists are missing or cut short; "
+                f"run the stage record again, which keeps what is whole"
+            )
+        if header.dtype != self.teacher.dtype:
+            raise Refusal(
+                f"teacher.dtype={self.teacher.dtype}: {self._cache} was recorded in {header.dtype}; set "
+                f"teacher.dtype={header.dtype}"
+            )
         encoding = header.open()
         for _, term in self.objective.terms:
             if term.needs_teacher and (reason := encoding.refusal(term)):

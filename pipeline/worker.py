@@ -113,6 +113,8 @@ def _told(problem: BaseException, message: str) -> str:
 
         known = list(inspect.signature(get_object(target[1])).parameters)
         return f"unknown config key {wrong[1]!r}{nearest(wrong[1], known)}"
+    if "not supported between instances of 'str'" in text:
+        return "a word stands where a number is needed"
     missing = re.search(r"missing \d+ required .*arguments?: (.*)", text)
     return f"{missing[1]} is not set" if missing else text
 

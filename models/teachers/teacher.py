@@ -27,6 +27,7 @@ Result = TypeVar("Result")
 @runtime_checkable
 class Source(Protocol):
     path: str  # folder or hub id of the teacher: its tokenizer, its config and, where it runs here, its weights
+    dtype: str  # of models.load.DTYPES
     trust_remote_code: bool
     needs_record: ClassVar[bool]  # whether training reads what the stage `record` wrote
     runs_here: ClassVar[bool]  # whether the teacher's weights are opened by this program at all
