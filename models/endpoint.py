@@ -14,7 +14,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from threading import Event
 from typing import Any, TypeVar
 
@@ -43,11 +43,15 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Generation:
-    """A continuation. `ids` is None where the server tells only text; `finish_reason` is `stop` or `length`."""
+    """A continuation. `ids` is None where the server tells only text; `finish_reason` is `stop` or `length`.
+
+    `log_probabilities`: natural, at temperature 1, of each id; None where the server does not tell all of them.
+    """
 
     text: str
     ids: list[int] | None
     finish_reason: str | None
+    log_probabilities: list[float] | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -137,7 +141,7 @@ class Endpoint:
 
     def generate(
         self,
-        prompts: Iterable[tuple[K, list[int] | str]],
+        prompts: Iterable[tuple[K, list[int] | str] | tuple[K, list[int] | str, int]],
         *,
         max_new_tokens: int,
         temperature: float = 1.0,
@@ -148,16 +152,19 @@ class Endpoint:
         """A continuation of every prompt, as they come, in no order. Text prompts are tokenized by the server.
 
         Sampling is from the model alone: top-k, min-p and repetition penalties that a server would add by itself are
-        switched off where its kind is known. `seed` is the same for every prompt. vLLM and llama.cpp tell ids too.
+        switched off where its kind is known. `seed` is the same for every prompt that brings none of its own, as
+        (key, prompt, seed). vLLM and llama.cpp tell ids too.
 
         Raises Refusal as `score` does.
         """
         self.check()
 
-        def work(session: _Session, prompt: tuple[K, list[int] | str]) -> tuple[K, Generation]:
-            return prompt[0], session.continuation(prompt[1], max_new_tokens, temperature, top_p, seed, list(stop))
+        def work(session: _Session, item: tuple[K, list[int] | str, int | None]) -> tuple[K, Generation]:
+            key, prompt, own = item
+            return key, session.continuation(prompt, max_new_tokens, temperature, top_p, own, list(stop))
 
-        return self._gather(prompts, work, lambda session, _: session.settle_server())
+        items = ((item[0], item[1], item[2] if len(item) == 3 else seed) for item in prompts)
+        return self._gather(items, work, lambda session, _: session.settle_server())
 
     def _gather(
         self,
@@ -503,12 +510,17 @@ class _Session:
             body["stop"] = stop
         if self.kind == "llama.cpp":
             plain = {"top_k": 0, "min_p": 0.0, "repeat_penalty": 1.0, "return_tokens": True, "n_predict": limit}
+            plain["n_probs"] = 1
             answer = self.post(f"{self.root}/completion", body | plain)
             reason = "length" if answer.get("stop_type") == "limit" else "stop"
-            return Generation(str(answer.get("content", "")), answer.get("tokens") or None, reason)
+            ids, told = answer.get("tokens") or None, answer.get("completion_probabilities")
+            return Generation(
+                str(answer.get("content", "")), ids, reason, _told(ids, told, lambda one: (one["id"], one["logprob"]))
+            )
         body |= {"model": self.model, "max_tokens": limit}
         if self.kind == "vllm":
             body |= {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "return_token_ids": True}
+            body["logprobs"] = 1
         try:
             choice = _choice(self.request(f"{self.base}/completions", body))
         except _Rejected as problem:
@@ -518,7 +530,10 @@ class _Session:
             raise Refusal(f"{refusal}; a server that takes no token ids takes text prompts") from None
         if not isinstance(choice.get("text"), str):
             raise self.unusable("its completion holds no text; is it OpenAI-compatible?")
-        return Generation(choice["text"], choice.get("token_ids"), choice.get("finish_reason"))
+        ids, told = choice.get("token_ids"), (choice.get("logprobs") or {}).get("token_logprobs")
+        return Generation(
+            choice["text"], ids, choice.get("finish_reason"), _told(ids, told, lambda value: (None, value))
+        )
 
 
 def _best(rows: Sequence[Row], k: int, url: str) -> tuple[Int64[np.ndarray, "rows k"], Float32[np.ndarray, "rows k"]]:
@@ -549,6 +564,19 @@ def _best(rows: Sequence[Row], k: int, url: str) -> tuple[Int64[np.ndarray, "row
 def _choice(answer: Any) -> dict[str, Any]:
     choices = answer.get("choices") if isinstance(answer, dict) else None
     return choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else {}
+
+
+def _told(ids: list[int] | None, told: Any, read: Callable[[Any], tuple[int | None, float]]) -> list[float] | None:
+    """The log-probabilities of the tokens of an answer, or None where not all of them, or those of others, are told."""
+    if ids is None or not isinstance(told, list) or len(told) != len(ids):
+        return None
+    try:
+        pairs = [read(one) for one in told]
+        values = [float(value) for _, value in pairs]
+    except (KeyError, TypeError, ValueError):
+        return None
+    same = all(name in (None, token) for (name, _), token in zip(pairs, ids, strict=True))
+    return values if same and all(map(math.isfinite, values)) else None
 
 
 def _token_id(token: str) -> int:

@@ -62,15 +62,20 @@ def logit_numbers(config: Any) -> tuple[float, float | None]:
 
 
 def hidden_states(
-    model: Any, input_ids: Int[Tensor, "B T"], position_ids: Int[Tensor, "B T"]
+    model: Any, input_ids: Int[Tensor, "B T"], position_ids: Int[Tensor, "B T"], past: Any = None
 ) -> Float[Tensor, "B T H"]:
     """What the head sees. A document starts wherever `position_ids` restarts; attention does not cross that line.
 
     There is no attention_mask: padding is a document of its own, that nothing supervised belongs to. Transformers
     derives the block mask from the positions, for sliding-window layers too; FlashAttention does so only for a single
     row, hence the flattening.
+
+    `past`: a cache of what stands before every row, which is then one document; it grows by the rows.
     """
     shape = input_ids.shape
+    if past is not None:
+        grown = body_of(model)(input_ids=input_ids, position_ids=position_ids, past_key_values=past, use_cache=True)
+        return grown.last_hidden_state  # type: ignore[no-any-return]
     if model.config._attn_implementation.startswith("flash"):
         input_ids, position_ids = input_ids.reshape(1, -1), position_ids.reshape(1, -1)
     out = body_of(model)(input_ids=input_ids, position_ids=position_ids, use_cache=False)

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
 import torch
@@ -21,6 +21,9 @@ from models.objectives.signal import Signal
 from models.objectives.term import Objective, needs_teacher
 from models.teachers.teacher import Teacher, capturing
 
+if TYPE_CHECKING:
+    from models.on_policy import Rollouts
+
 
 class LanguageModel(pl.LightningModule):
     """Trains `student` by an objective, with or without a teacher.
@@ -28,7 +31,8 @@ class LanguageModel(pl.LightningModule):
     An objective returns a sum over supervised tokens; `training_step` divides it once, by `step_tokens`: the number of
     supervised tokens of the whole optimizer step, over all ranks and accumulated micro-batches, which every rank knows
     from the data order without asking the others. So the loss and its gradient do not depend on micro-batch size,
-    accumulation, padding, packing or the number of ranks.
+    accumulation, padding, packing or the number of ranks. A step on text of the student's own (`on_policy`) has it
+    written before its first micro-batch, and so knows its tokens too.
 
     Dropout draws from a generator seeded by (seed, step, micro-batch, rank), so a resumed run has no state to restore.
     """
@@ -51,8 +55,9 @@ class LanguageModel(pl.LightningModule):
         configs: tuple[Any, Any] | None = None,
         memory_bytes: int | None = None,
         compiled: bool = False,
+        on_policy: Rollouts | None = None,
     ) -> None:
-        """`configs`: student's and teacher's, where the objective compares layers. The last two: of the engine."""
+        """`configs`: student's and teacher's, where the objective compares layers. The two after it: of the engine."""
         super().__init__()
         self.load_student, self.load_teacher = load_student, load_teacher
         self.objective, self.optimizer, self.schedule = objective, optimizer, schedule
@@ -60,6 +65,7 @@ class LanguageModel(pl.LightningModule):
         self.packed = packed
         self.seed, self.log_every_steps, self.activation_checkpointing = seed, log_every_steps, activation_checkpointing
         self.configs, self.memory_bytes, self.compiled = configs, memory_bytes, compiled
+        self.on_policy = on_policy
         self.student: Any = None
         self.teacher: Any = None
         self.comparisons = nn.ModuleDict()  # of layers, with what they learn: in checkpoints, and not in the result
@@ -101,13 +107,27 @@ class LanguageModel(pl.LightningModule):
         self._started = time.monotonic() - self.seconds_spent
         self._marked = (self.tokens_seen, self.seconds_spent)
 
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        # Not in the step itself: there ZeRO-3 may be gathering ahead for the forward.
+        step = self.trainer.global_step
+        if batch_idx % self.trainer.accumulate_grad_batches or self.on_policy is None or not self.on_policy.due(step):
+            return
+        with self.trainer.precision_plugin.forward_context():
+            self.on_policy.begin(
+                self.student, step, device=self.device, rank=self.global_rank, world=self.trainer.world_size
+            )
+
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         accumulation = self.trainer.accumulate_grad_batches
         step, micro = self.trainer.global_step, batch_idx % accumulation
-        torch.manual_seed(_mix(self.seed, step, micro, self.global_rank))
+        objective, summed = self.objective, objective_sum
+        if self.on_policy is not None and self.on_policy.due(step):
+            batch = self.on_policy.take(batch, micro, rank=self.global_rank, world=self.trainer.world_size)
+            objective, summed = self.on_policy.objective(objective), self.on_policy.sum
+        torch.manual_seed(mixed(self.seed, step, micro, self.global_rank))
         self.step_metrics = None
         self._rows = batch["rows"]
-        total, parts = self._objective(self.objective, batch)
+        total, parts = self._objective(objective, batch, summed)
         if not torch.isfinite(total):
             raise NotFinite(
                 f"step {step}: the loss is {total.item()} on rows {batch['rows']} "
@@ -120,7 +140,9 @@ class LanguageModel(pl.LightningModule):
         # Lightning divides by the accumulation, and ranks are averaged: undo both, then divide once.
         return total * (accumulation * self.trainer.world_size / batch["step_tokens"])
 
-    def _objective(self, objective: Objective, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+    def _objective(
+        self, objective: Objective, batch: dict[str, Any], summed: Callable[..., Any] = objective_sum
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         wanted = Wanted()
         for comparison in objective.representations:
             assert self.configs is not None
@@ -132,7 +154,7 @@ class LanguageModel(pl.LightningModule):
             hidden = hidden_states(self.student, ids, positions)
 
         def engine(hidden: Tensor, signal: Signal | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-            return objective_sum(
+            result: tuple[Tensor, dict[str, Tensor]] = summed(
                 objective,
                 hidden,
                 head_of(self.student),
@@ -143,6 +165,7 @@ class LanguageModel(pl.LightningModule):
                 memory_bytes=self.memory_bytes,
                 compiled=self.compiled,
             )
+            return result
 
         def with_teacher(hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             result: tuple[Tensor, dict[str, Tensor]] = self.teacher.give(looked, lambda signal: engine(hidden, signal))
@@ -200,6 +223,7 @@ class LanguageModel(pl.LightningModule):
             "tokens": self.tokens_seen,
             "tokens_per_second": (self.tokens_seen - tokens_before) / (self.seconds_spent - seconds_before),
             "seconds": self.seconds_spent,
+            **({} if self.on_policy is None else self.on_policy.metrics(step)),
         }
 
     def on_validation_epoch_start(self) -> None:
@@ -234,12 +258,16 @@ class LanguageModel(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["so_far"] = (self.tokens_seen, self.seconds_spent, self.validation_metrics)
+        if self.on_policy is not None:
+            checkpoint["on_policy"] = self.on_policy.state()
         if "state_dict" in checkpoint:
             kept = ("student.", "comparisons.")
             checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k.startswith(kept)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.tokens_seen, self.seconds_spent, self.validation_metrics = checkpoint["so_far"]
+        if self.on_policy is not None:
+            self.on_policy.load(checkpoint["on_policy"])
 
 
 def gathered(parameters: Iterable[nn.Parameter]) -> Any:
@@ -271,7 +299,8 @@ def _dimensions(parameter: Any) -> int:
     return len(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def _mix(*numbers: int) -> int:
+def mixed(*numbers: int) -> int:
+    """A seed of several."""
     import numpy as np
 
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)

@@ -23,6 +23,7 @@ from models.heads import check_split, head_of, hidden_states
 from models.load import DTYPES, attention_for, load_model, parameter_count
 from models.objectives.chunked import objective_sum
 from models.objectives.cross_entropy import CrossEntropy
+from models.questions import Question, answered
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,17 @@ class Speed:
     def __post_init__(self) -> None:
         if self.prompt_tokens < 1 or self.new_tokens < 2 or self.repeats < 1:
             raise Refusal(f"{self}: need prompt_tokens and repeats of at least 1, new_tokens of at least 2")
+
+
+@dataclass(frozen=True)
+class Quiz:
+    """Sets of questions, by name, and what it takes to ask them."""
+
+    questions: dict[str, list[Question]]
+    tokenizer: Any
+    pad_token: int
+    end: str  # the text that ends an answer
+    batch_rows: int
 
 
 def open_for_inference(folder: str, device: str, dtype: str, trust_remote_code: bool = False) -> Any:
@@ -134,8 +146,12 @@ def measure_folder(
     settings: Speed,
     packed: bool,
     trust_remote_code: bool = False,
+    quiz: Quiz | None = None,
 ) -> dict[str, Any]:
-    """One row of the report. `text_bytes`: UTF-8 bytes of the text that the batches' targets stand for."""
+    """One row of the report. `text_bytes`: UTF-8 bytes of the text that the batches' targets stand for.
+
+    With a `quiz` also `right`: for each of its sets of questions, which of them were answered right.
+    """
     if device == "cpu":
         # Once for nothing: the libraries' code that loads on first use is as large as a small model.
         model = open_for_inference(folder, device, dtype, trust_remote_code)
@@ -150,12 +166,17 @@ def measure_folder(
     peak = memory.bytes()  # what serving one request takes; scoring long texts below is another matter
     check_split(model, model.config.vocab_size, packed)
     nats, tokens = negative_log_likelihood(model, batches)
+    right = {}
+    for name, questions in (quiz.questions if quiz else {}).items():
+        assert quiz is not None
+        right[name] = answered(model, questions, quiz.tokenizer, quiz.pad_token, quiz.end, quiz.batch_rows)
     return {
         "parameters": parameter_count(model),
         "perplexity": float(torch.tensor(nats / tokens, dtype=torch.float64).exp()),
         "bits_per_byte": nats / 0.6931471805599453 / text_bytes,
         **quick,
         "peak_memory_bytes": peak,
+        **({"right": right} if quiz else {}),
     }
 
 

@@ -60,6 +60,7 @@ class Config:
     resume: str = "continue"  # or overwrite: redo what was made with other values
     stages: dict[str, Any] = MISSING
     data: Any = None
+    task: Any = None
     teacher: Any = None
     student: Any = None
     objective: Any = None
@@ -135,7 +136,7 @@ def selected(config: dict[str, Any]) -> list[str]:
 
 # What a stage's numbers do not depend on beyond rounding: changing it neither invalidates a finished stage nor
 # forbids to go on in an unfinished one.
-_FREE = {"micro_batch", "workers", "batch_rows", "shard_mb", "sample_tokens"}
+_FREE = {"micro_batch", "workers", "batch_rows", "shard_mb", "shard_rows", "sample_tokens"}
 _FREE |= {"concurrency", "retries", "timeout_seconds", "api_key_variable"}  # of a server
 
 

@@ -13,18 +13,21 @@ from models.cache import HEADER, Cache, read_header
 from models.errors import Refusal
 from models.load import check_folder, empty_model, load_config, parameter_count
 from models.objectives.term import Objective, needs_teacher
+from models.on_policy import OnPolicy
 from models.student import Start
 from models.teachers.teacher import Source
 from pipeline import artifact, fit
 from pipeline.context import Context
-from pipeline.data import corpora, packing
+from pipeline.data import packing
 from pipeline.data.alignment import vocabulary_pairs
+from pipeline.data.pairs import teacher_side
+from pipeline.data.rows import RowSource, check_source, source_key
 from pipeline.data.tokenizer import first_difference, load_tokenizer, tokenizer_key
 
 
 @dataclass(frozen=True)
 class Distill:
-    data: corpora.Data
+    data: RowSource
     teacher: Source
     student: Start
     objective: Objective
@@ -32,6 +35,7 @@ class Distill:
     precision: str
     seed: int
     align: bool = False  # teacher and student may have different tokenizers: compared where they cover the same bytes
+    on_policy: OnPolicy | None = None  # some of the steps on what the student writes itself
 
     @property
     def _taught(self) -> bool:
@@ -46,16 +50,16 @@ class Distill:
 
     def parents(self, context: Context) -> dict[str, str]:
         # A control starts from the teacher's shape and tokenizer too, so the teacher is its parent as well.
-        more = {"student": self.student.path, "signal": self._cache}
+        more = {"student": self.student.path, "signal": self._cache, **self.data.made_by_stages}
         return {"teacher": self.teacher.path, **{role: path for role, path in more.items() if path}}
 
     def content(self) -> str:
         """Hash of the text it reads."""
-        return corpora.content_key(self.data)
+        return source_key(self.data)
 
     def check(self, context: Context) -> dict[str, Any]:
         fit.check(context, self.training, self.precision)
-        corpus = corpora.check(self.data)
+        corpus = check_source(context, self.data)
         warnings = []
         made_here = context.produced_by(self.teacher.path)
         if not made_here:
@@ -79,6 +83,8 @@ class Distill:
             raise Refusal(
                 f"stages.{context.stage}.align=true: the student has no tokenizer of its own; use student=folder"
             )
+        if self._taught and self.data.teacher_prompts:
+            self._check_contexts(context)
         if self.align and self.objective.representations:
             raise Refusal(
                 f"objective.also: {self.objective.representations[0].name} compares layers position by position, and "
@@ -89,6 +95,8 @@ class Distill:
             for term in self.objective.representations:
                 term.check(student, teacher)
         self._check_cache(context)
+        if self.on_policy is not None:
+            self._check_on_policy(context, self.on_policy, {"teacher": teacher, "student": student})
         context.plan_model(student)
         fit.check_disk(context, sizes["student"])
         if sizes["student"] > sizes["teacher"]:
@@ -126,6 +134,52 @@ class Distill:
             if config.vocab_size < len(its):
                 raise Refusal(
                     f"{role}: vocab_size={config.vocab_size} is smaller than its tokenizer's {len(its)} tokens"
+                )
+
+    def _check_contexts(self, context: Context) -> None:
+        """What a teacher that reads other prompts than the student cannot do."""
+        if self.align:
+            raise Refusal(
+                f"stages.{context.stage}.align=true: a teacher with prompts of its own is compared token by token; use "
+                f"a student of the teacher's tokenizer"
+            )
+        if self.objective.representations:
+            raise Refusal(
+                f"objective.also: {self.objective.representations[0].name} compares layers position by position, and "
+                f"the teacher's prompts are other ones; leave it out"
+            )
+        if self._cache and self.data.teacher_prompts > 1:
+            raise Refusal(
+                f"task.draws={self.data.teacher_prompts}: the mean of several prompts' distributions is not recorded; "
+                f"use task.draws=1, or teacher=online or sharded"
+            )
+
+    def _check_on_policy(self, context: Context, on_policy: OnPolicy, configs: dict[str, Any]) -> None:
+        """What cannot be done with text that is not there yet."""
+        on_policy.check(self.objective, self.teacher, self.training.global_batch)
+        if self.align:
+            raise Refusal(
+                f"stages.{context.stage}.align=true with on_policy: what the student writes has no spans; use a "
+                f"student of the teacher's tokenizer, or leave on_policy out"
+            )
+        if self.data.packing:
+            raise Refusal(
+                f"data.packing=true with stages.{context.stage}.on_policy: an answer needs a row of its own; set "
+                f"packing=false on what the stage reads"
+            )
+        if self.training.max_tokens is not None:
+            raise Refusal(
+                f"stages.{context.stage}.training.max_tokens={self.training.max_tokens} with on_policy: how long the "
+                f"student's answers are is not known before; use max_steps or epochs"
+            )
+        new = on_policy.sampling.max_new_tokens
+        for role, config in configs.items():
+            name = "teacher_max_length" if role == "teacher" and self.data.teacher_prompts else "max_length"
+            longest = getattr(self.data, name) + new
+            if (limit := getattr(config, "max_position_embeddings", None)) and limit < longest:
+                raise Refusal(
+                    f"on_policy.sampling.max_new_tokens={new} behind a prompt of up to {name}={longest - new}: the "
+                    f"{role} reads at most {limit} tokens (max_position_embeddings); lower one of the two"
                 )
 
     def _check_cache(self, context: Context) -> None:
@@ -180,7 +234,7 @@ class Distill:
             self._check_recorded(context)
             # What is missing would be missed at its batch, perhaps days from now.
             rows = json.loads((context.work / "prepared.json").read_text())["train"]
-            Cache(Path(self._cache)).check_holds(load_from_disk(rows))
+            Cache(Path(self._cache)).check_holds(teacher_side(load_from_disk(rows)))
 
     def _check_recorded(self, context: Context) -> None:
         """Whether the cache is of this very teacher; of one that is served, the model's name is all there is."""
@@ -210,4 +264,5 @@ class Distill:
             training=self.training,
             precision=self.precision,
             teacher_tokenizer=teachers if students and self._taught else None,
+            on_policy=self.on_policy,
         )

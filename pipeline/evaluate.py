@@ -1,42 +1,59 @@
-"""Measure every model of the run on the test split, each reloaded from the folder that was written."""
+"""Measure every model of the run on the test split, each reloaded from the folder that was written.
+
+With a task also how many of its queries each answers right without demonstrations, and the teacher with them; and how
+much of the gap between the teacher's two figures a student has closed.
+"""
 
 from __future__ import annotations
 
 import multiprocessing
+import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from models.cache import HEADER
 from models.errors import Refusal
 from models.load import DTYPES, check_folder
-from models.measure import Speed, measure_folder
+from models.measure import Quiz, Speed, measure_folder
+from models.student import Start
 from models.teachers.teacher import Source
 from pipeline import artifact
 from pipeline.context import Context
-from pipeline.data import corpora
 from pipeline.data.batch import collate, pad_token
-from pipeline.data.rows import rows_of
+from pipeline.data.rows import RowSource, check_source, rows_of, source_key
+from pipeline.data.tasks import Task
 from pipeline.data.tokenizer import load_tokenizer
+
+BEFORE = "student before"
+UNSEEN, SEEN, SHOWN = "unseen", "seen", "shown"  # queries held out, trained on; held out, behind demonstrations
+RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
 class Evaluate:
-    data: corpora.Data
+    data: RowSource
     models: list[str] | None = None  # stage names or folders; None: every model this run has made, and the teacher
     teacher: Source | None = None
     compare: list[list[str]] = field(default_factory=list)  # pairs of stages to be put side by side
     dtype: str = "float32"
     batch_rows: int = 8
     speed: Speed = field(default_factory=Speed)
+    task: Task | None = None
+    task_queries: int = 300  # at most, of the test's and of those that were trained on
+    before: Start | None = None  # a student, to be asked as it was before training
+    seed: int = 0
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise Refusal(f"evaluate.dtype={self.dtype}: need one of {', '.join(DTYPES)}")
-        if self.batch_rows < 1:
-            raise Refusal(f"evaluate.batch_rows={self.batch_rows}: need at least 1")
+        for name in ("batch_rows", "task_queries"):
+            if getattr(self, name) < 1:
+                raise Refusal(f"evaluate.{name}={getattr(self, name)}: need at least 1")
 
     @property
     def _trusted(self) -> bool:
@@ -67,10 +84,10 @@ class Evaluate:
 
     def content(self) -> str:
         """Hash of the text it reads."""
-        return corpora.content_key(self.data)
+        return source_key(self.data)
 
     def check(self, context: Context) -> dict[str, Any]:
-        corpus = corpora.check(self.data)
+        corpus = check_source(context, self.data)
         if not self.data.holdout and not self.data.test:
             raise Refusal("data.holdout=0 and no data.test: there is no text to measure on; give one of them")
         parents = self.parents(context)
@@ -85,6 +102,9 @@ class Evaluate:
         for pair in self.compare:
             if len(pair) != 2:
                 raise Refusal(f"stages.{context.stage}.compare={pair}: need pairs like [distill, control]")
+        if self.task is not None:
+            self.task.check()
+            self.task.examples("train")  # read once, so that a bad line is told before a stage has run
         return {"model": f"{len(parents)} models", "data": corpus}
 
     def prepare(self, context: Context) -> None:
@@ -94,53 +114,33 @@ class Evaluate:
         # A server that has imported the libraries but run nothing: its children start clean and quickly.
         processes = multiprocessing.get_context("forkserver")
         processes.set_forkserver_preload(["models.measure"])
-        rows = []
-        for role, folder in self.parents(context).items():
-            tokenizer = load_tokenizer(folder, self._trusted)
-            packed, statistics, _ = rows_of(self.data, "test", tokenizer, context.data_folder)
-            if not len(packed):
-                raise Refusal("data.test: no text to measure on; give data.test or a data.holdout above 0")
-            batches = [
-                collate(
-                    [packed[i] for i in range(at, min(at + self.batch_rows, len(packed)))],
-                    pad_token=pad_token(tokenizer),
+        rows: list[dict[str, Any]] = []
+        right: dict[str, dict[str, list[bool]]] = {}
+        with tempfile.TemporaryDirectory(prefix="retort-before-") as start:
+            folders = self.parents(context)
+            if self.before is not None and self.task is not None and self.teacher is not None:
+                tokenizer = load_tokenizer(self.teacher.path, self._trusted)
+                self.before.materialise(self.teacher.path, tokenizer, Path(start) / "start", self.seed)
+                folders = {**folders, BEFORE: str(Path(start) / "start")}
+            for role, folder in folders.items():
+                measured = self._measured(context, role, folder, processes)
+                right[role] = measured.pop("right", {})
+                manifest = artifact.read_manifest(Path(folder)) or {}
+                path = None if role == BEFORE else str(Path(folder).resolve()) if Path(folder).exists() else folder
+                rows.append(
+                    {
+                        "stage": role,
+                        "path": path,
+                        "parameters": measured.pop("parameters"),
+                        "bytes": bytes_on_disk(folder),
+                        **measured,
+                        "seconds": manifest.get("seconds"),
+                        "tokens": manifest.get("tokens"),
+                    }
                 )
-                for at in range(0, len(packed), self.batch_rows)
-            ]
-            prompt = batches[0]["input_ids"][:1, : self.speed.prompt_tokens]
-            with ProcessPoolExecutor(1, mp_context=processes) as pool:
-                work = pool.submit(
-                    measure_folder,
-                    folder,
-                    batches,
-                    statistics["bytes"],
-                    prompt,
-                    context.device,
-                    self.dtype,
-                    self.speed,
-                    self.data.packing,
-                    self._trusted,
-                )
-                try:
-                    measured = work.result()
-                except BrokenProcessPool:
-                    raise Refusal(
-                        f"measuring {role} was killed, most likely for lack of memory; try "
-                        f"stages.{context.stage}.dtype=bfloat16 or a smaller batch_rows"
-                    ) from None
-            manifest = artifact.read_manifest(Path(folder)) or {}
-            rows.append(
-                {
-                    "stage": role,
-                    "path": str(Path(folder).resolve()) if Path(folder).exists() else folder,
-                    "parameters": measured.pop("parameters"),
-                    "bytes": bytes_on_disk(folder),
-                    **measured,
-                    "seconds": manifest.get("seconds"),
-                    "tokens": manifest.get("tokens"),
-                }
-            )
-            print(f"{role}: perplexity {measured['perplexity']:.2f}", flush=True)
+                print(f"{role}: perplexity {measured['perplexity']:.2f}", flush=True)
+        if self.task is not None:
+            rows = self._with_accuracy(rows, right, self._teacher_role(context))
         artifact.publish(
             context.out,
             lambda folder: None,
@@ -151,8 +151,77 @@ class Evaluate:
             },
         )
 
+    def _measured(self, context: Context, role: str, folder: str, processes: Any) -> dict[str, Any]:
+        tokenizer = load_tokenizer(folder, self._trusted)
+        packed, statistics, _ = rows_of(self.data, "test", tokenizer, context.data_folder)
+        if not len(packed):
+            raise Refusal("data.test: no text to measure on; give data.test or a data.holdout above 0")
+        batches = [
+            collate(
+                [packed[i] for i in range(at, min(at + self.batch_rows, len(packed)))],
+                pad_token=pad_token(tokenizer),
+            )
+            for at in range(0, len(packed), self.batch_rows)
+        ]
+        prompt = batches[0]["input_ids"][:1, : self.speed.prompt_tokens]
+        quiz = self._quiz(tokenizer, shown=role == self._teacher_role(context))
+        with ProcessPoolExecutor(1, mp_context=processes) as pool:
+            work = pool.submit(
+                measure_folder,
+                folder,
+                batches,
+                statistics["bytes"],
+                prompt,
+                context.device,
+                self.dtype,
+                self.speed,
+                self.data.packing,
+                self._trusted,
+                quiz,
+            )
+            try:
+                return work.result()
+            except BrokenProcessPool:
+                raise Refusal(
+                    f"measuring {role} was killed, most likely for lack of memory; try "
+                    f"stages.{context.stage}.dtype=bfloat16 or a smaller batch_rows"
+                ) from None
+
+    def _teacher_role(self, context: Context) -> str | None:
+        path = self.teacher.path if self.teacher is not None else None
+        return next((role for role, folder in self.parents(context).items() if folder == path), None)
+
+    def _quiz(self, tokenizer: Any, shown: bool) -> Quiz | None:
+        """The task's queries; `shown`: also behind the teacher's demonstrations."""
+        if self.task is None:
+            return None
+        test = self.task.questions("test", tokenizer, shown=False)[: self.task_queries]
+        if not test:
+            raise Refusal("task.test: there is no query to measure on; give task.test or a task.holdout above 0")
+        questions = {UNSEEN: test, SEEN: self.task.questions("train", tokenizer, shown=False)[: self.task_queries]}
+        if shown:
+            questions[SHOWN] = self.task.questions("test", tokenizer, shown=True)[: self.task_queries]
+        return Quiz(questions, tokenizer, pad_token(tokenizer), self.task.separator, 4 * self.batch_rows)
+
+    def _with_accuracy(
+        self, rows: list[dict[str, Any]], right: dict[str, dict[str, list[bool]]], teacher: str | None
+    ) -> list[dict[str, Any]]:
+        """The rows with their accuracies, one more for the teacher with its demonstrations, and the gap closed."""
+        assert self.task is not None
+        result = []
+        for row in rows:
+            told = right[row["stage"]]
+            row = {**row, "accuracy": _mean(told[UNSEEN]), "accuracy_on_training_queries": _mean(told[SEEN])}
+            if teacher in right and row["stage"] != teacher:
+                row |= gap_closed(told[UNSEEN], right[teacher][UNSEEN], right[teacher][SHOWN])
+            result.append(row)
+            if row["stage"] == teacher:
+                name = f"{teacher}, {self.task.shots} shots" if self.task.shots else f"{teacher}, with context"
+                result.append({"stage": name, "path": row["path"], "accuracy": _mean(told[SHOWN])})
+        return result
+
     def _comparisons(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        by_stage = {row["stage"]: row["perplexity"] for row in rows}
+        by_stage = {row["stage"]: row["perplexity"] for row in rows if "perplexity" in row}
         return [
             {
                 "stage": one,
@@ -165,6 +234,27 @@ class Evaluate:
             for one, other in self.compare
             if one in by_stage and other in by_stage
         ]
+
+
+def gap_closed(student: list[bool], without: list[bool], shown: list[bool]) -> dict[str, float | None]:
+    """The student's share of what demonstrations add to the teacher's accuracy, with its 95 % bootstrap interval.
+
+    The three lists are of the same queries; each resample draws queries. None where demonstrations add nothing.
+    """
+    told = np.array([student, without, shown], dtype=float)
+    draws = np.random.default_rng(0).integers(told.shape[1], size=(RESAMPLES, told.shape[1]))
+    resampled = told[:, draws].mean(-1)
+    gap, gained = resampled[2] - resampled[1], resampled[0] - resampled[1]
+    whole = told.mean(1)
+    if whole[2] <= whole[1]:
+        return {"gap_closed": None, "gap_closed_low": None, "gap_closed_high": None}
+    low, high = np.percentile(gained[gap > 0] / gap[gap > 0], [2.5, 97.5])
+    closed = (whole[0] - whole[1]) / (whole[2] - whole[1])
+    return {"gap_closed": float(closed), "gap_closed_low": float(low), "gap_closed_high": float(high)}
+
+
+def _mean(told: list[bool]) -> float | None:
+    return sum(told) / len(told) if told else None
 
 
 def bytes_on_disk(folder: str) -> int | None:

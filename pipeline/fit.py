@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import inspect
 import json
@@ -22,14 +23,16 @@ from models.errors import Refusal
 from models.language_model import LanguageModel, gather_state
 from models.load import attention_for, empty_model, load_config, load_model, parameter_count, save_model
 from models.objectives.term import Objective
+from models.on_policy import OnPolicy, Rollouts, ends_of
 from models.teachers.teacher import Opening, Source
 from pipeline import artifact
 from pipeline.context import Context
-from pipeline.data import corpora, packing
+from pipeline.data import packing
 from pipeline.data.alignment import vocabulary_pairs
-from pipeline.data.batch import pad_token
+from pipeline.data.batch import collate, pad_token
 from pipeline.data.loader import Rows, accumulation
-from pipeline.data.rows import rows_of
+from pipeline.data.pairs import common_prefix
+from pipeline.data.rows import RowSource, rows_of
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.strategy import prepare_environment
 
@@ -114,11 +117,13 @@ def check(context: Context, training: Training, precision: Any) -> None:
     last_checkpoint(context.work / "checkpoints", context.config["strategy"], context.world)
 
 
-def check_length(config: Any, data: corpora.Data, role: str) -> None:
-    if (limit := getattr(config, "max_position_embeddings", None)) and limit < data.max_length:
-        raise Refusal(
-            f"data.max_length={data.max_length}: the {role} reads at most {limit} tokens (max_position_embeddings)"
-        )
+def check_length(config: Any, data: RowSource, role: str) -> None:
+    name = "max_length"
+    if role == "teacher" and data.teacher_prompts:
+        name = "teacher_max_length"
+    length = getattr(data, name)
+    if (limit := getattr(config, "max_position_embeddings", None)) and limit < length:
+        raise Refusal(f"data.{name}={length}: the {role} reads at most {limit} tokens (max_position_embeddings)")
 
 
 def check_disk(context: Context, parameters: int) -> None:
@@ -140,7 +145,7 @@ def check_disk(context: Context, parameters: int) -> None:
 
 def prepare(
     context: Context,
-    data: corpora.Data,
+    data: RowSource,
     tokenizer: Any,
     write_start: Callable[[Path], None],
     teacher_tokenizer: Any = None,
@@ -171,10 +176,11 @@ def train(
     *,
     objective: Objective,
     teacher: Source | None,
-    data: corpora.Data,
+    data: RowSource,
     training: Training,
     precision: Any,
     teacher_tokenizer: Any = None,
+    on_policy: OnPolicy | None = None,
     extra: dict[str, Any] | None = None,
 ) -> None:
     """Fit `<work>/start` on the prepared rows and publish `<run_dir>/<stage>/`. Runs on every rank.
@@ -213,10 +219,28 @@ def train(
     if teacher_tokenizer is not None:
         students, teachers = vocabulary_pairs(tokenizer, teacher_tokenizer)
         pairs = (torch.from_numpy(students), torch.from_numpy(teachers))
-    opening = Opening(len(teacher_tokenizer or tokenizer), attention, data.packing, pairs)
+    prefix = () if teacher is None or teacher.needs_record else common_prefix(rows.train)
+    opening = Opening(len(teacher_tokenizer or tokenizer), attention, data.packing, pairs, prefix)
     budget = settings["objective_memory_mb"]
+    load_student = functools.partial(
+        load_model, prepared["start"], dtype=torch.float32, attention=attention, role="student"
+    )
+    rollouts = None
+    if on_policy is not None:
+        ends = {tokenizer.eos_token_id, *ends_of(rows.train)} - {None}
+        rollouts = Rollouts(
+            on_policy,
+            rows=rows.train,
+            step_rows=rows.order().step_rows,
+            collate=functools.partial(collate, pad_token=rows.pad_token),
+            load_student=load_student,
+            seed=context.seed,
+            pad_token=rows.pad_token,
+            end_tokens=sorted(ends),
+            tokenizer=tokenizer,
+        )
     module = LanguageModel(
-        load_student=lambda: load_model(prepared["start"], dtype=torch.float32, attention=attention, role="student"),
+        load_student=load_student,
         load_teacher=None if teacher is None else lambda: teacher.open(opening),
         objective=objective,
         optimizer=training.optimizer,
@@ -231,6 +255,7 @@ def train(
         configs=configs,
         memory_bytes=None if budget is None else budget * 2**20,
         compiled=settings["compile"],
+        on_policy=rollouts,
     )
     micro_batches = accumulation(training.global_batch, training.micro_batch, context.world)
     checkpoint = last_checkpoint(context.work / "checkpoints", context.config["strategy"], context.world)

@@ -14,6 +14,7 @@ from models.student import check_sizes, write_fresh
 from pipeline import fit
 from pipeline.context import Context
 from pipeline.data import corpora
+from pipeline.data.rows import check_source, source_key
 from pipeline.data.tokenizer import load_tokenizer, train_tokenizer
 
 
@@ -42,11 +43,11 @@ class Pretrain:
 
     def content(self) -> str:
         """Hash of the text it reads."""
-        return corpora.content_key(self.data)
+        return source_key(self.data)
 
     def check(self, context: Context) -> dict[str, Any]:
         fit.check(context, self.training, self.precision)
-        corpus = corpora.check(self.data)
+        corpus = check_source(context, self.data)
         if corpus["chat"] and not self.tokenizer.path:
             raise Refusal(
                 "pretrain trains its tokenizer on text, and the data are conversations; give "

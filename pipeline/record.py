@@ -9,14 +9,12 @@ import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from models.cache import (
@@ -45,10 +43,13 @@ from models.objectives.signal import Dense, Signal
 from models.teachers.teacher import Opening, Source
 from pipeline import artifact, fit
 from pipeline.context import Context
-from pipeline.data import corpora, packing
+from pipeline.data import packing
 from pipeline.data.batch import collate, pad_token
-from pipeline.data.rows import rows_of
+from pipeline.data.pairs import teacher_side
+from pipeline.data.rows import RowSource, check_source, rows_of, source_key
 from pipeline.data.tokenizer import load_tokenizer, tokenizer_key
+from pipeline.progress import shown
+from pipeline.ranks import join
 from pipeline.strategy import prepare_environment
 
 _FLUSH_SECONDS = 300.0
@@ -56,7 +57,7 @@ _FLUSH_SECONDS = 300.0
 
 @dataclass(frozen=True)
 class Record:
-    data: corpora.Data
+    data: RowSource
     teacher: Any  # a Source that needs a record: cached, served
     encoding: Encoding
     batch_rows: int = 8  # rows the teacher reads at once; memory only
@@ -80,14 +81,14 @@ class Record:
         return context.world if self.teacher.runs_here else 1
 
     def parents(self, context: Context) -> dict[str, str]:
-        return {"teacher": self.teacher.path}
+        return {"teacher": self.teacher.path, **self.data.made_by_stages}
 
     def content(self) -> str:
         """Hash of the text it reads."""
-        return corpora.content_key(self.data)
+        return source_key(self.data)
 
     def check(self, context: Context) -> dict[str, Any]:
-        corpus = corpora.check(self.data)
+        corpus = check_source(context, self.data)
         if not getattr(self.teacher, "needs_record", False):
             raise Refusal(f"{context.stage} records for teacher=cached or teacher=served; there is nothing to record")
         if not self.teacher.runs_here:
@@ -102,6 +103,11 @@ class Record:
                     f"stages.{context.stage}.encoding.k={self.encoding.k}: of a server, teacher.endpoint.top_k="
                     f"{self.teacher.endpoint.top_k} decides; set that one"
                 )
+        if self.data.teacher_prompts > 1:
+            raise Refusal(
+                f"task.draws={self.data.teacher_prompts}: the mean of several prompts' distributions is not recorded; "
+                f"use task.draws=1, or teacher=online or sharded"
+            )
         made_here = context.produced_by(self.teacher.path)
         if not made_here:
             check_folder(self.teacher.path, "teacher", weights=self.teacher.runs_here)
@@ -134,8 +140,9 @@ class Record:
             tokenizer.chat_template = packing.chat_template(tokenizer, self.data)
         context.work.mkdir(parents=True, exist_ok=True)
         rows, statistics, folder = rows_of(self.data, "train", tokenizer, context.data_folder)
+        rows = teacher_side(rows)
         if not len(rows):
-            raise Refusal(f"data.train={self.data.train}: no row of text is left after tokenizing")
+            raise Refusal(f"{context.stage}: no row of text is left after tokenizing")
         header = self._header(context, tokenizer)
         # Not in the stage's own folder, which goes when the stage is begun with other values: hours of a teacher's
         # answers must survive them, and wait for the old values to come back, until a result is published.
@@ -173,7 +180,7 @@ class Record:
 
         prepared = json.loads((context.work / "prepared.json").read_text())
         tokenizer = load_tokenizer(self.teacher.path, self.teacher.trust_remote_code)
-        rows = load_from_disk(prepared["rows"])
+        rows = teacher_side(load_from_disk(prepared["rows"]))
         shards = Path(prepared["shards"])
         header = read_header(shards)
         begin = time.monotonic()
@@ -191,7 +198,7 @@ class Record:
     ) -> dict[str, Any]:
         prepare_environment(context.device)
         world, rank = context.world, context.rank
-        place = _join(context.device) if world > 1 else torch.device(context.device)
+        place = join(context.device) if world > 1 else torch.device(context.device)
         attention = attention_for("auto", context.device, DTYPES[self.teacher.dtype])
         source: Source = self.teacher.recorder
         teacher: Any = source.open(Opening(header.vocabulary, attention, self.data.packing))
@@ -216,7 +223,8 @@ class Record:
             teacher.check()
             mine = todo[rank::world]
             # As many batches on every rank: a sharded teacher takes all of them for every forward.
-            for number in _shown(-(-len(todo) // (self.batch_rows * world)), rank == 0):
+            rounds = -(-len(todo) // (self.batch_rows * world))
+            for number in shown(range(rounds), rounds, "recording", rank == 0):
                 numbers = mine[number * self.batch_rows : (number + 1) * self.batch_rows]
                 batch = _batch(rows, numbers or [0], tokenizer, place)
                 teacher.give(teacher.look(batch, Wanted()), partial(encode if numbers else _nothing, batch))
@@ -253,7 +261,7 @@ class Record:
         columns = load_config(self.teacher.path, "teacher", self.teacher.trust_remote_code).vocab_size
 
         def pieces() -> Iterator[tuple[tuple[bytes, Any], list[int]]]:
-            for number in _shown(len(todo), True):
+            for number in shown(range(len(todo)), len(todo), "recording"):
                 batch = _batch(rows, [todo[number]], tokenizer, torch.device("cpu"))
                 for piece in known.new(pieces_of(batch, header.fingerprint)):
                     ids = batch["input_ids"][piece.row, piece.start : piece.stop].tolist()
@@ -438,31 +446,6 @@ def _nothing(batch: dict[str, Any], signal: Signal) -> None:
 def _batch(rows: Any, numbers: list[int], tokenizer: Any, place: torch.device) -> dict[str, Any]:
     batch = collate([rows[number] for number in numbers], pad_token=pad_token(tokenizer))
     return {name: value.to(place) if isinstance(value, Tensor) else value for name, value in batch.items()}
-
-
-def _shown(count: int, shown: bool) -> Iterator[int]:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, disable=not shown) as progress:
-        yield from progress.track(range(count), description="recording")
-
-
-def _join(device: str) -> torch.device:
-    """A process group over the ranks that torchrun or srun has started, and this rank's device."""
-    from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
-    from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
-
-    here = TorchElasticEnvironment() if TorchElasticEnvironment.detect() else SLURMEnvironment(auto_requeue=False)
-    torch.distributed.init_process_group(
-        "nccl" if device == "cuda" else "gloo",
-        init_method=f"tcp://{here.main_address}:{here.main_port}",
-        rank=here.global_rank(),
-        world_size=here.world_size(),
-        timeout=timedelta(hours=12),  # ranks may finish far apart
-    )
-    place = torch.device(device, here.local_rank()) if device == "cuda" else torch.device(device)
-    if device == "cuda":
-        torch.cuda.set_device(place)
-    return place
 
 
 def _link(source: Path, target: Path) -> None:

@@ -16,6 +16,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from models.generation import Sampling
 from models.language_model import LanguageModel, gather_state
 from models.load import load_config
 from models.objectives.attention_relations import AttentionRelations
@@ -23,11 +24,14 @@ from models.objectives.cross_entropy import CrossEntropy
 from models.objectives.distillation import Distillation
 from models.objectives.forward_kl import ForwardKL
 from models.objectives.hidden_states import HiddenStates
+from models.objectives.reverse_kl import ReverseKL
+from models.on_policy import OnPolicy, Rollouts
 from models.schedules import cosine
 from models.teachers.online import Online
 from models.teachers.sharded import Sharded
 from models.teachers.teacher import Opening
 from pipeline import strategy as strategies
+from pipeline.data.batch import collate
 from pipeline.data.loader import Rows, accumulation
 
 VOCABULARY, LENGTH = 61, 24
@@ -56,6 +60,10 @@ class Scenario:
     offload: str = "none"
     layers: bool = False  # hidden states and attention compared as well
     lora_head: bool = False  # the student's head frozen under a low-rank adapter
+    answers: bool = False  # rows of a prompt and a supervised answer, in place of packed ones
+    scrambled: bool = False  # with other answers to the same prompts
+    on_policy: dict[str, Any] | None = None  # of answers: OnPolicy's values, its sampling among them
+    divergence: str = "ForwardKL"
 
 
 def model(hidden: int, layers: int, seed: int, tied: bool = False, dropout: float = 0.0) -> LlamaForCausalLM:
@@ -103,6 +111,58 @@ def rows(count: int = 40, seed: int = 0) -> Dataset:
     return Dataset.from_list(made)
 
 
+def answer_rows(count: int = 40, seed: int = 0, scrambled: bool = False) -> Dataset:
+    """Rows of a prompt, some of them equal, and an answer that ends with token 0."""
+    generator = torch.Generator().manual_seed(seed)
+    others = torch.Generator().manual_seed(seed + 1000)
+    made = []
+    for _ in range(count):
+        prompt_length, *lengths = torch.randint(1, LENGTH // 2, (3,), generator=generator).tolist()
+        prompt = torch.randint(1, VOCABULARY, (prompt_length,), generator=generator).tolist()
+        if prompt_length == 1:
+            prompt = [7]
+        answers = [
+            [*torch.randint(1, VOCABULARY, (length,), generator=source).tolist(), 0]
+            for length, source in zip(lengths, (generator, others), strict=True)
+        ]
+        answer = answers[scrambled]
+        made.append(
+            {
+                "input_ids": prompt + answer,
+                "position_ids": list(range(len(prompt) + len(answer))),
+                "targets": [-100] * (len(prompt) - 1) + answer + [-100],
+                "supervised": len(answer),
+                "bytes": 0,
+            }
+        )
+    return Dataset.from_list(made)
+
+
+def rollouts(values: dict[str, Any], data: Rows, load_student: Any) -> Rollouts:
+    """As the pipeline makes them."""
+    return Rollouts(
+        OnPolicy(**{**values, "sampling": Sampling(**values["sampling"])}),
+        rows=data.train,
+        step_rows=data.order().step_rows,
+        collate=functools.partial(collate, pad_token=0, side=data.side),
+        load_student=load_student,
+        seed=data.seed,
+        pad_token=0,
+        end_tokens=[0],
+        tokenizer=range(VOCABULARY),  # its length is all that is looked at
+    )
+
+
+def collectives(module: LanguageModel, step: int) -> int:
+    """How often a rank speaks with the others while the student's text of a step is written."""
+    assert module.on_policy is not None
+    with torch.profiler.profile() as profile:
+        module.on_policy.begin(
+            module.student, step, device=module.device, rank=module.global_rank, world=module.trainer.world_size
+        )
+    return sum(event.count for event in profile.key_averages() if event.key.startswith("gloo:"))
+
+
 def adapted_head(student: Any) -> Any:
     """PEFT's LoRA on the head alone, which is frozen under it; the body trains."""
     from peft.tuners.lora import Linear
@@ -137,13 +197,25 @@ def fit(scenario: Scenario, folder: Path) -> dict[str, Any]:
                 trainer.save_checkpoint(folder / f"{scenario.name}.ckpt")
 
     also = {"hidden": HiddenStates(), "attention": AttentionRelations(relation_heads=2)} if scenario.layers else {}
-    objective = Distillation(0.3, ForwardKL(2.0), also) if scenario.taught else CrossEntropy()
+    divergence = ReverseKL() if scenario.divergence == "ReverseKL" else ForwardKL(2.0)
+    objective = Distillation(0.3, divergence, also) if scenario.taught else CrossEntropy()
     source = Sharded(str(teacher), offload=scenario.offload) if scenario.sharded else Online(str(teacher))
 
     def load_student() -> Any:
         loaded = load_model(str(student), dtype=torch.float32)
         return adapted_head(loaded) if scenario.lora_head else loaded
 
+    plain = scenario.answers or scenario.on_policy is not None
+    data = Rows(
+        answer_rows(scrambled=scenario.scrambled) if plain else rows(),
+        rows(9, seed=1),
+        seed=0,
+        global_batch=scenario.global_batch,
+        micro_batch=scenario.micro_batch,
+        pad_token=0,
+        length=None if plain else LENGTH,
+        side=scenario.side,
+    )
     module = LanguageModel(
         load_student=load_student,
         load_teacher=(lambda: source.open(Opening(VOCABULARY))) if scenario.taught else None,
@@ -153,21 +225,12 @@ def fit(scenario: Scenario, folder: Path) -> dict[str, Any]:
         weight_decay=0.1,
         max_steps=scenario.steps,
         vocabulary=VOCABULARY,
-        packed=True,
+        packed=not plain,
         seed=0,
         log_every_steps=1,
         activation_checkpointing=scenario.activation_checkpointing,
         configs=(load_config(str(student)), load_config(str(teacher))),
-    )
-    data = Rows(
-        rows(),
-        rows(9, seed=1),
-        seed=0,
-        global_batch=scenario.global_batch,
-        micro_batch=scenario.micro_batch,
-        pad_token=0,
-        length=LENGTH,
-        side=scenario.side,
+        on_policy=rollouts(scenario.on_policy, data, load_student) if scenario.on_policy else None,
     )
     kind = scenario.strategy
     settings: dict[str, Any] = {"stage3_param_persistence_threshold": 0}
@@ -207,6 +270,8 @@ def fit(scenario: Scenario, folder: Path) -> dict[str, Any]:
     teacher_gradients = [n for n, p in module.named_parameters() if n.startswith("teacher.") and p.grad is not None]
     return {
         "metrics": seen,
+        "kept": None if module.on_policy is None else module.on_policy.state(),
+        **(written(module) if scenario.strategy.startswith("zero3") and module.on_policy is not None else {}),
         "validation": module.validation_metrics,
         "state": state,
         "teacher_gradients": teacher_gradients,
@@ -214,6 +279,19 @@ def fit(scenario: Scenario, folder: Path) -> dict[str, Any]:
         if isinstance(module.teacher, torch.nn.Module)
         else None,
     }
+
+
+def written(module: LanguageModel) -> dict[str, Any]:
+    """What writes under ZeRO-3, after training: its weights, and how often ranks speak for short and for long text."""
+    assert module.on_policy is not None
+    spoken = []
+    for tokens in (2, 30):
+        sampling = replace(module.on_policy.values.sampling, max_new_tokens=tokens)
+        module.on_policy.values = replace(module.on_policy.values, sampling=sampling, replay_share=0.0)
+        module.on_policy.end_tokens = []
+        spoken.append(collectives(module, step=1000))
+    assert module.on_policy.replica.model is not None
+    return {"collectives": spoken, "replica": dict(module.on_policy.replica.model.state_dict())}
 
 
 def write_models(folder: Path) -> None:

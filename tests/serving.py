@@ -67,6 +67,9 @@ class Model:
         choice: dict[str, Any] = {"index": 0, "text": text, "finish_reason": reason, "prompt_logprobs": None}
         if body.get("return_token_ids"):
             choice["token_ids"] = generated
+        if body.get("logprobs") is not None and body["max_tokens"] == len(generated) and k is None:
+            rows = self.logprobs(ids + generated)[len(ids) - 1 : -1]
+            choice["logprobs"] = {"token_logprobs": rows.gather(1, torch.tensor(generated)[:, None])[:, 0].tolist()}
         if k is not None:
             choice["prompt_logprobs"] = [None]
             for own, row in zip(ids[1:], self.logprobs(ids), strict=False):

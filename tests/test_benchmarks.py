@@ -153,3 +153,29 @@ def test_every_source_of_the_teacher_trains_on_the_same_rows_and_tells_its_cost(
     assert online["first_gradient_error"] == 0
     assert 0 < exact["first_gradient_error"] < top_k["first_gradient_error"]
     assert set(found["goals"]) == set(sides[2:])
+
+
+TINY_GENERATION = [
+    "--vocabulary=300",
+    "--hidden=32",
+    "--layers=1",
+    "--heads=4",
+    "--prompt-tokens=4",
+    "--lengths=4,8",
+    "--repeats=1",
+    "--threads=1",
+    "--device=cpu",
+]
+
+
+def test_generation_writes_the_same_text_with_and_without_the_cache_and_tells_its_bytes() -> None:
+    words = [sys.executable, ROOT / "benchmarks/generation.py", *TINY_GENERATION]
+    found = figures(subprocess.run(words, capture_output=True, text=True, timeout=600))
+    assert set(found) == {"sides", "ratio", "same_text", "device", "settings"}
+    assert found["same_text"] == {"mha": True, "gqa": True, "mqa": True}
+    assert set(found["ratio"]["gqa"]) == {"4", "8"}
+    for attention, heads in (("mha", 4), ("gqa", 2), ("mqa", 1)):
+        for mode in ("cached", "uncached"):
+            assert all(speed > 0 for speed in found["sides"][f"{attention}_{mode}"]["tokens_per_second"].values())
+        # keys and values, of one layer, of 8 numbers a head in fp32
+        assert found["sides"][f"{attention}_cached"]["cache_bytes_per_token"] == 2 * 1 * heads * 8 * 4

@@ -108,7 +108,10 @@ class _Compiled:
     """An objective whose terms run through torch.compile; the engine's products are the library's already."""
 
     def __init__(self, objective: Objective) -> None:
-        self.terms = [(factor, _compiled(cast(Hashable, term))) for factor, term in objective.terms]
+        self.terms = [
+            (factor, term if getattr(term, "eager", False) else _compiled(cast(Hashable, term)))
+            for factor, term in objective.terms
+        ]
         self.representations = objective.representations
 
 

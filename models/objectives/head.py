@@ -46,7 +46,7 @@ class Head:
         low_Nr: Float[Tensor, "N r"] | None = None,
     ) -> Float[Tensor, "N V"]:
         """Into `logits_NV`, in its dtype; outside autograd. `low_Nr` is what the adapter's `down` made of hidden."""
-        if hidden_NH.dtype == logits_NV.dtype:
+        if hidden_NH.dtype == self.weight.dtype == logits_NV.dtype:  # autocast does not reach a product with `out`
             torch.mm(hidden_NH, self.weight.T, out=logits_NV)
             if self.bias is not None:
                 logits_NV += self.bias

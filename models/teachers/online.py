@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from models.errors import Refusal
+from models.generation import Answer, Sampling, generate, log_probabilities
 from models.heads import check_split, head_of, hidden_states, through_head
 from models.load import DTYPES, load_model
 from models.objectives.representation import Wanted
 from models.objectives.signal import Signal
 from models.objectives.term import Objective
-from models.teachers.teacher import Looked, Opening, Result, Teacher, look_through, signal_of
+from models.teachers.teacher import Looked, Opening, Prefix, Result, Teacher, look_through, prefix_of, signal_of
 
 
 @dataclass(frozen=True)
@@ -54,13 +55,18 @@ class Resident(nn.Module):
     def __init__(self, model: Any, opening: Opening) -> None:
         super().__init__()
         self.model, self.opening = model, opening
+        self.prefix: Prefix | None = None
 
     def check(self) -> None:
         self.eval()
         check_split(self.model, self.opening.vocabulary, self.opening.packed)
+        self.prefix = prefix_of(self.opening, self._run, self.model)
 
     def look(self, batch: dict[str, Any], wanted: Wanted) -> Looked:
-        return look_through(self.model, lambda ids, positions: hidden_states(self.model, ids, positions), batch, wanted)
+        return look_through(self.model, self._run, batch, wanted, self.prefix)
+
+    def _run(self, ids: Tensor, positions: Tensor, past: Any) -> Tensor:
+        return hidden_states(self.model, ids, positions, past)
 
     def give(self, looked: Looked, work: Callable[[Signal], Result]) -> Result:
         # Its head is whole only inside the head's own forward. The result leaves by the side door: as that forward's
@@ -73,6 +79,18 @@ class Resident(nn.Module):
             lambda _: results.append(work(signal_of(looked, head_of(self.model), self.opening))),
         )
         return results[0]
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, **words: Any
+    ) -> Iterator[tuple[int, list[Answer]]]:
+        """As models.generation.generate; under a ZeRO-3 student's engine with synced=True."""
+        return generate(self.model, prompts, sampling, **words)
+
+    def log_probabilities(
+        self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], **words: Any
+    ) -> list[list[float]]:
+        """As models.generation.log_probabilities."""
+        return log_probabilities(self.model, pairs, **words)
 
     def close(self) -> None:
         """It goes with the module it is part of, whose engine may still hold its shards."""

@@ -13,7 +13,7 @@ from models.encodings.encoding import Payload
 from models.load import DTYPES
 from models.objectives.representation import Wanted
 from models.objectives.signal import Signal
-from models.teachers.teacher import Looked, Opening, Result
+from models.teachers.teacher import Looked, Opening, Result, teacher_side
 
 
 @dataclass
@@ -32,7 +32,7 @@ class Recorded:
         """The front door has held the cache's header against teacher, tokenizer and objective."""
 
     def look(self, batch: dict[str, Any], wanted: Wanted) -> Looked:
-        keys = [piece.key for piece in pieces_of(batch, self.cache.fingerprint)]
+        keys = [piece.key for piece in pieces_of(teacher_side(batch), self.cache.fingerprint)]
         return _Reading(batch, payload=self.reader.submit(self.cache.read, keys, batch["input_ids"].device))
 
     def give(self, looked: Looked, work: Callable[[Signal], Result]) -> Result:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from models.errors import Refusal
+from models.generation import Answer, Sampling, generate, log_probabilities
 from models.heads import check_split, head_of, hidden_states
 from models.load import DTYPES, load_model
 from models.objectives.representation import Wanted
 from models.objectives.signal import Signal
 from models.objectives.term import Objective
-from models.teachers.teacher import Looked, Opening, Result, Teacher, look_through, signal_of
+from models.teachers.teacher import Looked, Opening, Prefix, Result, Teacher, look_through, prefix_of, signal_of
 
 OFFLOADS = ("none", "cpu", "nvme")
 
@@ -75,8 +76,8 @@ class _Body(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, ids: Tensor, positions: Tensor) -> Tensor:
-        return hidden_states(self.model, ids, positions)
+    def forward(self, ids: Tensor, positions: Tensor, past: Any = None) -> Tensor:
+        return hidden_states(self.model, ids, positions, past)
 
 
 class _ShardedTeacher:
@@ -86,6 +87,7 @@ class _ShardedTeacher:
         self.source, self.opening = source, opening
         self.engine: Any = None
         self.model: Any = None
+        self.prefix: Prefix | None = None
 
     def check(self) -> None:
         """Load and shard. Not earlier: the process group is up and the student is in place by now."""
@@ -115,13 +117,28 @@ class _ShardedTeacher:
         self.engine.eval()
         with self._whole():
             check_split(self.model, self.opening.vocabulary, self.opening.packed)
+        self.prefix = prefix_of(self.opening, self.engine, self.model)
 
     def look(self, batch: dict[str, Any], wanted: Wanted) -> Looked:
-        return look_through(self.model, self.engine, batch, wanted)
+        return look_through(self.model, self.engine, batch, wanted, self.prefix)
 
     def give(self, looked: Looked, work: Callable[[Signal], Result]) -> Result:
         with _gathered(self.model.get_output_embeddings().parameters()):
             return work(signal_of(looked, head_of(self.model), self.opening))
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, **words: Any
+    ) -> Iterator[tuple[int, list[Answer]]]:
+        """As models.generation.generate; every rank with equally many prompts, its own or others'."""
+        with self._whole():
+            yield from generate(self.model, prompts, sampling, **{**words, "synced": True})
+
+    def log_probabilities(
+        self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], **words: Any
+    ) -> list[list[float]]:
+        """As models.generation.log_probabilities; every rank with equally many pairs."""
+        with self._whole():
+            return log_probabilities(self.model, pairs, **words)
 
     def close(self) -> None:
         if self.engine is not None:

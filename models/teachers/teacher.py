@@ -5,6 +5,8 @@ A source is a handful of values; `open` makes the teacher of it that a training 
 
 from __future__ import annotations
 
+import copy
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -15,6 +17,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from models.objectives.aligned import Aligned
+from models.objectives.contexts import Contexts, in_students_order
 from models.objectives.head import Head
 from models.objectives.representation import Wanted
 from models.objectives.signal import Dense, Signal
@@ -47,6 +50,7 @@ class Opening:
     attention: str | None = None
     packed: bool = True
     pairs: tuple[Int[Tensor, " C"], Int[Tensor, " C"]] | None = None  # (student's, teacher's) tokens of the same bytes
+    prefix: Sequence[int] = ()  # what the teacher's side of every row begins with
 
 
 @dataclass
@@ -54,7 +58,7 @@ class Looked:
     """What the teacher has to say of a batch, before its head is at hand."""
 
     batch: dict[str, Any]
-    hidden: Tensor | None = None
+    hidden: Tensor | None = None  # of all its tokens; of prompts of its own [D, N, H], of the supervised tokens alone
     capture: Capture | None = None
 
 
@@ -77,16 +81,78 @@ class Teacher(Protocol):
         ...
 
 
+Run = Callable[[Tensor, Tensor, Any], Tensor]  # (ids, positions, cache or None) → hidden states
+
+
 @torch.no_grad()
-def look_through(model: Any, run: Callable[[Tensor, Tensor], Tensor], batch: dict[str, Any], wanted: Wanted) -> Looked:
-    """The forward of a teacher that runs here, by `run(ids, positions)`; over its own tokens where it has some."""
+def look_through(model: Any, run: Run, batch: dict[str, Any], wanted: Wanted, prefix: Prefix | None = None) -> Looked:
+    """The forward of a teacher that runs here; over its own tokens where it has some."""
     own = "teacher_" if "teacher_input_ids" in batch else ""
-    ids, positions = batch[f"{own}input_ids"], batch[f"{own}position_ids"]
+    ids, positions, targets = batch[f"{own}input_ids"], batch[f"{own}position_ids"], batch.get("teacher_targets")
     with capturing(model, wanted.teacher_hidden, wanted.teacher_relations) as capture:
-        hidden = run(ids, positions)
+        if prefix is not None and targets is not None:
+            hidden, targets = prefix.go_on(run, ids, positions), targets[:, len(prefix) :]
+        else:
+            hidden = run(ids, positions, None)
     if capture is not None:
         capture.reshape(*ids.shape)
+    if targets is not None:
+        hidden = in_students_order(hidden, targets, batch["targets"])
     return Looked(batch, hidden, capture)
+
+
+class Prefix:
+    """The keys and values of tokens that all rows begin with, made once for all batches."""
+
+    def __init__(self, tokens: Sequence[int]) -> None:
+        self.tokens = list(tokens)
+        self.cache: Any = None
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @torch.no_grad()
+    def make(self, run: Run, config: Any, device: torch.device) -> bool:
+        """Whether going on from a cache is, in this family, the whole forward: shown on the tokens themselves."""
+        from transformers import DynamicCache
+
+        ids = torch.tensor([self.tokens], device=device)
+        positions = torch.arange(len(self), device=device)[None]
+        half = len(self) // 2
+        self.cache = DynamicCache(config=config)
+        whole = run(ids, positions, None)
+        try:
+            run(ids[:, :half], positions[:, :half], self.cache)
+            rest = run(ids[:, half:], positions[:, half:], self.cache)
+        except (TypeError, ValueError, AttributeError):
+            return False
+        return bool((rest - whole[:, half:]).abs().max() <= 0.02 * whole.abs().max() + 1e-4)
+
+    def go_on(self, run: Run, ids: Tensor, positions: Tensor) -> Tensor:
+        """Hidden states of what follows the prefix in every row."""
+        cache = copy.deepcopy(self.cache)
+        cache.batch_repeat_interleave(len(ids))
+        return run(ids[:, len(self) :], positions[:, len(self) :], cache)
+
+
+def prefix_of(opening: Opening, run: Run, model: Any) -> Prefix | None:
+    if not opening.prefix:
+        return None
+    prefix = Prefix(opening.prefix)
+    if prefix.make(run, model.config, next(model.parameters()).device):
+        return prefix
+    logging.getLogger(__name__).warning(
+        "%s: its cache does not give the whole forward's states; the shared prompt is read with every row",
+        type(model).__name__,
+    )
+    return None
+
+
+def teacher_side(batch: dict[str, Any]) -> dict[str, Any]:
+    """The batch as the teacher reads it: where its prompts are its own, their tokens under the usual names."""
+    if "teacher_targets" not in batch:
+        return batch
+    return {name: batch[f"teacher_{name}"] for name in ("input_ids", "position_ids", "targets")}
 
 
 def capturing(model: Any, hidden: Sequence[int], relations: Sequence[int]) -> Any:
@@ -97,6 +163,8 @@ def capturing(model: Any, hidden: Sequence[int], relations: Sequence[int]) -> An
 def signal_of(looked: Looked, head: Head, opening: Opening) -> Signal:
     """Hidden states and head as the engine takes them."""
     assert looked.hidden is not None
+    if "teacher_targets" in looked.batch:
+        return Contexts(looked.hidden, head)
     if opening.pairs is None:
         return Dense(looked.hidden, head)
     ids = looked.batch["teacher_input_ids"]

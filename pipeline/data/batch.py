@@ -4,9 +4,10 @@ A row is a dict of equally long lists: input_ids, position_ids (restarting at 0 
 token of the same document, or -100: already shifted, nobody shifts again), and the numbers supervised and bytes. A
 batch is rows padded to one length. Padding is a document of its own, without targets, so no attention mask is needed.
 
-Rows may also carry weights (one for each target, 0 where there is none), and the tokens of a teacher with a tokenizer
-of its own: teacher_input_ids and teacher_position_ids, which have a length of their own, and spans, four numbers each
-(pipeline/data/packing.py says which).
+Rows may also carry weights (one for each target, 0 where there is none), and what a teacher reads instead:
+teacher_input_ids and teacher_position_ids, which have a length of their own; and beside them, of a teacher with a
+tokenizer of its own, spans, four numbers each (pipeline/data/packing.py says which), or, of one with prompts of its
+own, teacher_targets (pipeline/data/pairs.py).
 """
 
 from __future__ import annotations
@@ -24,15 +25,18 @@ def collate(
 ) -> dict[str, Any]:
     """Rows → {input_ids, position_ids, targets: Int64[B, T]}; T is `length`, or the longest row's.
 
-    Of rows that carry them also weights: Float32[B, T]; teacher_input_ids, teacher_position_ids: Int64[B, Tt], Tt the
-    longest row's; and spans: Int64[S, 5], the row in the batch before the four numbers, in the order of row and place.
+    Of rows that carry them also weights: Float32[B, T]; teacher_input_ids, teacher_position_ids, teacher_targets:
+    Int64[B, Tt], Tt the longest row's; and spans: Int64[S, 5], the row in the batch before the four numbers, in the
+    order of row and place.
     """
     batch = _padded(
         rows, {"input_ids": pad_token, "position_ids": None, "targets": IGNORED, "weights": 0.0}, length, side
     )
-    if "spans" in rows[0]:
+    if "teacher_input_ids" in rows[0]:
         # Token 0, as every vocabulary has it, and the student's padding token may not be in the teacher's.
-        batch |= _padded(rows, {"teacher_input_ids": 0, "teacher_position_ids": None}, None, side)
+        fillers = {"teacher_input_ids": 0, "teacher_position_ids": None, "teacher_targets": IGNORED}
+        batch |= _padded(rows, fillers, None, side)
+    if "spans" in rows[0]:
         spans = []
         for number, row in enumerate(rows):
             places = torch.tensor(row["spans"], dtype=torch.long).view(-1, 4)
@@ -47,7 +51,7 @@ def collate(
 def blank(columns: Iterable[str], pad_token: int) -> dict[str, Any]:
     """A row of one padding token, with these of a row's columns; it counts for nothing."""
     row: dict[str, Any] = {"input_ids": [pad_token], "position_ids": [0], "targets": [IGNORED], "weights": [0.0]}
-    row |= {"teacher_input_ids": [0], "teacher_position_ids": [0], "spans": []}
+    row |= {"teacher_input_ids": [0], "teacher_position_ids": [0], "teacher_targets": [IGNORED], "spans": []}
     return {name: row[name] for name in columns if name in row}
 
 

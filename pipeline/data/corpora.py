@@ -3,6 +3,8 @@
 A source is one of these, or a list of them:
 
     stdlib          the embedded corpus: the language reference and the standard library's docstrings
+    ciphers         an embedded corpus of puzzles, which earlier lines of a document solve (pipeline/data/ciphers.py);
+                    ciphers:noisy has wrong letters in it
     FILE            .txt, .jsonl, .json (an array of objects, or one object a line) or .parquet
     FOLDER          all such files in it and below, of one kind
     OWNER/NAME      a hub dataset, read at the split named like the field; OWNER/NAME:SPLIT chooses another
@@ -32,6 +34,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from models.errors import Refusal
+from pipeline.data import ciphers
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -41,6 +44,7 @@ if TYPE_CHECKING:
 SPLITS = ("train", "validation", "test")
 SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
 SEPARATOR = "<|endoftext|>"
+_EMBEDDED = ("stdlib", "ciphers")
 
 # How a .txt file becomes documents: one ends at the first blank line after so many characters, or at the
 # first line end after so many more. A speech or a paragraph alone is too little context to learn from, and a
@@ -87,6 +91,29 @@ class Data:
     max_documents: int | None = None  # in each split, the first ones read
     validation_rows: int | None = None
 
+    @property
+    def made_by_stages(self) -> dict[str, str]:
+        return {}
+
+    @property
+    def teacher_prompts(self) -> int:
+        return 0
+
+    def check(self, planned: bool = False) -> dict[str, Any]:
+        return check(self)
+
+    def content_key(self) -> str:
+        return content_key(self)
+
+    def prepare(
+        self, split: str, tokenizer: Any, folder: Path, teacher_tokenizer: Any = None
+    ) -> tuple[Dataset, dict[str, Any]]:
+        from pipeline.data import packing  # which reads this module
+
+        return packing.prepare(
+            documents(self, split), tokenizer, self, folder=folder, teacher_tokenizer=teacher_tokenizer
+        )
+
 
 @dataclass(frozen=True)
 class Source:
@@ -94,7 +121,7 @@ class Source:
 
     label: str  # as messages call it: data.train=corpus.jsonl
     name: str
-    kind: str  # "stdlib", "files" or "hub"
+    kind: str  # "stdlib", "ciphers", "files" or "hub"
     files: tuple[Path, ...] = ()
     hub_split: str = ""
 
@@ -134,7 +161,7 @@ def check(data: Data) -> dict[str, Any]:
         plan[split] = _described(sources) if sources else {"holdout": data.holdout}
         for source in sources:
             _check_weighable(data, source)
-            chats = [False] if source.kind == "stdlib" else [_is_chat(data, path) for path in source.files]
+            chats = [False] if source.kind in _EMBEDDED else [_is_chat(data, path) for path in source.files]
             for chat in chats:
                 if plan["chat"] not in (None, chat):
                     raise Refusal(f"{source.label}: text and chat cannot be mixed; give sources of one kind")
@@ -152,12 +179,13 @@ def _described(sources: list[Source]) -> dict[str, Any]:
     }
 
 
-def documents(data: Data, split: str) -> Dataset:
+def documents(data: Data, split: str, unanswered: bool = False) -> Dataset:
     """The documents of one split in reading order: a dataset with the single column `text` or `messages`.
 
     Files are held in memory as Arrow, about the size of their text; a hub dataset's text stays memory mapped.
     Empty documents are left out, and `empty_documents` of the result says how many. A held-out split has no
-    rows when `holdout` is 0; that it gets none by chance is refused.
+    rows when `holdout` is 0; that it gets none by chance is refused. `unanswered`: conversations in which the assistant
+    says nothing are taken too, as what it may be asked.
     """
     from datasets import concatenate_datasets
 
@@ -167,7 +195,7 @@ def documents(data: Data, split: str) -> Dataset:
     given = "train" if held_out else split
     label = f"data.{given}={getattr(data, given)}"
     tally = _Tally()
-    parts = [_part(data, source, split, tally) for source in _sources(data, given)]
+    parts = [_part(data, source, split, tally, unanswered) for source in _sources(data, given)]
     if not tally.kept and held_out and data.holdout:
         raise Refusal(
             f"{label}: none of its {tally.read} documents falls to {split}; give data.{split}, a larger "
@@ -205,6 +233,8 @@ def content_key(data: Data) -> str:
 def _source_key(data: Data, source: Source) -> list[Any]:
     if source.kind == "hub":
         return [source.name, source.hub_split]
+    if source.kind == "ciphers":
+        return [source.name, ciphers.key()]
     key: list[Any] = [sys.version] if source.kind == "stdlib" else []
     for path in source.files or library_files():
         with path.open("rb") as file:
@@ -228,6 +258,8 @@ def _find(split: str, name: str) -> Source:
     path = Path(name).expanduser()
     if name == "stdlib":
         return Source(label, name, "stdlib")
+    if name in ("ciphers", "ciphers:noisy"):
+        return Source(label, name, "ciphers")
     if path.is_dir():
         return Source(label, name, "files", _files_in(path, label))
     if path.exists():
@@ -240,7 +272,7 @@ def _find(split: str, name: str) -> Source:
     # A relative path looks like a hub id too; it is a path if its suffix is known or its first folder exists.
     if hub and path.suffix not in SUFFIXES and not Path(path.parts[0]).is_dir():
         return Source(label, hub[1], "hub", hub_split=hub[2] or split)
-    raise Refusal(f"{label}: no such file or folder, nor is it a hub dataset id (OWNER/NAME) or the word stdlib")
+    raise Refusal(f"{label}: no such file or folder, nor is it a hub dataset id (OWNER/NAME), stdlib or ciphers")
 
 
 def _files_in(folder: Path, label: str) -> tuple[Path, ...]:
@@ -283,7 +315,7 @@ def _with_weight(data: Data, column: str, columns: Iterable[str], where: str) ->
 def _check_weighable(data: Data, source: Source) -> None:
     if data.weight_column is None:
         return
-    if source.kind == "stdlib" or any(path.suffix == ".txt" for path in source.files):
+    if source.kind in _EMBEDDED or any(path.suffix == ".txt" for path in source.files):
         raise Refusal(
             f"{source.label}: it has no columns, so no data.weight_column={data.weight_column}; set it to null"
         )
@@ -296,7 +328,7 @@ def _columns(path: Path) -> list[str]:
     """The columns of a .parquet file; of .jsonl and .json files the keys of the first object."""
     if path.suffix == ".parquet":
         return list(_parquet(path).schema_arrow.names)
-    return list(next(_objects(path), ("", {}))[1])
+    return list(next(objects(path), ("", {}))[1])
 
 
 def _is_chat(data: Data, path: Path) -> bool:
@@ -317,7 +349,7 @@ def _count(files: list[Path]) -> int | None:
 # Reading documents
 
 
-def _part(data: Data, source: Source, split: str, tally: _Tally) -> Dataset:
+def _part(data: Data, source: Source, split: str, tally: _Tally, unanswered: bool = False) -> Dataset:
     """The documents of one source that belong to the split."""
     from datasets import Value
 
@@ -328,7 +360,7 @@ def _part(data: Data, source: Source, split: str, tally: _Tally) -> Dataset:
         columns = _with_weight(data, column, dataset.column_names, source.label)
         dataset = dataset.select_columns(columns)
         rows = chain.from_iterable(zip(*(batch[name] for name in columns), strict=True) for batch in dataset.iter(1000))
-        read = _documents(((f"{source.label} row {i}", row) for i, row in enumerate(rows)), chat)
+        read = _documents(((f"{source.label} row {i}", row) for i, row in enumerate(rows)), chat, unanswered)
         if not chat:
             indices = [index for index, _, _ in _chosen(data, read, split, tally)]
             texts = dataset.rename_columns(dict(zip(columns, ("text", "weight"), strict=False)))
@@ -337,9 +369,11 @@ def _part(data: Data, source: Source, split: str, tally: _Tally) -> Dataset:
             return texts.select(indices)
     elif source.kind == "stdlib":
         chat, read = False, (("stdlib", text, 1.0) for text in library_documents())
+    elif source.kind == "ciphers":
+        chat, read = False, ((source.name, text, 1.0) for text in ciphers.documents("noisy" in source.name))
     else:
         chat = _is_chat(data, source.files[0])
-        read = chain.from_iterable(_read_file(data, path, chat) for path in source.files)
+        read = chain.from_iterable(_read_file(data, path, chat, unanswered) for path in source.files)
     values = ((value, weight) for _, value, weight in _chosen(data, read, split, tally))
     return _in_memory(values, chat, data.weight_column is not None, tally)
 
@@ -433,7 +467,7 @@ def _hub_dataset(data: Data, source: Source) -> Dataset:
         ) from error
 
 
-def _read_file(data: Data, path: Path, chat: bool) -> Iterator[Document]:
+def _read_file(data: Data, path: Path, chat: bool, unanswered: bool = False) -> Iterator[Document]:
     """The documents of one file."""
     if path.suffix == ".txt":
         return ((str(path), text, 1.0) for text in _text_documents(path, data.sample_by))
@@ -442,17 +476,19 @@ def _read_file(data: Data, path: Path, chat: bool) -> Iterator[Document]:
     if found_chat != chat:
         raise Refusal(f"{path}: text and chat cannot be mixed, as with the files before it; give one kind")
     cells = _parquet_cells if path.suffix == ".parquet" else _json_cells
-    return _documents(cells(path, _with_weight(data, column, found, str(path))), chat)
+    return _documents(cells(path, _with_weight(data, column, found, str(path))), chat, unanswered)
 
 
-def _documents(cells: Iterable[tuple[str, tuple[Any, ...]]], chat: bool) -> Iterator[Document]:
+def _documents(
+    cells: Iterable[tuple[str, tuple[Any, ...]]], chat: bool, unanswered: bool = False
+) -> Iterator[Document]:
     """From the cells of the text's or messages' column, and of the weight's where there is one."""
     for where, (cell, *weights) in cells:
         weight = _weight(weights[0], where) if weights else 1.0
         if cell is None:
             yield where, "", weight
         elif chat:
-            yield where, conversation(cell, where), weight
+            yield where, conversation(cell, where, unanswered), weight
         elif isinstance(cell, str):
             yield where, cell, weight
         else:
@@ -466,7 +502,7 @@ def _weight(value: Any, where: str) -> float:
     return float(value)
 
 
-def conversation(cell: Any, where: str) -> Conversation:
+def conversation(cell: Any, where: str, unanswered: bool = False) -> Conversation:
     """Messages of role and content, also from ShareGPT's from and value, and a weight where it is not 1."""
     if not isinstance(cell, list):
         raise Refusal(f"{where}: holds {type(cell).__name__} where a list of messages is needed")
@@ -484,7 +520,7 @@ def conversation(cell: Any, where: str) -> Conversation:
         weight = fields.get("weight")
         if weight is not None and _weight(weight, f"{where}: message {number}") != 1:
             messages[-1]["weight"] = float(weight)
-    if messages and all(message["role"] != "assistant" for message in messages):
+    if messages and not unanswered and all(message["role"] != "assistant" for message in messages):
         raise Refusal(f"{where}: no message is the assistant's, so there is nothing to learn; drop it")
     return messages
 
@@ -544,14 +580,14 @@ def _parquet_cells(path: Path, columns: list[str]) -> Iterator[tuple[str, tuple[
 
 
 def _json_cells(path: Path, columns: list[str]) -> Iterator[tuple[str, tuple[Any, ...]]]:
-    for where, record in _objects(path):
+    for where, record in objects(path):
         for column in columns:
             if column not in record:
                 raise Refusal(f"{where}: no column {column}, unlike the first object; it has {', '.join(record)}")
         yield where, tuple(record[column] for column in columns)
 
 
-def _objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """The objects of a .jsonl or .json file, each with where it stands."""
     with path.open(encoding="utf-8-sig") as file:
         where = str(path)

@@ -80,8 +80,21 @@ def prepare(
     teacher's tokens (see the module); statistics then count `spans`, `spanned` (supervised tokens that lie in spans),
     `long_spans` (left out, see alignment.LONGEST) and `teacher_tokens`.
 
+    Rows stand in the order of their first piece.
+    """
+
+    def build(aside: Path) -> None:
+        with _progress(shown=len(documents) > 100_000):
+            _build(documents, tokenizer, data, aside, teacher_tokenizer)
+
+    return once(folder, build)
+
+
+def once(folder: Path, build: Callable[[Path], None]) -> tuple[Dataset, dict[str, Any]]:
+    """The rows in `folder`, which `build(aside)` writes as aside/rows where they are not there yet.
+
     A folder that exists is whole and is only opened. Else it is written aside and renamed; of several
-    processes that ask at once one writes and the others wait. Rows stand in the order of their first piece.
+    processes that ask at once one writes and the others wait.
     """
     from filelock import FileLock
 
@@ -91,8 +104,7 @@ def prepare(
             aside = folder.with_name(f".{folder.name}.partial")
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir()
-            with _progress(shown=len(documents) > 100_000):
-                _build(documents, tokenizer, data, aside, teacher_tokenizer)
+            build(aside)
             os.rename(aside / "rows", folder)
             shutil.rmtree(aside)
     return prepared(folder)
@@ -155,13 +167,12 @@ def _build(
     teacher_tokenizer: PreTrainedTokenizerBase | None,
 ) -> None:
     """Write aside/rows. Whatever else comes to lie in `aside` is scratch."""
-    import pyarrow.compute as pc
     from datasets import Dataset
 
     tally: Counter[str] = Counter()
     cutter = _conversation_cutter if "messages" in documents.column_names else _text_cutter
     teacher = None if teacher_tokenizer is None else _Teacher(teacher_tokenizer, tokenizer, tally)
-    features = _features(*_no_pieces(data, teacher))
+    features = features_of(*_no_pieces(data, teacher))
     bytes_each = documents.data.nbytes / max(1, documents.data.num_rows)
     pieces = documents.map(
         cutter(tokenizer, data, tally, teacher),
@@ -179,28 +190,46 @@ def _build(
     )
     if not len(pieces):  # `map` gives a dataset without rows back as it was
         pieces = Dataset.from_dict({name: [] for name in features}, features=features)
-    lengths = pc.list_value_length(pieces.data.column("input_ids")).to_numpy()
-    row_of = best_fit_decreasing(lengths, data.max_length) if data.packing else np.arange(len(lengths))
-    rows = _fill(pieces, row_of, data.max_length, aside / "rows.arrow")
-    # Without rows datasets would write no shard at all, and then not open what it wrote.
-    rows.save_to_disk(str(aside / "rows"), num_shards=None if len(rows) else 1)
-    tokens = int(lengths.sum())
-    statistics = {
+    counted = {
         "documents": len(documents),
         "empty": empty_documents(documents) + tally["empty"],
         "truncated": tally["truncated"],
         "unsupervised": tally["unsupervised"],
+    }
+    also = {name: tally[name] for name in ("spans", "spanned", "long_spans", "teacher_tokens")} if teacher else {}
+    write_rows(pieces, aside, max_length=data.max_length, packing=data.packing, counted=counted, also=also)
+
+
+def write_rows(
+    pieces: Dataset,
+    aside: Path,
+    *,
+    max_length: int,
+    packing: bool,
+    counted: dict[str, Any],
+    also: dict[str, Any] | None = None,
+) -> None:
+    """Fill rows with pieces (see _no_pieces) and write aside/rows; `counted` and `also` go into their statistics."""
+    import pyarrow.compute as pc
+
+    lengths = pc.list_value_length(pieces.data.column("input_ids")).to_numpy()
+    row_of = best_fit_decreasing(lengths, max_length) if packing else np.arange(len(lengths))
+    rows = _fill(pieces, row_of, max_length, aside / "rows.arrow")
+    # Without rows datasets would write no shard at all, and then not open what it wrote.
+    rows.save_to_disk(str(aside / "rows"), num_shards=None if len(rows) else 1)
+    tokens = int(lengths.sum())
+    statistics = {
+        **counted,
         "pieces": len(pieces),
         "rows": len(rows),
         "tokens": tokens,
         "supervised": pc.sum(rows.data.column("supervised")).as_py() or 0,
         "bytes": pc.sum(rows.data.column("bytes")).as_py() or 0,
-        "packing_efficiency": tokens / max(1, len(rows) * data.max_length),
+        "packing_efficiency": tokens / max(1, len(rows) * max_length),
     }
-    if data.weight_column is not None:
+    if "weight" in rows.column_names:
         statistics["weight"] = pc.sum(rows.data.column("weight")).as_py() or 0.0
-    if teacher:
-        statistics |= {name: tally[name] for name in ("spans", "spanned", "long_spans", "teacher_tokens")}
+    statistics |= also or {}
     (aside / "rows" / STATISTICS).write_text(json.dumps(statistics, indent=2) + "\n")
 
 
@@ -212,10 +241,11 @@ def _fill(pieces: Dataset, row_of: Ints, max_length: int, path: Path) -> Dataset
     from datasets.arrow_writer import ArrowWriter
 
     weighted, taught = "weights" in pieces.features, "spans" in pieces.features
-    features = _features(
+    features = features_of(
         *("input_ids", "position_ids", "targets"),
         *(["weights"] if weighted else []),
-        *(["teacher_input_ids", "teacher_position_ids", "spans"] if taught else []),
+        *(["teacher_input_ids", "teacher_position_ids"] if "teacher_input_ids" in pieces.features else []),
+        *(name for name in ("teacher_targets", "spans") if name in pieces.features),
         *("supervised", "bytes"),
         *(["weight"] if weighted else []),
     )
@@ -237,7 +267,7 @@ def _fill(pieces: Dataset, row_of: Ints, max_length: int, path: Path) -> Dataset
                 edges[name] = np.concatenate([[0], np.cumsum(pc.list_value_length(table[name]).to_numpy())])
                 lists[name] = table[name].combine_chunks().flatten().to_numpy()
             for name, ids in (("position_ids", "input_ids"), ("teacher_position_ids", "teacher_input_ids")):
-                if ids in edges:
+                if ids in edges and name not in edges:  # a teacher can see several texts in one piece
                     edges[name] = edges[ids]
                     lists[name] = np.arange(edges[ids][-1]) - np.repeat(edges[ids][:-1], np.diff(edges[ids]))
             if taught:
@@ -259,7 +289,7 @@ def _fill(pieces: Dataset, row_of: Ints, max_length: int, path: Path) -> Dataset
     return Dataset.from_file(str(path))
 
 
-def _features(*names: str) -> Features:
+def features_of(*names: str) -> Features:
     from datasets import Features, List, Value
 
     numbers = {"supervised": Value("int32"), "bytes": Value("int32"), "weight": Value("float64")}

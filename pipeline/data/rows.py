@@ -1,23 +1,82 @@
-"""Prepared rows by name: built once, shared by the stages of a run."""
+"""Prepared rows by name: built once, shared by the stages of a run; and the contract of what they are made from."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
-from pipeline.data import corpora, packing
+from models.errors import Refusal
+from pipeline.context import Context
+from pipeline.data import packing
+
+
+@runtime_checkable
+class RowSource(Protocol):
+    """conf/data and conf/task: where rows come from."""
+
+    max_length: int  # tokens in a row
+    packing: bool
+    chat_template: str | None  # a file, in place of the tokenizer's
+    validation_rows: int | None
+    holdout: float  # share of train held out for each split that is not given
+    test: Any  # a source, or None
+
+    @property
+    def teacher_prompts(self) -> int:
+        """How many prompts of its own a teacher reads for each row; 0 where it reads the student's."""
+        ...
+
+    @property
+    def made_by_stages(self) -> dict[str, str]:
+        """Role → folder, of what a stage of this run may still have to make; it is then a parent of who reads it."""
+        ...
+
+    def check(self, planned: bool = False) -> dict[str, Any]:
+        """Refuse what can be refused without reading all of it; {"chat": bool, …} for the plan. `planned`: the
+        folders of `made_by_stages` are not there yet."""
+        ...
+
+    def content_key(self) -> str:
+        """A hash of what the sources hold and how it becomes rows."""
+        ...
+
+    def prepare(
+        self, split: str, tokenizer: Any, folder: Path, teacher_tokenizer: Any = None
+    ) -> tuple[Any, dict[str, Any]]:
+        """The rows of a split, written to `folder` once, and their statistics."""
+        ...
+
+
+def check_source(context: Context, data: RowSource) -> dict[str, Any]:
+    """`data.check`, where what a stage of this run makes may still be to come."""
+    planned = False
+    for path in data.made_by_stages.values():
+        maker = context.produced_by(path)
+        if maker and not context.finished(path):
+            planned = True
+            if maker not in context.planned:
+                raise Refusal(
+                    f"{context.stage} needs the stage {maker}, which has not been run; add it to stages, or give "
+                    f"data.train=FOLDER"
+                )
+    return data.check(planned)
+
+
+def source_key(data: RowSource) -> str:
+    """What a stage states as the hash of its text; "" where the folder it is read from is a parent anyway."""
+    return "" if data.made_by_stages else data.content_key()
 
 
 def rows_of(
-    data: corpora.Data, split: str, tokenizer: Any, root: Path, teacher_tokenizer: Any | None = None
+    data: RowSource, split: str, tokenizer: Any, root: Path, teacher_tokenizer: Any | None = None
 ) -> tuple[Any, dict[str, Any], Path]:
     """(rows, statistics, folder) of a split; the folder's name says everything the rows depend on.
 
     With `teacher_tokenizer` they carry the teacher's tokens and the spans between both (pipeline/data/packing.py).
     """
-    told = [corpora.content_key(data), *_told(tokenizer)]
+    told = [data.content_key(), *_told(tokenizer)]
     if teacher_tokenizer is not None:
         told += _told(teacher_tokenizer)
         # The ends are no part of the rules, and which tokens are special decides what is aligned.
@@ -25,8 +84,7 @@ def rows_of(
     folder = root / f"{split}-{hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]}"
     if folder.exists():
         return (*packing.prepared(folder), folder)
-    documents = corpora.documents(data, split)
-    return (*packing.prepare(documents, tokenizer, data, folder=folder, teacher_tokenizer=teacher_tokenizer), folder)
+    return (*data.prepare(split, tokenizer, folder, teacher_tokenizer), folder)
 
 
 def _told(tokenizer: Any) -> list[Any]:

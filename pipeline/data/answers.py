@@ -1,0 +1,273 @@
+"""A teacher's answers as training data: what the stage `generate` wrote, or any pairs of prompt and completion.
+
+The prompt is read and the completion is learnt. Where the file holds tokens they are taken as they are: what a student
+learns from is what the teacher wrote, not what its text would be cut into.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from models.errors import Refusal
+from pipeline.data.pairs import Pair, write_rows
+from pipeline.data.prompts import begin_token
+from pipeline.data.tokenizer import FILES, load_tokenizer, tokenizer_key
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+ANSWERS, DROPPED = "answers.parquet", "dropped.parquet"  # in a folder of the stage generate
+TOO_LONG = ("refuse", "drop", "truncate")
+_SUFFIXES = (".parquet", ".jsonl")
+_IDS, _TEXTS = ("prompt_ids", "completion_ids"), ("prompt", "completion")
+_TEACHERS = "teacher_prompt_ids"
+
+
+@dataclass
+class Answers:
+    """`train`: a folder of the stage `generate`, or a .parquet or .jsonl file, or a folder of them, with the columns
+    prompt_ids and completion_ids, or prompt and completion as text.
+
+    A column `split` says what is held out; without one it is decided by the prompt's hash (`holdout`).
+    """
+
+    train: str
+    validation: str | None = None  # of its own; else what `train` holds of it
+    test: str | None = None
+    max_length: int = 256  # tokens of prompt and completion
+    teacher_max_length: int = 1024  # of the teacher's prompt and the completion, with context
+    packing: bool = False
+    context: bool = False  # the teacher reads its own prompt (teacher_prompt_ids), as it did when it answered
+    as_text: bool = False  # tokenize the texts anew, for a tokenizer that is not the teacher's
+    too_long: str = "refuse"  # drop: left out; truncate: the completion is cut; both counted
+    holdout: float = 0.05
+    max_answers: int | None = None  # of each split, the first ones
+    validation_rows: int | None = None
+    chat_template: str | None = field(default=None, init=False)
+
+    @property
+    def made_by_stages(self) -> dict[str, str]:
+        given = {"answers": self.train, "validation_answers": self.validation, "test_answers": self.test}
+        return {role: str(path) for role, path in given.items() if path}
+
+    @property
+    def teacher_prompts(self) -> int:
+        return int(self.context)
+
+    def check(self, planned: bool = False) -> dict[str, Any]:
+        if self.max_length < 2:
+            raise Refusal(f"data.max_length={self.max_length}: need 2 tokens or more, the second is predicted")
+        if self.too_long not in TOO_LONG:
+            raise Refusal(f"data.too_long={self.too_long}: need one of {', '.join(TOO_LONG)}")
+        if not 0 <= self.holdout < 0.5:
+            raise Refusal(f"data.holdout={self.holdout}: need [0, 0.5); 0.05 holds 5 % out for each split")
+        if self.context and self.as_text:
+            raise Refusal("data.context=true with as_text=true: the teacher's own prompts are tokens; leave one out")
+        for name in ("max_answers", "validation_rows"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise Refusal(f"data.{name}={getattr(self, name)}: need 1 or more, or null for all")
+        files = [] if planned else self._files("train")
+        if not planned:
+            for split in ("train", "validation", "test"):
+                for path in self._files(split):
+                    self._columns(path)
+        readable = bool(files) and all(path.suffix == ".parquet" for path in files)
+        return {
+            "chat": False,
+            "train": {
+                "sources": [self.train],
+                "bytes": sum(path.stat().st_size for path in files) if files else None,
+                "documents": sum(_parquet(path).metadata.num_rows for path in files) if readable else None,
+            },
+        }
+
+    def content_key(self) -> str:
+        shape = {name: value for name, value in vars(self).items() if name != "validation_rows"}
+        content = []
+        for split in ("train", "validation", "test"):
+            shape.pop(split)
+            for path in self._files(split):
+                with path.open("rb") as file:
+                    content.append([split, path.suffix, hashlib.file_digest(file, "sha256").hexdigest()])
+        return hashlib.sha256(json.dumps([content, shape], sort_keys=True).encode()).hexdigest()
+
+    def prepare(
+        self, split: str, tokenizer: Any, folder: Path, teacher_tokenizer: Any = None
+    ) -> tuple[Dataset, dict[str, Any]]:
+        """Rows of the answers of a split. Raises Refusal where they do not fit, or are another tokenizer's."""
+        if teacher_tokenizer is not None:
+            raise Refusal(
+                "data=answers are the teacher's own tokens, which are not compared span by span; leave align=true out, "
+                "and train on their text with objective=cross_entropy and data.as_text=true"
+            )
+        self._check_tokenizer(tokenizer)
+        counts = {"documents": 0, "empty": 0, "truncated": 0, "unsupervised": 0, "too_long": 0}
+        return write_rows(
+            self._pairs(split, tokenizer, counts),
+            max_length=self.max_length,
+            packed=self.packing,
+            folder=folder,
+            counts=counts,
+            draws=self.teacher_prompts,
+        )
+
+    # --- reading ---
+
+    def _files(self, split: str) -> list[Path]:
+        """What `train` and the like name; nothing where it is not given."""
+        given = getattr(self, split)
+        if given is None:
+            return []
+        path = Path(given).expanduser()
+        if path.is_file() and path.suffix in _SUFFIXES:
+            return [path]
+        if (path / ANSWERS).is_file():
+            return [path / ANSWERS]
+        found = sorted(each for each in path.glob("*") if each.suffix in _SUFFIXES and each.name != DROPPED)
+        if not path.exists():
+            raise Refusal(
+                f"data.{split}={given}: no such file or folder; run the stage generate, or name what it wrote"
+            )
+        if not found:
+            raise Refusal(f"data.{split}={given}: it holds no {ANSWERS}, and no {' or '.join(_SUFFIXES)} file")
+        return found
+
+    def _columns(self, path: Path) -> tuple[str, str]:
+        """The columns to read; a Refusal where they are missing."""
+        if path.suffix == ".parquet":
+            there = set(_parquet(path).schema_arrow.names)
+        else:
+            there = set(next(_records(path, None), {}))
+        wanted = _TEXTS if self.as_text or not there.issuperset(_IDS) else _IDS
+        if missing := [name for name in wanted if name not in there]:
+            raise Refusal(
+                f"{path}: no column {missing[0]}; need {' and '.join(_IDS)} (tokens), or {' and '.join(_TEXTS)} "
+                f"(text), and it has {', '.join(sorted(there)) or 'nothing'}"
+            )
+        if self.context and (_TEACHERS not in there or wanted == _TEXTS):
+            raise Refusal(f"{path}: data.context=true needs the tokens of {_TEACHERS}; set it to false")
+        return wanted
+
+    def _check_tokenizer(self, tokenizer: Any) -> None:
+        """A folder names the tokenizer its tokens are of; a bare file does not."""
+        for split in ("train", "validation", "test"):
+            folder = Path(getattr(self, split) or "").expanduser()
+            if self.as_text or not getattr(self, split) or not any((folder / name).is_file() for name in FILES):
+                continue
+            if tokenizer_key(load_tokenizer(folder)) != tokenizer_key(tokenizer):
+                raise Refusal(
+                    f"data.{split}={folder}: its tokens are another tokenizer's; set data.as_text=true to tokenize its "
+                    f"texts anew, or let this teacher answer"
+                )
+
+    def _pairs(self, split: str, tokenizer: Any, counts: dict[str, int]) -> Iterator[Pair]:
+        longest, dropped = 0, 0
+        for row in self._rows(split):
+            if counts["documents"] == self.max_answers:
+                break
+            counts["documents"] += 1
+            prompt, answer, text = self._tokens(row, tokenizer)
+            if not prompt or not answer:
+                counts["empty"] += 1
+                continue
+            teachers = [list(row[_TEACHERS])] if self.context else []
+            room = self.max_length - len(prompt)
+            if teachers:
+                room = min(room, self.teacher_max_length - len(teachers[0]))
+            if len(answer) > room:
+                longest = max(longest, len(prompt) + len(answer))
+                counts["too_long"] += 1
+                if self.too_long != "truncate" or room < 1:
+                    dropped += 1
+                    continue
+                counts["truncated"] += 1
+                answer = answer[:room]
+                text = tokenizer.decode(answer, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            yield Pair(prompt, answer, len(text.encode(errors="replace")), teachers)
+        if dropped and self.too_long == "refuse":
+            beside = f" (teacher_max_length={self.teacher_max_length})" if self.context else ""
+            raise Refusal(
+                f"data.max_length={self.max_length}{beside}: {dropped:,} of {counts['documents']:,} answers are longer "
+                f"with their prompts, the longest {longest:,} tokens; raise it, or set data.too_long=drop or truncate"
+            )
+
+    def _tokens(self, row: dict[str, Any], tokenizer: Any) -> tuple[list[int], list[int], str]:
+        """Prompt, answer, and the answer's text."""
+        if "prompt_ids" in row:
+            prompt, answer = list(row["prompt_ids"] or []), list(row["completion_ids"] or [])
+            if (highest := max([*prompt, *answer], default=0)) >= len(tokenizer):
+                raise Refusal(
+                    f"data.train={self.train}: it holds token {highest}, and the tokenizer has {len(tokenizer)}; its "
+                    f"tokens are another tokenizer's: set data.as_text=true, or let this teacher answer"
+                )
+            text = row.get("completion")
+            if text is None:
+                text = tokenizer.decode(answer, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            return prompt, answer, str(text)
+        prompt, answer = (
+            tokenizer(row[name] or "", add_special_tokens=False, verbose=False)["input_ids"] for name in _TEXTS
+        )
+        begin = begin_token(tokenizer)
+        if prompt[:1] != [begin]:  # a rendered conversation can have it
+            prompt = [begin, *prompt]
+        if answer and row.get("finish_reason") != "length" and tokenizer.eos_token_id is not None:
+            answer = [*answer, tokenizer.eos_token_id]
+        return prompt, answer, str(row["completion"] or "")
+
+    def _rows(self, split: str) -> Iterator[dict[str, Any]]:
+        own = split if getattr(self, split) else "train"
+        for path in self._files(own):
+            wanted = self._columns(path)
+            more = ["completion", "split", "finish_reason", *([_TEACHERS] if self.context else [])]
+            for row in _records(path, [*wanted, *more]):
+                if any(name not in row for name in wanted):
+                    raise Refusal(f"{path}: a record has no {' and '.join(wanted)}, unlike the first; mend or drop it")
+                if own != "train" or self._split_of(row, wanted[0]) == split:
+                    yield row
+
+    def _split_of(self, row: dict[str, Any], prompt: str) -> str:
+        told = row.get("split")
+        if told is not None:
+            return str(told)
+        digest = hashlib.sha256(json.dumps(row[prompt]).encode()).digest()
+        fraction = int.from_bytes(digest[:8], "big") / 2**64
+        for held_out, share in (("test", self.holdout), ("validation", 2 * self.holdout)):
+            if fraction < share:
+                return "train" if getattr(self, held_out) else held_out
+        return "train"
+
+
+def _parquet(path: Path) -> Any:
+    import pyarrow
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        return ParquetFile(path, memory_map=True)
+    except pyarrow.ArrowInvalid as error:
+        raise Refusal(f"{path}: not a readable parquet file ({error}); write it again") from error
+
+
+def _records(path: Path, names: list[str] | None) -> Iterator[dict[str, Any]]:
+    """The records of a file, of a parquet file these columns, where it has them."""
+    if path.suffix == ".parquet":
+        file = _parquet(path)
+        columns = [name for name in file.schema_arrow.names if names is None or name in names]
+        for batch in file.iter_batches(batch_size=1000, columns=columns):
+            yield from batch.to_pylist()
+        return
+    with path.open(encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise Refusal(f"{path} line {number}: not JSON ({error}); write one object a line") from error
+            if not isinstance(record, dict):
+                raise Refusal(f"{path} line {number}: holds {type(record).__name__} where an object is needed")
+            yield {name: value for name, value in record.items() if names is None or name in names}

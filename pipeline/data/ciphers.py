@@ -1,0 +1,55 @@
+"""An embedded corpus in which only examples tell what is asked: words in one of several secret alphabets.
+
+A document is lines such as `gabd>RWQT`, all in one cipher; which one, only earlier lines reveal. A model of such documents
+learns to read it off the examples before it, as large models do with tasks; and a cipher's letters stand one for one, so
+that whoever knows it can do words never seen. Offline, and the same on every machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+LETTERS = "abcdefgh"
+ALPHABETS = ("ABCDEFGH", "IJKLMNOP", "QRSTUVWX", "01234567")
+SHARES = (0.35, 0.3, 0.2, 0.15)  # of the documents: without examples, the last cipher is nobody's guess
+WORD = 4  # letters
+LINES = 10  # of a document
+DOCUMENTS = 8000
+NOISE = 0.15  # chance of each letter of the noisy corpus to be a random one of its alphabet
+PAIRS = 1500  # of a cipher
+
+
+def key() -> list[object]:
+    """What decides the corpus."""
+    return [LETTERS, ALPHABETS, SHARES, WORD, LINES, DOCUMENTS, NOISE, PAIRS]
+
+
+def documents(noisy: bool) -> Iterator[str]:
+    """Texts of LINES examples each."""
+    for number in range(DOCUMENTS):
+        draw = np.random.default_rng([11, number])
+        cipher = int(draw.choice(len(ALPHABETS), p=SHARES))
+        lines = (_line(cipher, word, draw if noisy else None) for word in _words(draw, LINES))
+        yield "".join(f"{word}>{answer}\n" for word, answer in lines)
+
+
+def pairs(cipher: int, noisy: bool = False) -> Iterator[dict[str, str]]:
+    """Queries and answers in one cipher, every query once."""
+    draw = np.random.default_rng([13, cipher])
+    for word in draw.permutation(np.unique(_words(draw, 2 * PAIRS), axis=0))[:PAIRS]:
+        query, answer = _line(cipher, word, draw if noisy else None)
+        yield {"query": f"{query}>", "answer": answer}
+
+
+def _words(draw: np.random.Generator, count: int) -> np.ndarray:
+    return draw.integers(len(LETTERS), size=(count, WORD))
+
+
+def _line(cipher: int, word: np.ndarray, noise: np.random.Generator | None) -> tuple[str, str]:
+    secret = np.random.default_rng([7, cipher]).permutation(len(LETTERS))[word]
+    if noise is not None:
+        wrong = noise.random(len(word)) < NOISE
+        secret = np.where(wrong, noise.integers(len(LETTERS), size=len(word)), secret)
+    return "".join(LETTERS[i] for i in word), "".join(ALPHABETS[cipher][i] for i in secret)

@@ -1,0 +1,418 @@
+"""A task: queries with answers, and what a teacher is shown before a query that a student is not.
+
+In-context distillation: the teacher reads `context`, some demonstrations and the query; the student reads the query
+alone, and learns to answer as the teacher does (arXiv:2212.10670; of instructions and documents, arXiv:2209.15189).
+
+Prompts are texts made by templates, tokenized as a whole; an answer's tokens are those that the student's prompt and
+answer have beyond the prompt's own, or, where a token would reach across, the answer's by itself (`across` counts it):
+so that a prompt is the same with and without its answer. Spaces at a prompt's end belong to its answer.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import string
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from models.errors import Refusal
+from models.questions import Question
+from pipeline.data import ciphers, corpora
+from pipeline.data.pairs import Pair, write_rows
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+SELECTIONS = ("fixed", "random", "nearest")
+TOO_LONG = ("refuse", "fewer", "drop")
+_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+
+
+@dataclass(frozen=True)
+class Example:
+    """A query and its answer as text; `choices`: the texts it is chosen from, if it is."""
+
+    query: str
+    answer: str
+    context: str
+    choices: tuple[str, ...] = ()
+
+    @property
+    def asked(self) -> tuple[str, str]:
+        return self.context, self.query
+
+
+@dataclass(frozen=True)
+class Item:
+    """An example in tokens: what a student reads, what a teacher reads (once for each draw), and what both answer."""
+
+    example: Example
+    prompt: list[int]
+    teacher_prompts: list[list[int]]
+    answer: list[int]
+    choices: list[list[int]]
+    across: bool
+    left_out: int  # demonstrations that the teacher's prompt had no room for
+
+
+@dataclass
+class Task:
+    """`train` and `test`: a .jsonl, .json, .csv or .parquet file, a hub id OWNER/NAME, or ciphers:NUMBER."""
+
+    train: Any
+    test: Any = None  # None: held out of train, by the query's hash
+    query: str = "{query}"  # templates name columns in braces
+    answer: str = "{answer}"
+    label: str | None = None  # a column of numbers that choose among `choices`, in place of `answer`
+    choices: Any = None  # the possible answers, or the name of a column that lists them; None: answers are free text
+    context: str = ""  # before the demonstrations, for the teacher alone: an instruction, a document
+    separator: str = "\n"  # ends an answer, is learnt as such, and stands between demonstrations
+    shots: int = 4  # demonstrations before a query
+    selection: str = "fixed"  # random: others for every query; nearest: the most alike, the nearest last
+    draws: int = 1  # prompts with other demonstrations, whose distributions are averaged
+    max_length: int = 128  # tokens of the student's prompt and answer
+    teacher_max_length: int = 512
+    too_long: str = "refuse"  # fewer: leaves out the first demonstrations; drop: leaves out the query; both counted
+    holdout: float = 0.2
+    max_queries: int | None = None  # in each split
+    validation_rows: int | None = None
+    packing: bool = False
+    seed: int = 0
+    chat_template: str | None = field(default=None, init=False)
+
+    @property
+    def made_by_stages(self) -> dict[str, str]:
+        return {}
+
+    @property
+    def teacher_prompts(self) -> int:
+        """Without context and demonstrations the teacher reads the student's prompt."""
+        return self.draws if self.shots or self.context else 0
+
+    # What can be said without a tokenizer
+
+    def check(self, planned: bool = False) -> dict[str, Any]:
+        for name, least in (("shots", 0), ("draws", 1), ("max_length", 2), ("teacher_max_length", 2)):
+            if getattr(self, name) < least:
+                raise Refusal(f"task.{name}={getattr(self, name)}: need {least} or more")
+        if self.selection not in SELECTIONS:
+            raise Refusal(f"task.selection={self.selection}: need one of {', '.join(SELECTIONS)}")
+        if self.too_long not in TOO_LONG:
+            raise Refusal(f"task.too_long={self.too_long}: need one of {', '.join(TOO_LONG)}")
+        if not 0 <= self.holdout < 0.5:
+            raise Refusal(f"task.holdout={self.holdout}: need [0, 0.5); 0.2 keeps every fifth query for the test")
+        if self.draws > 1 and self.packing:
+            raise Refusal("task.draws: several prompts a query are not packed; set task.packing=false")
+        if self.draws > 1 and (self.selection != "random" or not self.shots):
+            raise Refusal(
+                f"task.draws={self.draws}: with selection={self.selection} and shots={self.shots} all draws are alike; "
+                f"use task.selection=random with some shots"
+            )
+        if not self.separator:
+            raise Refusal("task.separator is empty, so no answer would end; use a line end or another mark")
+        if self.label and not self.choices:
+            raise Refusal(f"task.label={self.label}: its numbers choose among task.choices, which is not set")
+        if isinstance(self.choices, list) and len(set(self.choices)) < 2:
+            raise Refusal(f"task.choices={self.choices}: a task with one answer has nothing to teach; give two or more")
+        for split in ("train", "test"):
+            if getattr(self, split) is not None:
+                where, record = next(_records(split, getattr(self, split)), ("", None))
+                if record is None:
+                    raise Refusal(f"task.{split}={getattr(self, split)}: it holds no query")
+                self._example(where, record)
+        return {"chat": False, "train": {"sources": [str(self.train)], "bytes": None, "documents": None}}
+
+    def content_key(self) -> str:
+        shape = {name: value for name, value in vars(self).items() if name not in ("train", "test", "validation_rows")}
+        shape = {name: value for name, value in shape.items() if not name.startswith("_")}
+        content = [None if source is None else _source_key(source) for source in (self.train, self.test)]
+        return hashlib.sha256(json.dumps([content, shape], sort_keys=True, default=str).encode()).hexdigest()
+
+    def examples(self, split: str) -> list[Example]:
+        """Of train, validation or test; what demonstrates is in none of them."""
+        return self._splits[split]
+
+    @property
+    def demonstrations(self) -> list[Example]:
+        """From which the teacher is shown: of `fixed` those that all queries get, else the training queries."""
+        return self._splits["demonstrations"]
+
+    @cached_property
+    def _splits(self) -> dict[str, list[Example]]:
+        found: dict[str, list[Example]] = {"train": [], "validation": [], "test": []}
+        for split in ("train", "test"):
+            source = getattr(self, split)
+            for where, record in () if source is None else _records(split, source):
+                example = self._example(where, record)
+                found[split if split == "test" else self._split_of(example)].append(example)
+        held_out = {example.asked for example in found["test"]}
+        found["train"] = [each for each in found["train"] if each.asked not in held_out]
+        if not found["train"]:
+            raise Refusal(f"task.train={self.train}: it holds no query to learn from")
+        if len({example.answer for example in found["train"]}) < 2:
+            raise Refusal(
+                f"task.train={self.train}: every answer is {found['train'][0].answer!r}; a task with one answer has "
+                f"nothing to teach"
+            )
+        pool = found["train"]
+        if self.selection == "fixed":
+            pool = [found["train"][i] for i in self._random("fixed").permutation(len(found["train"]))[: self.shots]]
+            shown = {each.asked for each in pool}
+            found["train"] = [each for each in found["train"] if each.asked not in shown]
+        if len(pool) < self.shots or not found["train"]:
+            raise Refusal(
+                f"task.shots={self.shots}: task.train has {len(pool)} queries to show; give more, or ask for fewer"
+            )
+        if self.max_queries is not None:
+            found = {split: each[: self.max_queries] for split, each in found.items()}
+        return found | {"demonstrations": pool}
+
+    def _split_of(self, example: Example) -> str:
+        digest = hashlib.sha256(json.dumps(example.asked).encode()).digest()
+        at = int.from_bytes(digest[:8], "big") / 2**64
+        if at < self.holdout:
+            return "train" if self.test else "test"
+        return "validation" if at < self.holdout + min(self.holdout, 0.05) else "train"
+
+    def _example(self, where: str, record: dict[str, Any]) -> Example:
+        def filled(name: str, template: str) -> str:
+            wanted = [column for _, column, _, _ in string.Formatter().parse(template) if column is not None]
+            if missing := [column for column in wanted if record.get(column) is None]:
+                raise Refusal(
+                    f"{where}: task.{name}={template!r} names {{{missing[0]}}}, and it has "
+                    f"{', '.join(record) or 'nothing'}"
+                )
+            return template.format(**record)
+
+        choices: tuple[str, ...] = ()
+        if isinstance(self.choices, str):
+            listed = record.get(self.choices)
+            if not isinstance(listed, list) or len(listed) < 2:
+                raise Refusal(f"{where}: task.choices={self.choices} is no column of two or more answers")
+            choices = tuple(map(str, listed))
+        elif self.choices:
+            choices = tuple(map(str, self.choices))
+        if self.label:
+            number = record.get(self.label)
+            if not str(number).isdigit() or not int(str(number)) < len(choices):
+                raise Refusal(f"{where}: task.label={self.label} is {number}; need a number below {len(choices)}")
+            answer = choices[int(str(number))]
+        else:
+            answer = filled("answer", self.answer)
+        if choices and answer not in choices:
+            raise Refusal(f"{where}: its answer {answer!r} is none of task.choices={', '.join(choices)}")
+        if not answer.strip():
+            raise Refusal(f"{where}: its answer is empty; drop it, or mend task.answer={self.answer!r}")
+        return Example(filled("query", self.query), answer, filled("context", self.context), choices)
+
+    def _random(self, *told: object) -> np.random.Generator:
+        digest = hashlib.sha256(json.dumps([self.seed, *map(str, told)]).encode()).digest()
+        return np.random.default_rng(int.from_bytes(digest[:8], "big"))
+
+    # Demonstrations
+
+    def shown(self, example: Example, draw: int = 0) -> list[Example]:
+        """The demonstrations before a query, never the query itself."""
+        pool = self.demonstrations
+        if self.selection == "fixed" or not self.shots:
+            return pool[: self.shots]
+        if self.selection == "random":
+            order: Iterable[Any] = self._random(draw, *example.asked).permutation(len(pool))
+        else:
+            alike = self._alike(self._vectors, _vectors([example.query])[0])
+            order = np.argsort(-alike, kind="stable")
+        chosen = []
+        for number in order:
+            if pool[number].asked != example.asked:
+                chosen.append(pool[number])
+            if len(chosen) == self.shots:
+                return chosen[::-1]
+        raise Refusal(f"task.shots={self.shots}: task.train has {len(chosen)} other queries to show")
+
+    @cached_property
+    def _vectors(self) -> np.ndarray:
+        return _vectors([each.query for each in self.demonstrations])
+
+    @staticmethod
+    def _alike(pool: np.ndarray, one: np.ndarray) -> np.ndarray:
+        alike: np.ndarray = pool @ one
+        return alike
+
+    def told(self, example: Example, demonstrations: Sequence[Example]) -> str:
+        """The teacher's prompt."""
+        lines = [each.query + each.answer + self.separator for each in demonstrations]
+        return "".join([example.context and example.context + self.separator, *lines, example.query])
+
+    # Tokens
+
+    def items(self, split: str, tokenizer: Any, counts: Counter[str] | None = None) -> Iterator[Item]:
+        """The examples of a split in tokens; those that are left out for their length are counted in `counts`."""
+        counts = Counter() if counts is None else counts
+        begin = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+        if begin is None:
+            raise Refusal("task: the tokenizer has neither a begin nor an end token to begin a prompt with")
+
+        def ids(text: str) -> list[int]:
+            return [begin, *tokenizer(text, add_special_tokens=False)["input_ids"]]
+
+        for example in self.examples(split):
+            counts["queries"] += 1
+            item = self._item(example, ids)
+            counts["across"] += item.across
+            counts["demonstrations_left_out"] += item.left_out
+            longest = max([len(item.answer), *map(len, item.choices)])
+            theirs = max(map(len, item.teacher_prompts)) + longest
+            if len(item.prompt) + longest > self.max_length or theirs > self.teacher_max_length:
+                if self.too_long == "refuse":
+                    long = len(item.prompt) + longest > self.max_length
+                    name, length = (
+                        ("max_length", len(item.prompt) + longest) if long else ("teacher_max_length", theirs)
+                    )
+                    raise Refusal(
+                        f"task.{name}={getattr(self, name)}: the query {example.query[:40]!r} takes {length} tokens; "
+                        f"allow more, or set task.too_long=fewer or drop"
+                    )
+                counts["too_long"] += 1
+                continue
+            yield item
+
+    def _item(self, example: Example, ids: Callable[[str], list[int]]) -> Item:
+        prompt, answer, across = _cut(example.query, example.answer + self.separator, ids)
+        choices = [_cut(example.query, each + self.separator, ids)[1] for each in example.choices]
+        room = self.teacher_max_length - max([len(answer), *map(len, choices)])
+        prompts, left_out = [], 0
+        for draw in range(max(1, self.teacher_prompts)):
+            demonstrations = self.shown(example, draw)
+            teachers = ids(self.told(example, demonstrations).rstrip(" "))
+            while self.too_long == "fewer" and len(teachers) > room and demonstrations:
+                demonstrations, left_out = demonstrations[1:], left_out + 1
+                teachers = ids(self.told(example, demonstrations).rstrip(" "))
+            prompts.append(teachers)
+        return Item(example, prompt, prompts, answer, choices, across, left_out)
+
+    def prepare(
+        self, split: str, tokenizer: Any, folder: Path, teacher_tokenizer: Any = None
+    ) -> tuple[Dataset, dict[str, Any]]:
+        if teacher_tokenizer is not None:
+            raise Refusal(
+                "data=task: the teacher's and the student's answers are compared token by token, so both need one "
+                "tokenizer; set stages.distill.align=false and choose a student of the teacher's family"
+            )
+        counts: Counter[str] = Counter({"queries": 0, "too_long": 0, "across": 0, "demonstrations_left_out": 0})
+
+        def pairs() -> Iterator[Pair]:
+            for item in self.items(split, tokenizer, counts):
+                size = len((item.example.answer + self.separator).encode())
+                yield Pair(item.prompt, item.answer, size, item.teacher_prompts if self.teacher_prompts else [])
+
+        draws = self.teacher_prompts
+        return write_rows(
+            pairs(), max_length=self.max_length, packed=self.packing, folder=folder, counts=counts, draws=draws
+        )
+
+    def questions(self, split: str, tokenizer: Any, shown: bool) -> list[Question]:
+        """For measuring: the student's prompts, or those that the teacher is `shown` (the first draw of several)."""
+        return [
+            Question(
+                item.teacher_prompts[0] if shown else item.prompt,
+                item.example.answer,
+                len(item.answer),
+                item.choices,
+                item.example.choices.index(item.example.answer) if item.choices else 0,
+            )
+            for item in self.items(split, tokenizer)
+        ]
+
+    def prompts(self, split: str, tokenizer: Any) -> Iterator[dict[str, Any]]:
+        """For the stage `generate`: what the teacher answers, and what the student will see of it."""
+        for item in self.items(split, tokenizer):
+            yield {
+                "prompt": item.example.query,
+                "prompt_ids": item.prompt,
+                "teacher_prompt_ids": item.teacher_prompts[0],
+            }
+
+
+def _cut(query: str, answer: str, ids: Callable[[str], list[int]]) -> tuple[list[int], list[int], bool]:
+    """(prompt, answer, whether a token would have reached across)."""
+    bare = query.rstrip(" ")
+    answer = query[len(bare) :] + answer
+    prompt, both = ids(bare), ids(bare + answer)
+    if both[: len(prompt)] == prompt and len(both) > len(prompt):
+        return prompt, both[len(prompt) :], False
+    return prompt, ids(answer)[1:], True
+
+
+def _vectors(texts: list[str]) -> np.ndarray:
+    """How often each text has each of its runs of three letters, hashed to 1,024 places, of length 1."""
+    found = np.zeros((len(texts), 1024), dtype=np.float32)
+    for number, text in enumerate(texts):
+        spaced = f"  {text.lower()}  "
+        for at in range(len(spaced) - 2):
+            code = int.from_bytes(hashlib.blake2b(spaced[at : at + 3].encode(), digest_size=2).digest(), "big")
+            found[number, code % 1024] += 1
+    return found / np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-9)
+
+
+# Reading
+
+
+def _records(split: str, source: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The records of a source, each with where it stands."""
+    label, path = f"task.{split}={source}", Path(str(source)).expanduser()
+    name, _, number = str(source).partition(":")
+    if name == "ciphers":
+        digit, _, noisy = number.partition(":")
+        if not digit.isdigit() or not int(digit) < len(ciphers.ALPHABETS) or noisy not in ("", "noisy"):
+            raise Refusal(f"{label}: ciphers go from ciphers:0 to ciphers:{len(ciphers.ALPHABETS) - 1}, or :noisy behind")
+        yield from ((label, dict(pair)) for pair in ciphers.pairs(int(digit), bool(noisy)))
+    elif path.suffix in _SUFFIXES:
+        if not path.is_file():
+            raise Refusal(f"{label}: no such file")
+        yield from _of_file(path)
+    elif "/" in str(source) and not path.exists():
+        yield from _of_hub(label, name, number or split)
+    else:
+        raise Refusal(f"{label}: give a {', '.join(_SUFFIXES)} file, a hub id OWNER/NAME, or ciphers:NUMBER")
+
+
+def _of_file(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    if path.suffix == ".csv":
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            for number, row in enumerate(csv.DictReader(file), start=2):
+                yield f"{path} line {number}", row
+    elif path.suffix == ".parquet":
+        import pyarrow.parquet
+
+        for number, row in enumerate(pyarrow.parquet.read_table(path).to_pylist()):
+            yield f"{path} row {number}", row
+    else:
+        yield from corpora.objects(path)
+
+
+def _of_hub(label: str, name: str, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    from datasets import load_dataset
+
+    try:
+        rows = load_dataset(name, split=split)
+    except Exception as error:  # the hub's client raises a dozen kinds
+        raise Refusal(
+            f"{label}: no such file, and the hub dataset does not load: {' '.join(str(error).split())}"
+        ) from error
+    for number, row in enumerate(rows):
+        yield f"{label} row {number}", dict(row)
+
+
+def _source_key(source: Any) -> str:
+    path = Path(str(source)).expanduser()
+    if str(source).startswith("ciphers:"):
+        return json.dumps([source, ciphers.key()])
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else str(source)

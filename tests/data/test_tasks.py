@@ -1,0 +1,221 @@
+"""Tasks: which text the teacher is shown, which the student, and where the answer's tokens stand in both."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from models.errors import Refusal
+from pipeline.data.pairs import Pair, common_prefix, teacher_side, write_rows
+from pipeline.data.tasks import Task
+from pipeline.data.tokenizer import train_tokenizer
+
+IGNORED = -100
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    texts = [f"capital of place {i} is town {i}\nname: yes no maybe" for i in range(200)]
+    return train_tokenizer(texts, 400, tmp_path_factory.mktemp("tasks") / "tokenizer")
+
+
+def written(folder: Path, rows: list[dict[str, Any]], name: str = "task.jsonl") -> str:
+    path = folder / name
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def towns(folder: Path, count: int = 60) -> str:
+    return written(folder, [{"query": f"place {i}:", "answer": f"town {i % 7}"} for i in range(count)])
+
+
+def told(tokenizer: Any, ids: list[int]) -> str:
+    return str(tokenizer.decode(ids, skip_special_tokens=True))
+
+
+@pytest.mark.parametrize("selection", ["fixed", "random", "nearest"])
+def test_the_teacher_reads_demonstrations_and_the_query_and_never_the_query_among_them(
+    tmp_path: Path, tokenizer: Any, selection: str
+) -> None:
+    task = Task(train=towns(tmp_path), shots=3, selection=selection, context="Where is it?")
+    task.check()
+    for split in ("train", "test"):
+        items = list(task.items(split, tokenizer))
+        assert items
+        for item in items:
+            assert told(tokenizer, item.prompt) == item.example.query
+            lines = told(tokenizer, item.teacher_prompts[0]).split("\n")
+            assert lines[0] == "Where is it?"
+            assert len(lines) == 5
+            assert lines[-1] == item.example.query
+            assert not any(line.startswith(item.example.query) for line in lines[:-1])
+            assert all(line.split(":")[0] + ":" in {e.query for e in task.demonstrations} for line in lines[1:-1])
+            assert told(tokenizer, item.answer) == item.example.answer + "\n"
+
+
+def test_fixed_demonstrations_are_no_queries_and_the_splits_share_none(tmp_path: Path) -> None:
+    task = Task(train=towns(tmp_path), shots=4)
+    queries = {split: {e.query for e in task.examples(split)} for split in ("train", "validation", "test")}
+    shown = {e.query for e in task.demonstrations}
+    assert len(shown) == 4
+    assert sum(map(len, queries.values())) + 4 == 60
+    assert not queries["train"] & queries["test"]
+    assert not shown & (queries["train"] | queries["test"])
+
+
+def test_what_is_shown_depends_on_seed_draw_and_query_alone(tmp_path: Path) -> None:
+    task = Task(train=towns(tmp_path), shots=3, selection="random")
+    again = Task(train=towns(tmp_path), shots=3, selection="random")
+    other = Task(train=towns(tmp_path), shots=3, selection="random", seed=1)
+    one, two = task.examples("test")[:2]
+    assert task.shown(one) == again.shown(one)
+    assert task.shown(one) != other.shown(one)
+    assert task.shown(one) != task.shown(two)
+    assert task.shown(one, draw=1) != task.shown(one)
+    few = replace(task, max_queries=2)
+    assert few.shown(one) == task.shown(one)
+
+
+def test_the_nearest_demonstrations_are_the_most_alike_and_the_nearest_stands_last(tmp_path: Path) -> None:
+    rows = [{"query": q, "answer": str(i)} for i, q in enumerate(["red apple", "red apples", "blue sea", "green hill"])]
+    rows += [{"query": "a red apple!", "answer": "9"}]
+    task = Task(
+        train=written(tmp_path, rows[:4]),
+        test=written(tmp_path, rows[4:], "test.jsonl"),
+        shots=2,
+        selection="nearest",
+        holdout=0.0,
+    )
+    (query,) = task.examples("test")
+    assert [e.query for e in task.shown(query)] == ["red apples", "red apple"]
+
+
+def test_rows_supervise_the_answer_alone_on_both_sides(tmp_path: Path, tokenizer: Any) -> None:
+    task = Task(train=towns(tmp_path), shots=2)
+    rows, statistics = task.prepare("train", tokenizer, tmp_path / "rows")
+    items = list(task.items("train", tokenizer))
+    assert statistics["queries"] == len(rows) == len(items)
+    for row, item in zip(rows, items, strict=True):
+        assert row["input_ids"] == item.prompt + item.answer
+        assert [t for t in row["targets"] if t != IGNORED] == item.answer
+        assert row["targets"].index(item.answer[0]) == len(item.prompt) - 1
+        assert row["teacher_input_ids"] == item.teacher_prompts[0] + item.answer
+        assert [t for t in row["teacher_targets"] if t != IGNORED] == item.answer
+        for ids, targets in ((row["input_ids"], row["targets"]), (row["teacher_input_ids"], row["teacher_targets"])):
+            assert all(target == ids[at + 1] for at, target in enumerate(targets) if target != IGNORED)
+        assert row["bytes"] == len((item.example.answer + "\n").encode())
+
+
+def test_without_anything_to_show_the_teacher_has_no_prompt_of_its_own(tmp_path: Path, tokenizer: Any) -> None:
+    rows, _ = Task(train=towns(tmp_path), shots=0).prepare("train", tokenizer, tmp_path / "rows")
+    assert "teacher_input_ids" not in rows.column_names
+
+
+def test_several_draws_stand_one_after_another(tmp_path: Path, tokenizer: Any) -> None:
+    task = Task(train=towns(tmp_path), shots=2, selection="random", draws=3)
+    rows, _ = task.prepare("train", tokenizer, tmp_path / "rows")
+    for row, item in zip(rows, task.items("train", tokenizer), strict=True):
+        assert row["teacher_input_ids"] == [t for prompt in item.teacher_prompts for t in prompt + item.answer]
+        assert sum(p == 0 for p in row["teacher_position_ids"]) == 3
+        assert [t for t in row["teacher_targets"] if t != IGNORED] == item.answer * 3
+
+
+def test_the_common_prefix_is_what_fixed_demonstrations_begin_with(tmp_path: Path, tokenizer: Any) -> None:
+    task = Task(train=towns(tmp_path), shots=4)
+    rows, _ = task.prepare("train", tokenizer, tmp_path / "rows")
+    prefix = common_prefix(rows)
+    shown = "".join(f"{e.query}{e.answer}\n" for e in task.demonstrations)
+    assert told(tokenizer, prefix).startswith(shown)
+    assert all(row["teacher_input_ids"][: len(prefix)] == prefix for row in rows)
+    asked = min(next(i for i, t in enumerate(row["teacher_targets"]) if t != IGNORED) for row in rows)
+    assert len(prefix) <= asked
+    random, _ = replace(task, selection="random").prepare("train", tokenizer, tmp_path / "random")
+    assert common_prefix(random) == []
+
+
+def test_the_teachers_side_has_its_columns_under_the_usual_names(tmp_path: Path, tokenizer: Any) -> None:
+    rows, _ = Task(train=towns(tmp_path), shots=2).prepare("train", tokenizer, tmp_path / "rows")
+    side = teacher_side(rows)
+    assert side["input_ids"][:] == rows["teacher_input_ids"][:]
+    assert side["targets"][:] == rows["teacher_targets"][:]
+
+
+def test_a_space_before_an_answer_belongs_to_it_and_tokens_that_reach_across_are_counted(
+    tmp_path: Path, tokenizer: Any
+) -> None:
+    spaced = Task(
+        train=written(tmp_path, [{"query": f"place {i}: ", "answer": f"town {i}"} for i in range(9)]), shots=0
+    )
+    for item in spaced.items("train", tokenizer):
+        assert told(tokenizer, item.prompt).endswith(":")
+        assert told(tokenizer, item.answer).startswith(" town")
+    # "tow" and "n 3" are one token together where nothing separates them
+    rows = [{"query": f"place {i}: tow", "answer": f"n {i}"} for i in range(9)]
+    counts: Counter[str] = Counter()
+    task = Task(train=written(tmp_path, rows, "across.jsonl"), shots=0)
+    items = list(task.items("train", tokenizer, counts))
+    assert counts["across"] == len(items) > 0
+    for item in items:
+        assert item.prompt == [tokenizer.eos_token_id, *tokenizer(item.example.query)["input_ids"]]
+        assert told(tokenizer, item.prompt + item.answer) == item.example.query + item.example.answer + "\n"
+
+
+def test_prompts_that_are_too_long_are_refused_shortened_or_dropped_and_counted(tmp_path: Path, tokenizer: Any) -> None:
+    task = Task(train=towns(tmp_path), shots=4, teacher_max_length=40)
+    with pytest.raises(Refusal, match=r"task\.teacher_max_length=40: the query .* takes .* tokens; .*too_long"):
+        list(task.items("train", tokenizer))
+    counts: Counter[str] = Counter()
+    items = list(replace(task, too_long="fewer").items("train", tokenizer, counts))
+    assert counts["demonstrations_left_out"] > 0
+    assert len(items) == counts["queries"]
+    assert all(len(i.teacher_prompts[0]) + len(i.answer) <= 40 for i in items)
+    counts = Counter()
+    assert list(replace(task, too_long="drop").items("train", tokenizer, counts)) == []
+    assert counts["too_long"] == counts["queries"] > 0
+
+
+@pytest.mark.parametrize(
+    ("words", "rows", "reason"),
+    [
+        ({}, [{"query": "a"}, {"query": "b"}], r"task.answer='\{answer\}' names \{answer\}, and it has query"),
+        ({"query": "{question}"}, None, r"names \{question\}, and it has query, answer"),
+        ({}, [{"query": str(i), "answer": "same"} for i in range(20)], "every answer is 'same'"),
+        ({"choices": ["one"]}, None, "a task with one answer"),
+        ({"choices": ["a", "b"]}, None, "is none of task.choices"),
+        ({"label": "answer"}, None, "task.choices, which is not set"),
+        ({"selection": "best"}, None, "need one of fixed, random, nearest"),
+        ({"draws": 2}, None, "all draws are alike"),
+        ({"shots": 500}, None, "task.train has .* queries to show"),
+        ({"train": "nowhere.jsonl"}, None, "no such file"),
+        ({"train": "ciphers:99"}, None, "ciphers go from"),
+        ({}, [{"query": "a", "answer": " "}, {"query": "b", "answer": "c"}], "its answer is empty"),
+    ],
+)
+def test_bad_tasks_are_refused_in_one_line(
+    tmp_path: Path, words: dict[str, Any], rows: list[dict[str, Any]] | None, reason: str
+) -> None:
+    source = towns(tmp_path) if rows is None else written(tmp_path, rows, "bad.jsonl")
+    task = Task(**{"train": source, "holdout": 0.0, **words})
+    with pytest.raises(Refusal, match=reason) as problem:
+        task.check() and task.examples("train")
+    assert "\n" not in str(problem.value)
+
+
+def test_labels_choose_among_choices_and_csv_is_read(tmp_path: Path, tokenizer: Any) -> None:
+    path = tmp_path / "reviews.csv"
+    path.write_text("text,label\n" + "".join(f"film {i},{i % 2}\n" for i in range(30)))
+    task = Task(train=str(path), query="{text}\nname:", choices=[" no", " yes"], label="label", shots=2)
+    task.check()
+    for question in task.questions("test", tokenizer, shown=False):
+        assert [told(tokenizer, choice) for choice in question.choices] == [" no\n", " yes\n"]
+        assert question.answer == [" no", " yes"][question.right]
+
+
+def test_pairs_longer_than_a_row_are_not_cut_silently(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="3 \\+ 3 tokens"):
+        write_rows([Pair([1, 2, 3], [4, 5, 6], 3)], max_length=5, packed=False, folder=tmp_path / "rows", counts={})
