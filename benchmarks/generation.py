@@ -101,11 +101,11 @@ def run_child(side: str, settings: Settings) -> None:
     text(min(settings.new_tokens))  # warm up
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # Linux: the high-water mark starts again here
-    seconds, texts = {}, {}
+    seconds, cpu_seconds, texts = {}, {}, {}
     for length in settings.new_tokens:
-        begin = now()
+        begin, cpu = now(), time.process_time()
         made = text(length)
-        seconds[length] = now() - begin
+        seconds[length], cpu_seconds[length] = now() - begin, time.process_time() - cpu
         texts[length] = hashlib.sha256(json.dumps(made).encode()).hexdigest()[:16]
     peak = torch.cuda.max_memory_allocated() if settings.device == "cuda" else resident("VmHWM") - before
     with torch.no_grad():
@@ -116,6 +116,7 @@ def run_child(side: str, settings: Settings) -> None:
         json.dumps(
             {
                 "seconds": seconds,
+                "cpu_seconds": cpu_seconds,
                 "texts": texts,
                 "cache_bytes_per_token": held / (settings.rows * settings.prompt_tokens),
                 "peak_memory": peak,
@@ -152,16 +153,20 @@ def measure(sides: list[str], settings: Settings, say: Any) -> dict[str, Any]:
 
 
 def summary(runs: list[dict[str, Any]], settings: Settings) -> dict[str, Any]:
-    """Medians over repeats. `growth`: the exponent by which the seconds grow over the last doubling of the length."""
+    """Medians over repeats. `growth`: the exponent by which the work grows over the last doubling of the length; the
+    work is the seconds on a GPU, and on a CPU the processor's, which do not count waiting for others."""
     seconds = {n: statistics.median(run["seconds"][str(n)] for run in runs) for n in settings.new_tokens}
+    cpu = {n: statistics.median(run["cpu_seconds"][str(n)] for run in runs) for n in settings.new_tokens}
+    work = cpu if settings.device == "cpu" else seconds
     *_, before, last = (1, *settings.new_tokens)
-    grown = seconds[last] / seconds[before] if before in seconds else None
+    grown = work[last] / work[before] if before in work else None
     return {
         "tokens_per_second": {n: round(settings.rows * n / seconds[n], 1) for n in seconds},
         "tokens_per_second_range": {
             n: [round(settings.rows * n / pick(run["seconds"][str(n)] for run in runs), 1) for pick in (max, min)]
             for n in seconds
         },
+        "cpu_ms_per_token": {n: round(1000 * cpu[n] / (settings.rows * n), 2) for n in cpu},
         "growth": None if grown is None else round(math.log(grown) / math.log(last / before), 2),
         "cache_bytes_per_token": runs[0]["cache_bytes_per_token"],
         "peak_memory": int(statistics.median(run["peak_memory"] for run in runs)),
@@ -194,11 +199,12 @@ def same_text(runs: dict[str, list[dict[str, Any]]]) -> dict[str, bool]:
 def table(found: dict[str, Any], lengths: list[int]) -> Any:
     from rich.table import Table
 
-    shown = Table("side", *(f"{length}" for length in lengths), "growth", "cache bytes a token", "peak MiB")
+    columns = [f"{length}: tokens/s (CPU ms a token)" for length in lengths]
+    shown = Table("side", *columns, "growth", "cache bytes a token", "peak MiB")
     for side, each in found["sides"].items():
         shown.add_row(
             side,
-            *(f"{each['tokens_per_second'][length]:,.0f}" for length in lengths),
+            *(f"{each['tokens_per_second'][n]:,.0f} ({each['cpu_ms_per_token'][n]:.1f})" for n in lengths),
             "" if each["growth"] is None else f"n^{each['growth']:.2f}",
             f"{each['cache_bytes_per_token']:,.0f}" if side.endswith("_cached") else "",
             f"{each['peak_memory'] / 2**20:,.0f}",
@@ -241,7 +247,7 @@ def main() -> None:
             parser.error(f"--{name.replace('_', '-')} {getattr(settings, name)}: need 1 or more")
     console = Console()
     if not console.is_terminal:
-        console = Console(width=160)
+        console = Console(width=220)
     found = measure(sides, settings, lambda line: console.print(line, highlight=False))
     console.print(table(found, settings.new_tokens))
     for attention, same in found["same_text"].items():

@@ -61,6 +61,7 @@ class Config:
     stages: dict[str, Any] = MISSING
     data: Any = None
     task: Any = None
+    answers: Any = None  # what a stage `generate` writes, as data
     teacher: Any = None
     student: Any = None
     objective: Any = None

@@ -117,6 +117,10 @@ class Generate:
         return source_key(self.data)
 
     def check(self, context: Context) -> dict[str, Any]:
+        if self.data.made_by_stages:
+            raise Refusal(
+                f"stages.{context.stage}.data: answers are no prompts; give texts, conversations or a task (data=files)"
+            )
         corpus = check_source(context, self.data)
         if self.prompt_tokens is not None and (corpus["chat"] or hasattr(self.data, "prompts")):
             raise Refusal(
@@ -198,7 +202,7 @@ class Generate:
         if not self.teacher.runs_here:
             endpoint = self.teacher.endpoint  # asked for its model: what answers at an address can change
             teacher = f"served {endpoint.model or endpoint.ask().model}"
-        sampling = asdict(self.sampling)
+        sampling = {name: value for name, value in asdict(self.sampling).items() if name != "samples"}
         told = [teacher, tokenizer_key(tokenizer), self.teacher.dtype, sampling, self._stop, ends]
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
@@ -312,8 +316,8 @@ class Generate:
                 told = teacher.log_probabilities(pairs, vocabulary=len(tokenizer), **words)
                 if not all(math.isfinite(value) for values in told for value in values):
                     raise Refusal(
-                        f"{context.stage}: the teacher's log-probabilities are not numbers in {self.teacher.dtype}; see "
-                        f"to its weights, or set teacher.dtype=float32"
+                        f"{context.stage}: the teacher's log-probabilities are no numbers in {self.teacher.dtype}; set "
+                        f"teacher.dtype=float32, or see to its weights"
                     )
                 if mine:
                     for at, ((number, answer), log) in enumerate(zip(flat, told, strict=True)):

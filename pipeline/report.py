@@ -50,6 +50,17 @@ COLUMNS = (
     Column("seconds", "time spent", "time", units.duration),
     Column("tokens", "tokens spent", "tokens", units.si),
 )
+# Of a task, where there is one.
+TASK_COLUMNS = (
+    Column("accuracy", "accuracy", "acc.", _fixed(3)),
+    Column("accuracy_on_training_queries", "accuracy on training queries", "acc.\ntrain", _fixed(3)),
+    Column("gap_closed", "gap closed", "gap\nclosed", _fixed(3)),
+    Column("gap_closed_low", "gap closed, 2.5 %", "low", _fixed(3)),
+    Column("gap_closed_high", "gap closed, 97.5 %", "high", _fixed(3)),
+)
+# What a terminal has no room for beside a task's figures; the page has all.
+_ASIDE = {"bits_per_byte", "prefill_tokens_per_second", "first_token_ms", "peak_memory_bytes", "tokens"}
+_ASIDE |= {"accuracy_on_training_queries"}
 FIELDS = ("stage", "path", *(column.key for column in COLUMNS))
 
 
@@ -82,6 +93,8 @@ def write_report(run_dir: Path) -> Json:
 def table(report: Json) -> Table:
     """The rows for a terminal, the comparisons below them."""
     columns = _columns(report["rows"])
+    if any(column in TASK_COLUMNS for column in columns):
+        columns = [column for column in columns if column.key not in _ASIDE]
     result = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False, caption_justify="left")
     result.add_column("stage", style="bold", overflow="fold")
     for column in columns:
@@ -198,7 +211,8 @@ def _finite(value: Any) -> Any:
 def _columns(rows: Sequence[Json]) -> list[Column]:
     """The report's own columns, then whatever else the rows bring (accuracy, bits_per_weight, ...)."""
     extra = dict.fromkeys(key for row in rows for key in row if key not in FIELDS)
-    return [*COLUMNS, *(Column(key, key.replace("_", " "), key.replace("_", " "), _plain) for key in extra)]
+    task = [column for column in TASK_COLUMNS if extra.pop(column.key, 0) is None]
+    return [*COLUMNS, *task, *(Column(key, key.replace("_", " "), key.replace("_", " "), _plain) for key in extra)]
 
 
 def _plain(value: Any) -> str:

@@ -15,7 +15,14 @@ os.environ.setdefault("WANDB_MODE", "offline")
 
 torch.set_num_threads(1)  # tiny models; and tests must not depend on who else uses the machine's cores
 install_import_hook(
-    ["models.objectives", "models.heads", "models.teachers", "models.encodings", "models.representations"],
+    [
+        "models.objectives",
+        "models.heads",
+        "models.teachers",
+        "models.encodings",
+        "models.representations",
+        "models.generation",
+    ],
     "beartype.beartype",
 )
 

@@ -134,6 +134,9 @@ def test_every_yaml_is_met_by_one_of_these_tests() -> None:
         "divergence",
         "auxiliary",
         "encoding",
+        "task",
+        "on_policy",
+        "filter",
         "experiment",
         "scale",
         "stage",
@@ -141,7 +144,9 @@ def test_every_yaml_is_met_by_one_of_these_tests() -> None:
     }
     assert {p.stem for p in (CONF / "stage").glob("*.yaml")} == {
         "pretrain",
+        "cipher_teacher",
         "record",
+        "generate",
         "distill",
         "control",
         "evaluate",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -293,6 +294,11 @@ def test_other_filters_and_more_prompts_ask_only_for_what_is_new(
     asked.clear()
     make(tmp_path, "generate", *words)
     assert asked == []
+    one, three = ([*words, SAMPLED[0], f"stages.generate.sampling.samples={n}"] for n in (1, 3))
+    first = rows_of(make(tmp_path / "samples", "generate", *one))
+    more = rows_of(make(tmp_path / "samples", "generate", *three))
+    assert [row["completion_ids"] for row in more if row["sample"] == 0] == [row["completion_ids"] for row in first]
+    asked.clear()
     make(tmp_path, "generate", *words, "force=[generate]")
     assert sum(asked) == len(both)
 
@@ -542,6 +548,7 @@ REFUSED = {
     "an empty stop": (["stages.generate.stop=['']"], "stop holds an empty text"),
     "no way": (["stages.generate.too_long=cut"], "need one of refuse, drop"),
     "no prompt": (["stages.generate.prompt_tokens=0"], "prompt_tokens=0: need at least 1"),
+    "answers": (["data=answers", "data.max_length=32"], "answers are no prompts"),
     "no batch": (["stages.generate.batch_rows=0"], "generate.batch_rows=0: need at least 1"),
     "a typo": (["+stages.generate.sampling.temprature=1"], "did you mean temperature"),
 }
@@ -662,3 +669,16 @@ def test_a_tasks_queries_are_answered_with_demonstrations_and_learnt_without(
         assert "\n" not in row["completion"][:-1]  # a task's separator ends an answer
     config["stages"]["distill"]["data"]["context"] = True
     assert len(losses(make(tmp_path, "distill", config=config))) >= 4
+
+
+def test_a_teacher_that_overflows_on_the_way_is_refused(
+    teacher: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def overflowed(model: Any, pairs: Any, **_: Any) -> list[list[float]]:
+        return [[math.nan] * len(answer) for _, answer in pairs]
+
+    monkeypatch.setattr("models.teachers.online.log_probabilities", overflowed)
+    with pytest.raises(Refusal, match=r"log-probabilities are no numbers in float32; set teacher\.dtype") as refused:
+        make(tmp_path, "generate", *words_of(teacher, corpus))
+    assert "\n" not in str(refused.value)
+    assert not list((tmp_path / "work" / "answers" / "generate").glob("shard-*"))

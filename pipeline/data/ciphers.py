@@ -17,7 +17,7 @@ SHARES = (0.35, 0.3, 0.2, 0.15)  # of the documents: without examples, the last 
 WORD = 4  # letters
 LINES = 10  # of a document
 DOCUMENTS = 8000
-NOISE = 0.15  # chance of each letter of the noisy corpus to be a random one of its alphabet
+NOISE = 0.5  # chance of each answer's letter, where asked for noise, to be a random one of its alphabet
 PAIRS = 1500  # of a cipher
 
 
@@ -36,8 +36,8 @@ def documents(noisy: bool) -> Iterator[str]:
 
 
 def pairs(cipher: int, noisy: bool = False) -> Iterator[dict[str, str]]:
-    """Queries and answers in one cipher, every query once."""
-    draw = np.random.default_rng([13, cipher])
+    """Queries and answers in one cipher, every query once; of the noisy ones other words than of the clean."""
+    draw = np.random.default_rng([17 if noisy else 13, cipher])
     for word in draw.permutation(np.unique(_words(draw, 2 * PAIRS), axis=0))[:PAIRS]:
         query, answer = _line(cipher, word, draw if noisy else None)
         yield {"query": f"{query}>", "answer": answer}

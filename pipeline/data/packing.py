@@ -84,7 +84,7 @@ def prepare(
     """
 
     def build(aside: Path) -> None:
-        with _progress(shown=len(documents) > 100_000):
+        with progress(shown=len(documents) > 100_000):
             _build(documents, tokenizer, data, aside, teacher_tokenizer)
 
     return once(folder, build)
@@ -592,7 +592,7 @@ def _compared(
 
 
 @contextmanager
-def _progress(shown: bool) -> Iterator[None]:
+def progress(shown: bool) -> Iterator[None]:
     """Let datasets draw its progress bars, or not; they are noise where the work takes seconds."""
     from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 

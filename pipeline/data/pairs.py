@@ -68,7 +68,8 @@ def write_rows(
                 written += 1
             writer.finalize()
         pieces = Dataset.from_file(str(path)) if written else Dataset.from_dict({n: [] for n in features}, features)
-        packing.write_rows(pieces, aside, max_length=max_length, packing=packed, counted=counts)
+        with packing.progress(shown=written > 100_000):
+            packing.write_rows(pieces, aside, max_length=max_length, packing=packed, counted=counts)
 
     return packing.once(folder, build)
 
