@@ -75,7 +75,7 @@ def hidden_states(
     shape = input_ids.shape
     if past is not None:
         grown = body_of(model)(input_ids=input_ids, position_ids=position_ids, past_key_values=past, use_cache=True)
-        return grown.last_hidden_state  # type: ignore[no-any-return]
+        return grown.last_hidden_state
     if model.config._attn_implementation.startswith("flash"):
         input_ids, position_ids = input_ids.reshape(1, -1), position_ids.reshape(1, -1)
     out = body_of(model)(input_ids=input_ids, position_ids=position_ids, use_cache=False)

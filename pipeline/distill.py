@@ -121,10 +121,12 @@ class Distill:
             packing.chat_template(tokenizer, self.data)
         if self.student.path:
             other = load_tokenizer(self.student.path)
-            if not self.align and (difference := first_difference(tokenizer, other)):
+            # Without a teacher beside it a student reads text in its own tokens: sequence-level, from a teacher's text.
+            if self._taught and not self.align and (difference := first_difference(tokenizer, other)):
                 raise Refusal(
                     f"teacher and student have different tokenizers: {difference}; set stages.{context.stage}.align="
-                    f"true to compare them where they cover the same bytes, or choose a student of the teacher's family"
+                    f"true to compare them where they cover the same bytes, or learn the teacher's text alone (stage "
+                    f"generate, data=answers, data.as_text=true, objective=cross_entropy)"
                 )
             if self.align:
                 vocabulary_pairs(other, tokenizer)
@@ -228,7 +230,7 @@ class Distill:
             self.data,
             students or tokenizer,
             lambda folder: self.student.materialise(self.teacher.path, students or tokenizer, folder, self.seed),
-            teacher_tokenizer=tokenizer if students else None,
+            teacher_tokenizer=tokenizer if students and self.align else None,
         )
         if self._cache:
             self._check_recorded(context)
@@ -249,10 +251,12 @@ class Distill:
             )
 
     def _tokenizers(self) -> tuple[Any, Any]:
-        """The teacher's, and the student's where the two are to be aligned."""
+        """The teacher's, and the student's where it is another one, which then reads the text."""
         tokenizer = load_tokenizer(self.teacher.path, self.teacher.trust_remote_code)
-        aligned = self.align and self.student.path
-        return tokenizer, load_tokenizer(self.student.path) if aligned and self.student.path else None
+        if not self.student.path or (self._taught and not self.align):
+            return tokenizer, None
+        other = load_tokenizer(self.student.path)
+        return tokenizer, other if self.align or first_difference(tokenizer, other) else None
 
     def run(self, context: Context) -> None:
         teachers, students = self._tokenizers()

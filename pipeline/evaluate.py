@@ -30,6 +30,7 @@ from pipeline.data.tasks import Task
 from pipeline.data.tokenizer import load_tokenizer
 
 BEFORE = "student before"
+NO_MODEL = ("pipeline.record.Record", "pipeline.generate.Generate")  # stages that make something else
 UNSEEN, SEEN, SHOWN = "unseen", "seen", "shown"  # queries held out, trained on; held out, behind demonstrations
 RESAMPLES = 2000
 
@@ -70,11 +71,12 @@ class Evaluate:
             if twice := [m for m, name in zip(self.models, names, strict=True) if names.count(name) > 1]:
                 raise Refusal(f"evaluate.models: {', '.join(twice)} would bear one name in the report; rename a folder")
             return {Path(m).name: m if "/" in m else str(context.run_dir / m) for m in self.models}
-        order = context.config["order"]
+        order, stages = context.config["order"], context.config["stages"]
         found = {
             name: str(context.run_dir / name)
             for name in order[: order.index(context.stage)]
-            if name in context.planned or (artifact.read_manifest(context.run_dir / name) or {}).get("kind") == "model"
+            if (name in context.planned and stages[name]["_target_"] not in NO_MODEL)
+            or (artifact.read_manifest(context.run_dir / name) or {}).get("kind") == "model"
         }
         # A teacher that is served, or of which only a record is left, cannot be measured here.
         path = self.teacher.path if self.teacher is not None and self.teacher.runs_here else None

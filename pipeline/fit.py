@@ -161,7 +161,7 @@ def prepare(
         rows, statistics[split], folder = rows_of(data, split, tokenizer, context.data_folder, other)
         folders[split] = str(folder) if len(rows) else None
         if split == "train" and not len(rows):
-            raise Refusal(f"data.train={data.train}: no row of text is left after tokenizing")
+            raise Refusal(f"{context.stage}: no row of data.train is left after tokenizing ({statistics[split]})")
     start = context.work / "start"
     if not start.exists():
         aside = context.work / ".start.partial"

@@ -193,7 +193,7 @@ class Generate:
     def _tokenizer(self) -> Any:
         tokenizer = load_tokenizer(self.teacher.path, self.teacher.trust_remote_code)
         if self.data.chat_template is not None:
-            tokenizer.chat_template = packing.chat_template(tokenizer, self.data)  # type: ignore[arg-type]
+            tokenizer.chat_template = packing.chat_template(tokenizer, self.data)
         return tokenizer
 
     def _header(self, context: Context, tokenizer: Any, ends: list[int]) -> str:

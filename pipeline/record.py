@@ -142,7 +142,7 @@ class Record:
         rows, statistics, folder = rows_of(self.data, "train", tokenizer, context.data_folder)
         rows = teacher_side(rows)
         if not len(rows):
-            raise Refusal(f"{context.stage}: no row of text is left after tokenizing")
+            raise Refusal(f"{context.stage}: no row of data.train is left after tokenizing ({statistics})")
         header = self._header(context, tokenizer)
         # Not in the stage's own folder, which goes when the stage is begun with other values: hours of a teacher's
         # answers must survive them, and wait for the old values to come back, until a result is published.

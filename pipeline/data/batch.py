@@ -34,7 +34,11 @@ def collate(
     )
     if "teacher_input_ids" in rows[0]:
         # Token 0, as every vocabulary has it, and the student's padding token may not be in the teacher's.
-        fillers = {"teacher_input_ids": 0, "teacher_position_ids": None, "teacher_targets": IGNORED}
+        fillers: dict[str, float | None] = {
+            "teacher_input_ids": 0,
+            "teacher_position_ids": None,
+            "teacher_targets": IGNORED,
+        }
         batch |= _padded(rows, fillers, None, side)
     if "spans" in rows[0]:
         spans = []

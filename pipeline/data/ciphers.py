@@ -1,8 +1,8 @@
 """An embedded corpus in which only examples tell what is asked: words in one of several secret alphabets.
 
-A document is lines such as `gabd>RWQT`, all in one cipher; which one, only earlier lines reveal. A model of such documents
-learns to read it off the examples before it, as large models do with tasks; and a cipher's letters stand one for one, so
-that whoever knows it can do words never seen. Offline, and the same on every machine.
+A document is lines such as `gabd>RWQT`, all in one cipher; which one, only earlier lines reveal. A model of such
+documents learns to read it off the examples before it, as large models do with tasks; and a cipher's letters stand one
+for one, so that whoever knows it can do words never seen. Offline, and the same on every machine.
 """
 
 from __future__ import annotations

@@ -117,7 +117,7 @@ def prepared(folder: Path) -> tuple[Dataset, dict[str, Any]]:
     return load_from_disk(str(folder)), json.loads((folder / STATISTICS).read_text())
 
 
-def chat_template(tokenizer: PreTrainedTokenizerBase, data: Data) -> str:
+def chat_template(tokenizer: PreTrainedTokenizerBase, data: Any) -> str:
     """The template conversations are rendered with: data.chat_template's file, or the tokenizer's own."""
     if data.chat_template is not None:
         return Path(data.chat_template).expanduser().read_text(encoding="utf-8")

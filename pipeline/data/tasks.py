@@ -372,7 +372,9 @@ def _records(split: str, source: Any) -> Iterator[tuple[str, dict[str, Any]]]:
     if name == "ciphers":
         digit, _, noisy = number.partition(":")
         if not digit.isdigit() or not int(digit) < len(ciphers.ALPHABETS) or noisy not in ("", "noisy"):
-            raise Refusal(f"{label}: ciphers go from ciphers:0 to ciphers:{len(ciphers.ALPHABETS) - 1}, or :noisy behind")
+            raise Refusal(
+                f"{label}: ciphers go from ciphers:0 to ciphers:{len(ciphers.ALPHABETS) - 1}, or :noisy behind"
+            )
         yield from ((label, dict(pair)) for pair in ciphers.pairs(int(digit), bool(noisy)))
     elif path.suffix in _SUFFIXES:
         if not path.is_file():
