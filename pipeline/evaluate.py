@@ -86,7 +86,8 @@ class Evaluate:
 
     def content(self) -> str:
         """Hash of the text it reads."""
-        return source_key(self.data)
+        told = source_key(self.data)
+        return told if self.task is None else f"{told} {self.task.content_key()}"
 
     def check(self, context: Context) -> dict[str, Any]:
         corpus = check_source(context, self.data)

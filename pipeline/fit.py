@@ -36,6 +36,7 @@ from pipeline.data.rows import RowSource, rows_of
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.strategy import prepare_environment
 
+_LEFT_OUT = ("truncated", "too_long", "demonstrations_left_out")  # of the text, and worth a line
 _SAVED = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16}
 
 
@@ -160,6 +161,9 @@ def prepare(
         other = teacher_tokenizer if split == "train" else None
         rows, statistics[split], folder = rows_of(data, split, tokenizer, context.data_folder, other)
         folders[split] = str(folder) if len(rows) else None
+        if left_out := {name: count for name in _LEFT_OUT if (count := statistics[split].get(name))}:
+            told = ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in left_out.items())
+            print(f"{context.stage}: {split}: {told}", flush=True)
         if split == "train" and not len(rows):
             raise Refusal(f"{context.stage}: no row of data.train is left after tokenizing ({statistics[split]})")
     start = context.work / "start"
