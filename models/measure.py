@@ -150,7 +150,7 @@ def measure_folder(
 ) -> dict[str, Any]:
     """One row of the report. `text_bytes`: UTF-8 bytes of the text that the batches' targets stand for.
 
-    With a `quiz` also `right`: for each of its sets of questions, which of them were answered right.
+    With a `quiz` also `right`: for each of its sets, whether each question was answered right, by its text.
     """
     if device == "cpu":
         # Once for nothing: the libraries' code that loads on first use is as large as a small model.
@@ -169,7 +169,8 @@ def measure_folder(
     right = {}
     for name, questions in (quiz.questions if quiz else {}).items():
         assert quiz is not None
-        right[name] = answered(model, questions, quiz.tokenizer, quiz.pad_token, quiz.end, quiz.batch_rows)
+        told = answered(model, questions, quiz.tokenizer, quiz.pad_token, quiz.end, quiz.batch_rows)
+        right[name] = {question.asked: each for question, each in zip(questions, told, strict=True)}
     return {
         "parameters": parameter_count(model),
         "perplexity": float(torch.tensor(nats / tokens, dtype=torch.float64).exp()),

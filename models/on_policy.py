@@ -132,6 +132,7 @@ class Rollouts:
         seed: int,
         pad_token: int,
         end_tokens: Sequence[int],
+        stop: Sequence[str] = (),
         tokenizer: Any = None,
     ) -> None:
         """`rows[number]` is a row of the data, unpacked, `step_rows(step)` the numbers of a step's rows over all ranks.
@@ -139,7 +140,8 @@ class Rollouts:
         `tokenizer`: with it the student writes none of the columns that a padded vocabulary has beyond it.
         """
         self.values, self.rows, self.step_rows, self.collate = values, rows, step_rows, collate
-        self.seed, self.pad_token, self.end_tokens, self.tokenizer = seed, pad_token, end_tokens, tokenizer
+        self.seed, self.pad_token, self.tokenizer = seed, pad_token, tokenizer
+        self.end_tokens, self.stop = end_tokens, stop
         self.replica = Replica(load_student)
         self.buffer: deque[Answered] = deque(maxlen=values.replay_capacity)
         self.steps = self.generated_tokens = 0  # so far: on the student's text; tokens it wrote
@@ -238,6 +240,7 @@ class Rollouts:
                 replace(sampling, samples=times) if sampling.temperature else sampling,
                 pad_token=self.pad_token,
                 end_tokens=self.end_tokens,
+                stop=self.stop,
                 tokenizer=self.tokenizer,
                 batch_rows=self.values.batch_rows,
             ):

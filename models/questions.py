@@ -11,10 +11,11 @@ from models.generation import Sampling, generate, log_probabilities
 
 @dataclass(frozen=True)
 class Question:
-    """In tokens. `choices`: what it can be answered by, ends included, of which number `right` is right; none: the
-    generated text has to be `answer`."""
+    """`prompt` in tokens. `choices`: what it can be answered by, ends included, of which number `right` is right;
+    none: the generated text has to be `answer`."""
 
     prompt: list[int]
+    asked: str  # its text
     answer: str
     answer_tokens: int
     choices: list[list[int]] = field(default_factory=list)
@@ -35,8 +36,11 @@ def answered(
     free = [number for number, question in enumerate(questions) if not question.choices]
     if not free:
         return told
-    # A right answer in other tokens than ours may take some more.
+    # A right answer in other tokens than ours may take some more, where the model has room for them.
     longest = 2 * max(questions[number].answer_tokens for number in free)
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is not None:
+        longest = max(1, min(longest, limit - max(len(questions[number].prompt) for number in free)))
     answers = generate(
         model,
         [questions[number].prompt for number in free],

@@ -89,7 +89,8 @@ class Shape:
 class Layers:
     """Some of the teacher's layers, its embeddings, norm and head: same widths, less depth.
 
-    `keep` lists the teacher's layer numbers, or gives how many to take evenly spaced, first and last included.
+    `keep` lists the teacher's layer numbers, or gives how many to take evenly spaced, first and last included; `all`
+    makes a copy of the teacher.
     """
 
     keep: Any
@@ -97,6 +98,10 @@ class Layers:
     opens_teacher: ClassVar[bool] = True
 
     def kept(self, depth: int) -> list[int]:
+        if self.keep == "all":
+            return list(range(depth))
+        if isinstance(self.keep, str):
+            raise Refusal(f"student.keep={self.keep}: need a number, a list of layer numbers, or all")
         if isinstance(self.keep, int):
             if not 1 <= self.keep <= depth:
                 raise Refusal(f"student.keep={self.keep}: the teacher has {depth} layers; need 1 to {depth}")

@@ -11,7 +11,7 @@ from datasets import load_from_disk
 
 from models.cache import HEADER, Cache, read_header
 from models.errors import Refusal
-from models.load import check_folder, empty_model, load_config, parameter_count
+from models.load import check_folder, empty_model, parameter_count
 from models.objectives.term import Objective, needs_teacher
 from models.on_policy import OnPolicy
 from models.student import Start
@@ -61,21 +61,12 @@ class Distill:
         fit.check(context, self.training, self.precision)
         corpus = check_source(context, self.data)
         warnings = []
-        made_here = context.produced_by(self.teacher.path)
-        if not made_here:
-            # Where another program runs the teacher, or only its cache is left, its tokenizer and config will do.
-            opened = self.student.opens_teacher or (self._taught and not self._cache)
-            check_folder(self.teacher.path, "teacher", weights=opened)
-        elif context.config_folder(self.teacher.path) == self.teacher.path and not context.finished(self.teacher.path):
-            raise Refusal(
-                f"{context.stage} needs the stage {made_here}, which has not been run; add it to stages, or "
-                f"give teacher.path=FOLDER"
-            )
+        # Where another program runs the teacher, or only its cache is left, its tokenizer and config will do.
+        opened = self.student.opens_teacher or (self._taught and not self._cache)
+        teacher = fit.teacher_config(context, self.teacher, weights=opened)
         if self.student.path:
             check_folder(self.student.path, "student")
-        teacher_folder = context.config_folder(self.teacher.path)
-        teacher = load_config(teacher_folder, "teacher", self.teacher.trust_remote_code)
-        student = self.student.config(teacher_folder)
+        student = self.student.config(context.config_folder(self.teacher.path))
         fit.check_length(teacher, self.data, "teacher")
         fit.check_length(student, self.data, "student")
         sizes = {role: parameter_count(empty_model(c)) for role, c in (("teacher", teacher), ("student", student))}
@@ -103,7 +94,7 @@ class Distill:
             warnings.append(
                 f"the student ({sizes['student']:,} parameters) is larger than its teacher ({sizes['teacher']:,})"
             )
-        if context.finished(self.teacher.path) or not made_here:
+        if context.finished(self.teacher.path) or not context.produced_by(self.teacher.path):
             self._check_tokenizers(context, teacher, student, chat=bool(corpus["chat"]))
         return {
             "model": student.model_type,

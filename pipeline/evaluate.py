@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import tempfile
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -18,8 +19,9 @@ import numpy as np
 
 from models.cache import HEADER
 from models.errors import Refusal
-from models.load import DTYPES, check_folder
+from models.load import DTYPES, check_folder, load_config
 from models.measure import Quiz, Speed, measure_folder
+from models.questions import Question
 from models.student import Start
 from models.teachers.teacher import Source
 from pipeline import artifact
@@ -31,8 +33,10 @@ from pipeline.data.tokenizer import load_tokenizer
 
 BEFORE = "student before"
 NO_MODEL = ("pipeline.record.Record", "pipeline.generate.Generate")  # stages that make something else
-UNSEEN, SEEN, SHOWN = "unseen", "seen", "shown"  # queries held out, trained on; held out, behind demonstrations
+UNSEEN, SEEN = "unseen", "seen"  # queries held out, and trained on
+SHOWN, SHOWN_SEEN = "unseen, shown", "seen, shown"  # the same behind demonstrations
 RESAMPLES = 2000
+LEFT_OUT = ("too_long", "demonstrations_left_out", "across")
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,9 @@ class Evaluate:
         return 1
 
     def parents(self, context: Context) -> dict[str, str]:
+        return {**self._models(context), **self.data.made_by_stages}
+
+    def _models(self, context: Context) -> dict[str, str]:
         """Role → folder of every model that will be measured."""
         if self.models is not None:
             names = [Path(m).name for m in self.models]
@@ -93,7 +100,7 @@ class Evaluate:
         corpus = check_source(context, self.data)
         if not self.data.holdout and not self.data.test:
             raise Refusal("data.holdout=0 and no data.test: there is no text to measure on; give one of them")
-        parents = self.parents(context)
+        parents = self._models(context)
         if not parents:
             raise Refusal(
                 f"{context.stage} has no model to measure; run a training stage first or name folders in "
@@ -107,7 +114,13 @@ class Evaluate:
                 raise Refusal(f"stages.{context.stage}.compare={pair}: need pairs like [distill, control]")
         if self.task is not None:
             self.task.check()
-            self.task.examples("train")  # read once, so that a bad line is told before a stage has run
+            if not self.task.examples("test"):
+                raise Refusal(
+                    "task.test: there is no query to measure on; give task.test, or a task.holdout above 0 and more "
+                    "queries"
+                )
+            for role, path in parents.items():
+                self._check_room(role, context.config_folder(path), shown=role == self._teacher_role(context))
         return {"model": f"{len(parents)} models", "data": corpus}
 
     def prepare(self, context: Context) -> None:
@@ -118,11 +131,11 @@ class Evaluate:
         processes = multiprocessing.get_context("forkserver")
         processes.set_forkserver_preload(["models.measure"])
         rows: list[dict[str, Any]] = []
-        right: dict[str, dict[str, list[bool]]] = {}
+        right: dict[str, dict[str, dict[str, bool]]] = {}
         with tempfile.TemporaryDirectory(prefix="retort-before-") as start:
-            folders = self.parents(context)
+            folders = self._models(context)
             if self.before is not None and self.task is not None and self.teacher is not None:
-                tokenizer = load_tokenizer(self.teacher.path, self._trusted)
+                tokenizer = load_tokenizer(self.before.path or self.teacher.path, self._trusted)
                 self.before.materialise(self.teacher.path, tokenizer, Path(start) / "start", self.seed)
                 folders = {**folders, BEFORE: str(Path(start) / "start")}
             for role, folder in folders.items():
@@ -167,7 +180,11 @@ class Evaluate:
             for at in range(0, len(packed), self.batch_rows)
         ]
         prompt = batches[0]["input_ids"][:1, : self.speed.prompt_tokens]
-        quiz = self._quiz(tokenizer, shown=role == self._teacher_role(context))
+        quiz, left_out = self._quiz(tokenizer, shown=role == self._teacher_role(context))
+        if told := ", ".join(
+            f"{name.replace('_', ' ')} {n:,}" for name, n in left_out.items() if n and name in LEFT_OUT
+        ):
+            print(f"{role}: of the task's queries: {told}", flush=True)
         with ProcessPoolExecutor(1, mp_context=processes) as pool:
             work = pool.submit(
                 measure_folder,
@@ -192,24 +209,41 @@ class Evaluate:
 
     def _teacher_role(self, context: Context) -> str | None:
         path = self.teacher.path if self.teacher is not None else None
-        return next((role for role, folder in self.parents(context).items() if folder == path), None)
+        return next((role for role, folder in self._models(context).items() if folder == path), None)
 
-    def _quiz(self, tokenizer: Any, shown: bool) -> Quiz | None:
-        """The task's queries; `shown`: also behind the teacher's demonstrations."""
+    def _check_room(self, role: str, folder: str, shown: bool) -> None:
+        """Whether the task's prompts and answers fit what a model reads; one that is not planned is not known yet."""
+        assert self.task is not None
+        if not (Path(folder) / "config.json").is_file():
+            return
+        limit = getattr(load_config(folder, role, self._trusted), "max_position_embeddings", None)
+        for name in ("max_length", *(("teacher_max_length",) if shown and self.task.teacher_prompts else ())):
+            if limit is not None and getattr(self.task, name) > limit:
+                raise Refusal(
+                    f"task.{name}={getattr(self.task, name)}: {role} reads at most {limit} tokens "
+                    f"(max_position_embeddings)"
+                )
+
+    def _quiz(self, tokenizer: Any, shown: bool) -> tuple[Quiz | None, dict[str, int]]:
+        """The task's queries, and what was left out of them; `shown`: also behind the teacher's demonstrations."""
         if self.task is None:
-            return None
-        test = self.task.questions("test", tokenizer, shown=False)[: self.task_queries]
-        if not test:
-            raise Refusal("task.test: there is no query to measure on; give task.test or a task.holdout above 0")
-        questions = {UNSEEN: test, SEEN: self.task.questions("train", tokenizer, shown=False)[: self.task_queries]}
-        if shown:
-            questions[SHOWN] = self.task.questions("test", tokenizer, shown=True)[: self.task_queries]
-        return Quiz(questions, tokenizer, pad_token(tokenizer), self.task.separator, 4 * self.batch_rows)
+            return None, {}
+        questions: dict[str, list[Question]] = {}
+        counts: Counter[str] = Counter()
+        for split, plain, behind in (("test", UNSEEN, SHOWN), ("train", SEEN, SHOWN_SEEN)):
+            both = self.task.questions(split, tokenizer, self.task_queries, counts)
+            questions[plain] = [one for one, _ in both]
+            if shown:
+                questions[behind] = [other for _, other in both]
+        if not questions[UNSEEN]:
+            raise Refusal(f"task.test: none of its queries fits ({dict(counts)}); raise task.max_length")
+        end, rows = self.task.separator, 4 * self.batch_rows
+        return Quiz(questions, tokenizer, pad_token(tokenizer), end, rows), dict(counts)
 
     def _with_accuracy(
-        self, rows: list[dict[str, Any]], right: dict[str, dict[str, list[bool]]], teacher: str | None
+        self, rows: list[dict[str, Any]], right: dict[str, dict[str, dict[str, bool]]], teacher: str | None
     ) -> list[dict[str, Any]]:
-        """The rows with their accuracies, one more for the teacher with its demonstrations, and the gap closed."""
+        """The rows with their accuracies, one more for the teacher with its demonstrations, and the gaps closed."""
         assert self.task is not None
         result = []
         for row in rows:
@@ -217,10 +251,13 @@ class Evaluate:
             row = {**row, "accuracy": _mean(told[UNSEEN]), "accuracy_on_training_queries": _mean(told[SEEN])}
             if teacher in right and row["stage"] != teacher:
                 row |= gap_closed(told[UNSEEN], right[teacher][UNSEEN], right[teacher][SHOWN])
+                seen = gap_closed(told[SEEN], right[teacher][SEEN], right[teacher][SHOWN_SEEN])
+                row["gap_closed_on_training_queries"] = seen["gap_closed"]
             result.append(row)
             if row["stage"] == teacher:
                 name = f"{teacher}, {self.task.shots} shots" if self.task.shots else f"{teacher}, with context"
-                result.append({"stage": name, "path": row["path"], "accuracy": _mean(told[SHOWN])})
+                shown = {"accuracy": _mean(told[SHOWN]), "accuracy_on_training_queries": _mean(told[SHOWN_SEEN])}
+                result.append({"stage": name, "path": row["path"], **shown})
         return result
 
     def _comparisons(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -239,25 +276,29 @@ class Evaluate:
         ]
 
 
-def gap_closed(student: list[bool], without: list[bool], shown: list[bool]) -> dict[str, float | None]:
+def gap_closed(student: dict[str, bool], without: dict[str, bool], shown: dict[str, bool]) -> dict[str, float | None]:
     """The student's share of what demonstrations add to the teacher's accuracy, with its 95 % bootstrap interval.
 
-    The three lists are of the same queries; each resample draws queries. None where demonstrations add nothing.
+    Over the queries that all three were asked; each resample draws queries. None where demonstrations add nothing, and
+    for the interval where they add nothing in more than one of forty resamples.
     """
-    told = np.array([student, without, shown], dtype=float)
-    draws = np.random.default_rng(0).integers(told.shape[1], size=(RESAMPLES, told.shape[1]))
+    nothing: dict[str, float | None] = {"gap_closed": None, "gap_closed_low": None, "gap_closed_high": None}
+    asked = [query for query in student if query in without and query in shown]
+    told = np.array([[each[query] for query in asked] for each in (student, without, shown)], dtype=float)
+    if not asked or told[2].mean() <= told[1].mean():
+        return nothing
+    closed = (told[0] - told[1]).mean() / (told[2] - told[1]).mean()
+    draws = np.random.default_rng(0).integers(len(asked), size=(RESAMPLES, len(asked)))
     resampled = told[:, draws].mean(-1)
     gap, gained = resampled[2] - resampled[1], resampled[0] - resampled[1]
-    whole = told.mean(1)
-    if whole[2] <= whole[1]:
-        return {"gap_closed": None, "gap_closed_low": None, "gap_closed_high": None}
+    if (gap <= 0).mean() > 0.025:
+        return {**nothing, "gap_closed": float(closed)}
     low, high = np.percentile(gained[gap > 0] / gap[gap > 0], [2.5, 97.5])
-    closed = (whole[0] - whole[1]) / (whole[2] - whole[1])
     return {"gap_closed": float(closed), "gap_closed_low": float(low), "gap_closed_high": float(high)}
 
 
-def _mean(told: list[bool]) -> float | None:
-    return sum(told) / len(told) if told else None
+def _mean(told: dict[str, bool]) -> float | None:
+    return sum(told.values()) / len(told) if told else None
 
 
 def bytes_on_disk(folder: str) -> int | None:

@@ -21,7 +21,7 @@ from hydra.utils import instantiate
 
 from models.errors import Refusal
 from models.language_model import LanguageModel, gather_state
-from models.load import attention_for, empty_model, load_config, load_model, parameter_count, save_model
+from models.load import attention_for, check_folder, empty_model, load_config, load_model, parameter_count, save_model
 from models.objectives.term import Objective
 from models.on_policy import OnPolicy, Rollouts, ends_of
 from models.teachers.teacher import Opening, Source
@@ -36,7 +36,7 @@ from pipeline.data.rows import RowSource, rows_of
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.strategy import prepare_environment
 
-_LEFT_OUT = ("truncated", "too_long", "demonstrations_left_out")  # of the text, and worth a line
+_LEFT_OUT = ("truncated", "too_long", "demonstrations_left_out", "across")  # of the text, and worth a line
 _SAVED = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16}
 
 
@@ -118,6 +118,19 @@ def check(context: Context, training: Training, precision: Any) -> None:
     last_checkpoint(context.work / "checkpoints", context.config["strategy"], context.world)
 
 
+def teacher_config(context: Context, teacher: Source, weights: bool) -> Any:
+    """In the check: the config of a teacher that is there, `weights` and all, or that a stage before will make."""
+    made_here = context.produced_by(teacher.path)
+    if not made_here:
+        check_folder(teacher.path, "teacher", weights=weights)
+    elif context.config_folder(teacher.path) == teacher.path and not context.finished(teacher.path):
+        raise Refusal(
+            f"{context.stage} needs the stage {made_here}, which has not been run; add it to stages, or give "
+            f"teacher.path=FOLDER"
+        )
+    return load_config(context.config_folder(teacher.path), "teacher", teacher.trust_remote_code)
+
+
 def check_length(config: Any, data: RowSource, role: str) -> None:
     name = "max_length"
     if role == "teacher" and data.teacher_prompts:
@@ -161,6 +174,8 @@ def prepare(
         other = teacher_tokenizer if split == "train" else None
         rows, statistics[split], folder = rows_of(data, split, tokenizer, context.data_folder, other)
         folders[split] = str(folder) if len(rows) else None
+        if split == "train":
+            prefix = common_prefix(rows)
         if left_out := {name: count for name in _LEFT_OUT if (count := statistics[split].get(name))}:
             told = ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in left_out.items())
             print(f"{context.stage}: {split}: {told}", flush=True)
@@ -172,7 +187,7 @@ def prepare(
         shutil.rmtree(aside, ignore_errors=True)
         write_start(aside)
         os.rename(aside, start)
-    artifact.write_json(context.work / "prepared.json", {**folders, "statistics": statistics})
+    artifact.write_json(context.work / "prepared.json", {**folders, "statistics": statistics, "prefix": prefix})
 
 
 def train(
@@ -223,8 +238,9 @@ def train(
     if teacher_tokenizer is not None:
         students, teachers = vocabulary_pairs(tokenizer, teacher_tokenizer)
         pairs = (torch.from_numpy(students), torch.from_numpy(teachers))
-    prefix = () if teacher is None or teacher.needs_record else common_prefix(rows.train)
-    opening = Opening(len(teacher_tokenizer or tokenizer), attention, data.packing, pairs, prefix)
+    # Several prompts of the teacher's stand in one row, whatever the student's do.
+    packed = data.packing or data.teacher_prompts > 1
+    opening = Opening(len(teacher_tokenizer or tokenizer), attention, packed, pairs, prepared["prefix"])
     budget = settings["objective_memory_mb"]
     load_student = functools.partial(
         load_model, prepared["start"], dtype=torch.float32, attention=attention, role="student"
@@ -241,6 +257,7 @@ def train(
             seed=context.seed,
             pad_token=rows.pad_token,
             end_tokens=sorted(ends),
+            stop=data.stops,
             tokenizer=tokenizer,
         )
     module = LanguageModel(

@@ -23,16 +23,16 @@ from transformers import GenerationConfig
 
 from models.errors import Refusal
 from models.generation import Answer, Sampling, seed_of
-from models.load import DTYPES, attention_for, check_folder, empty_model, load_config, parameter_count
+from models.load import DTYPES, attention_for, empty_model, load_config, parameter_count
 from models.teachers.teacher import Opening, Source
-from pipeline import artifact
+from pipeline import artifact, fit
 from pipeline.context import Context
 from pipeline.data import packing
 from pipeline.data.answers import ANSWERS, DROPPED
 from pipeline.data.batch import pad_token
 from pipeline.data.corpora import SPLITS
 from pipeline.data.filters import Candidate, Filter
-from pipeline.data.prompts import Prompt, prompts_of
+from pipeline.data.prompts import prompts_of
 from pipeline.data.rows import RowSource, check_source, source_key
 from pipeline.data.tokenizer import load_tokenizer, tokenizer_key
 from pipeline.progress import shown
@@ -103,7 +103,7 @@ class Generate:
     @property
     def _stop(self) -> list[str]:
         if self.stop is None:
-            return [self.data.separator] if hasattr(self.data, "separator") else []
+            return self.data.stops
         return list(self.stop)
 
     def ranks(self, context: Context) -> int:
@@ -134,12 +134,7 @@ class Generate:
                     f"stages.{context.stage}.sampling.beams={self.sampling.beams}: a server searches no beams; set it "
                     f"to 1, or let the teacher run here (teacher=online)"
                 )
-        made_here = context.produced_by(self.teacher.path)
-        if not made_here:
-            check_folder(self.teacher.path, "teacher", weights=self.teacher.runs_here)
-        elif context.config_folder(self.teacher.path) == self.teacher.path and not context.finished(self.teacher.path):
-            raise Refusal(f"{context.stage} needs the stage {made_here}, which has not been run; add it to stages")
-        config = load_config(context.config_folder(self.teacher.path), "teacher", self.teacher.trust_remote_code)
+        config = fit.teacher_config(context, self.teacher, weights=self.teacher.runs_here)
         room = self._room(config)
         if room is not None and room < (self.prompt_tokens or 0) + 1:
             raise Refusal(
@@ -210,7 +205,8 @@ class Generate:
         """work/prompts.parquet: in the order of SPLITS. Raises Refusal where prompts are too long, or none is left."""
         tally: Counter[str] = Counter()
         longest = 0
-        taken: dict[bytes, str] = {}  # what was asked, and in which split
+        taken: set[bytes] = set()  # what was asked
+        split_of: dict[bytes, str] = {}  # of what a student reads
         # What is held out comes first: a prompt that also stands in train is not learnt from.
         for split in sorted(self.splits, key=SPLITS.index, reverse=True):
 
@@ -218,14 +214,16 @@ class Generate:
                 nonlocal longest
                 for prompt in prompts_of(self.data, split, tokenizer, self.prompt_tokens, tally):
                     tally["found"] += 1
-                    digest = _digest(prompt)
+                    student, both = _digest(prompt.ids), _digest([prompt.ids, prompt.teacher_ids])
                     if room is not None and len(prompt.teacher_ids) > room:
                         tally["too_long"] += 1
                         longest = max(longest, len(prompt.teacher_ids))
-                    elif digest in taken:
-                        tally["duplicate_prompts" if taken[digest] == split else "held_out"] += 1
+                    elif split_of.setdefault(student, split) != split:
+                        tally["held_out"] += 1
+                    elif both in taken:
+                        tally["duplicate_prompts"] += 1
                     else:
-                        taken[digest] = split
+                        taken.add(both)
                         tally["prompts"] += 1
                         yield {
                             "split": split,
@@ -244,7 +242,10 @@ class Generate:
             )
         if not tally["prompts"]:
             raise Refusal(f"stages.{context.stage}: no prompt is left of {tally['found']:,} found ({dict(tally)})")
-        names = ("prompts", "duplicate_prompts", "held_out", "too_long", "too_short", "without_prompt")
+        names = ["prompts", "duplicate_prompts", "held_out", "too_long", "too_short", "without_prompt"]
+        names += ["left_out_by_task", "across", "demonstrations_left_out"]
+        if told := ", ".join(f"{name.replace('_', ' ')} {tally[name]:,}" for name in names[1:] if tally[name]):
+            print(f"{context.stage}: of {tally['found']:,} prompts: {told}", flush=True)
         return {name: tally[name] for name in names}
 
     # --- answers: every rank ---
@@ -368,8 +369,12 @@ class Generate:
         for (key, sample), generation in shown(told, count, "generating"):
             reason = "length" if generation.finish_reason == "length" else "stop"
             ids = generation.ids
-            if ids is None:  # the server tells only text
-                ids = tokenizer(generation.text, add_special_tokens=False)["input_ids"]
+            text = generation.text
+            stopped = reason == "stop" and bool(self._stop) and not any(stop in text for stop in self._stop)
+            if ids is None:  # the server tells only text, and of a stop nothing
+                ids = tokenizer(text + self._stop[0] * stopped, add_special_tokens=False)["input_ids"]
+            elif stopped and (not ids or ids[-1] not in ends):
+                ids = [*ids, *tokenizer(self._stop[0], add_special_tokens=False)["input_ids"]]
             if ids and not 0 <= min(ids) <= max(ids) < len(tokenizer):
                 raise Refusal(
                     f"teacher.path={self.teacher.path}: the server answers with token {max(ids)}, and its tokenizer "
@@ -452,7 +457,7 @@ class Generate:
         candidates = [
             Candidate(
                 prompt["prompt"],
-                tokenizer.decode(one["completion_ids"], skip_special_tokens=True, clean_up_tokenization_spaces=False),
+                _completion(tokenizer, prompt["teacher_ids"], one["completion_ids"]),
                 one["completion_ids"],
                 one["log_probabilities"],
                 one["finish_reason"],
@@ -571,8 +576,18 @@ def end_tokens(path: str, tokenizer: Any, config: Any) -> list[int]:
     return list(dict.fromkeys(token for token in [tokenizer.eos_token_id, *listed] if token is not None))
 
 
-def _digest(prompt: Prompt) -> bytes:
-    return hashlib.blake2b(json.dumps([prompt.ids, prompt.teacher_ids]).encode(), digest_size=16).digest()
+def _digest(tokens: list[Any]) -> bytes:
+    return hashlib.blake2b(json.dumps(tokens).encode(), digest_size=16).digest()
+
+
+def _completion(tokenizer: Any, prompt: list[int], ids: list[int]) -> str:
+    """The text that the answer adds to its prompt: by themselves some tokenizers leave out a first space."""
+
+    def text(ids: list[int]) -> str:
+        return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    before, whole = text(prompt[-8:]), text(prompt[-8:] + ids)
+    return whole[len(before) :] if whole.startswith(before) else text(ids)
 
 
 def _column(path: Path, name: str) -> list[Any]:

@@ -36,7 +36,7 @@ from models.encodings.fidelity import fidelity
 from models.encodings.top_k import FLOOR, TopK, ids_dtype
 from models.errors import Refusal
 from models.heads import logit_numbers
-from models.load import DTYPES, attention_for, check_folder, empty_model, load_config, parameter_count
+from models.load import DTYPES, attention_for, empty_model, load_config, parameter_count
 from models.objectives.head import Head
 from models.objectives.representation import Wanted
 from models.objectives.signal import Dense, Signal
@@ -108,13 +108,7 @@ class Record:
                 f"task.draws={self.data.teacher_prompts}: the mean of several prompts' distributions is not recorded; "
                 f"use task.draws=1, or teacher=online or sharded"
             )
-        made_here = context.produced_by(self.teacher.path)
-        if not made_here:
-            check_folder(self.teacher.path, "teacher", weights=self.teacher.runs_here)
-        elif context.config_folder(self.teacher.path) == self.teacher.path and not context.finished(self.teacher.path):
-            raise Refusal(f"{context.stage} needs the stage {made_here}, which has not been run; add it to stages")
-        folder = context.config_folder(self.teacher.path)
-        config = load_config(folder, "teacher", self.teacher.trust_remote_code)
+        config = fit.teacher_config(context, self.teacher, weights=self.teacher.runs_here)
         fit.check_length(config, self.data, "teacher")
         planned = Header(describe(self._encoding), config.vocab_size, "", "", None, self.teacher.dtype)
         config.save_pretrained(self._planned(context))

@@ -112,7 +112,7 @@ def test_no_demonstrations_are_plain_distillation_to_the_bit(plain: Path, tmp_pa
     from pipeline.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(str(plain / "pretrain"))
-    task = Task(train="ciphers:3", shots=0, max_queries=40)
+    task = Task(train="ciphers:3", test="ciphers:3:unseen", shots=0, max_queries=40)
     lines = []
     for split in ("train", "validation", "test"):
         for item in task.items(split, tokenizer):
@@ -136,12 +136,14 @@ def test_the_report_says_what_was_transferred(plain: Path) -> None:
 
 def test_the_gap_and_its_interval_are_those_of_the_definition() -> None:
     draw = np.random.default_rng(0)
-    student, without, shown = (list(draw.random(400) < p) for p in (0.7, 0.2, 0.9))
+    student, without, shown = (
+        {str(n): bool(right) for n, right in enumerate(draw.random(400) < p)} for p in (0.7, 0.2, 0.9)
+    )
     told = gap_closed(student, without, shown)
-    share = (np.mean(student) - np.mean(without)) / (np.mean(shown) - np.mean(without))
+    a, b, c = (np.array(list(each.values()), dtype=float) for each in (student, without, shown))
+    share = (a.mean() - b.mean()) / (c.mean() - b.mean())
     assert told["gap_closed"] == pytest.approx(share)
     # the delta method, with the covariances of a paired sample
-    a, b, c = (np.array(each, dtype=float) for each in (student, without, shown))
     gap = (c - b).mean()
     deviation = ((a - b) - share * (c - b)).std() / gap / np.sqrt(len(a))
     assert told["gap_closed_low"] == pytest.approx(share - 1.96 * deviation, abs=0.2 * deviation)
@@ -149,6 +151,10 @@ def test_the_gap_and_its_interval_are_those_of_the_definition() -> None:
     assert gap_closed(shown, without, shown)["gap_closed"] == 1
     assert gap_closed(without, without, shown)["gap_closed"] == 0
     assert gap_closed(shown, shown, without)["gap_closed"] is None
+    half = {query: student[query] for query in list(student)[:200]}
+    assert gap_closed(half, without, shown) == gap_closed(
+        half, {q: without[q] for q in half}, {q: shown[q] for q in half}
+    )
 
 
 def test_choices_are_ranked_by_their_whole_likelihood_and_texts_are_compared(plain: Path) -> None:
@@ -171,7 +177,7 @@ def test_choices_are_ranked_by_their_whole_likelihood_and_texts_are_compared(pla
                 logits = model(torch.tensor([prompt + choice])).logits[0].log_softmax(-1)
             sums.append(sum(float(logits[len(prompt) - 1 + at, token]) for at, token in enumerate(choice)))
         best.append(max(range(3), key=sums.__getitem__))
-        questions.append(Question(prompt, "", 3, choices, right=0))
+        questions.append(Question(prompt, "", "", 3, choices, right=0))
     got = answered(model, questions, tokenizer, 0, "\n", batch_rows=5)
     assert got == [each == 0 for each in best]
     assert len(set(got)) == 2
@@ -180,7 +186,7 @@ def test_choices_are_ranked_by_their_whole_likelihood_and_texts_are_compared(pla
     made = model.generate(torch.tensor([prompt]), max_new_tokens=6, do_sample=False)[0, len(prompt) :]
     text = tokenizer.decode(made)
     end = text[3]
-    free = [Question(prompt, answer, 3) for answer in (text.split(end)[0], text.split(end)[0] + "x")]
+    free = [Question(prompt, "", answer, 3) for answer in (text.split(end)[0], text.split(end)[0] + "x")]
     assert answered(model, free, tokenizer, 0, end, batch_rows=2) == [True, False]
 
 

@@ -10,11 +10,13 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from models.errors import Refusal
-from pipeline.data.pairs import Pair, write_rows
+from pipeline.data import corpora
+from pipeline.data.pairs import Pair, cut, write_rows
 from pipeline.data.prompts import begin_token
 from pipeline.data.tokenizer import FILES, load_tokenizer, tokenizer_key
 
@@ -51,6 +53,10 @@ class Answers:
     chat_template: str | None = field(default=None, init=False)
 
     @property
+    def stops(self) -> list[str]:
+        return []
+
+    @property
     def made_by_stages(self) -> dict[str, str]:
         given = {"answers": self.train, "validation_answers": self.validation, "test_answers": self.test}
         return {role: str(path) for role, path in given.items() if path}
@@ -82,7 +88,7 @@ class Answers:
             "train": {
                 "sources": [self.train],
                 "bytes": sum(path.stat().st_size for path in files) if files else None,
-                "documents": sum(_parquet(path).metadata.num_rows for path in files) if readable else None,
+                "documents": sum(corpora.parquet(path).metadata.num_rows for path in files) if readable else None,
             },
         }
 
@@ -140,9 +146,9 @@ class Answers:
     def _columns(self, path: Path) -> tuple[str, str]:
         """The columns to read; a Refusal where they are missing."""
         if path.suffix == ".parquet":
-            there = set(_parquet(path).schema_arrow.names)
+            there = set(corpora.parquet(path).schema_arrow.names)
         else:
-            there = set(next(_records(path, None), {}))
+            there = set(next(corpora.objects(path), ("", {}))[1])
         wanted = _TEXTS if self.as_text or not there.issuperset(_IDS) else _IDS
         if missing := [name for name in wanted if name not in there]:
             raise Refusal(
@@ -209,12 +215,13 @@ class Answers:
             if text is None:
                 text = tokenizer.decode(answer, skip_special_tokens=True, clean_up_tokenization_spaces=False)
             return prompt, answer, str(text)
-        prompt, answer = (
-            tokenizer(row[name] or "", add_special_tokens=False, verbose=False)["input_ids"] for name in _TEXTS
-        )
         begin = begin_token(tokenizer)
-        if prompt[:1] != [begin]:  # a rendered conversation can have it
-            prompt = [begin, *prompt]
+
+        def ids(text: str) -> list[int]:
+            found: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            return found if found[:1] == [begin] else [begin, *found]  # a rendered conversation can have it
+
+        prompt, answer, _ = cut(row["prompt"] or "", row["completion"] or "", ids)
         if answer and row.get("finish_reason") != "length" and tokenizer.eos_token_id is not None:
             answer = [*answer, tokenizer.eos_token_id]
         return prompt, answer, str(row["completion"] or "")
@@ -224,9 +231,16 @@ class Answers:
         for path in self._files(own):
             wanted = self._columns(path)
             more = ["completion", "split", "finish_reason", *([_TEACHERS] if self.context else [])]
-            for row in _records(path, [*wanted, *more]):
+            for where, row in _records(path, [*wanted, *more]):
                 if any(name not in row for name in wanted):
-                    raise Refusal(f"{path}: a record has no {' and '.join(wanted)}, unlike the first; mend or drop it")
+                    raise Refusal(f"{where}: it has no {' and '.join(wanted)}, unlike the first; mend or drop it")
+                if odd := [name for name in _TEXTS if not isinstance(row.get(name) or "", str)]:
+                    raise Refusal(
+                        f"{where}: its {odd[0]} is {type(row[odd[0]]).__name__}, and text is needed; conversations are "
+                        f"read by data=chat"
+                    )
+                if row.get("split") not in (None, *corpora.SPLITS):
+                    raise Refusal(f"{where}: its split is {row['split']!r}; need one of {', '.join(corpora.SPLITS)}")
                 if own != "train" or self._split_of(row, wanted[0]) == split:
                     yield row
 
@@ -242,32 +256,13 @@ class Answers:
         return "train"
 
 
-def _parquet(path: Path) -> Any:
-    import pyarrow
-    from pyarrow.parquet import ParquetFile
-
-    try:
-        return ParquetFile(path, memory_map=True)
-    except pyarrow.ArrowInvalid as error:
-        raise Refusal(f"{path}: not a readable parquet file ({error}); write it again") from error
-
-
-def _records(path: Path, names: list[str] | None) -> Iterator[dict[str, Any]]:
-    """The records of a file, of a parquet file these columns, where it has them."""
+def _records(path: Path, names: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The records of a file, each with where it stands; of these columns those that it has."""
     if path.suffix == ".parquet":
-        file = _parquet(path)
-        columns = [name for name in file.schema_arrow.names if names is None or name in names]
-        for batch in file.iter_batches(batch_size=1000, columns=columns):
-            yield from batch.to_pylist()
+        file = corpora.parquet(path)
+        columns = [name for name in file.schema_arrow.names if name in names]
+        rows = chain.from_iterable(batch.to_pylist() for batch in file.iter_batches(1000, columns=columns))
+        yield from ((f"{path} row {number}", row) for number, row in enumerate(rows))
         return
-    with path.open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise Refusal(f"{path} line {number}: not JSON ({error}); write one object a line") from error
-            if not isinstance(record, dict):
-                raise Refusal(f"{path} line {number}: holds {type(record).__name__} where an object is needed")
-            yield {name: value for name, value in record.items() if names is None or name in names}
+    for where, record in corpora.objects(path):
+        yield where, {name: value for name, value in record.items() if name in names}

@@ -19,11 +19,13 @@ LINES = 10  # of a document
 DOCUMENTS = 8000
 NOISE = 0.5  # chance of each answer's letter, where asked for noise, to be a random one of its alphabet
 PAIRS = 1500  # of a cipher
+UNSEEN = 5  # every fifth word, on average, stands in no document and in no pairs but the unseen ones
+KINDS = ("", "noisy", "unseen")
 
 
 def key() -> list[object]:
     """What decides the corpus."""
-    return [LETTERS, ALPHABETS, SHARES, WORD, LINES, DOCUMENTS, NOISE, PAIRS]
+    return [LETTERS, ALPHABETS, SHARES, WORD, LINES, DOCUMENTS, NOISE, PAIRS, UNSEEN]
 
 
 def documents(noisy: bool) -> Iterator[str]:
@@ -35,16 +37,19 @@ def documents(noisy: bool) -> Iterator[str]:
         yield "".join(f"{word}>{answer}\n" for word, answer in lines)
 
 
-def pairs(cipher: int, noisy: bool = False) -> Iterator[dict[str, str]]:
-    """Queries and answers in one cipher, every query once; of the noisy ones other words than of the clean."""
-    draw = np.random.default_rng([17 if noisy else 13, cipher])
-    for word in draw.permutation(np.unique(_words(draw, 2 * PAIRS), axis=0))[:PAIRS]:
-        query, answer = _line(cipher, word, draw if noisy else None)
+def pairs(cipher: int, kind: str = "") -> Iterator[dict[str, str]]:
+    """Queries and answers in one cipher, every query once; the answers can be noisy, or the words such as no document
+    has."""
+    draw = np.random.default_rng([13, cipher])
+    for word in draw.permutation(np.unique(_words(draw, 4 * PAIRS, kind == "unseen"), axis=0))[:PAIRS]:
+        query, answer = _line(cipher, word, draw if kind == "noisy" else None)
         yield {"query": f"{query}>", "answer": answer}
 
 
-def _words(draw: np.random.Generator, count: int) -> np.ndarray:
-    return draw.integers(len(LETTERS), size=(count, WORD))
+def _words(draw: np.random.Generator, count: int, unseen: bool = False) -> np.ndarray:
+    words = draw.integers(len(LETTERS), size=(2 * UNSEEN * count, WORD))
+    code = (words * len(LETTERS) ** np.arange(WORD)).sum(1) * 2654435761 % 2**32
+    return words[(code < 2**32 // UNSEEN) == unseen][:count]
 
 
 def _line(cipher: int, word: np.ndarray, noise: np.random.Generator | None) -> tuple[str, str]:

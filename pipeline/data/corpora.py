@@ -34,7 +34,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from models.errors import Refusal
-from pipeline.data import ciphers
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -90,6 +89,10 @@ class Data:
     holdout: float = 0.05  # share of documents, for each held-out split that is not given
     max_documents: int | None = None  # in each split, the first ones read
     validation_rows: int | None = None
+
+    @property
+    def stops(self) -> list[str]:
+        return []
 
     @property
     def made_by_stages(self) -> dict[str, str]:
@@ -234,6 +237,8 @@ def _source_key(data: Data, source: Source) -> list[Any]:
     if source.kind == "hub":
         return [source.name, source.hub_split]
     if source.kind == "ciphers":
+        from pipeline.data import ciphers  # needs numpy, which the check of other sources does without
+
         return [source.name, ciphers.key()]
     key: list[Any] = [sys.version] if source.kind == "stdlib" else []
     for path in source.files or library_files():
@@ -272,7 +277,9 @@ def _find(split: str, name: str) -> Source:
     # A relative path looks like a hub id too; it is a path if its suffix is known or its first folder exists.
     if hub and path.suffix not in SUFFIXES and not Path(path.parts[0]).is_dir():
         return Source(label, hub[1], "hub", hub_split=hub[2] or split)
-    raise Refusal(f"{label}: no such file or folder, nor is it a hub dataset id (OWNER/NAME), stdlib or ciphers")
+    raise Refusal(
+        f"{label}: no such file or folder, nor is it a hub dataset id (OWNER/NAME) or the word stdlib or ciphers"
+    )
 
 
 def _files_in(folder: Path, label: str) -> tuple[Path, ...]:
@@ -327,7 +334,7 @@ def _check_weighable(data: Data, source: Source) -> None:
 def _columns(path: Path) -> list[str]:
     """The columns of a .parquet file; of .jsonl and .json files the keys of the first object."""
     if path.suffix == ".parquet":
-        return list(_parquet(path).schema_arrow.names)
+        return list(parquet(path).schema_arrow.names)
     return list(next(objects(path), ("", {}))[1])
 
 
@@ -340,7 +347,7 @@ def _is_chat(data: Data, path: Path) -> bool:
 def _count(files: list[Path]) -> int | None:
     """Documents in these files, where that is cheap to know."""
     if all(file.suffix == ".parquet" for file in files):
-        return sum(int(_parquet(file).metadata.num_rows) for file in files)
+        return sum(int(parquet(file).metadata.num_rows) for file in files)
     if all(file.suffix == ".jsonl" for file in files) and sum(file.stat().st_size for file in files) < 2**28:
         return sum(1 for file in files for line in file.read_bytes().splitlines() if line.strip())
     return None
@@ -370,6 +377,8 @@ def _part(data: Data, source: Source, split: str, tally: _Tally, unanswered: boo
     elif source.kind == "stdlib":
         chat, read = False, (("stdlib", text, 1.0) for text in library_documents())
     elif source.kind == "ciphers":
+        from pipeline.data import ciphers
+
         chat, read = False, ((source.name, text, 1.0) for text in ciphers.documents("noisy" in source.name))
     else:
         chat = _is_chat(data, source.files[0])
@@ -563,7 +572,7 @@ def _holds(path: Path, word: bytes) -> bool:
         return content.find(word) >= 0
 
 
-def _parquet(path: Path) -> ParquetFile:
+def parquet(path: Path) -> ParquetFile:
     import pyarrow
     from pyarrow.parquet import ParquetFile
 
@@ -574,7 +583,7 @@ def _parquet(path: Path) -> ParquetFile:
 
 
 def _parquet_cells(path: Path, columns: list[str]) -> Iterator[tuple[str, tuple[Any, ...]]]:
-    batches = _parquet(path).iter_batches(batch_size=1000, columns=columns)
+    batches = parquet(path).iter_batches(batch_size=1000, columns=columns)
     rows = chain.from_iterable(zip(*(b.column(name).to_pylist() for name in columns), strict=True) for b in batches)
     return ((f"{path} row {i}", row) for i, row in enumerate(rows))
 

@@ -11,7 +11,7 @@ The teacher's targets are the student's, in their order, once for every prompt.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -34,6 +34,18 @@ class Pair:
     answer: list[int]
     text_bytes: int
     teacher_prompts: list[list[int]] = field(default_factory=list)  # where they are not the student's
+
+
+def cut(query: str, answer: str, ids: Callable[[str], list[int]]) -> tuple[list[int], list[int], bool]:
+    """(prompt, answer, whether a token would have reached across)."""
+    bare = query.rstrip(" ")
+    answer = query[len(bare) :] + answer
+    prompt, both = ids(bare), ids(bare + answer)
+    if both[: len(prompt)] == prompt and len(both) > len(prompt):
+        return prompt, both[len(prompt) :], False
+    # Behind a line end, which is then taken away: some tokenizers put a space before whatever comes first.
+    line, behind = ids("\n"), ids("\n" + answer)
+    return prompt, behind[len(line) :] if behind[: len(line)] == line else ids(answer)[1:], True
 
 
 def write_rows(

@@ -1,7 +1,8 @@
 """What a teacher is asked to go on from: texts, beginnings of texts, conversations, or a task's queries.
 
-A data source may make its own: a method `prompts(split, tokenizer)` gives a dict for each, with `prompt_ids` (what the
-student will read), `teacher_prompt_ids` (what the teacher reads) and `prompt` (text, for people).
+A data source may make its own: a method `prompts(split, tokenizer, counts)` gives a dict for each, with `prompt_ids`
+(what the student will read), `teacher_prompt_ids` (what the teacher reads) and `prompt` (text, for people), and counts
+what it leaves out.
 """
 
 from __future__ import annotations
@@ -37,8 +38,11 @@ def prompts_of(
     as `too_short`. None: a whole text is a prompt. A conversation is a prompt up to the assistant's last turn.
     """
     if hasattr(data, "prompts"):
-        for entry in data.prompts(split, tokenizer):
+        counts: Counter[str] = Counter()
+        for entry in data.prompts(split, tokenizer, counts):
             yield Prompt(entry["prompt"], list(entry["prompt_ids"]), list(entry["teacher_prompt_ids"]))
+        tally["left_out_by_task"] += counts["too_long"]
+        tally.update({name: counts[name] for name in ("across", "demonstrations_left_out")})
         return
     documents = corpora.documents(data, split, unanswered=True)
     if "messages" in documents.column_names:

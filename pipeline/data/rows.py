@@ -24,6 +24,11 @@ class RowSource(Protocol):
     test: Any  # a source, or None
 
     @property
+    def stops(self) -> list[str]:
+        """Texts that end what is supervised, where that is not the tokenizer's end token."""
+        ...
+
+    @property
     def teacher_prompts(self) -> int:
         """How many prompts of its own a teacher reads for each row; 0 where it reads the student's."""
         ...

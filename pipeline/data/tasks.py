@@ -14,10 +14,11 @@ import csv
 import hashlib
 import json
 import string
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,8 @@ import numpy as np
 from models.errors import Refusal
 from models.questions import Question
 from pipeline.data import ciphers, corpora
-from pipeline.data.pairs import Pair, write_rows
+from pipeline.data.pairs import Pair, cut, write_rows
+from pipeline.data.prompts import begin_token
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -46,8 +48,9 @@ class Example:
     choices: tuple[str, ...] = ()
 
     @property
-    def asked(self) -> tuple[str, str]:
-        return self.context, self.query
+    def asked(self) -> str:
+        """What the student reads: examples that are alike in it belong to one split, and never show each other."""
+        return self.query.rstrip()
 
 
 @dataclass(frozen=True)
@@ -80,13 +83,17 @@ class Task:
     draws: int = 1  # prompts with other demonstrations, whose distributions are averaged
     max_length: int = 128  # tokens of the student's prompt and answer
     teacher_max_length: int = 512
-    too_long: str = "refuse"  # fewer: leaves out the first demonstrations; drop: leaves out the query; both counted
+    too_long: str = "refuse"  # drop: leaves the query out; fewer: first some demonstrations, then the query; counted
     holdout: float = 0.2
     max_queries: int | None = None  # in each split
     validation_rows: int | None = None
     packing: bool = False
     seed: int = 0
     chat_template: str | None = field(default=None, init=False)
+
+    @property
+    def stops(self) -> list[str]:
+        return [self.separator]
 
     @property
     def made_by_stages(self) -> dict[str, str]:
@@ -128,6 +135,7 @@ class Task:
                 if record is None:
                     raise Refusal(f"task.{split}={getattr(self, split)}: it holds no query")
                 self._example(where, record)
+        self.examples("train")  # all of it is read: a bad line is told before a stage has run
         return {"chat": False, "train": {"sources": [str(self.train)], "bytes": None, "documents": None}}
 
     def content_key(self) -> str:
@@ -154,14 +162,14 @@ class Task:
                 example = self._example(where, record)
                 found[split if split == "test" else self._split_of(example)].append(example)
         held_out = {example.asked for example in found["test"]}
-        found["train"] = [each for each in found["train"] if each.asked not in held_out]
+        for split in ("train", "validation"):
+            found[split] = [each for each in found[split] if each.asked not in held_out]
+        # Files are often sorted by class: whoever takes the first ones takes some of all.
+        for split, examples in found.items():
+            order = self._random(split, "order").permutation(len(examples))
+            found[split] = [examples[number] for number in order]
         if not found["train"]:
             raise Refusal(f"task.train={self.train}: it holds no query to learn from")
-        if len({example.answer for example in found["train"]}) < 2:
-            raise Refusal(
-                f"task.train={self.train}: every answer is {found['train'][0].answer!r}; a task with one answer has "
-                f"nothing to teach"
-            )
         pool = found["train"]
         if self.selection == "fixed":
             pool = [found["train"][i] for i in self._random("fixed").permutation(len(found["train"]))[: self.shots]]
@@ -173,10 +181,16 @@ class Task:
             )
         if self.max_queries is not None:
             found = {split: each[: self.max_queries] for split, each in found.items()}
+        for split in ("train", *(("test",) if self.choices and found["test"] else ())):
+            if len({example.answer for example in found[split]}) < 2:
+                raise Refusal(
+                    f"task.train={self.train}: in {split} every answer is {found[split][0].answer!r}; a task with one "
+                    f"answer has nothing to teach"
+                )
         return found | {"demonstrations": pool}
 
     def _split_of(self, example: Example) -> str:
-        digest = hashlib.sha256(json.dumps(example.asked).encode()).digest()
+        digest = hashlib.sha256(example.asked.encode()).digest()
         at = int.from_bytes(digest[:8], "big") / 2**64
         if at < self.holdout:
             return "train" if self.test else "test"
@@ -184,13 +198,20 @@ class Task:
 
     def _example(self, where: str, record: dict[str, Any]) -> Example:
         def filled(name: str, template: str) -> str:
-            wanted = [column for _, column, _, _ in string.Formatter().parse(template) if column is not None]
+            try:
+                parts = list(string.Formatter().parse(template))
+            except ValueError as error:
+                raise Refusal(f"task.{name}={template!r}: {error}; double a brace that names no column") from None
+            if odd := [text for _, _, form, conversion in parts for text in (form, conversion) if text]:
+                raise Refusal(f"task.{name}={template!r}: columns are put in as they are; leave {odd[0]!r} out")
+            wanted = [column for _, column, _, _ in parts if column is not None]
             if missing := [column for column in wanted if record.get(column) is None]:
                 raise Refusal(
                     f"{where}: task.{name}={template!r} names {{{missing[0]}}}, and it has "
                     f"{', '.join(record) or 'nothing'}"
                 )
-            return template.format(**record)
+            # Not str.format, which would also look inside of what it puts in.
+            return "".join(text + ("" if column is None else str(record[column])) for text, column, _, _ in parts)
 
         choices: tuple[str, ...] = ()
         if isinstance(self.choices, str):
@@ -201,14 +222,21 @@ class Task:
         elif self.choices:
             choices = tuple(map(str, self.choices))
         if self.label:
-            number = record.get(self.label)
-            if not str(number).isdigit() or not int(str(number)) < len(choices):
-                raise Refusal(f"{where}: task.label={self.label} is {number}; need a number below {len(choices)}")
-            answer = choices[int(str(number))]
+            number = str(record.get(self.label)).removesuffix(".0")  # whole numbers of a column of floats
+            if not (number.isascii() and number.isdigit() and int(number) < len(choices)):
+                raise Refusal(
+                    f"{where}: task.label={self.label} is {record.get(self.label)}; need a number below {len(choices)}"
+                )
+            answer = choices[int(number)]
         else:
             answer = filled("answer", self.answer)
         if choices and answer not in choices:
             raise Refusal(f"{where}: its answer {answer!r} is none of task.choices={', '.join(choices)}")
+        if broken := [each for each in (answer, *choices) if self.separator in each]:
+            raise Refusal(
+                f"{where}: the answer {broken[0][:40]!r} holds task.separator={self.separator!r}, which would end it; "
+                f"choose a separator that no answer holds"
+            )
         if not answer.strip():
             raise Refusal(f"{where}: its answer is empty; drop it, or mend task.answer={self.answer!r}")
         return Example(filled("query", self.query), answer, filled("context", self.context), choices)
@@ -224,15 +252,12 @@ class Task:
         pool = self.demonstrations
         if self.selection == "fixed" or not self.shots:
             return pool[: self.shots]
-        if self.selection == "random":
-            order: Iterable[Any] = self._random(draw, *example.asked).permutation(len(pool))
-        else:
-            alike = self._alike(self._vectors, _vectors([example.query])[0])
-            order = np.argsort(-alike, kind="stable")
-        chosen = []
-        for number in order:
-            if pool[number].asked != example.asked:
-                chosen.append(pool[number])
+        for tried in (min(len(pool), self.shots + 8), len(pool)):  # some may be the query itself
+            if self.selection == "random":
+                order = self._random(draw, example.asked).choice(len(pool), tried, replace=False)
+            else:
+                order = _largest(self._vectors @ _vectors([example.query])[0], tried)
+            chosen = [pool[number] for number in order if pool[number].asked != example.asked][: self.shots]
             if len(chosen) == self.shots:
                 return chosen[::-1]
         raise Refusal(f"task.shots={self.shots}: task.train has {len(chosen)} other queries to show")
@@ -241,24 +266,21 @@ class Task:
     def _vectors(self) -> np.ndarray:
         return _vectors([each.query for each in self.demonstrations])
 
-    @staticmethod
-    def _alike(pool: np.ndarray, one: np.ndarray) -> np.ndarray:
-        alike: np.ndarray = pool @ one
-        return alike
-
     def told(self, example: Example, demonstrations: Sequence[Example]) -> str:
-        """The teacher's prompt."""
-        lines = [each.query + each.answer + self.separator for each in demonstrations]
-        return "".join([example.context and example.context + self.separator, *lines, example.query])
+        """The teacher's prompt: a context stands where it is not the one before, as documents differ."""
+        told, before = "", ""
+        for each in (*demonstrations, example):
+            if each.context and each.context != before:
+                told, before = told + each.context + self.separator, each.context
+            told += each.query + ("" if each is example else each.answer + self.separator)
+        return told
 
     # Tokens
 
     def items(self, split: str, tokenizer: Any, counts: Counter[str] | None = None) -> Iterator[Item]:
         """The examples of a split in tokens; those that are left out for their length are counted in `counts`."""
         counts = Counter() if counts is None else counts
-        begin = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-        if begin is None:
-            raise Refusal("task: the tokenizer has neither a begin nor an end token to begin a prompt with")
+        begin = begin_token(tokenizer)
 
         def ids(text: str) -> list[int]:
             return [begin, *tokenizer(text, add_special_tokens=False)["input_ids"]]
@@ -285,8 +307,9 @@ class Task:
             yield item
 
     def _item(self, example: Example, ids: Callable[[str], list[int]]) -> Item:
-        prompt, answer, across = _cut(example.query, example.answer + self.separator, ids)
-        choices = [_cut(example.query, each + self.separator, ids)[1] for each in example.choices]
+        prompt, answer, across = cut(example.query, example.answer + self.separator, ids)
+        pieces = [cut(example.query, each + self.separator, ids) for each in example.choices]
+        choices, across = [each[1] for each in pieces], across or any(each[2] for each in pieces)
         room = self.teacher_max_length - max([len(answer), *map(len, choices)])
         prompts, left_out = [], 0
         for draw in range(max(1, self.teacher_prompts)):
@@ -307,6 +330,8 @@ class Task:
                 "tokenizer; set stages.distill.align=false and choose a student of the teacher's family"
             )
         counts: Counter[str] = Counter({"queries": 0, "too_long": 0, "across": 0, "demonstrations_left_out": 0})
+        if split == "train" and self.too_long == "refuse":
+            deque(self.items("test", tokenizer), maxlen=0)  # not when all is trained, and these are to be measured
 
         def pairs() -> Iterator[Pair]:
             for item in self.items(split, tokenizer, counts):
@@ -318,22 +343,21 @@ class Task:
             pairs(), max_length=self.max_length, packed=self.packing, folder=folder, counts=counts, draws=draws
         )
 
-    def questions(self, split: str, tokenizer: Any, shown: bool) -> list[Question]:
-        """For measuring: the student's prompts, or those that the teacher is `shown` (the first draw of several)."""
-        return [
-            Question(
-                item.teacher_prompts[0] if shown else item.prompt,
-                item.example.answer,
-                len(item.answer),
-                item.choices,
-                item.example.choices.index(item.example.answer) if item.choices else 0,
-            )
-            for item in self.items(split, tokenizer)
-        ]
+    def questions(
+        self, split: str, tokenizer: Any, limit: int, counts: Counter[str]
+    ) -> list[tuple[Question, Question]]:
+        """For measuring, at most `limit`: each behind the student's prompt, and behind the teacher's (its first)."""
+        found = []
+        for item in islice(self.items(split, tokenizer, counts), limit):
+            example = item.example
+            right = example.choices.index(example.answer) if item.choices else 0
+            told = (example.asked, example.answer, len(item.answer), item.choices, right)
+            found.append((Question(item.prompt, *told), Question(item.teacher_prompts[0], *told)))
+        return found
 
-    def prompts(self, split: str, tokenizer: Any) -> Iterator[dict[str, Any]]:
+    def prompts(self, split: str, tokenizer: Any, counts: Counter[str]) -> Iterator[dict[str, Any]]:
         """For the stage `generate`: what the teacher answers, and what the student will see of it."""
-        for item in self.items(split, tokenizer):
+        for item in self.items(split, tokenizer, counts):
             yield {
                 "prompt": item.example.query,
                 "prompt_ids": item.prompt,
@@ -341,14 +365,10 @@ class Task:
             }
 
 
-def _cut(query: str, answer: str, ids: Callable[[str], list[int]]) -> tuple[list[int], list[int], bool]:
-    """(prompt, answer, whether a token would have reached across)."""
-    bare = query.rstrip(" ")
-    answer = query[len(bare) :] + answer
-    prompt, both = ids(bare), ids(bare + answer)
-    if both[: len(prompt)] == prompt and len(both) > len(prompt):
-        return prompt, both[len(prompt) :], False
-    return prompt, ids(answer)[1:], True
+def _largest(values: np.ndarray, count: int) -> np.ndarray:
+    """Places of the largest, the largest first; of equal ones the first."""
+    some = np.argpartition(-values, count - 1)[:count]
+    return some[np.lexsort((some, -values[some]))]
 
 
 def _vectors(texts: list[str]) -> np.ndarray:
@@ -371,11 +391,11 @@ def _records(split: str, source: Any) -> Iterator[tuple[str, dict[str, Any]]]:
     name, _, number = str(source).partition(":")
     if name == "ciphers":
         digit, _, noisy = number.partition(":")
-        if not digit.isdigit() or not int(digit) < len(ciphers.ALPHABETS) or noisy not in ("", "noisy"):
+        if not digit.isdigit() or not int(digit) < len(ciphers.ALPHABETS) or noisy not in ciphers.KINDS:
             raise Refusal(
-                f"{label}: ciphers go from ciphers:0 to ciphers:{len(ciphers.ALPHABETS) - 1}, or :noisy behind"
+                f"{label}: they go from ciphers:0 to ciphers:{len(ciphers.ALPHABETS) - 1}; :noisy or :unseen may follow"
             )
-        yield from ((label, dict(pair)) for pair in ciphers.pairs(int(digit), bool(noisy)))
+        yield from ((label, dict(pair)) for pair in ciphers.pairs(int(digit), noisy))
     elif path.suffix in _SUFFIXES:
         if not path.is_file():
             raise Refusal(f"{label}: no such file")
@@ -388,13 +408,20 @@ def _records(split: str, source: Any) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _of_file(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     if path.suffix == ".csv":
+        csv.field_size_limit(2**30)  # a cell can be a document
         with path.open(encoding="utf-8-sig", newline="") as file:
-            for number, row in enumerate(csv.DictReader(file), start=2):
-                yield f"{path} line {number}", row
+            reader = csv.DictReader(file)
+            try:
+                for row in reader:
+                    where = f"{path} line {reader.line_num}"
+                    if None in row:
+                        raise Refusal(f"{where}: it has more cells than the header; quote what holds a comma")
+                    yield where, row
+            except (UnicodeDecodeError, csv.Error) as error:
+                raise Refusal(f"{path}: no CSV in UTF-8 ({error}); write it again") from error
     elif path.suffix == ".parquet":
-        import pyarrow.parquet
-
-        for number, row in enumerate(pyarrow.parquet.read_table(path).to_pylist()):
+        rows = chain.from_iterable(batch.to_pylist() for batch in corpora.parquet(path).iter_batches(1000))
+        for number, row in enumerate(rows):
             yield f"{path} row {number}", row
     else:
         yield from corpora.objects(path)

@@ -95,15 +95,18 @@ def test_packed_answers_do_not_see_each_other(tokenizer: Any, tmp_path: Path) ->
     assert sorted(ids for ids, _ in pieces) == sorted(expected)
 
 
-def test_texts_are_tokenized_apart_with_begin_and_end(tokenizer: Any, tmp_path: Path) -> None:
+def test_texts_get_begin_and_end_and_a_prompt_has_the_tokens_it_has_by_itself(tokenizer: Any, tmp_path: Path) -> None:
     told = [{**row, "split": "train"} for row in pairs(tokenizer)]
     path = written(tmp_path, told, "prompt", "completion", "finish_reason", "split", name="pairs.jsonl")
     rows, _ = prepared(Answers(str(path)), "train", tokenizer, tmp_path)
     begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
     for row, pair in zip(rows, told, strict=True):
-        prompt = [begin, *tokenizer(pair["prompt"])["input_ids"]]
-        answer = [*tokenizer(pair["completion"])["input_ids"], *([end] if pair["finish_reason"] == "stop" else [])]
-        assert row["input_ids"] == prompt + answer
+        prompt = [begin, *tokenizer(pair["prompt"].rstrip(" "))["input_ids"]]  # its spaces are the answer's
+        answer = row["input_ids"][len(prompt) :]
+        assert row["input_ids"][: len(prompt)] == prompt
+        assert (answer[-1] == end) == (pair["finish_reason"] == "stop")
+        told = tokenizer.decode(row["input_ids"], skip_special_tokens=True)
+        assert told == pair["prompt"] + pair["completion"]
         assert row["targets"] == [IGNORED] * (len(prompt) - 1) + answer + [IGNORED]
 
 

@@ -192,7 +192,7 @@ def test_prompts_that_are_too_long_are_refused_shortened_or_dropped_and_counted(
         ({"draws": 2}, None, "all draws are alike"),
         ({"shots": 500}, None, "task.train has .* queries to show"),
         ({"train": "nowhere.jsonl"}, None, "no such file"),
-        ({"train": "ciphers:99"}, None, "ciphers go from"),
+        ({"train": "ciphers:99"}, None, "they go from ciphers:0"),
         ({}, [{"query": "a", "answer": " "}, {"query": "b", "answer": "c"}], "its answer is empty"),
     ],
 )
@@ -211,7 +211,8 @@ def test_labels_choose_among_choices_and_csv_is_read(tmp_path: Path, tokenizer: 
     path.write_text("text,label\n" + "".join(f"film {i},{i % 2}\n" for i in range(30)))
     task = Task(train=str(path), query="{text}\nname:", choices=[" no", " yes"], label="label", shots=2)
     task.check()
-    for question in task.questions("test", tokenizer, shown=False):
+    for question, shown in task.questions("test", tokenizer, 100, Counter()):
+        assert shown.prompt[-len(question.prompt) + 1 :] == question.prompt[1:]
         assert [told(tokenizer, choice) for choice in question.choices] == [" no\n", " yes\n"]
         assert question.answer == [" no", " yes"][question.right]
 
