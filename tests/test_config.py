@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -451,7 +452,6 @@ def test_two_tokenizers_are_refused_with_the_first_differing_token(tmp_path: Pat
 
 def test_the_readmes_own_objective_is_hellingers(monkeypatch: pytest.MonkeyPatch) -> None:
     """The code as printed, against the dense formula and autograd."""
-    import re
     import sys
     import types
 
@@ -483,3 +483,21 @@ def test_the_readmes_own_model_command_composes(command: str) -> None:
     config = composed(*words)
     assert config["student"]["shape"]["num_hidden_layers"] == 2
     assert config["teacher"]["path"].startswith("path/to")
+
+
+def readme_commands() -> list[str]:
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    return [line.split("train.py", 1)[1] for line in lines if line.startswith("python train.py")]
+
+
+@pytest.mark.parametrize("command", readme_commands())
+def test_every_command_of_the_readme_composes_and_builds_its_stages(command: str) -> None:
+    import shlex
+
+    words = [word for word in shlex.split(command, comments=True) if not word.startswith("--")]
+    if not any(word.startswith("+experiment=") for word in words):
+        words.insert(0, "+experiment=quickstart")
+    config = composed(*words)
+    for stage in config["order"]:
+        assert callable(build(config, stage).run)

@@ -126,7 +126,7 @@ def common_prefix(rows: Any, least: int = 16) -> list[int]:
 
     The last token before an answer is left to the row itself. Fewer than `least` tokens are not worth it: then none.
     """
-    if "teacher_input_ids" not in rows.column_names or not len(rows):
+    if "teacher_targets" not in rows.column_names or not len(rows):
         return []
     table = rows.with_format("arrow")
     shared: np.ndarray | None = None
