@@ -99,7 +99,13 @@ class Evaluate:
     def check(self, context: Context) -> dict[str, Any]:
         corpus = check_source(context, self.data)
         if not self.data.holdout and not self.data.test:
-            raise Refusal("data.holdout=0 and no data.test: there is no text to measure on; give one of them")
+            node = self.data.node
+            raise Refusal(f"{node}.holdout=0 and no {node}.test: there is no text to measure on; give one of them")
+        if not self.data.holds("test"):
+            node = self.data.node
+            raise Refusal(
+                f"{node}.holdout={self.data.holdout}: nothing falls to test; give {node}.test, or hold out more"
+            )
         parents = self._models(context)
         if not parents:
             raise Refusal(
@@ -254,7 +260,7 @@ class Evaluate:
                 seen = gap_closed(told[SEEN], right[teacher][SEEN], right[teacher][SHOWN_SEEN])
                 row["gap_closed_on_training_queries"] = seen["gap_closed"]
             result.append(row)
-            if row["stage"] == teacher:
+            if row["stage"] == teacher and self.task.teacher_prompts:
                 name = f"{teacher}, {self.task.shots} shots" if self.task.shots else f"{teacher}, with context"
                 shown = {"accuracy": _mean(told[SHOWN]), "accuracy_on_training_queries": _mean(told[SHOWN_SEEN])}
                 result.append({"stage": name, "path": row["path"], **shown})

@@ -222,6 +222,7 @@ def test_samples_are_drawn_and_counted(sampled: Path, teacher: Path) -> None:
 # --- the same, however it is made ---
 
 
+@pytest.mark.slow
 def test_killed_half_way_it_goes_on_to_the_same_bytes_also_with_two_ranks(
     sampled: Path, teacher: Path, corpus: Path, tmp_path: Path
 ) -> None:
@@ -255,6 +256,7 @@ def test_another_batch_gives_the_same_text(
         assert mine == theirs
 
 
+@pytest.mark.slow
 def test_a_teacher_sharded_over_two_ranks_answers_alike(
     sampled: Path, teacher: Path, corpus: Path, tmp_path: Path
 ) -> None:

@@ -86,7 +86,7 @@ def test_a_recorded_teacher_with_demonstrations_is_the_online_one(plain: Path, t
     same(make(tmp_path / "run", "distill", *words), plain / "distill", 1e-5)
 
 
-@pytest.mark.parametrize("selection", ["fixed", "random"])
+@pytest.mark.parametrize("selection", [pytest.param("fixed", marks=pytest.mark.slow), "random"])
 def test_two_ranks_are_one(plain: Path, tmp_path: Path, selection: str) -> None:
     words = [f"teacher.path={plain / 'pretrain'}", f"task.selection={selection}"]
     one = plain / "distill" if selection == "fixed" else make(tmp_path / "one", "distill", *words)

@@ -635,6 +635,7 @@ def test_a_student_of_another_tokenizer_is_refused() -> None:
         stage._check_on_policy(context, values, {})
 
 
+@pytest.mark.slow
 def test_a_run_from_the_command_line_writes_learns_and_tells(tmp_path: Path) -> None:
     words = ["on_policy@stages.distill.on_policy=distillm", f"{AT}.replay_capacity=16", f"{AT}.prompt_tokens=8"]
     words += [f"{AT}.sampling.max_new_tokens=8", UNPACKED, "stages=[pretrain,distill]"]

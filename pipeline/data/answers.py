@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from models.errors import Refusal
 from pipeline.data import corpora
@@ -51,6 +51,7 @@ class Answers:
     max_answers: int | None = None  # of each split, the first ones
     validation_rows: int | None = None
     chat_template: str | None = field(default=None, init=False)
+    node: ClassVar[str] = "answers"
 
     @property
     def stops(self) -> list[str]:
@@ -91,6 +92,16 @@ class Answers:
                 "documents": sum(corpora.parquet(path).metadata.num_rows for path in files) if readable else None,
             },
         }
+
+    def holds(self, split: str) -> bool:
+        own = split if getattr(self, split) else "train"
+        if not Path(getattr(self, own)).expanduser().exists():  # a stage is still to make it
+            return True
+        for path in self._files(own):
+            name = self._columns(path)[0]
+            if own != "train" or any(self._split_of(row, name) == split for _, row in _records(path, [name, "split"])):
+                return True
+        return False
 
     def content_key(self) -> str:
         shape = {name: value for name, value in vars(self).items() if name != "validation_rows"}

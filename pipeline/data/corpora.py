@@ -31,7 +31,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from models.errors import Refusal
 
@@ -89,6 +89,7 @@ class Data:
     holdout: float = 0.05  # share of documents, for each held-out split that is not given
     max_documents: int | None = None  # in each split, the first ones read
     validation_rows: int | None = None
+    node: ClassVar[str] = "data"
 
     @property
     def stops(self) -> list[str]:
@@ -104,6 +105,9 @@ class Data:
 
     def check(self, planned: bool = False) -> dict[str, Any]:
         return check(self)
+
+    def holds(self, split: str) -> bool:
+        return True
 
     def content_key(self) -> str:
         return content_key(self)

@@ -139,7 +139,16 @@ class Predicate:
 
     def keep(self, answers: list[Candidate]) -> list[bool]:
         keep = self._resolved()
-        return [bool(keep(answer)) for answer in answers]
+        kept = []
+        for answer in answers:
+            try:
+                kept.append(bool(keep(answer)))
+            except Exception as problem:  # a user's code can raise whatever it likes
+                raise Refusal(
+                    f"filter predicate: {self.function} raised {type(problem).__name__}: {problem} on the answer to "
+                    f"{answer.prompt[:40]!r}; mend it and run the same command again, the answers are kept"
+                ) from problem
+        return kept
 
     def _resolved(self) -> Callable[[Candidate], Any]:
         module, _, name = self.function.rpartition(".")

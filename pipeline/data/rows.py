@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from models.errors import Refusal
 from pipeline.context import Context
@@ -16,6 +16,7 @@ from pipeline.data import packing
 class RowSource(Protocol):
     """conf/data and conf/task: where rows come from."""
 
+    node: ClassVar[str]  # of the configuration, as messages call it
     max_length: int  # tokens in a row
     packing: bool
     chat_template: str | None  # a file, in place of the tokenizer's
@@ -41,6 +42,10 @@ class RowSource(Protocol):
     def check(self, planned: bool = False) -> dict[str, Any]:
         """Refuse what can be refused without reading all of it; {"chat": bool, …} for the plan. `planned`: the
         folders of `made_by_stages` are not there yet."""
+        ...
+
+    def holds(self, split: str) -> bool:
+        """False where it can be seen now that a split will have no row."""
         ...
 
     def content_key(self) -> str:

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -90,6 +90,7 @@ class Task:
     packing: bool = False
     seed: int = 0
     chat_template: str | None = field(default=None, init=False)
+    node: ClassVar[str] = "task"
 
     @property
     def stops(self) -> list[str]:
@@ -135,8 +136,15 @@ class Task:
                 if record is None:
                     raise Refusal(f"task.{split}={getattr(self, split)}: it holds no query")
                 self._example(where, record)
+        if "{" not in self.query:
+            raise Refusal(
+                f"task.query={self.query!r} names no column, so all queries are alike; name one, as {{question}}"
+            )
         self.examples("train")  # all of it is read: a bad line is told before a stage has run
         return {"chat": False, "train": {"sources": [str(self.train)], "bytes": None, "documents": None}}
+
+    def holds(self, split: str) -> bool:
+        return bool(self.examples(split))
 
     def content_key(self) -> str:
         shape = {name: value for name, value in vars(self).items() if name not in ("train", "test", "validation_rows")}
@@ -298,9 +306,10 @@ class Task:
                     name, length = (
                         ("max_length", len(item.prompt) + longest) if long else ("teacher_max_length", theirs)
                     )
+                    remedy = "drop" if long else "fewer or drop"
                     raise Refusal(
                         f"task.{name}={getattr(self, name)}: the query {example.query[:40]!r} takes {length} tokens; "
-                        f"allow more, or set task.too_long=fewer or drop"
+                        f"allow more, or set task.too_long={remedy}"
                     )
                 counts["too_long"] += 1
                 continue
