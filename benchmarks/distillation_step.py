@@ -1,4 +1,4 @@
-"""Tokens per second and peak memory of one logit-distillation step: ours against TRL's DistillationTrainer.
+"""Tokens per second and peak memory of one logit-distillation step: ours against TRL's and DistillKit's trainers.
 
     .venv/bin/python benchmarks/distillation_step.py --quick
 
@@ -42,6 +42,7 @@ class Settings:
     warmup_steps: int = 2
     steps: int = 4
     repeats: int = 3
+    distillkit: str = ""  # a checkout of it; without one its side is left out
 
     @property
     def teacher_dtype(self) -> str:
@@ -54,6 +55,7 @@ SIDES = {
     "trl": "TRL DistillationTrainer, β=0: KL, and the student's entropy for its log",
     "ours_kl": "Retort: T²·KL alone",
     "gkd": "TRL GKDTrainer, λ=0, β=0: KL on dense logits",
+    "distillkit": "DistillKit: ½ cross-entropy + ½ T²·KL on dense logits",
     "ours_checkpointed": "as ours, with activation checkpointing",
     "trl_checkpointed": "as trl, with activation checkpointing, its default",
     "trl_liger": "as trl, with Liger's kernels for the layers (GPU only)",
@@ -216,7 +218,7 @@ def trl(folder: Path, settings: Settings, side: str) -> dict[str, Any]:
     """TRL's own training step on ready batches: nothing is generated, nothing collated while the clock runs."""
     import torch
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from transformers import AutoTokenizer, TrainerCallback
 
     dense = side == "gkd"
     if dense:
@@ -257,11 +259,7 @@ def trl(folder: Path, settings: Settings, side: str) -> dict[str, Any]:
 
     Trainer = type("Trainer", (ReadyBatches, Base), {})
 
-    bf16 = settings.precision == "bf16"
-    model, teacher = (
-        AutoModelForCausalLM.from_pretrained(folder / name, dtype=getattr(torch, dtype), attn_implementation="sdpa")
-        for name, dtype in (("student", "float32"), ("teacher", settings.teacher_dtype))
-    )
+    model, teacher = _models(folder, settings)
     trainer = Trainer(
         model=model,
         teacher_model=teacher,
@@ -271,23 +269,8 @@ def trl(folder: Path, settings: Settings, side: str) -> dict[str, Any]:
             output_dir=str(folder / "trl"),
             beta=0.0,
             temperature=settings.temperature,
-            max_steps=len(tokens),
-            per_device_train_batch_size=settings.rows,
-            gradient_checkpointing=side.endswith("checkpointed"),
             use_liger_kernel=side == "trl_liger",
-            bf16=bf16,
-            use_cpu=settings.device == "cpu",
-            optim="adamw_torch_fused",
-            learning_rate=LEARNING_RATE,
-            adam_beta1=BETAS[0],
-            adam_beta2=BETAS[1],
-            weight_decay=WEIGHT_DECAY,
-            max_grad_norm=CLIP,
-            lr_scheduler_type="constant",
-            logging_strategy="no",
-            report_to="none",
-            save_strategy="no",
-            disable_tqdm=True,
+            **_arguments(settings, side, len(tokens)),
             **({"lmbda": 0.0, "seq_kd": False, "dataset_kwargs": {"skip_prepare_dataset": True}} if dense else {}),
         ),
         callbacks=[Watch()],
@@ -301,6 +284,102 @@ def trl(folder: Path, settings: Settings, side: str) -> dict[str, Any]:
         **figures,
         "first_divergence": float(losses[0]) * scale,
         "versions": _versions("torch", "transformers", "trl"),
+    }
+
+
+def distillkit(folder: Path, settings: Settings, side: str) -> dict[str, Any]:
+    """Its own trainer, an SFTTrainer of TRL's, on ready batches; teacher online, no tokens left out."""
+    import torch
+    from datasets import Dataset
+    from transformers import AutoTokenizer, TrainerCallback
+    from trl import SFTConfig
+
+    sys.path.insert(0, settings.distillkit)
+    from distillkit.configuration import DistillationRunConfig
+    from distillkit.signals import OnlineSignalSource
+    from distillkit.trainer import DistillationTrainer
+
+    tokens = torch.load(folder / "tokens.pt").to(settings.device)
+    clock = Clock(settings.device)
+    divergences: list[float] = []
+    handed = itertools.count()
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            clock.step_ended()
+
+    class Trainer(DistillationTrainer):
+        def _prepare_inputs(self, _: Any) -> dict[str, Any]:
+            ids = tokens[next(handed)]
+            return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+
+        def log(self, logs: dict[str, float], *arguments: Any, **words: Any) -> None:
+            divergences.extend(value for name, value in logs.items() if name.endswith("kl"))
+
+    losses = [
+        {"function": "cross_entropy", "weight": ALPHA},
+        {"function": "kl", "weight": 1 - ALPHA, "temperature": settings.temperature},
+    ]
+    config = DistillationRunConfig(
+        model=str(folder / "student"),
+        dataset={"train_dataset": {"disk_path": "none"}},
+        teacher={"kind": "hf", "path": str(folder / "teacher")},
+        sequence_length=settings.length,
+        output_path=str(folder / "distillkit"),
+        loss_functions=losses,
+    )
+    model, teacher = _models(folder, settings)
+    rows = [{"input_ids": row} for row in tokens.reshape(-1, settings.length).tolist()]
+    trainer = Trainer(
+        model,
+        config,
+        OnlineSignalSource(teacher, settings.vocabulary),
+        settings.vocabulary,
+        processing_class=AutoTokenizer.from_pretrained(folder / "tokenizer"),
+        train_dataset=Dataset.from_list(rows),
+        args=SFTConfig(
+            output_dir=str(folder / "distillkit"),
+            max_length=settings.length,
+            dataset_kwargs={"skip_prepare_dataset": True},
+            **_arguments(settings, side, len(tokens)),
+        ),
+        callbacks=[Watch()],
+    )
+    trainer.train()
+    figures = clock.figures(tokens[0].numel(), settings.warmup_steps)
+    return {**figures, "first_divergence": divergences[0], "versions": _versions("torch", "transformers", "trl")}
+
+
+def _models(folder: Path, settings: Settings) -> Any:
+    """Student and teacher, as transformers opens them."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    return (
+        AutoModelForCausalLM.from_pretrained(folder / name, dtype=getattr(torch, dtype), attn_implementation="sdpa")
+        for name, dtype in (("student", "float32"), ("teacher", settings.teacher_dtype))
+    )
+
+
+def _arguments(settings: Settings, side: str, steps: int) -> dict[str, Any]:
+    """What every trainer of transformers' is told alike."""
+    return {
+        "max_steps": steps,
+        "per_device_train_batch_size": settings.rows,
+        "gradient_checkpointing": side.endswith("checkpointed"),
+        "bf16": settings.precision == "bf16",
+        "use_cpu": settings.device == "cpu",
+        "optim": "adamw_torch_fused",
+        "learning_rate": LEARNING_RATE,
+        "adam_beta1": BETAS[0],
+        "adam_beta2": BETAS[1],
+        "weight_decay": WEIGHT_DECAY,
+        "max_grad_norm": CLIP,
+        "lr_scheduler_type": "constant",
+        "logging_strategy": "no",
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
     }
 
 
@@ -318,7 +397,8 @@ def run_side(side: str, folder: Path, settings: Settings) -> None:
 
     warnings.simplefilter("ignore")
     torch.set_num_threads(settings.threads)
-    print(json.dumps((ours if side.startswith("ours") else trl)(folder, settings, side)))
+    run = ours if side.startswith("ours") else distillkit if side == "distillkit" else trl
+    print(json.dumps(run(folder, settings, side)))
 
 
 def measure(sides: list[str], settings: Settings, peer_python: str, say: Any) -> dict[str, Any]:
@@ -393,6 +473,7 @@ def ratios(figures: dict[str, Any]) -> dict[str, dict[str, float]]:
         "ratio": ("ours", "trl"),
         "ratio_kl": ("ours_kl", "trl"),
         "ratio_gkd": ("ours_kl", "gkd"),
+        "ratio_distillkit": ("ours", "distillkit"),
         "ratio_checkpointed": ("ours_checkpointed", "trl_checkpointed"),
         "ratio_liger": ("ours", "trl_liger"),
     }
@@ -447,6 +528,8 @@ def main() -> None:
         settings = replace(settings, rows=2, steps=3, repeats=2)
     given = {name: value for name in asdict(settings) if (value := getattr(words, name, None)) is not None}
     settings = replace(settings, **given)
+    if not settings.distillkit:
+        sides = [side for side in sides if side != "distillkit"]
     console = Console()
     figures = measure(sides, settings, words.peer_python, lambda line: console.print(line, highlight=False))
     console.print(table(figures))

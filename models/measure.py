@@ -48,6 +48,7 @@ class Quiz:
     pad_token: int
     end: str  # the text that ends an answer
     batch_rows: int
+    per: str = "choice"  # of models.questions.PER
 
 
 def open_for_inference(folder: str, device: str, dtype: str, trust_remote_code: bool = False) -> Any:
@@ -169,7 +170,7 @@ def measure_folder(
     right = {}
     for name, questions in (quiz.questions if quiz else {}).items():
         assert quiz is not None
-        told = answered(model, questions, quiz.tokenizer, quiz.pad_token, quiz.end, quiz.batch_rows)
+        told = answered(model, questions, quiz.tokenizer, quiz.pad_token, quiz.end, quiz.batch_rows, quiz.per)
         right[name] = {question.asked: each for question, each in zip(questions, told, strict=True)}
     return {
         "parameters": parameter_count(model),

@@ -8,6 +8,8 @@ from typing import Any
 
 from models.generation import Sampling, generate, log_probabilities
 
+PER = ("choice", "token", "byte")
+
 
 @dataclass(frozen=True)
 class Question:
@@ -19,19 +21,36 @@ class Question:
     answer: str
     answer_tokens: int
     choices: list[list[int]] = field(default_factory=list)
+    texts: tuple[str, ...] = ()  # of the choices
     right: int = 0
+
+    def sizes(self, per: str) -> list[int]:
+        """What each choice's log-likelihood is divided by: `per` of PER."""
+        if per == "token":
+            return [len(choice) for choice in self.choices]
+        return [max(1, len(text.encode())) if per == "byte" else 1 for text in self.texts]
 
 
 def answered(
-    model: Any, questions: Sequence[Question], tokenizer: Any, pad_token: int, end: str, batch_rows: int
+    model: Any,
+    questions: Sequence[Question],
+    tokenizer: Any,
+    pad_token: int,
+    end: str,
+    batch_rows: int,
+    per: str = "choice",
 ) -> list[bool]:
-    """Whether each was answered right, without any sampling. `end`: the text that ends an answer."""
+    """Whether each was answered right, without any sampling. `end`: the text that ends an answer.
+
+    `per`: a choice's log-likelihood counts whole, or divided by its tokens or UTF-8 bytes, so that length does not
+    decide (the acc and acc_norm of lm-evaluation-harness are per choice and per byte).
+    """
     told: list[bool] = [False] * len(questions)
     chosen = [number for number, question in enumerate(questions) if question.choices]
     pairs = [(questions[number].prompt, choice) for number in chosen for choice in questions[number].choices]
     scores = iter(log_probabilities(model, pairs, pad_token=pad_token, batch_rows=batch_rows))
     for number in chosen:
-        sums = [sum(next(scores)) for _ in questions[number].choices]
+        sums = [sum(next(scores)) / size for size in questions[number].sizes(per)]
         told[number] = max(range(len(sums)), key=sums.__getitem__) == questions[number].right
     free = [number for number, question in enumerate(questions) if not question.choices]
     if not free:

@@ -18,6 +18,7 @@ from typing import Any
 from models.errors import Refusal
 
 MANIFEST = "manifest.json"
+METRICS = "metrics.jsonl"  # of a training: beside the model, not of it, as it tells the time
 _PARTIAL = ".partial"
 
 
@@ -33,7 +34,7 @@ def publish(folder: Path, build: Callable[[Path], None], manifest: dict[str, Any
     aside.mkdir()
     build(aside)
     files = {str(p.relative_to(aside)): {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in _files(aside)}
-    manifest = {**manifest, "files": files, "content_hash": _combine(files)}
+    manifest = {**manifest, "files": files, "content_hash": _combine({n: e for n, e in files.items() if n != METRICS})}
     write_json(aside / MANIFEST, manifest)
     for path in [*_files(aside), *(p for p in aside.rglob("*") if p.is_dir()), aside]:
         _fsync(path)
@@ -60,7 +61,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def content_hash(path: Path, cache: Path | None = None) -> str:
-    """sha256 over the names and contents of a model folder's (or a file's) files, the manifest left out.
+    """sha256 over the names and contents of a model folder's (or a file's) files, manifest and metrics left out.
 
     `cache` is a JSON file that remembers hashes by (size, mtime), so that a 13 GB teacher is read once, not at every
     rerun.
@@ -74,13 +75,14 @@ def content_hash(path: Path, cache: Path | None = None) -> str:
     fresh = dict(known)
     files = {}
     for p in [path] if path.is_file() else _files(path):
-        if p.name == MANIFEST:
+        name = p.name if path.is_file() else str(p.relative_to(path))
+        if p != path and name in (MANIFEST, METRICS):
             continue
         stat = p.stat()
         key, stamp = str(p.resolve()), [stat.st_size, stat.st_mtime_ns]
         if known.get(key, [None])[0] != stamp:
             fresh[key] = [stamp, _sha256(p)]
-        files[p.name if path.is_file() else str(p.relative_to(path))] = {"sha256": fresh[key][1]}
+        files[name] = {"sha256": fresh[key][1]}
     if not files:
         raise Refusal(f"{path} holds no files; give a model folder, a data file or a hub id")
     if cache is not None and fresh != known:

@@ -21,7 +21,7 @@ from models.cache import HEADER
 from models.errors import Refusal
 from models.load import DTYPES, check_folder, load_config
 from models.measure import Quiz, Speed, measure_folder
-from models.questions import Question
+from models.questions import PER, Question
 from models.student import Start
 from models.teachers.teacher import Source
 from pipeline import artifact
@@ -50,12 +50,15 @@ class Evaluate:
     speed: Speed = field(default_factory=Speed)
     task: Task | None = None
     task_queries: int = 300  # at most, of the test's and of those that were trained on
+    choices_per: str = "choice"  # of models.questions.PER: token or byte, for choices of unlike length
     before: Start | None = None  # a student, to be asked as it was before training
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise Refusal(f"evaluate.dtype={self.dtype}: need one of {', '.join(DTYPES)}")
+        if self.choices_per not in PER:
+            raise Refusal(f"evaluate.choices_per={self.choices_per}: need one of {', '.join(PER)}")
         for name in ("batch_rows", "task_queries"):
             if getattr(self, name) < 1:
                 raise Refusal(f"evaluate.{name}={getattr(self, name)}: need at least 1")
@@ -244,7 +247,7 @@ class Evaluate:
         if not questions[UNSEEN]:
             raise Refusal(f"task.test: none of its queries fits ({dict(counts)}); raise task.max_length")
         end, rows = self.task.separator, 4 * self.batch_rows
-        return Quiz(questions, tokenizer, pad_token(tokenizer), end, rows), dict(counts)
+        return Quiz(questions, tokenizer, pad_token(tokenizer), end, rows, self.choices_per), dict(counts)
 
     def _with_accuracy(
         self, rows: list[dict[str, Any]], right: dict[str, dict[str, dict[str, bool]]], teacher: str | None
@@ -313,5 +316,5 @@ def bytes_on_disk(folder: str) -> int | None:
     if not path.is_dir():
         return None
     return sum(
-        p.stat().st_size for p in path.rglob("*") if p.is_file() and p.name not in (artifact.MANIFEST, "metrics.jsonl")
+        p.stat().st_size for p in path.rglob("*") if p.is_file() and p.name not in (artifact.MANIFEST, artifact.METRICS)
     )

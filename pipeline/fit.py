@@ -315,6 +315,7 @@ def train(
             "parameters": parameters,
             **(extra or {}),
             "data": prepared["statistics"],
+            **({"on_policy": rollouts.metrics(steps)} if rollouts else {}),
             "validation": module.validation_metrics or None,
         }
         publish_model(
@@ -361,9 +362,9 @@ def publish_model(
 ) -> None:
     def build(folder: Path) -> None:
         save_model(model, tokenizer, folder, state, dtype)
-        recorded = context.work / "metrics.jsonl"
+        recorded = context.work / artifact.METRICS
         if recorded.exists():
-            shutil.copy(recorded, folder / "metrics.jsonl")
+            shutil.copy(recorded, folder / artifact.METRICS)
 
     artifact.publish(
         context.out,
@@ -394,7 +395,7 @@ def _logger(context: Context) -> Any:
 
 def _callbacks(context: Context) -> list[pl.Callback]:
     """Hydra introduces the witnesses; each takes what it wants of these words."""
-    words = {"stage": context.stage, "path": context.work / "metrics.jsonl", "folder": context.work / "checkpoints"}
+    words = {"stage": context.stage, "path": context.work / artifact.METRICS, "folder": context.work / "checkpoints"}
     made = []
     for node in context.config["callbacks"].values():
         if node is None:

@@ -31,8 +31,8 @@ from pipeline.data import packing
 from pipeline.data.answers import ANSWERS, DROPPED
 from pipeline.data.batch import pad_token
 from pipeline.data.corpora import SPLITS
-from pipeline.data.filters import Candidate, Filter
-from pipeline.data.prompts import prompts_of
+from pipeline.data.filters import Candidate, Filter, code_key
+from pipeline.data.prompts import Asking, prompts_of
 from pipeline.data.rows import RowSource, check_source, source_key
 from pipeline.data.tokenizer import load_tokenizer, tokenizer_key
 from pipeline.progress import shown
@@ -113,8 +113,8 @@ class Generate:
         return {"teacher": self.teacher.path}
 
     def content(self) -> str:
-        """Hash of the text it reads."""
-        return source_key(self.data)
+        """Hash of the text it reads, and of the code that a user's own filters are."""
+        return source_key(self.data) + code_key(self.filters.values())
 
     def check(self, context: Context) -> dict[str, Any]:
         if self.data.made_by_stages:
@@ -122,7 +122,7 @@ class Generate:
                 f"stages.{context.stage}.data: answers are no prompts; give texts, conversations or a task (data=files)"
             )
         corpus = check_source(context, self.data)
-        if self.prompt_tokens is not None and (corpus["chat"] or hasattr(self.data, "prompts")):
+        if self.prompt_tokens is not None and (corpus["chat"] or isinstance(self.data, Asking)):
             raise Refusal(
                 f"stages.{context.stage}.prompt_tokens={self.prompt_tokens} is for texts; the prompts of "
                 f"{'conversations' if corpus['chat'] else 'a task'} are whole: set it to null"

@@ -20,10 +20,10 @@ from rich.text import Text
 
 from models.errors import Refusal
 from pipeline import chart, units
+from pipeline.artifact import METRICS
 
 Json = dict[str, Any]
 
-METRICS = "metrics.jsonl"  # beside the model, not of it
 MOST_POINTS = 240  # of one curve; longer ones are averaged, as a page has no more pixels
 
 

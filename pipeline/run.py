@@ -168,7 +168,7 @@ def _parents(config: dict[str, Any], entry: dict[str, Any]) -> dict[str, dict[st
         content = artifact.content_hash(folder, cache) if folder.exists() else f"hub:{path}@{commit}"
         found[role] = {"path": path, "content_hash": content}
     if entry.get("content"):
-        found["data"] = {"path": str(config["data"]["train"]), "content_hash": entry["content"]}
+        found["data"] = {"path": ", ".join(entry["data"]["train"]["sources"]), "content_hash": entry["content"]}
     return found
 
 

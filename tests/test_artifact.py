@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,24 @@ def test_a_remembered_hash_is_taken_again_when_the_file_changes(tmp_path: Path) 
     assert artifact.content_hash(folder, cache) == before
     (folder / "a").write_text("2")
     assert artifact.content_hash(folder, cache) == artifact.content_hash(folder) != before
+
+
+def test_the_metrics_of_a_training_are_beside_the_model_and_not_of_it(tmp_path: Path) -> None:
+    def build(speed: str) -> Callable[[Path], None]:
+        def write(folder: Path) -> None:
+            (folder / "model.safetensors").write_bytes(b"weights")
+            (folder / "metrics.jsonl").write_text(speed)
+
+        return write
+
+    one, other = (artifact.publish(tmp_path / name, build(name), HEAD) for name in ("slow", "fast"))
+    assert one["content_hash"] == other["content_hash"] == artifact.content_hash(tmp_path / "slow")
+    assert one["files"]["metrics.jsonl"] != other["files"]["metrics.jsonl"]
+    file = tmp_path / "metrics.jsonl"  # as somebody's data it is as good as any name
+    file.write_text("a")
+    before = artifact.content_hash(file)
+    file.write_text("b")
+    assert artifact.content_hash(file) != before
 
 
 def test_a_folder_with_a_file_cut_short_is_no_artifact(tmp_path: Path) -> None:

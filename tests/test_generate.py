@@ -29,7 +29,16 @@ from pipeline.artifact import content_hash
 from pipeline.config import Config, parse
 from pipeline.context import Context
 from pipeline.data.answers import Answers
-from pipeline.data.filters import Candidate, Length, LogProbability, MajorityVote, Predicate, Repetition, repeated_share
+from pipeline.data.filters import (
+    Candidate,
+    Length,
+    LogProbability,
+    MajorityVote,
+    Predicate,
+    Repetition,
+    code_key,
+    repeated_share,
+)
 from pipeline.data.tokenizer import load_tokenizer, train_tokenizer
 from pipeline.generate import end_tokens
 from pipeline.worker import build, check
@@ -470,6 +479,19 @@ def test_every_filter_has_its_yaml_and_what_leaves_nothing_is_refused(
     assert list((tmp_path / "work" / "answers" / "generate").glob("shard-*"))
 
 
+def test_a_users_code_counts_and_this_projects_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "mine_to_judge", raising=False)
+    file = tmp_path / "mine_to_judge.py"
+    file.write_text("def keep(answer): return True\n")
+    filters = [Length(), Predicate("mine_to_judge.keep")]
+    before = code_key(filters)
+    assert code_key(filters) == before != ""
+    file.write_text("def keep(answer): return False\n")
+    assert code_key(filters) != before
+    assert code_key([Length(), Repetition()]) == ""
+
+
 # --- a server ---
 
 
@@ -532,6 +554,32 @@ def test_a_served_teacher_that_goes_down_is_asked_again_for_the_rest(
         assert got["completion_ids"][:length] == here["completion_ids"]
         assert got["log_probabilities"][:length] == pytest.approx(here["log_probabilities"], abs=1e-4)
     assert metrics(folder)["mean_log_probability"] < 0
+
+
+def test_a_server_that_tells_only_text_is_told_where_answers_end(
+    servers: list[Server], made: Path, teacher: Path, corpus: Path, tmp_path: Path
+) -> None:
+    """The stop is cut off by the server, and belongs to the answer; its tokens are the text's own."""
+    text = {row["prompt"]: "".join(f"<{token}>" for token in row["completion_ids"]) for row in rows_of(made)}
+    stop = next(iter(text.values())).split("<")[3]  # the third token of an answer
+    stop = f"<{stop}"
+    servers.append(Server(teacher))
+    words = served(servers[0].port)
+    words[1] = f"teacher.endpoint.url=http://127.0.0.1:{servers[0].port}/openai/v1"
+    words += ["stages.generate.filters={}", f"stages.generate.stop=['{stop}']"]
+    folder = make(tmp_path, "generate", *words_of(teacher, corpus), *words)
+    tokenizer = load_tokenizer(teacher)
+    reasons = set()
+    for row in rows_of(folder):
+        before, found, _ = text[row["prompt"]].partition(stop)
+        reasons.add(row["finish_reason"])
+        if found:
+            assert row["finish_reason"] == "stop"
+            assert tokenizer.decode(row["completion_ids"]) == before + stop
+        else:  # this server knows no end token, and goes on
+            assert tokenizer.decode(row["completion_ids"]).startswith(before)
+        assert row["log_probabilities"] is None
+    assert reasons == {"stop", "length"}
 
 
 # --- refusals ---

@@ -18,6 +18,7 @@ from models.questions import Question, answered
 from pipeline.artifact import content_hash
 from pipeline.config import Config, parse
 from pipeline.context import Context
+from pipeline.data.tokenizer import load_tokenizer
 from pipeline.evaluate import gap_closed
 from pipeline.worker import build, check
 from tests.command import ROOT, train, weights
@@ -86,8 +87,16 @@ def test_a_recorded_teacher_with_demonstrations_is_the_online_one(plain: Path, t
     same(make(tmp_path / "run", "distill", *words), plain / "distill", 1e-5)
 
 
-@pytest.mark.parametrize("selection", [pytest.param("fixed", marks=pytest.mark.slow), "random"])
-def test_two_ranks_are_one(plain: Path, tmp_path: Path, selection: str) -> None:
+@pytest.mark.parametrize(
+    ("selection", "strategy", "teacher"),
+    [
+        ("random", "zero3", "online"),
+        pytest.param("fixed", "ddp", "online", marks=pytest.mark.slow),
+        pytest.param("fixed", "zero3", "online", marks=pytest.mark.slow),  # the shared prompt's keys and values
+        pytest.param("fixed", "zero2", "sharded", marks=pytest.mark.slow),
+    ],
+)
+def test_two_ranks_are_one(plain: Path, tmp_path: Path, selection: str, strategy: str, teacher: str) -> None:
     words = [f"teacher.path={plain / 'pretrain'}", f"task.selection={selection}"]
     one = plain / "distill" if selection == "fixed" else make(tmp_path / "one", "distill", *words)
     done = train(
@@ -98,10 +107,62 @@ def test_two_ranks_are_one(plain: Path, tmp_path: Path, selection: str) -> None:
         "stages=[distill]",
         "trainer.devices=2",
         "trainer.accelerator=cpu",
-        f"strategy={'ddp' if selection == 'fixed' else 'zero3'}",
+        f"strategy={strategy}",
+        f"teacher={teacher}",
     )
     assert done.returncode == 0, done.stdout + done.stderr
     same(tmp_path / "two" / "distill", one, 1e-5)
+
+
+@pytest.mark.parametrize("draws", [1, 2])
+def test_the_loss_is_the_students_distance_from_the_teacher_that_has_read_more(
+    plain: Path, tmp_path: Path, draws: int
+) -> None:
+    """One step on all queries, against whole logits of each text by itself: documents as the context, and draws."""
+    from transformers import AutoModelForCausalLM
+
+    lines = [{"query": f"w{n}>", "answer": "abc"[n % 3], "document": "xyz"[n % 3] * (2 + n % 4)} for n in range(12)]
+    (tmp_path / "documents.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    shown = ["task.context='{document}'", "task.shots=0"]
+    if draws > 1:
+        shown = ["task.selection=random", "task.shots=2", f"task.draws={draws}"]
+    sharp = tmp_path / "teacher"  # so little training leaves all distributions nearly the same
+    shutil.copytree(plain / "pretrain", sharp)
+    model = AutoModelForCausalLM.from_pretrained(sharp).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(12 if parameter.ndim == 2 else 1)
+    model.save_pretrained(sharp)
+    words = [
+        f"teacher.path={sharp}", f"task.train={tmp_path / 'documents.jsonl'}", "task.test=null",
+        "task.holdout=0.0", *shown, "stages.distill.training.max_steps=1", "stages.distill.training.global_batch=12",
+        "stages.distill.training.micro_batch=12", "stages.distill.training.validate_every_steps=1",
+    ]  # fmt: skip
+    folder = make(tmp_path / "run", "distill", *words)
+    config = composed(tmp_path / "run", *words)
+    tokenizer, task = load_tokenizer(str(plain / "pretrain")), build(config, "distill").data
+    items = list(task.items("train", tokenizer))
+    assert len(items) == 12
+
+    def told(prompt: list[int], answer: list[int]) -> torch.Tensor:
+        with torch.no_grad():
+            logits: torch.Tensor = model(torch.tensor([prompt + answer])).logits
+        return logits[0, len(prompt) - 1 : -1].softmax(-1)  # the student starts as the teacher
+
+    total, tokens = 0.0, 0
+    for item in items:
+        text = tokenizer.decode(item.prompt[1:])
+        assert not any(letter in text for letter in "xyz\n")
+        p = torch.stack([told(prompt, item.answer) for prompt in item.teacher_prompts]).mean(0)
+        total += float((p * (p.log() - told(item.prompt, item.answer).log())).sum())
+        tokens += len(item.answer)
+        assert len(item.teacher_prompts) == draws
+    if draws == 1:
+        documents = {tokenizer.decode(item.teacher_prompts[0][1:]).split("\n")[0] for item in items}
+        assert documents == {line["document"] for line in lines}
+    first = json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])
+    assert first["loss"] == pytest.approx(total / tokens, rel=1e-4)
+    assert total / tokens > 0.01
 
 
 def test_no_demonstrations_are_plain_distillation_to_the_bit(plain: Path, tmp_path: Path) -> None:
@@ -109,7 +170,6 @@ def test_no_demonstrations_are_plain_distillation_to_the_bit(plain: Path, tmp_pa
     none = make(tmp_path / "none", "distill", teacher, "task.shots=0")
     # The same queries as a file of prompts and completions, which knows nothing of demonstrations.
     from pipeline.data.tasks import Task
-    from pipeline.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(str(plain / "pretrain"))
     task = Task(train="ciphers:3", test="ciphers:3:unseen", shots=0, max_queries=40)
@@ -157,10 +217,9 @@ def test_the_gap_and_its_interval_are_those_of_the_definition() -> None:
     )
 
 
-def test_choices_are_ranked_by_their_whole_likelihood_and_texts_are_compared(plain: Path) -> None:
+@pytest.mark.parametrize("per", ["choice", "token", "byte"])
+def test_choices_are_ranked_by_their_likelihood_and_texts_are_compared(plain: Path, per: str) -> None:
     from transformers import AutoModelForCausalLM
-
-    from pipeline.data.tokenizer import load_tokenizer
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(plain / "pretrain"), load_tokenizer(plain / "pretrain")
     generator = torch.Generator().manual_seed(0)
@@ -169,25 +228,37 @@ def test_choices_are_ranked_by_their_whole_likelihood_and_texts_are_compared(pla
         return torch.randint(1, 257, (count,), generator=generator).tolist()
 
     questions, best = [], []
-    for _ in range(12):
-        prompt, choices = ids(5), [ids(3), ids(3), ids(3)]
+    for number in range(12):
+        prompt, choices = ids(5), [ids(1 + number % 3), ids(3), ids(4)]
+        texts = tuple("é" * (1 + number % 2) + "a" * at for at in range(3))
         sums = []
         for choice in choices:
             with torch.no_grad():
                 logits = model(torch.tensor([prompt + choice])).logits[0].log_softmax(-1)
-            sums.append(sum(float(logits[len(prompt) - 1 + at, token]) for at, token in enumerate(choice)))
+            size = {"choice": 1, "token": len(choice), "byte": 2 + 2 * (number % 2) + len(sums)}[per]
+            sums.append(sum(float(logits[len(prompt) - 1 + at, token]) for at, token in enumerate(choice)) / size)
         best.append(max(range(3), key=sums.__getitem__))
-        questions.append(Question(prompt, "", "", 3, choices, right=0))
-    got = answered(model, questions, tokenizer, 0, "\n", batch_rows=5)
+        questions.append(Question(prompt, "", "", 3, choices, texts))
+    got = answered(model, questions, tokenizer, 0, "\n", batch_rows=5, per=per)
     assert got == [each == 0 for each in best]
     assert len(set(got)) == 2
 
+
+def test_a_texts_answer_ends_where_its_mark_stands_and_fits_what_the_model_reads(plain: Path) -> None:
+    from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(plain / "pretrain"), load_tokenizer(plain / "pretrain")
     prompt = tokenizer("abcd>")["input_ids"]
     made = model.generate(torch.tensor([prompt]), max_new_tokens=6, do_sample=False)[0, len(prompt) :]
     text = tokenizer.decode(made)
     end = text[3]
     free = [Question(prompt, "", answer, 3) for answer in (text.split(end)[0], text.split(end)[0] + "x")]
     assert answered(model, free, tokenizer, 0, end, batch_rows=2) == [True, False]
+
+    sizes: dict[str, int] = {"vocab_size": 257, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 8}
+    short = GPT2LMHeadModel(GPT2Config(**sizes)).eval()  # its positions are learnt: a ninth token is an error
+    assert len(prompt) == 5
+    assert answered(short, [Question(prompt, "", "zzz", 3)], tokenizer, 0, "\n", batch_rows=2) == [False]
 
 
 @pytest.mark.parametrize(

@@ -113,28 +113,40 @@ class Prefix:
 
     @torch.no_grad()
     def make(self, run: Run, config: Any, device: torch.device) -> bool:
-        """Whether going on from a cache is, in this family, the whole forward: shown on the tokens themselves."""
-        from transformers import DynamicCache
+        """Whether going on from a cache is, in this family, the whole forward.
 
-        ids = torch.tensor([self.tokens], device=device)
-        positions = torch.arange(len(self), device=device)[None]
-        half = len(self) // 2
-        self.cache = DynamicCache(config=config)
-        whole = run(ids, positions, None)
+        Shown on the tokens themselves, in two rows that share their first half, the second shorter and padded.
+        """
+        count = len(self)
+        half, end = count // 2, count - count // 4
+        ids = torch.tensor([self.tokens, self.tokens], device=device)
+        positions = torch.arange(count, device=device).repeat(2, 1)
+        ids[1, end:], positions[1, end:] = 0, torch.arange(count - end, device=device)  # as a batch is padded
+        whole = run(ids, positions, None)[:, half:]
         try:
-            run(ids[:, :half], positions[:, :half], self.cache)
-            rest = run(ids[:, half:], positions[:, half:], self.cache)
+            self._read(run, config, ids[:1, :half], positions[:1, :half])
+            rest = self.go_on(run, ids, positions, half)
+            self._read(run, config, ids[:1], positions[:1])
         except (TypeError, ValueError, AttributeError, RuntimeError, IndexError):
             return False
+        real = torch.ones(rest.shape[:2], dtype=torch.bool, device=device)
+        real[1, end - half :] = False
         rough = whole.dtype != torch.float32 or torch.is_autocast_enabled(device.type)
-        apart, size = (rest.float() - whole[:, half:].float()).abs().max(), whole.float().abs().max()
+        apart, size = (rest.float() - whole.float())[real].abs().max(), whole.float().abs().max()
         return bool(apart <= (0.02 if rough else 1e-4) * size + 1e-5)
 
-    def go_on(self, run: Run, ids: Tensor, positions: Tensor) -> Tensor:
-        """Hidden states of what follows the prefix in every row."""
+    def _read(self, run: Run, config: Any, ids: Tensor, positions: Tensor) -> None:
+        from transformers import DynamicCache
+
+        self.cache = DynamicCache(config=config)
+        run(ids, positions, self.cache)
+
+    def go_on(self, run: Run, ids: Tensor, positions: Tensor, length: int | None = None) -> Tensor:
+        """Hidden states of what follows the prefix in every row; `length`: of so many of its tokens."""
+        length = len(self) if length is None else length
         cache = copy.deepcopy(self.cache)
         cache.batch_repeat_interleave(len(ids))
-        return run(ids[:, len(self) :], positions[:, len(self) :], cache)
+        return run(ids[:, length:], positions[:, length:], cache)
 
 
 def prefix_of(opening: Opening, run: Run, model: Any) -> Prefix | None:

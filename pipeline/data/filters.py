@@ -5,12 +5,15 @@ One of your own is a dataclass with `keep` and a yaml that names it; or, without
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from models.errors import Refusal
@@ -163,3 +166,13 @@ class Predicate:
         if not callable(found):
             raise Refusal(f"filter predicate: function={self.function}: {module} has no function {name}")
         return found
+
+
+def code_key(filters: Iterable[Filter]) -> str:
+    """A hash of the files that users' filters and predicates are written in; "" where there are none of them."""
+    names = {
+        each.function.rpartition(".")[0] if isinstance(each, Predicate) else type(each).__module__ for each in filters
+    }
+    files = [getattr(importlib.import_module(name), "__file__", None) for name in sorted(names - {__name__})]
+    hashes = [hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in files if file]
+    return hashlib.sha256(json.dumps(hashes).encode()).hexdigest() if hashes else ""

@@ -1,9 +1,4 @@
-"""What a teacher is asked to go on from: texts, beginnings of texts, conversations, or a task's queries.
-
-A data source may make its own: a method `prompts(split, tokenizer, counts)` gives a dict for each, with `prompt_ids`
-(what the student will read), `teacher_prompt_ids` (what the teacher reads) and `prompt` (text, for people), and counts
-what it leaves out.
-"""
+"""What a teacher is asked to go on from: texts, beginnings of texts, conversations, or a task's queries."""
 
 from __future__ import annotations
 
@@ -11,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from models.errors import Refusal
 from pipeline.data import corpora, packing
@@ -29,6 +24,15 @@ class Prompt:
     teacher_ids: list[int]  # mostly the same
 
 
+@runtime_checkable
+class Asking(Protocol):
+    """A data source that makes its own prompts."""
+
+    def prompts(self, split: str, tokenizer: Any, counts: Counter[str]) -> Iterator[Prompt]:
+        """Those of a split; what is left out for its length is counted in `counts` as `too_long`."""
+        ...
+
+
 def prompts_of(
     data: Any, split: str, tokenizer: PreTrainedTokenizerBase, prompt_tokens: int | None, tally: Counter[str]
 ) -> Iterator[Prompt]:
@@ -37,10 +41,9 @@ def prompts_of(
     `prompt_tokens`: of every text so many tokens, its begin token not counted; shorter texts are left out and counted
     as `too_short`. None: a whole text is a prompt. A conversation is a prompt up to the assistant's last turn.
     """
-    if hasattr(data, "prompts"):
+    if isinstance(data, Asking):
         counts: Counter[str] = Counter()
-        for entry in data.prompts(split, tokenizer, counts):
-            yield Prompt(entry["prompt"], list(entry["prompt_ids"]), list(entry["teacher_prompt_ids"]))
+        yield from data.prompts(split, tokenizer, counts)
         tally["left_out_by_task"] += counts["too_long"]
         tally.update({name: counts[name] for name in ("across", "demonstrations_left_out")})
         return

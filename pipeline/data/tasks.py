@@ -28,7 +28,7 @@ from models.errors import Refusal
 from models.questions import Question
 from pipeline.data import ciphers, corpora
 from pipeline.data.pairs import Pair, cut, write_rows
-from pipeline.data.prompts import begin_token
+from pipeline.data.prompts import Prompt, begin_token
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -72,6 +72,8 @@ class Task:
 
     train: Any
     test: Any = None  # None: held out of train, by the query's hash
+    name: str | None = None  # subset of a hub dataset
+    revision: str | None = None  # commit, tag or branch of a hub dataset
     query: str = "{query}"  # templates name columns in braces
     answer: str = "{answer}"
     label: str | None = None  # a column of numbers that choose among `choices`, in place of `answer`
@@ -132,7 +134,7 @@ class Task:
             raise Refusal(f"task.choices={self.choices}: a task with one answer has nothing to teach; give two or more")
         for split in ("train", "test"):
             if getattr(self, split) is not None:
-                where, record = next(_records(split, getattr(self, split)), ("", None))
+                where, record = next(self._records(split), ("", None))
                 if record is None:
                     raise Refusal(f"task.{split}={getattr(self, split)}: it holds no query")
                 self._example(where, record)
@@ -165,8 +167,7 @@ class Task:
     def _splits(self) -> dict[str, list[Example]]:
         found: dict[str, list[Example]] = {"train": [], "validation": [], "test": []}
         for split in ("train", "test"):
-            source = getattr(self, split)
-            for where, record in () if source is None else _records(split, source):
+            for where, record in self._records(split):
                 example = self._example(where, record)
                 found[split if split == "test" else self._split_of(example)].append(example)
         held_out = {example.asked for example in found["test"]}
@@ -252,6 +253,32 @@ class Task:
     def _random(self, *told: object) -> np.random.Generator:
         digest = hashlib.sha256(json.dumps([self.seed, *map(str, told)]).encode()).digest()
         return np.random.default_rng(int.from_bytes(digest[:8], "big"))
+
+    # Reading
+
+    def _records(self, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        """The records of `train` or `test`, each with where it stands; none where it is not given."""
+        source = getattr(self, split)
+        if source is None:
+            return
+        label, path = f"task.{split}={source}", Path(str(source)).expanduser()
+        name, _, number = str(source).partition(":")
+        if name == "ciphers":
+            digit, _, noisy = number.partition(":")
+            if not digit.isdigit() or not int(digit) < len(ciphers.ALPHABETS) or noisy not in ciphers.KINDS:
+                raise Refusal(
+                    f"{label}: they go from ciphers:0 to ciphers:{len(ciphers.ALPHABETS) - 1}; :noisy or :unseen may "
+                    f"follow"
+                )
+            yield from ((label, dict(pair)) for pair in ciphers.pairs(int(digit), noisy))
+        elif path.suffix in _SUFFIXES:
+            if not path.is_file():
+                raise Refusal(f"{label}: no such file")
+            yield from _of_file(path)
+        elif "/" in str(source) and not path.exists():
+            yield from _of_hub(label, name, self.name, self.revision, number or split)
+        else:
+            raise Refusal(f"{label}: give a {', '.join(_SUFFIXES)} file, a hub id OWNER/NAME, or ciphers:NUMBER")
 
     # Demonstrations
 
@@ -360,18 +387,14 @@ class Task:
         for item in islice(self.items(split, tokenizer, counts), limit):
             example = item.example
             right = example.choices.index(example.answer) if item.choices else 0
-            told = (example.asked, example.answer, len(item.answer), item.choices, right)
+            told = (example.asked, example.answer, len(item.answer), item.choices, example.choices, right)
             found.append((Question(item.prompt, *told), Question(item.teacher_prompts[0], *told)))
         return found
 
-    def prompts(self, split: str, tokenizer: Any, counts: Counter[str]) -> Iterator[dict[str, Any]]:
+    def prompts(self, split: str, tokenizer: Any, counts: Counter[str]) -> Iterator[Prompt]:
         """For the stage `generate`: what the teacher answers, and what the student will see of it."""
         for item in self.items(split, tokenizer, counts):
-            yield {
-                "prompt": item.example.query,
-                "prompt_ids": item.prompt,
-                "teacher_prompt_ids": item.teacher_prompts[0],
-            }
+            yield Prompt(item.example.query, item.prompt, item.teacher_prompts[0])
 
 
 def _largest(values: np.ndarray, count: int) -> np.ndarray:
@@ -389,30 +412,6 @@ def _vectors(texts: list[str]) -> np.ndarray:
             code = int.from_bytes(hashlib.blake2b(spaced[at : at + 3].encode(), digest_size=2).digest(), "big")
             found[number, code % 1024] += 1
     return found / np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-9)
-
-
-# Reading
-
-
-def _records(split: str, source: Any) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The records of a source, each with where it stands."""
-    label, path = f"task.{split}={source}", Path(str(source)).expanduser()
-    name, _, number = str(source).partition(":")
-    if name == "ciphers":
-        digit, _, noisy = number.partition(":")
-        if not digit.isdigit() or not int(digit) < len(ciphers.ALPHABETS) or noisy not in ciphers.KINDS:
-            raise Refusal(
-                f"{label}: they go from ciphers:0 to ciphers:{len(ciphers.ALPHABETS) - 1}; :noisy or :unseen may follow"
-            )
-        yield from ((label, dict(pair)) for pair in ciphers.pairs(int(digit), noisy))
-    elif path.suffix in _SUFFIXES:
-        if not path.is_file():
-            raise Refusal(f"{label}: no such file")
-        yield from _of_file(path)
-    elif "/" in str(source) and not path.exists():
-        yield from _of_hub(label, name, number or split)
-    else:
-        raise Refusal(f"{label}: give a {', '.join(_SUFFIXES)} file, a hub id OWNER/NAME, or ciphers:NUMBER")
 
 
 def _of_file(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -436,14 +435,17 @@ def _of_file(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         yield from corpora.objects(path)
 
 
-def _of_hub(label: str, name: str, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def _of_hub(
+    label: str, path: str, name: str | None, revision: str | None, split: str
+) -> Iterator[tuple[str, dict[str, Any]]]:
     from datasets import load_dataset
 
     try:
-        rows = load_dataset(name, split=split)
+        rows = load_dataset(path, name=name, revision=revision, split=split)
     except Exception as error:  # the hub's client raises a dozen kinds
         raise Refusal(
-            f"{label}: no such file, and the hub dataset does not load: {' '.join(str(error).split())}"
+            f"{label}: no such file, and the hub dataset (task.name={name}, task.revision={revision}, split {split}) "
+            f"does not load: {' '.join(str(error).split())}"
         ) from error
     for number, row in enumerate(rows):
         yield f"{label} row {number}", dict(row)

@@ -68,6 +68,20 @@ def test_fixed_demonstrations_are_no_queries_and_the_splits_share_none(tmp_path:
     assert not shown & (queries["train"] | queries["test"])
 
 
+@pytest.mark.parametrize("selection", ["fixed", "random", "nearest"])
+def test_one_query_with_several_answers_is_in_one_split_and_never_shown_before_itself(
+    tmp_path: Path, selection: str
+) -> None:
+    rows = [{"query": f"place {i % 20}:", "answer": f"town {i}", "document": f"page {i}"} for i in range(80)]
+    task = Task(train=written(tmp_path, rows), shots=3, selection=selection, context="{document}")
+    asked = {split: {e.asked for e in task.examples(split)} for split in ("train", "validation", "test")}
+    assert not asked["train"] & (asked["test"] | asked["validation"])
+    assert all(asked.values())
+    for split in asked:
+        for example in task.examples(split):
+            assert example.asked not in {each.asked for each in task.shown(example)}
+
+
 def test_what_is_shown_depends_on_seed_draw_and_query_alone(tmp_path: Path) -> None:
     task = Task(train=towns(tmp_path), shots=3, selection="random")
     again = Task(train=towns(tmp_path), shots=3, selection="random")
@@ -163,6 +177,53 @@ def test_a_space_before_an_answer_belongs_to_it_and_tokens_that_reach_across_are
     for item in items:
         assert item.prompt == [tokenizer.eos_token_id, *tokenizer(item.example.query)["input_ids"]]
         assert told(tokenizer, item.prompt + item.answer) == item.example.query + item.example.answer + "\n"
+
+
+def test_with_a_tokenizer_that_marks_words_a_prompt_is_the_same_with_and_without_its_answer(tmp_path: Path) -> None:
+    """SentencePiece's way, as in Llama 2: a word's first token holds the space before it, and a text gets one."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    made = Tokenizer(models.BPE())
+    made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    texts = ["place town: town place\n" + "0123456789"] * 9
+    made.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=60, special_tokens=["<s>", "</s>"]))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>")
+    rows = [{"query": f"place {i}:", "answer": f"{'' if i % 2 else ' '}town {i % 7}"} for i in range(30)]
+    task = Task(train=written(tmp_path, rows), shots=2)
+    for item in task.items("train", tokenizer):
+        alone = [tokenizer.bos_token_id, *tokenizer(item.example.query, add_special_tokens=False)["input_ids"]]
+        assert item.prompt == alone
+        (shown,) = item.teacher_prompts
+        text = "".join(f"{e.query}{e.answer}\n" for e in task.demonstrations) + item.example.query
+        assert told(tokenizer, shown) == text
+        for prompt, before in ((item.prompt, item.example.query), (shown, text)):
+            assert told(tokenizer, prompt + item.answer) == f"{before}{item.example.answer}\n"
+
+
+def test_a_hub_task_is_read_at_its_subset_revision_and_split(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked = []
+
+    def load_dataset(path: str, **words: Any) -> list[dict[str, str]]:
+        asked.append((path, words))
+        return [{"query": f"{words['split']} {i}", "answer": str(i % 2)} for i in range(20)]
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    task = Task(train="acme/sums", test="acme/sums:dev", name="main", revision="v1", shots=0)
+    assert {e.query[:3] for e in task.examples("test")} == {"dev"}
+    words = {"name": "main", "revision": "v1"}
+    assert asked == [("acme/sums", {**words, "split": split}) for split in ("train", "dev")]
+    other = replace(task, revision="v2")
+    assert other.content_key() != task.content_key()
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise ConnectionError("nobody\nanswers")
+
+    monkeypatch.setattr("datasets.load_dataset", fail)
+    with pytest.raises(Refusal, match=r"task\.name=main, task\.revision=v1, split train\) does not load") as problem:
+        replace(task).check()
+    assert "\n" not in str(problem.value)
 
 
 def test_prompts_that_are_too_long_are_refused_shortened_or_dropped_and_counted(tmp_path: Path, tokenizer: Any) -> None:
