@@ -79,7 +79,7 @@ class Shape:
         values = {k: v for k, v in values.items() if k not in ("head_dim", "layer_types")}
         values |= shape
         check_sizes(values, "student")
-        return _rebuild(base, values)
+        return rebuilt(base, values)
 
     def materialise(self, teacher: str, tokenizer: Any, folder: Path, seed: int) -> None:
         write_fresh(self.config(teacher), tokenizer, folder, seed)
@@ -120,7 +120,7 @@ class Layers:
             if isinstance(value, list) and len(value) == depth:
                 values[name] = [value[i] for i in kept]
         values["num_hidden_layers"] = len(kept)
-        return _rebuild(base, values)
+        return rebuilt(base, values)
 
     def materialise(self, teacher: str, tokenizer: Any, folder: Path, seed: int) -> None:
         source = load_model(teacher, dtype=torch.float32, role="teacher")
@@ -168,7 +168,8 @@ def check_sizes(values: dict[str, Any], role: str) -> None:
         )
 
 
-def _rebuild(base: PretrainedConfig, values: dict[str, Any]) -> PretrainedConfig:
+def rebuilt(base: PretrainedConfig, values: dict[str, Any]) -> PretrainedConfig:
+    """A config of the same family with these values; a Refusal where it does not take them."""
     values = {
         k: v
         for k, v in copy.deepcopy(values).items()
