@@ -60,10 +60,6 @@ class Sampling:
         if self.top_p < 1 and not self.temperature:
             raise Refusal(f"sampling.top_p={self.top_p} with temperature=0: nothing is drawn; set temperature=1")
 
-    @property
-    def greedy(self) -> bool:
-        return not self.temperature and self.beams == 1
-
 
 @dataclass(frozen=True)
 class Answer:
@@ -247,6 +243,11 @@ class _Choice(LogitsProcessor):
             scores[:, self.vocabulary :] = -torch.inf
         if self.numbers_BT is None:
             return scores
+        if scores.isnan().any():
+            raise Refusal(
+                f"the model's logits are no numbers in {str(scores.dtype).removeprefix('torch.')}, so nothing can be "
+                f"drawn; use float32, or see to its weights"
+            )
         number_B = self.numbers_BT[:, input_ids.shape[1] - self.start].to(scores.device)
         chosen_B = drawn(scores, number_B, self.sampling.temperature, self.sampling.top_p)
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen_B[:, None], 0.0)

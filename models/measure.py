@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import json
 import statistics
 import time
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -137,6 +139,17 @@ class PeakMemory:
         return int(line.split()[1]) * 1024
 
 
+def _names(questions: Sequence[Question]) -> list[str]:
+    """One for each, the same for every model; some questions have one text, and documents or answers of their own."""
+    seen: Counter[tuple[str, str]] = Counter()
+    names = []
+    for question in questions:
+        key = (question.asked, question.answer)
+        names.append(json.dumps([*key, seen[key]]))
+        seen[key] += 1
+    return names
+
+
 def measure_folder(
     folder: str,
     batches: list[dict[str, Tensor]],
@@ -171,7 +184,7 @@ def measure_folder(
     for name, questions in (quiz.questions if quiz else {}).items():
         assert quiz is not None
         told = answered(model, questions, quiz.tokenizer, quiz.pad_token, quiz.end, quiz.batch_rows, quiz.per)
-        right[name] = {question.asked: each for question, each in zip(questions, told, strict=True)}
+        right[name] = dict(zip(_names(questions), told, strict=True))
     return {
         "parameters": parameter_count(model),
         "perplexity": float(torch.tensor(nats / tokens, dtype=torch.float64).exp()),

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from models.errors import Refusal
 from models.generation import Sampling, generate
 from models.language_model import gathered, mixed
+from models.load import unsharded
 from models.objectives.chunked import objective_sum
 from models.objectives.long_horizon import long_horizon_sum
 from models.objectives.representation import RepresentationTerm
@@ -294,15 +295,8 @@ class Replica:
         return self.model
 
     def _build(self) -> nn.Module:
-        from transformers.integrations import deepspeed as bridge
-
-        # While the student's configuration is registered transformers would load into shards.
-        students = bridge._hf_deepspeed_config_weak_ref
-        bridge._hf_deepspeed_config_weak_ref = None
-        try:
+        with unsharded():
             return self.load().requires_grad_(False)
-        finally:
-            bridge._hf_deepspeed_config_weak_ref = students
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from datasets import load_from_disk
 from models.cache import HEADER, Cache, read_header
 from models.errors import Refusal
 from models.load import check_folder, empty_model, parameter_count
+from models.lora import Lora
 from models.objectives.term import Objective, needs_teacher
 from models.on_policy import OnPolicy
 from models.student import Start
@@ -36,6 +37,7 @@ class Distill:
     seed: int
     align: bool = False  # teacher and student may have different tokenizers: compared where they cover the same bytes
     on_policy: OnPolicy | None = None  # some of the steps on what the student writes itself
+    lora: Lora | None = None  # adapters are trained and merged, and not the student's own weights
 
     @property
     def _taught(self) -> bool:
@@ -64,9 +66,8 @@ class Distill:
         # Where another program runs the teacher, or only its cache is left, its tokenizer and config will do.
         opened = self.student.opens_teacher or (self._taught and not self._cache)
         teacher = fit.teacher_config(context, self.teacher, weights=opened)
-        if self.student.path:
-            check_folder(self.student.path, "student")
-        student = self.student.config(context.config_folder(self.teacher.path))
+        start = self._start(context)
+        student = start.config(context.config_folder(self.teacher.path))
         fit.check_length(teacher, self.data, "teacher")
         fit.check_length(student, self.data, "student")
         sizes = {role: parameter_count(empty_model(c)) for role, c in (("teacher", teacher), ("student", student))}
@@ -86,6 +87,8 @@ class Distill:
             for term in self.objective.representations:
                 term.check(student, teacher)
         self._check_cache(context)
+        if self.lora is not None:
+            self._check_lora(context, student)
         if self.on_policy is not None:
             self._check_on_policy(context, self.on_policy, {"teacher": teacher, "student": student})
         context.plan_model(student)
@@ -106,11 +109,39 @@ class Distill:
             "teacher": f"{self.teacher.path} ({sizes['teacher']:,})" if self._taught else None,
         }
 
+    def _to_be_made(self, context: Context) -> bool:
+        """Whether the folder that the student starts from is still another stage's work."""
+        path = self.student.path
+        return bool(path and context.produced_by(path) and not context.finished(path))
+
+    def _start(self, context: Context) -> Start:
+        """In the check: the student's, with the plan of its folder where that is to be made."""
+        path = self.student.path
+        if not path:
+            return self.student
+        if not self._to_be_made(context):
+            check_folder(path, "student")
+            return self.student
+        if context.config_folder(path) == path:
+            raise Refusal(
+                f"{context.stage} needs the stage {Path(path).name}, which has not been run; add it to stages, or give "
+                f"another student.path"
+            )
+        return replace(self.student, path=context.config_folder(path))  # type: ignore[type-var]
+
+    def _check_lora(self, context: Context, student: Any) -> None:
+        assert self.lora is not None
+        if self.on_policy is not None:
+            raise Refusal(
+                f"stages.{context.stage}.lora with on_policy: the adapted student does not write; leave one of them out"
+            )
+        self.lora.config(empty_model(student))  # targets that are not there are told now
+
     def _check_tokenizers(self, context: Context, teacher: Any, student: Any, chat: bool) -> None:
         tokenizer = load_tokenizer(self.teacher.path, self.teacher.trust_remote_code)
         if chat:
             packing.chat_template(tokenizer, self.data)
-        if self.student.path:
+        if self.student.path and not self._to_be_made(context):
             other = load_tokenizer(self.student.path)
             # Without a teacher beside it a student reads text in its own tokens: sequence-level, from a teacher's text.
             if self._taught and not self.align and (difference := first_difference(tokenizer, other)):
@@ -260,4 +291,5 @@ class Distill:
             precision=self.precision,
             teacher_tokenizer=teachers if students and self._taught else None,
             on_policy=self.on_policy,
+            lora=self.lora,
         )

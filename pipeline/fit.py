@@ -21,7 +21,17 @@ from hydra.utils import instantiate
 
 from models.errors import Refusal
 from models.language_model import LanguageModel, gather_state
-from models.load import attention_for, check_folder, empty_model, load_config, load_model, parameter_count, save_model
+from models.load import (
+    attention_for,
+    check_folder,
+    empty_model,
+    load_config,
+    load_model,
+    parameter_count,
+    save_model,
+    unsharded,
+)
+from models.lora import Lora, merge, write_adapter
 from models.objectives.term import Objective
 from models.on_policy import OnPolicy, Rollouts, ends_of
 from models.teachers.teacher import Opening, Source
@@ -36,7 +46,8 @@ from pipeline.data.rows import RowSource, rows_of
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.strategy import prepare_environment
 
-_LEFT_OUT = ("truncated", "too_long", "demonstrations_left_out", "across")  # of the text, and worth a line
+_LEFT_OUT = ("held_out", "truncated", "too_long", "demonstrations_left_out", "across")  # of the text, and worth a line
+_PROOF_ROWS, _MERGED_TOLERANCE = 4, 1e-4  # of the largest logit
 _SAVED = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16}
 
 
@@ -200,11 +211,13 @@ def train(
     precision: Any,
     teacher_tokenizer: Any = None,
     on_policy: OnPolicy | None = None,
+    lora: Lora | None = None,
     extra: dict[str, Any] | None = None,
 ) -> None:
     """Fit `<work>/start` on the prepared rows and publish `<run_dir>/<stage>/`. Runs on every rank.
 
-    `teacher_tokenizer`: where it is not the student's, and rows carry the teacher's tokens and their spans.
+    `teacher_tokenizer`: where it is not the student's, and rows carry the teacher's tokens and their spans. `lora`:
+    adapters are trained, and merged in the end; they lie beside the model too, in `adapter/`.
     """
     from datasets import load_from_disk
 
@@ -242,9 +255,13 @@ def train(
     packed = data.packing or data.teacher_prompts > 1
     opening = Opening(len(teacher_tokenizer or tokenizer), attention, packed, pairs, prepared["prefix"])
     budget = settings["objective_memory_mb"]
-    load_student = functools.partial(
+    load_plain = functools.partial(
         load_model, prepared["start"], dtype=torch.float32, attention=attention, role="student"
     )
+
+    def load_student() -> Any:
+        return load_plain() if lora is None else lora.attach(load_plain(), context.seed)
+
     rollouts = None
     if on_policy is not None:
         ends = {tokenizer.eos_token_id, *ends_of(rows.train)} - {None}
@@ -310,6 +327,15 @@ def train(
     )  # our own file, with the optimizer's and the loops' state
 
     state = gather_state(module.student, keep=trainer.is_global_zero)
+    model, certificates, also = module.student, {}, None
+    if trainer.is_global_zero and lora is not None:
+        with unsharded():
+            model = load_student()
+        model.load_state_dict(state)
+        folder = str(context.parents["student"]["path"]) if "student" in context.parents else prepared["start"]
+        also = functools.partial(write_adapter, lora.config(empty_model(student_config)), folder, state)
+        certificates["merged_equals_adapter"] = _merged(context, model, rows)
+        state = model.state_dict()
     if trainer.is_global_zero:
         metrics = {
             "parameters": parameters,
@@ -320,7 +346,7 @@ def train(
         }
         publish_model(
             context,
-            module.student,
+            model,
             tokenizer,
             state,
             _SAVED[precision],
@@ -328,8 +354,30 @@ def train(
             tokens=module.tokens_seen,
             steps=steps,
             seconds=module.seconds_spent,
+            certificates=certificates,
+            also=also,
         )
     trainer.strategy.barrier()
+
+
+@torch.no_grad()
+def _merged(context: Context, model: Any, rows: Rows) -> dict[str, float]:
+    """Merge the adapters of `model`, and measure on text what that changed. Raises Refusal where it is more than
+    rounding."""
+    numbers = range(min(_PROOF_ROWS, len(rows.train)))
+    batch = collate([rows.train[number] for number in numbers], pad_token=rows.pad_token)
+    words = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "use_cache": False}
+    model.eval()
+    before = model(**words).logits
+    after = merge(model)(**words).logits
+    real = batch["targets"] >= 0
+    apart, largest = float((after - before)[real].abs().max()), float(before[real].abs().max())
+    if not apart <= _MERGED_TOLERANCE * largest:
+        raise Refusal(
+            f"{context.stage}: merging the adapters changed logits by {apart:.1e}, of {largest:.1e} at most; nothing "
+            f"was written"
+        )
+    return {"max_difference": apart, "largest_logit": largest, "tolerance": _MERGED_TOLERANCE * largest}
 
 
 def last_checkpoint(folder: Path, strategy: dict[str, Any], world: int) -> str | None:
@@ -359,9 +407,13 @@ def publish_model(
     tokens: int,
     steps: int,
     seconds: float,
+    certificates: dict[str, Any],
+    also: Callable[[Path], None] | None = None,
 ) -> None:
     def build(folder: Path) -> None:
         save_model(model, tokenizer, folder, state, dtype)
+        if also is not None:
+            also(folder / "adapter")
         recorded = context.work / artifact.METRICS
         if recorded.exists():
             shutil.copy(recorded, folder / artifact.METRICS)
@@ -375,7 +427,7 @@ def publish_model(
             "steps": steps,
             "seconds": round(seconds, 3),
             "metrics": metrics,
-            "certificates": {},
+            "certificates": certificates,
         },
     )
 

@@ -51,7 +51,7 @@ _SHARD = pa.schema(
         "provenance": pa.string(),
         "sample": pa.int32(),
         "completion_ids": _IDS,
-        "log_probabilities": _FLOATS,  # null where a server tells none
+        "log_probabilities": _FLOATS,  # null where a server tells none; an end that was added to its answer has none
         "finish_reason": pa.string(),
     }
 )
@@ -126,6 +126,11 @@ class Generate:
             raise Refusal(
                 f"stages.{context.stage}.prompt_tokens={self.prompt_tokens} is for texts; the prompts of "
                 f"{'conversations' if corpus['chat'] else 'a task'} are whole: set it to null"
+            )
+        if self.data.teacher_prompts > 1:
+            raise Refusal(
+                f"task.draws={self.data.teacher_prompts}: an answer is the teacher's to one prompt; use task.draws=1, "
+                f"and stages.{context.stage}.sampling.samples for several answers"
             )
         if not self.teacher.runs_here:
             self.teacher.endpoint.check()
@@ -292,6 +297,8 @@ class Generate:
         prepare_environment(context.device)
         world, rank = context.world, context.rank
         place = join(context.device) if world > 1 else torch.device(context.device)
+        if not todo:  # other filters, or fewer prompts: all answers are there
+            return 0
         attention = attention_for("auto", context.device, DTYPES[self.teacher.dtype])
         source: Source = getattr(self.teacher, "recorder", None) or self.teacher
         teacher: Any = source.open(Opening(len(tokenizer), attention, packed=False))
@@ -374,7 +381,10 @@ class Generate:
             if ids is None:  # the server tells only text, and of a stop nothing
                 ids = tokenizer(text + self._stop[0] * stopped, add_special_tokens=False)["input_ids"]
             elif stopped and (not ids or ids[-1] not in ends):
-                ids = [*ids, *tokenizer(self._stop[0], add_special_tokens=False)["input_ids"]]
+                # Most cut the stop off the text, and tell its tokens all the same.
+                told_text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+                if not any(stop in told_text for stop in self._stop):
+                    ids = [*ids, *tokenizer(self._stop[0], add_special_tokens=False)["input_ids"]]
             if ids and not 0 <= min(ids) <= max(ids) < len(tokenizer):
                 raise Refusal(
                     f"teacher.path={self.teacher.path}: the server answers with token {max(ids)}, and its tokenizer "

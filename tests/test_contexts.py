@@ -161,6 +161,30 @@ def test_going_on_from_the_shared_prefix_is_the_full_forward(family: str, monkey
     assert widths == [batch["teacher_input_ids"].shape[1] - len(PREFIX)] * 2  # the prefix itself is not read again
 
 
+def test_where_a_texts_length_turns_its_positions_the_prefix_is_read_every_time() -> None:
+    """Behind a limit such a model reads all of a text otherwise, so what a short prefix proves is not true there."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    made = []
+    for kind in ("default", "dynamic"):
+        torch.manual_seed(0)
+        rope = {"rope_type": kind, "rope_theta": 10000.0, **({"factor": 4.0} if kind == "dynamic" else {})}
+        config = LlamaConfig(
+            vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
+            max_position_embeddings=24, rope_parameters=rope,
+        )  # fmt: skip
+        teacher = LlamaForCausalLM(config).eval().requires_grad_(False)
+        batch = collate(rows(), pad_token=0)
+        assert batch["teacher_input_ids"].shape[1] > 24 > len(PREFIX)
+        plain = Resident(teacher, Opening(VOCABULARY))
+        short = Resident(teacher, Opening(VOCABULARY, prefix=PREFIX))
+        plain.check(), short.check()
+        made.append(short.prefix is not None)
+        got, want = (each.look(batch, Wanted()).hidden for each in (short, plain))
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    assert made == [True, False]
+
+
 def test_unequal_counts_are_refused() -> None:
     hidden, targets = torch.zeros(1, 4, 2), torch.tensor([[1, 2, IGNORED, IGNORED]])
     with pytest.raises(ValueError, match="lead to 3 tokens, and 2 are supervised"):

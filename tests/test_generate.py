@@ -22,6 +22,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from models.endpoint import Generation
 from models.errors import Refusal
 from models.generation import Sampling, generate
 from models.load import load_model
@@ -440,6 +441,7 @@ def test_the_majority_of_a_prompts_answers_stays() -> None:
     assert vote.keep(said("1 + 1 = 2", "so 3", "it is 2", "nothing")) == [True, False, True, False]
     assert vote.keep(said("4", "5")) == [True, False]
     assert vote.keep(said("none", "at all")) == [False, False]
+    assert MajorityVote(r"answer: (\w+)|dunno").keep(said("dunno", "dunno", "answer: yes")) == [False, False, True]
     assert MajorityVote(minimum_share=0.6).keep(said("2", "3", "2", "x")) == [False] * 4
     assert MajorityVote(r"answer: (\w+)").keep(said("answer: yes", "answer: no", "yes, answer: yes")) == [
         True, False, True,
@@ -554,6 +556,31 @@ def test_a_served_teacher_that_goes_down_is_asked_again_for_the_rest(
         assert got["completion_ids"][:length] == here["completion_ids"]
         assert got["log_probabilities"][:length] == pytest.approx(here["log_probabilities"], abs=1e-4)
     assert metrics(folder)["mean_log_probability"] < 0
+
+
+def test_a_server_that_tells_tokens_has_told_the_stops_too(
+    servers: list[Server], made: Path, teacher: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stop is cut off the text alone; its tokens are there, with their log-probabilities."""
+    tokenizer = load_tokenizer(teacher)
+    ids = rows_of(made)[0]["completion_ids"][:3]
+    stop = tokenizer.decode(ids[-1:])
+    text = tokenizer.decode(ids).partition(stop)[0]
+
+    def answers(_: Any, items: Any, **__: Any) -> Any:
+        for number, (key, *_rest) in enumerate(items):
+            told = [-0.5] * (3 if number % 2 else 2)
+            yield key, Generation(text, ids if number % 2 else ids[:2], "stop", told)
+
+    monkeypatch.setattr("models.endpoint.Endpoint.generate", answers)
+    servers.append(Server(teacher))
+    words = [*served(servers[0].port), "stages.generate.filters={}", f"stages.generate.stop=[{json.dumps(stop)}]"]
+    lengths = set()
+    for row in rows_of(make(tmp_path, "generate", *words_of(teacher, corpus), *words)):
+        assert tokenizer.decode(row["completion_ids"]).count(stop) == tokenizer.decode(ids).count(stop)
+        assert row["completion_ids"][:3] == ids
+        lengths.add(len(row["log_probabilities"]))
+    assert lengths == {2, 3}
 
 
 def test_a_server_that_tells_only_text_is_told_where_answers_end(

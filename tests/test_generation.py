@@ -323,6 +323,16 @@ def test_nonsense_is_refused_in_one_line(case: str) -> None:
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize("sampling", [DRAWN, Sampling(4, temperature=0.5, top_p=0.9)])
+def test_logits_that_are_no_numbers_are_refused_when_drawing(sampling: Sampling) -> None:
+    broken = fitting.model(32, 2, seed=5)
+    with torch.no_grad():
+        broken.lm_head.weight.fill_(torch.nan)
+    with pytest.raises(Refusal, match="logits are no numbers in float32") as refused:
+        list(generate(broken, [[1, 2]], sampling, pad_token=PAD, end_tokens=()))
+    assert "\n" not in str(refused.value)
+
+
 def test_a_prompt_without_tokens_is_refused(model: Any) -> None:
     with pytest.raises(Refusal, match="prompt 1 holds no token"):
         answers(model, [[1], []], Sampling(1))

@@ -14,6 +14,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 
 from models.errors import Refusal
+from models.measure import _names
 from models.questions import Question, answered
 from pipeline.artifact import content_hash
 from pipeline.config import Config, parse
@@ -192,6 +193,25 @@ def test_the_report_says_what_was_transferred(plain: Path) -> None:
     assert all(0 <= row["accuracy"] <= 1 for row in rows.values())
     assert {"gap_closed", "gap_closed_low", "gap_closed_high"} <= set(rows["distill"])
     assert rows["student before"]["accuracy"] == rows["pretrain"]["accuracy"]  # it starts as the teacher's copy
+
+
+def test_questions_of_one_text_are_counted_one_by_one(plain: Path, tmp_path: Path) -> None:
+    """Documents as the context: what is asked of each can be the same."""
+    lines = [{"query": "what?", "answer": "abc"[n % 3], "document": "xyz"[n % 3]} for n in range(6)]
+    lines += [{"query": f"w{n}>", "answer": "abc"[n % 3], "document": "x"} for n in range(6)]
+    for name, some in (("train", lines[6:]), ("test", lines[:6])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in some))
+    words = [
+        f"teacher.path={plain / 'pretrain'}", f"task.train={tmp_path / 'train.jsonl'}", "task.shots=0",
+        f"task.test={tmp_path / 'test.jsonl'}", "task.context='{document}'", "stages.evaluate.before=null",
+        "stages.evaluate.models=[]",
+    ]  # fmt: skip
+    config = composed(tmp_path / "run", *words)
+    made = build(config, "evaluate")
+    (questions, _) = made._quiz(load_tokenizer(str(plain / "pretrain")), shown=True)
+    names = {name: _names(each) for name, each in questions.questions.items()}
+    assert len(set(names["unseen"])) == len(names["unseen"]) == 6
+    assert names["unseen"] == names["unseen, shown"]
 
 
 def test_the_gap_and_its_interval_are_those_of_the_definition() -> None:

@@ -150,7 +150,7 @@ class Prefix:
 
 
 def prefix_of(opening: Opening, run: Run, model: Any) -> Prefix | None:
-    if not opening.prefix:
+    if not opening.prefix or _length_decides(model.config.get_text_config()):
         return None
     prefix = Prefix(opening.prefix)
     if prefix.make(run, model.config, next(model.parameters()).device):
@@ -160,6 +160,14 @@ def prefix_of(opening: Opening, run: Run, model: Any) -> Prefix | None:
         type(model).__name__,
     )
     return None
+
+
+def _length_decides(config: Any) -> bool:
+    """Whether a text's first positions are turned otherwise when it goes on: what a short prefix proves is then not
+    true of a long row."""
+    rotary = getattr(config, "rope_parameters", None) or {}
+    each = [rotary, *(value for value in rotary.values() if isinstance(value, dict))]  # some differ by kind of layer
+    return any(one.get("rope_type") in ("dynamic", "longrope") for one in each)
 
 
 def teacher_side(batch: dict[str, Any]) -> dict[str, Any]:

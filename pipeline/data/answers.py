@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -50,7 +50,6 @@ class Answers:
     holdout: float = 0.05
     max_answers: int | None = None  # of each split, the first ones
     validation_rows: int | None = None
-    chat_template: str | None = field(default=None, init=False)
     node: ClassVar[str] = "answers"
 
     @property
@@ -61,6 +60,12 @@ class Answers:
     def made_by_stages(self) -> dict[str, str]:
         given = {"answers": self.train, "validation_answers": self.validation, "test_answers": self.test}
         return {role: str(path) for role, path in given.items() if path}
+
+    @property
+    def chat_template(self) -> str | None:
+        """Of the tokenizer beside the answers, by which conversations were rendered: the student's too, then."""
+        path = Path(self.train).expanduser() / "chat_template.jinja"
+        return str(path) if path.is_file() and not self.as_text else None
 
     @property
     def teacher_prompts(self) -> int:
@@ -123,7 +128,7 @@ class Answers:
                 "and train on their text with objective=cross_entropy and data.as_text=true"
             )
         self._check_tokenizer(tokenizer)
-        counts = {"documents": 0, "empty": 0, "truncated": 0, "unsupervised": 0, "too_long": 0}
+        counts = {"documents": 0, "held_out": 0, "empty": 0, "truncated": 0, "unsupervised": 0, "too_long": 0}
         return write_rows(
             self._pairs(split, tokenizer, counts),
             max_length=self.max_length,
@@ -184,10 +189,16 @@ class Answers:
 
     def _pairs(self, split: str, tokenizer: Any, counts: dict[str, int]) -> Iterator[Pair]:
         longest, dropped = 0, 0
+        # What a file of its own holds out is not learnt from where train has it too.
+        others = ("validation", "test") if split == "train" else ()
+        held_out = {key for other in others if getattr(self, other) for row in self._rows(other) for key in _asked(row)}
         for row in self._rows(split):
             if counts["documents"] == self.max_answers:
                 break
             counts["documents"] += 1
+            if not held_out.isdisjoint(_asked(row)):
+                counts["held_out"] += 1
+                continue
             prompt, answer, text = self._tokens(row, tokenizer)
             if not prompt or not answer:
                 counts["empty"] += 1
@@ -241,7 +252,7 @@ class Answers:
         own = split if getattr(self, split) else "train"
         for path in self._files(own):
             wanted = self._columns(path)
-            more = ["completion", "split", "finish_reason", *([_TEACHERS] if self.context else [])]
+            more = ["prompt", "completion", "split", "finish_reason", *([_TEACHERS] if self.context else [])]
             for where, row in _records(path, [*wanted, *more]):
                 if any(name not in row for name in wanted):
                     raise Refusal(f"{where}: it has no {' and '.join(wanted)}, unlike the first; mend or drop it")
@@ -265,6 +276,12 @@ class Answers:
             if fraction < share:
                 return "train" if getattr(self, held_out) else held_out
         return "train"
+
+
+def _asked(row: dict[str, Any]) -> set[bytes]:
+    """What a row's prompt is known by: its tokens, its text, or both."""
+    told = [row[name] for name in ("prompt_ids", "prompt") if row.get(name)]
+    return {hashlib.blake2b(json.dumps(each).encode(), digest_size=16).digest() for each in told}
 
 
 def _records(path: Path, names: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -26,7 +26,7 @@ class Candidate:
     prompt: str
     completion: str
     ids: list[int]  # of the completion, with the token that ended it
-    log_probabilities: list[float] | None  # natural, one for each id; None where a server tells none
+    log_probabilities: list[float] | None  # natural, of each id that was generated; None where a server tells none
     finish_reason: str  # "stop" or "length"
 
 
@@ -93,7 +93,8 @@ class LogProbability:
     def keep(self, answers: list[Candidate]) -> list[bool]:
         if any(answer.log_probabilities is None for answer in answers):
             raise Refusal("filter log_probability: the server tells no log-probabilities; leave the filter out")
-        return [sum(answer.log_probabilities or [0.0]) / max(1, len(answer.ids)) >= self.minimum for answer in answers]
+        told = [answer.log_probabilities or [0.0] for answer in answers]
+        return [sum(each) / len(each) >= self.minimum for each in told]
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,8 @@ class MajorityVote:
         matches = list(re.finditer(self.pattern, completion))
         if not matches:
             return None
-        return str(matches[-1][1] if matches[-1].re.groups else matches[-1][0])
+        found = matches[-1][1] if matches[-1].re.groups else matches[-1][0]
+        return found or None  # the group may be in another branch than the match
 
 
 @dataclass(frozen=True)

@@ -248,7 +248,10 @@ class Task:
             )
         if not answer.strip():
             raise Refusal(f"{where}: its answer is empty; drop it, or mend task.answer={self.answer!r}")
-        return Example(filled("query", self.query), answer, filled("context", self.context), choices)
+        query = filled("query", self.query)
+        if not query.strip():
+            raise Refusal(f"{where}: its query is empty; drop it, or mend task.query={self.query!r}")
+        return Example(query, answer, filled("context", self.context), choices)
 
     def _random(self, *told: object) -> np.random.Generator:
         digest = hashlib.sha256(json.dumps([self.seed, *map(str, told)]).encode()).digest()
@@ -399,8 +402,7 @@ class Task:
 
 def _largest(values: np.ndarray, count: int) -> np.ndarray:
     """Places of the largest, the largest first; of equal ones the first."""
-    some = np.argpartition(-values, count - 1)[:count]
-    return some[np.lexsort((some, -values[some]))]
+    return np.argsort(-values, kind="stable")[:count]
 
 
 def _vectors(texts: list[str]) -> np.ndarray:

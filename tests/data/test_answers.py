@@ -133,6 +133,40 @@ def test_a_file_of_its_own_is_held_out_whatever_train_says(tokenizer: Any, tmp_p
     assert data.made_by_stages == {"answers": str(train), "test_answers": str(test)}
 
 
+@pytest.mark.parametrize("columns", [(), ("prompt", "completion")])
+def test_what_a_file_of_its_own_holds_out_is_not_learnt_from(
+    columns: tuple[str, ...], tokenizer: Any, tmp_path: Path
+) -> None:
+    rows = [{name: value for name, value in row.items() if name != "split"} for row in pairs(tokenizer)]
+    rows = [{name: row[name] for name in columns} if columns else row for row in rows]
+    names = tuple(rows[0])
+    train = written(tmp_path, rows, *names, name="train.parquet")
+    test = written(tmp_path, rows[:5], *names, name="test.parquet")
+    data = Answers(str(train), test=str(test), holdout=0.0)
+    learnt, statistics = prepared(data, "train", tokenizer, tmp_path / "rows")
+    held_out, _ = prepared(data, "test", tokenizer, tmp_path / "rows")
+    asked = [{tuple(_prompt(row)) for row in each} for each in (learnt, held_out)]
+    assert not asked[0] & asked[1]
+    assert len(held_out) == statistics["held_out"] == 5
+    assert len(learnt) == len(rows) - 5
+
+
+def _prompt(row: dict[str, Any]) -> list[int]:
+    first = next(at for at, target in enumerate(row["targets"]) if target != -100)
+    return list(row["input_ids"][: first + 1])
+
+
+def test_the_template_of_the_answers_is_the_students(tokenizer: Any, tmp_path: Path) -> None:
+    data = Answers(str(tmp_path))
+    assert data.chat_template is None
+    tokenizer.chat_template = "{{ messages }}"
+    tokenizer.save_pretrained(tmp_path)
+    tokenizer.chat_template = None
+    assert data.chat_template is not None
+    assert Path(data.chat_template).read_text() == "{{ messages }}"
+    assert Answers(str(tmp_path), as_text=True).chat_template is None
+
+
 def test_what_is_too_long_is_refused_left_out_or_cut_and_counted(tokenizer: Any, tmp_path: Path) -> None:
     told = [{**row, "split": "train"} for row in pairs(tokenizer)]
     path = written(tmp_path, told)

@@ -254,6 +254,7 @@ def test_prompts_that_are_too_long_are_refused_shortened_or_dropped_and_counted(
         ({"shots": 500}, None, "task.train has .* queries to show"),
         ({"train": "nowhere.jsonl"}, None, "no such file"),
         ({"train": "ciphers:99"}, None, "they go from ciphers:0"),
+        ({}, [{"query": " ", "answer": "b"}, {"query": "b", "answer": "c"}], "its query is empty"),
         ({}, [{"query": "a", "answer": " "}, {"query": "b", "answer": "c"}], "its answer is empty"),
     ],
 )

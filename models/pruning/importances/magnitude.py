@@ -1,0 +1,43 @@
+"""Small weights matter little: the L1 or L2 norm of what a unit has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from models.errors import Refusal
+from models.pruning.groups import Anatomy
+from models.pruning.importance import Tally, check_reduction, wanted, weights_of
+
+
+@dataclass(frozen=True)
+class Magnitude:
+    """Σ |w|^power over each matrix's part of a unit, then `reduction` over the matrices (LLM-Pruner, arXiv:2305.11627).
+
+    power 2 leaves the root out, as LLM-Pruner does: it would only matter between matrices.
+    """
+
+    power: int = 2
+    reduction: str = "sum"
+    needs_calibration_data: ClassVar[bool] = False
+    kinds: ClassVar[tuple[str, ...]] = ("heads", "mlp", "experts", "hidden")
+
+    def __post_init__(self) -> None:
+        if self.power not in (1, 2):
+            raise Refusal(f"importance.power={self.power}: need 1 (L1) or 2 (L2)")
+        check_reduction(self.reduction)
+
+    @torch.no_grad()
+    def scores(
+        self, model: Any, anatomy: Anatomy, kinds: Sequence[str], batches: Iterable[dict[str, Tensor]]
+    ) -> dict[str, np.ndarray]:
+        groups = wanted(anatomy, kinds)
+        tally = Tally(groups)
+        for name, weight in weights_of(model, groups).items():
+            tally.add(name, weight.abs().float() ** self.power)
+        return tally.scores(self.reduction)

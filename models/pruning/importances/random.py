@@ -1,0 +1,30 @@
+"""A baseline that knows nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+from torch import Tensor
+
+from models.pruning.groups import KINDS, Anatomy
+from models.pruning.importance import wanted
+
+
+@dataclass(frozen=True)
+class Random:
+    """A number of [0, 1) for each unit; of each group from the seed and the group's name alone."""
+
+    seed: int = 0
+    needs_calibration_data: ClassVar[bool] = False
+    kinds: ClassVar[tuple[str, ...]] = KINDS
+
+    def scores(
+        self, model: Any, anatomy: Anatomy, kinds: Sequence[str], batches: Iterable[dict[str, Tensor]]
+    ) -> dict[str, np.ndarray]:
+        return {
+            group.name: np.random.default_rng([self.seed, *group.name.encode()]).random(group.units)
+            for group in wanted(anatomy, kinds)
+        }

@@ -1,0 +1,314 @@
+"""Which units go: scores → kept units, within a budget and in widths that a checkpoint's config can say.
+
+Costs are parameters, multiplications of one token, or bytes of its keys and values. All can be worked out without
+weights, from the shapes alone.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from models.errors import Refusal
+from models.pruning.groups import KINDS, Anatomy, Group
+from models.pruning.surgery import Kept
+
+Scores = Mapping[str, np.ndarray]  # group → Float64[units]: what is lost with a unit
+RANKINGS = ("layer", "global")
+PER = ("unit", "parameter", "mac", "kv_byte")
+_BISECTIONS = 60
+
+
+@dataclass(frozen=True)
+class Size:
+    parameters: int
+    macs: int  # multiply-accumulates of one token's matrix products, attention over its context left out
+    kv_bytes: int  # of one token in the cache, in 16 bits
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Of a model's parameters, each once; and of what they cost."""
+
+    anatomy: Anatomy
+    of: dict[str, tuple[int, ...]]
+    embeddings: frozenset[str]  # read by a row, not multiplied
+    head: str  # its weight, multiplied even where it is the embeddings' table
+    experts_per_token: int
+
+    @classmethod
+    def of_model(cls, model: Any, anatomy: Anatomy) -> Shapes:
+        import torch
+
+        shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in model.named_parameters()}
+        tables = {f"{at}.weight" for at, m in model.named_modules() if isinstance(m, torch.nn.Embedding)}
+        linear = model.get_output_embeddings()
+        name = next(f"{at}.weight" for at, module in model.named_modules() if module is linear)
+        text = model.config.get_text_config()
+        return cls(
+            anatomy, shapes, frozenset(tables), anatomy.aliases.get(name, name), getattr(text, "num_experts_per_tok", 0)
+        )
+
+    def size(self, kept: Kept) -> Size:
+        """Of the model that keeps these units."""
+        anatomy = self.anatomy
+        shrunk: dict[str, dict[int, int]] = {}
+        slots: dict[str, dict[int, int]] = {}
+        for name, units in kept.items():
+            for axis in anatomy.groups[name].axes:
+                count = len(units) * axis.places.shape[1]
+                if axis.slot is None:
+                    shrunk.setdefault(axis.parameter, {})[axis.dim] = count
+                else:  # the same width on both of its matrices' sides: one number tells it
+                    slots.setdefault(axis.parameter, {})[axis.slot] = count
+        layers = set(kept["layers"].tolist()) if "layers" in kept else set(range(anatomy.layers))
+        parameters = macs = 0
+        for name, shape in self.of.items():
+            found = re.match(re.escape(anatomy.prefix) + r"\.(\d+)\.", name)
+            if found and int(found[1]) not in layers:
+                continue
+            dims = [shrunk.get(name, {}).get(dim, width) for dim, width in enumerate(shape)]
+            numel = math.prod(dims)
+            if name in slots:
+                numel = self._in_slots(name, dims, slots[name], kept)
+            parameters += numel
+            if len(shape) == 3:
+                macs += numel * self.experts_per_token // dims[0]
+            elif len(shape) == 2 and (name not in self.embeddings or name == self.head):
+                macs += numel
+        heads = sum(
+            len(kept[group.name]) if group.name in kept else group.units
+            for group in anatomy.of("heads")
+            if group.layer in layers
+        )
+        return Size(parameters, macs, 2 * 2 * heads * anatomy.head_dim)
+
+    def _in_slots(self, name: str, dims: list[int], widths: dict[int, int], kept: Kept) -> int:
+        dims_of = [axis.dim for group in self.anatomy.of("mlp") for axis in group.axes if axis.parameter == name]
+        dim = dims_of[0]
+        of_experts = np.arange(self.of[name][0])
+        for group in self.anatomy.of("experts"):
+            if group.name in kept and name in {axis.parameter for axis in group.axes}:
+                of_experts = kept[group.name]
+        other = math.prod(width for number, width in enumerate(dims) if number not in (0, dim))
+        return sum(widths.get(int(expert), dims[dim]) * other for expert in of_experts)
+
+    def cost(self, group: Group, per: str) -> float:
+        """Of one unit of a whole model."""
+        if per == "unit":
+            return 1.0
+        none = np.arange(group.units)
+        whole, less = self.size({group.name: none}), self.size({group.name: none[1:]})
+        field = {"parameter": "parameters", "mac": "macs", "kv_byte": "kv_bytes"}[per]
+        return float(getattr(whole, field) - getattr(less, field))
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What is asked of a plan."""
+
+    kinds: Sequence[str] = ("heads", "mlp")
+    kept_fraction: float | None = 0.8  # of the units of every group; ranked globally, of their parameters
+    target_parameters: int | None = None
+    target_bytes: int | None = None  # of the weights in 16 bits
+    ranking: str = "layer"
+    per: str = "parameter"  # global: a unit's score counts by what the unit costs
+    protect_first: int = 0  # layers of which nothing goes
+    protect_last: int = 0
+    multiple_of: int = 1  # of the widths of mlp and hidden that remain
+
+    def check(self, layers: int) -> None:
+        for kind in self.kinds:
+            if kind not in KINDS:
+                raise Refusal(f"prune.kinds: {kind} is none of {', '.join(KINDS)}")
+        if not self.kinds:
+            raise Refusal(f"prune.kinds=[]: nothing may go; name some of {', '.join(KINDS)}")
+        given = {
+            name: value
+            for name in ("kept_fraction", "target_parameters", "target_bytes")
+            if (value := getattr(self, name)) is not None
+        }
+        if len(given) != 1:
+            raise Refusal(f"prune: {' and '.join(given) or 'no budget'} given; need one, the others null")
+        if self.kept_fraction is not None and not 0 < self.kept_fraction <= 1:
+            raise Refusal(f"prune.kept_fraction={self.kept_fraction}: need (0, 1]; 0.8 keeps 80 %")
+        if self.ranking not in RANKINGS:
+            raise Refusal(f"prune.ranking={self.ranking}: need one of {', '.join(RANKINGS)}")
+        if self.per not in PER:
+            raise Refusal(f"prune.per={self.per}: need one of {', '.join(PER)}")
+        for name in ("protect_first", "protect_last"):
+            if getattr(self, name) < 0:
+                raise Refusal(f"prune.{name}={getattr(self, name)}: need 0 or more layers")
+        if self.protect_first + self.protect_last >= layers:
+            raise Refusal(
+                f"prune.protect_first={self.protect_first} and protect_last={self.protect_last} leave none of {layers} "
+                f"layers to be cut"
+            )
+        if self.multiple_of < 1:
+            raise Refusal(f"prune.multiple_of={self.multiple_of}: need 1 or more; 64 suits tensor cores")
+
+
+def choose(shapes: Shapes, scores: Scores, wish: Wish) -> dict[str, np.ndarray]:
+    """What the scores would keep, layer by layer; widths may differ between layers.
+
+    The same scores and a smaller budget keep a part of it. Raises Refusal where nothing of the kinds is there, or a
+    budget cannot be met.
+    """
+    wish.check(shapes.anatomy.layers)
+    groups = _open(shapes.anatomy, wish)
+    for group in groups:
+        if not np.isfinite(scores[group.name]).all():
+            raise Refusal(f"{group.name}: its scores hold values that are no numbers; see to the calibration text")
+    ranked = {group.name: _ranked(group, scores[group.name], wish, shapes.anatomy) for group in groups}
+    if wish.ranking == "layer" and wish.kept_fraction is not None:
+        return _of_each(groups, ranked, wish, wish.kept_fraction)
+    target = _target(shapes, groups, wish)
+    if wish.ranking == "layer":
+        low, high = 0.0, 1.0
+        for _ in range(_BISECTIONS):
+            middle = (low + high) / 2
+            fits = shapes.size(_of_each(groups, ranked, wish, middle)).parameters <= target
+            low, high = (middle, high) if fits else (low, middle)
+        kept = _of_each(groups, ranked, wish, low)
+    else:
+        kept = _of_all(shapes, groups, ranked, scores, wish, target)
+    if (smallest := shapes.size(kept).parameters) > target:
+        raise Refusal(
+            f"prune: {target:,} parameters are asked for, and with one unit in each of {', '.join(wish.kinds)} there "
+            f"are {smallest:,}; ask for more, or name more kinds"
+        )
+    return kept
+
+
+def alike(shapes: Shapes, scores: Scores, wanted: Kept, wish: Wish) -> dict[str, np.ndarray]:
+    """The nearest plan with one width for all layers: of each kind as many units as `wanted` keeps on average.
+
+    Which units stay is each group's own matter. Layers that were to be left whole are cut like the others.
+    """
+    anatomy = shapes.anatomy
+    made = {name: units for name, units in wanted.items() if anatomy.groups[name].kind in ("hidden", "layers")}
+    layers = wanted.get("layers", np.arange(anatomy.layers))
+    for kind in ("heads", "mlp", "experts"):
+        groups = [group for group in anatomy.of(kind) if group.layer in layers]
+        if kind not in wish.kinds or not groups:
+            continue
+        counts = [len(wanted[group.name]) if group.name in wanted else group.units for group in groups]
+        count = _multiple(sum(counts) / len(counts), groups[0].units, wish.multiple_of if kind == "mlp" else 1)
+        for group in groups:
+            made[group.name] = np.sort(_order(scores[group.name])[:count])
+    if wish.kept_fraction is None and "mlp" in wish.kinds:
+        _fill(shapes, scores, made, wish)
+    return {name: units for name, units in made.items() if len(units) < anatomy.groups[name].units}
+
+
+def _fill(shapes: Shapes, scores: Scores, made: dict[str, np.ndarray], wish: Wish) -> None:
+    """The MLPs as wide as the budget allows: averages are rounded, and the last parameters are theirs."""
+    target = _target(shapes, [], wish)
+    mlps = [group for group in shapes.anatomy.of("mlp") if group.name in made]
+    low, high = 1, mlps[0].units // wish.multiple_of
+    while low < high:
+        middle = (low + high + 1) // 2
+        tried = {group.name: np.arange(middle * wish.multiple_of) for group in mlps}
+        low, high = (middle, high) if shapes.size(made | tried).parameters <= target else (low, middle - 1)
+    for group in mlps:
+        made[group.name] = np.sort(_order(scores[group.name])[: low * wish.multiple_of])
+
+
+def _open(anatomy: Anatomy, wish: Wish) -> list[Group]:
+    """Groups of which something may go."""
+    last = anatomy.layers - wish.protect_last
+    found = [
+        group
+        for group in anatomy.groups.values()
+        if group.kind in wish.kinds and (group.layer is None or wish.protect_first <= group.layer < last)
+    ]
+    for kind in wish.kinds:
+        if not anatomy.of(kind):
+            raise Refusal(f"prune.kinds: this model has no {kind}")
+    return found
+
+
+def _order(scores: np.ndarray) -> np.ndarray:
+    """Units, the most important first; of equals the first."""
+    return np.argsort(-scores, kind="stable")
+
+
+def _ranked(group: Group, scores: np.ndarray, wish: Wish, anatomy: Anatomy) -> np.ndarray:
+    if group.kind != "layers":
+        return _order(scores)
+    guarded = scores.astype(float).copy()
+    guarded[: wish.protect_first] = np.inf
+    guarded[anatomy.layers - wish.protect_last :] = np.inf
+    return _order(guarded)
+
+
+def _multiple(count: float, units: int, of: int) -> int:
+    """The nearest number of units that is a multiple; at least one, at most all."""
+    nearest = of * max(1, math.floor(count / of + 0.5))
+    return units if nearest >= units else nearest
+
+
+def _of_each(
+    groups: Sequence[Group], ranked: Mapping[str, np.ndarray], wish: Wish, fraction: float
+) -> dict[str, np.ndarray]:
+    kept = {}
+    for group in groups:
+        of = wish.multiple_of if group.kind in ("mlp", "hidden") else 1
+        count = max(_multiple(fraction * group.units, group.units, of), _guarded(group, wish))
+        if count < group.units:
+            kept[group.name] = np.sort(ranked[group.name][:count])
+    return kept
+
+
+def _guarded(group: Group, wish: Wish) -> int:
+    return wish.protect_first + wish.protect_last if group.kind == "layers" else 1
+
+
+def _target(shapes: Shapes, groups: Sequence[Group], wish: Wish) -> int:
+    """Parameters that may remain."""
+    if wish.target_parameters is not None:
+        return wish.target_parameters
+    if wish.target_bytes is not None:
+        return wish.target_bytes // 2
+    assert wish.kept_fraction is not None
+    whole = shapes.size({}).parameters
+    least = shapes.size({group.name: np.arange(0) for group in groups}).parameters
+    return least + math.floor(wish.kept_fraction * (whole - least))
+
+
+def _of_all(
+    shapes: Shapes,
+    groups: Sequence[Group],
+    ranked: Mapping[str, np.ndarray],
+    scores: Scores,
+    wish: Wish,
+    target: int,
+) -> dict[str, np.ndarray]:
+    """Unit by unit over all groups, the most important for its cost first, as long as the budget lasts."""
+    worth, owner = [], []
+    for number, group in enumerate(groups):
+        each = scores[group.name][ranked[group.name]] / shapes.cost(group, wish.per)
+        guarded = _guarded(group, wish)
+        worth.append(np.concatenate([np.full(guarded, np.inf), each[guarded:]]))
+        owner.append(np.full(group.units, number))
+    worths, owners = np.concatenate(worth), np.concatenate(owner)
+    order = np.argsort(-worths, kind="stable")
+
+    def kept(count: int) -> dict[str, np.ndarray]:
+        counts = np.bincount(owners[order[:count]], minlength=len(groups))
+        return {
+            group.name: np.sort(ranked[group.name][:n])
+            for group, n in zip(groups, counts, strict=True)
+            if n < group.units
+        }
+
+    low, high = int(np.isinf(worths).sum()), len(order)  # parameters grow with the count, whatever it is that is added
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if shapes.size(kept(middle)).parameters <= target else (low, middle - 1)
+    return kept(low)
