@@ -256,7 +256,7 @@ def _page(run_dir: Path, artifacts: Sequence[Artifact], report: Json) -> Json:
         "lineage": [
             {
                 "stage": name,
-                "hash": _short_hash(manifest["content_hash"]),
+                "hash": _short_hash(manifest["content_hash"]) if manifest["files"] else "",  # results are the manifest
                 "parents": [_parent(role, parent, manifests) for role, parent in _parents(manifest).items()],
             }
             for name, manifest in manifests.items()

@@ -81,6 +81,14 @@ def test_every_encoding_can_be_recorded_in(encoding: str) -> None:
     assert stage.encoding.name == encoding
 
 
+@pytest.mark.parametrize("importance", sorted(p.stem for p in (CONF / "importance").glob("*.yaml")))
+def test_every_importance_can_decide_what_is_pruned(importance: str) -> None:
+    words = ["+experiment=prune_recover", f"importance@stages.prune.importance={importance}"]
+    made = build(composed(*words), "prune").importance
+    assert type(made).__module__.endswith(importance)
+    assert build(composed(*words, "lora@stages.recover.lora=null"), "recover").lora is None
+
+
 @pytest.mark.parametrize("recorder", ["online", "sharded"])
 def test_a_cached_teacher_can_be_recorded_by(recorder: str) -> None:
     teacher = build(quickstart("teacher=cached", f"teacher@teacher.recorder={recorder}"), "record").teacher
@@ -142,6 +150,8 @@ def test_every_yaml_is_met_by_one_of_these_tests() -> None:
         "scale",
         "stage",
         "training",
+        "importance",
+        "lora",
     }
     assert {p.stem for p in (CONF / "stage").glob("*.yaml")} == {
         "pretrain",
@@ -151,6 +161,8 @@ def test_every_yaml_is_met_by_one_of_these_tests() -> None:
         "distill",
         "control",
         "evaluate",
+        "prune",
+        "recover",
     }
 
 

@@ -286,7 +286,7 @@ def test_a_texts_answer_ends_where_its_mark_stands_and_fits_what_the_model_reads
     [
         (["task.train=nowhere.jsonl"], "task.train=nowhere.jsonl: no such file"),
         (["task.query='{question}'"], r"names \{question\}, and it has query, answer"),
-        (["task.shots=5000"], "task.train has .* queries to show"),
+        (["task.shots=5000"], "queries of task.train to show: "),
         (["teacher=cached", "task.selection=random", "task.draws=2"], "task.draws=2: .*teacher=online"),
         (["+auxiliary@objective.also.h=hidden_states"], "hidden_states compares layers .* the teacher's prompts"),
         (["task.teacher_max_length=4096"], "the teacher reads at most 512"),

@@ -72,6 +72,8 @@ class Anatomy:
 def anatomy_of(model: Any) -> Anatomy:
     """Of a model on any device, meta included. Raises Refusal, naming the module that is not understood."""
     text = model.config.get_text_config()
+    if not getattr(text, "num_attention_heads", None):
+        raise Refusal(f"{type(model).__name__}: its config names no attention heads; this family cannot be pruned")
     hidden, heads = text.hidden_size, text.num_attention_heads
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
     head_dim = getattr(text, "head_dim", None) or hidden // heads
@@ -120,12 +122,13 @@ class _Found:
     # A layer
 
     def layer(self, number: int, layer: nn.Module, name: str) -> None:
-        attentions, mlps = 0, 0
+        attentions: list[str] = []
+        mlps = 0
         for at, module in layer.named_modules(prefix=name):
             children = dict(module.named_children())
             if attention := _attention(children):
                 self._attention(number, at, children, *attention)
-                attentions += 1
+                attentions.append(f"{at}.")
             if pair := _mlp(children):
                 self._mlp(number, at, children, *pair)
                 mlps += 1
@@ -133,11 +136,11 @@ class _Found:
                 self._experts(number, at)
                 mlps += 1
         for at, module in layer.named_modules(prefix=name):
-            self._norm(at, module)
-        if (attentions, mlps) != (1, 1):
+            self._norm(at, module, of_heads=at.startswith(tuple(attentions)))
+        if (len(attentions), mlps) != (1, 1):
             raise Refusal(
-                f"{name} ({type(layer).__name__}): {attentions} attentions and {mlps} MLPs were understood in it, and "
-                f"one of each is needed; this family cannot be pruned"
+                f"{name} ({type(layer).__name__}): {len(attentions)} attentions and {mlps} MLPs were understood in it, "
+                f"and one of each is needed; this family cannot be pruned"
             )
 
     def _attention(
@@ -190,19 +193,20 @@ class _Found:
         axes = (Axis(up, 0, each), Axis(down, 0, each), Axis(router, 0, each))
         self.groups.append(Group(f"layers.{number}.experts", "experts", number, count, axes))
 
-    def _norm(self, at: str, module: nn.Module) -> None:
-        """A scale of the stream's width belongs to it; one of a head's width (q_norm) to no unit."""
+    def _norm(self, at: str, module: nn.Module, of_heads: bool = False) -> None:
+        """A scale of the stream's width belongs to it; one of a head's width (q_norm) to no unit. What scales all heads
+        together ties them to each other, and is left for `finish` to refuse."""
         own = [f"{at}.{name}" for name, _ in module.named_parameters(recurse=False)]
         if not own or not set(own) <= set(self.left) or "norm" not in type(module).__name__.lower():
             return
         for name in own:
-            if self.shapes[name] == (self.hidden,):
+            if self.shapes[name] == (self.hidden,) and not of_heads:
                 self._claim(name)
                 self.stream.append(Axis(name, 0, self.whole))
                 rms = "RMSNorm" in type(module).__name__
                 if name.endswith("weight") or not rms:
                     self.norms[name] = (1.0 if "Gemma" in type(module).__name__ else 0.0) if rms else None
-            elif self.shapes[name] == (self.head_dim,):
+            elif self.shapes[name] == (self.head_dim,) and of_heads:
                 self._claim(name)
 
     # Outside of the layers

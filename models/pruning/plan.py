@@ -292,8 +292,9 @@ def _of_all(
     """Unit by unit over all groups, the most important for its cost first, as long as the budget lasts."""
     worth, owner = [], []
     for number, group in enumerate(groups):
-        each = scores[group.name][ranked[group.name]] / shapes.cost(group, wish.per)
-        guarded = _guarded(group, wish)
+        cost = shapes.cost(group, wish.per)
+        each = scores[group.name][ranked[group.name]] / (cost or 1.0)
+        guarded = _guarded(group, wish) if cost else group.units  # what costs nothing stays
         worth.append(np.concatenate([np.full(guarded, np.inf), each[guarded:]]))
         owner.append(np.full(group.units, number))
     worths, owners = np.concatenate(worth), np.concatenate(owner)

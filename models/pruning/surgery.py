@@ -59,7 +59,7 @@ def cut_state(state: Mapping[str, Tensor], anatomy: Anatomy, kept: Kept) -> dict
         for axis, where in cuts:
             tensor = tensor.index_select(axis.dim, torch.from_numpy(where).to(tensor.device))
         made[placed] = tensor.clone()
-    if "hidden" in kept:
+    if len(kept.get("hidden", ())) not in (0, anatomy.hidden):
         _fold_norms(made, anatomy, anatomy.hidden / len(kept["hidden"]))
     return made
 

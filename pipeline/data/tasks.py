@@ -113,6 +113,18 @@ class Task:
         for name, least in (("shots", 0), ("draws", 1), ("max_length", 2), ("teacher_max_length", 2)):
             if getattr(self, name) < least:
                 raise Refusal(f"task.{name}={getattr(self, name)}: need {least} or more")
+        for name in ("query", "answer", "context"):
+            if not isinstance(getattr(self, name), str):
+                raise Refusal(
+                    f"task.{name}={getattr(self, name)}: need a text that names columns in braces"
+                    + ("; an empty one shows no context" if name == "context" else "")
+                )
+        shared = _columns(self.query) & _columns(self.answer) if not self.label else set()
+        if shared:
+            raise Refusal(
+                f"task.query={self.query!r} names {{{min(shared)}}}, as task.answer does: the student would read what "
+                f"it is to answer; leave it out of one of them"
+            )
         if self.selection not in SELECTIONS:
             raise Refusal(f"task.selection={self.selection}: need one of {', '.join(SELECTIONS)}")
         if self.too_long not in TOO_LONG:
@@ -136,7 +148,7 @@ class Task:
             if getattr(self, split) is not None:
                 where, record = next(self._records(split), ("", None))
                 if record is None:
-                    raise Refusal(f"task.{split}={getattr(self, split)}: it holds no query")
+                    raise Refusal(f"task.{split}={getattr(self, split)}: it holds no query; give a file with some")
                 self._example(where, record)
         if "{" not in self.query:
             raise Refusal(
@@ -186,7 +198,7 @@ class Task:
             found["train"] = [each for each in found["train"] if each.asked not in shown]
         if len(pool) < self.shots or not found["train"]:
             raise Refusal(
-                f"task.shots={self.shots}: task.train has {len(pool)} queries to show; give more, or ask for fewer"
+                f"task.shots={self.shots}: queries of task.train to show: {len(pool)}; give more, or ask for fewer"
             )
         if self.max_queries is not None:
             found = {split: each[: self.max_queries] for split, each in found.items()}
@@ -194,7 +206,7 @@ class Task:
             if len({example.answer for example in found[split]}) < 2:
                 raise Refusal(
                     f"task.train={self.train}: in {split} every answer is {found[split][0].answer!r}; a task with one "
-                    f"answer has nothing to teach"
+                    f"answer has nothing to teach: add queries with others"
                 )
         return found | {"demonstrations": pool}
 
@@ -215,9 +227,10 @@ class Task:
                 raise Refusal(f"task.{name}={template!r}: columns are put in as they are; leave {odd[0]!r} out")
             wanted = [column for _, column, _, _ in parts if column is not None]
             if missing := [column for column in wanted if record.get(column) is None]:
+                there = f"it has {', '.join(record) or 'nothing'}"
                 raise Refusal(
-                    f"{where}: task.{name}={template!r} names {{{missing[0]}}}, and it has "
-                    f"{', '.join(record) or 'nothing'}"
+                    f"{where}: task.{name}={template!r} names {{{missing[0]}}}, and "
+                    + ("that is null here; drop it" if missing[0] in record else f"{there}; set task.{name} to fit")
                 )
             # Not str.format, which would also look inside of what it puts in.
             return "".join(text + ("" if column is None else str(record[column])) for text, column, _, _ in parts)
@@ -234,7 +247,8 @@ class Task:
             number = str(record.get(self.label)).removesuffix(".0")  # whole numbers of a column of floats
             if not (number.isascii() and number.isdigit() and int(number) < len(choices)):
                 raise Refusal(
-                    f"{where}: task.label={self.label} is {record.get(self.label)}; need a number below {len(choices)}"
+                    f"{where}: task.label={self.label} is {record.get(self.label)!r}; need the number of one of "
+                    f"task.choices, 0 to {len(choices) - 1} (a column of texts is task.answer='{{{self.label}}}')"
                 )
             answer = choices[int(number)]
         else:
@@ -276,7 +290,7 @@ class Task:
             yield from ((label, dict(pair)) for pair in ciphers.pairs(int(digit), noisy))
         elif path.suffix in _SUFFIXES:
             if not path.is_file():
-                raise Refusal(f"{label}: no such file")
+                raise Refusal(f"{label}: no such file; give one that is there, or a hub id OWNER/NAME")
             yield from _of_file(path)
         elif "/" in str(source) and not path.exists():
             yield from _of_hub(label, name, self.name, self.revision, number or split)
@@ -398,6 +412,13 @@ class Task:
         """For the stage `generate`: what the teacher answers, and what the student will see of it."""
         for item in self.items(split, tokenizer, counts):
             yield Prompt(item.example.query, item.prompt, item.teacher_prompts[0])
+
+
+def _columns(template: str) -> set[str]:
+    try:
+        return {column for _, column, _, _ in string.Formatter().parse(template) if column}
+    except ValueError:  # told with the place where it is filled
+        return set()
 
 
 def _largest(values: np.ndarray, count: int) -> np.ndarray:

@@ -22,7 +22,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "opt": {"ffn_dim": 20, "word_embed_proj_dim": 32, "dropout": 0.0},
     "mixtral": {**_LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3_moe": {
-        **_LLAMA, "head_dim": 6, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 14,
+        **_LLAMA, "head_dim": 6, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
         "mlp_only_layers": [], "decoder_sparse_step": 1, "norm_topk_prob": True,
     },
 }  # fmt: skip

@@ -1,0 +1,169 @@
+"""Scores against dense formulas: whole gradients of each sample, whole weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from models.errors import Refusal
+from models.pruning.groups import Anatomy, anatomy_of
+from models.pruning.importance import REDUCTIONS
+from models.pruning.importances.magnitude import Magnitude
+from models.pruning.importances.random import Random
+from models.pruning.importances.taylor import ORDERS, Taylor
+from tests.pruning.families import FAMILIES, model_of, tokens
+
+SAMPLES, LENGTH = 4, 9
+MOE = ("mixtral", "qwen3_moe")
+KINDS = ("heads", "mlp")
+
+
+def batch() -> dict[str, torch.Tensor]:
+    ids = tokens(SAMPLES, LENGTH)
+    targets = ids.roll(-1, 1)
+    targets[:, -1] = -100
+    targets[1, 4:] = -100  # of a shorter text each token counts more
+    return {"input_ids": ids, "position_ids": torch.arange(LENGTH).repeat(SAMPLES, 1), "targets": targets}
+
+
+def gradients(model: Any) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The mean over samples of the gradients of each one's mean loss, and of their squares."""
+    mean = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    square = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    words = batch()
+    for sample in range(SAMPLES):
+        model.zero_grad()
+        ids, targets = words["input_ids"][sample : sample + 1], words["targets"][sample]
+        logits = model(ids).logits[0]
+        torch.nn.functional.cross_entropy(logits, targets).backward()
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                mean[name] += parameter.grad / SAMPLES
+                square[name] += parameter.grad**2 / SAMPLES
+    model.zero_grad()
+    return mean, square
+
+
+def dense(anatomy: Anatomy, of: Any, reduction: str = "sum", signed: bool = False) -> dict[str, np.ndarray]:
+    """Unit by unit, from whole tensors of values."""
+    found = {}
+    for group in anatomy.groups.values():
+        if group.kind not in KINDS:
+            continue
+        rows = []
+        for axis in group.axes:
+            values = of(axis.parameter)
+            if values is None:
+                continue
+            if axis.slot is not None:
+                values = values[axis.slot]
+            lines = values.detach().double().movedim(axis.dim - (axis.slot is not None), 0).flatten(1)
+            of_places = lines.sum(1).abs() if signed else lines.abs().sum(1)
+            rows.append([float(of_places[places].sum()) for places in axis.places])
+        found[group.name] = REDUCTIONS[reduction](np.array(rows))
+    return found
+
+
+def same(got: dict[str, np.ndarray], want: dict[str, np.ndarray], tolerance: float = 1e-5) -> None:
+    assert got.keys() == want.keys()
+    for name, values in want.items():
+        np.testing.assert_allclose(got[name], values, rtol=tolerance, atol=tolerance * np.abs(values).max())
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_taylor_is_llm_pruners_from_whole_gradients_of_every_sample(family: str, order: str) -> None:
+    model = model_of(family, dtype=torch.float32)
+    anatomy = anatomy_of(model)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    if family in MOE and order in ("second", "mix"):
+        with pytest.raises(Refusal, match="experts read tokens of all samples together"):
+            Taylor(order).scores(model, anatomy, KINDS, [batch()])
+        return
+    got = Taylor(order).scores(model, anatomy, KINDS, [batch()])
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    g, a = gradients(model)
+    w = dict(model.named_parameters())
+    formulas = {
+        "first": lambda name: w[name] * g[name],
+        "second": lambda name: w[name] ** 2 * a[name],
+        "mix": lambda name: w[name] * g[name] - w[name] ** 2 * a[name] / 2,
+        "vectorize": lambda name: w[name] * g[name],
+    }
+    of = formulas[order]
+    want = dense(anatomy, lambda name: of(name) if w[name].ndim > 1 else None, signed=order == "vectorize")
+    same(got, want, 1e-4 if family in MOE else 1e-5)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_a_units_matrices_are_brought_together_as_is_said(reduction: str) -> None:
+    model = model_of("qwen2", dtype=torch.float32)
+    anatomy, w = anatomy_of(model), dict(model.named_parameters())
+    got = Magnitude(power=1, reduction=reduction).scores(model, anatomy, KINDS, [])
+    same(got, dense(anatomy, lambda name: w[name] if w[name].ndim > 1 else None, reduction))
+
+
+@pytest.mark.parametrize("power", [1, 2])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_magnitude_is_the_sum_over_all_that_a_unit_has(family: str, power: int) -> None:
+    model = model_of(family, dtype=torch.float32)
+    anatomy, w = anatomy_of(model), dict(model.named_parameters())
+    got = Magnitude(power=power).scores(model, anatomy, KINDS, [])
+    same(got, dense(anatomy, lambda name: w[name].abs() ** power if w[name].ndim > 1 else None))
+
+
+def test_taylor_foretells_what_the_loss_does_without_a_small_unit() -> None:
+    """The finite difference: of a unit made faint, Σ w·g is how much the loss changes."""
+    model = model_of("llama")
+    anatomy = anatomy_of(model)
+    words = batch()
+
+    def loss() -> float:
+        logits = model(words["input_ids"]).logits
+        each = torch.nn.functional.cross_entropy(logits.transpose(1, 2), words["targets"], reduction="none")
+        return float((each.sum(1) / (words["targets"] >= 0).sum(1)).mean())
+
+    got = Taylor("vectorize").scores(model.float(), anatomy, ("mlp",), [words])
+    model.double()
+    axis = next(axis for axis in anatomy.groups["layers.1.mlp"].axes if axis.silences)
+    weight, step = model.get_parameter(axis.parameter), 1e-4
+    with torch.no_grad():
+        for unit in (0, 7):
+            before, column = loss(), weight[:, unit].clone()
+            weight[:, unit] = column * (1 - step)
+            change = abs(loss() - before) / step
+            weight[:, unit] = column
+            # gate and up come after the same product: their Σ w·g is of the same size, gate's up to its curvature
+            assert got["layers.1.mlp"][unit] >= 0.99 * change
+
+
+def test_batches_are_one_however_they_come() -> None:
+    model = model_of("llama", dtype=torch.float32)
+    anatomy, words = anatomy_of(model), batch()
+    halves = [{name: tensor[part] for name, tensor in words.items()} for part in (slice(0, 1), slice(1, 4))]
+    one, other = (Taylor("mix").scores(model, anatomy, KINDS, each) for each in ([words], halves))
+    same(one, other)
+
+
+def test_random_scores_are_the_seeds() -> None:
+    anatomy = anatomy_of(model_of("llama"))
+    one, again, other = (Random(seed).scores(None, anatomy, KINDS, []) for seed in (0, 0, 1))
+    same(one, again, 0)
+    assert all((one[name] != other[name]).all() for name in one)
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: Taylor("third"), "need one of first, second, mix, vectorize"),
+        (lambda: Taylor(reduction="median"), "need one of sum, mean"),
+        (lambda: Magnitude(power=3), r"need 1 \(L1\) or 2"),
+    ],
+)
+def test_what_is_no_importance_is_refused(make: Any, said: str) -> None:
+    with pytest.raises(Refusal, match=said):
+        make()

@@ -1,0 +1,186 @@
+"""Plans: golden sizes, budgets, and what is nested in what."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+from transformers import AutoConfig
+
+from models.errors import Refusal
+from models.load import empty_model, parameter_count
+from models.pruning.groups import anatomy_of
+from models.pruning.plan import Shapes, Wish, alike, choose
+from models.pruning.surgery import smaller_config
+from tests.pruning.families import FAMILIES, FIXED_HEADS, LAYER_NORMS, config_of
+
+LARGE = {
+    "LLaMA-7B": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
+    "Llama-3.1-8B": {
+        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "vocab_size": 128256,
+    },
+    "TinyLlama-1.1B": {
+        "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+    },
+}  # fmt: skip
+
+
+def shapes_of(config: Any) -> Shapes:
+    model = empty_model(config)
+    return Shapes.of_model(model, anatomy_of(model))
+
+
+def scores_of(shapes: Shapes, seed: int = 0) -> dict[str, np.ndarray]:
+    draw = np.random.default_rng(seed)
+    return {group.name: draw.random(group.units) for group in shapes.anatomy.groups.values()}
+
+
+@pytest.mark.parametrize(
+    ("name", "protected", "before", "after"),
+    [
+        ("LLaMA-7B", (4, 2), 6_738_415_616, 5_422_977_024),
+        ("Llama-3.1-8B", (4, 2), 8_030_261_248, 6_612_586_496),
+        ("TinyLlama-1.1B", (4, 4), 1_100_048_384, 945_907_712),
+    ],
+)
+def test_a_quarter_of_the_middle_layers_leaves_the_published_sizes(
+    name: str, protected: tuple[int, int], before: int, after: int
+) -> None:
+    """LLM-Pruner's own plan, layers 4 to 29 of LLaMA-7B."""
+    shapes = shapes_of(AutoConfig.for_model("llama", **LARGE[name], tie_word_embeddings=False))
+    wish = Wish(kept_fraction=0.75, protect_first=protected[0], protect_last=protected[1])
+    assert shapes.size({}).parameters == before
+    assert shapes.size(choose(shapes, scores_of(shapes), wish)).parameters == after
+
+
+@pytest.mark.parametrize("kind", ["heads", "mlp", "experts", "hidden", "layers"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_plans_size_is_that_of_the_model_its_config_makes(family: str, kind: str) -> None:
+    config = config_of(family)
+    shapes = shapes_of(config)
+    if not shapes.anatomy.of(kind) or (kind == "heads" and family in FIXED_HEADS):
+        pytest.skip("this family has none, or cannot say it")
+    if kind == "hidden" and family in LAYER_NORMS:
+        pytest.skip("LayerNorm's means")
+    wish = Wish(kinds=(kind,), kept_fraction=0.6, multiple_of=4 if kind == "hidden" else 1)
+    kept = alike(shapes, scores_of(shapes), choose(shapes, scores_of(shapes), wish), wish)
+    assert kept
+    smaller, _ = smaller_config(config, shapes.anatomy, kept)
+    size = shapes.size(kept)
+    assert size.parameters == parameter_count(empty_model(smaller))
+    heads = getattr(smaller, "num_key_value_heads", None) or smaller.num_attention_heads
+    width = getattr(smaller, "head_dim", None) or smaller.hidden_size // smaller.num_attention_heads
+    assert size.kv_bytes == 2 * 2 * smaller.num_hidden_layers * heads * width
+
+
+def test_the_products_of_a_token_are_those_of_the_seeds_arithmetic() -> None:
+    shapes = shapes_of(AutoConfig.for_model("llama", **LARGE["LLaMA-7B"], tie_word_embeddings=False))
+    layer = 4 * 4096 * 4096 + 3 * 4096 * 11008
+    assert shapes.size({}).macs == 32 * layer + 32000 * 4096
+    moe = shapes_of(config_of("mixtral"))
+    attention = 2 * 32 * 32 + 2 * 32 * 16
+    assert moe.size({}).macs == 3 * (attention + 4 * 32 + 2 * 3 * 20 * 32) + 61 * 32  # two experts of four
+
+
+@pytest.mark.parametrize("ranking", ["layer", "global"])
+@pytest.mark.parametrize("kinds", [("heads", "mlp"), ("layers",), ("hidden",)])
+def test_smaller_plans_are_part_of_larger_ones(ranking: str, kinds: tuple[str, ...]) -> None:
+    shapes = shapes_of(config_of("mistral", num_hidden_layers=6, intermediate_size=64))
+    scores = scores_of(shapes)
+    wishes = [Wish(kinds=kinds, kept_fraction=fraction, ranking=ranking) for fraction in (0.9, 0.8, 0.7, 0.4)]
+    plans = [choose(shapes, scores, wish) for wish in wishes]
+    for make in (plans, [alike(shapes, scores, plan, wish) for plan, wish in zip(plans, wishes, strict=True)]):
+        for larger, smaller in pairwise(make):
+            for name in shapes.anatomy.groups:
+                whole = np.arange(shapes.anatomy.groups[name].units)
+                assert set(smaller.get(name, whole)) <= set(larger.get(name, whole))
+
+
+@pytest.mark.parametrize("ranking", ["layer", "global"])
+def test_a_number_of_parameters_is_hit_to_a_channel(ranking: str) -> None:
+    config = AutoConfig.for_model("llama", **LARGE["TinyLlama-1.1B"], tie_word_embeddings=False)
+    shapes = shapes_of(config)
+    for target in (700_000_000, 900_000_000):
+        wish = Wish(kept_fraction=None, target_parameters=target, ranking=ranking)
+        kept = alike(shapes, scores_of(shapes), choose(shapes, scores_of(shapes), wish), wish)
+        channel = 22 * 3 * 2048
+        assert target - channel < shapes.size(kept).parameters <= target
+        in_bytes = Wish(kept_fraction=None, target_bytes=2 * target, ranking=ranking)
+        same = alike(shapes, scores_of(shapes), choose(shapes, scores_of(shapes), in_bytes), in_bytes)
+        assert shapes.size(same) == shapes.size(kept)
+
+
+def test_the_best_go_last_and_what_costs_more_must_be_worth_more() -> None:
+    shapes = shapes_of(config_of("mistral", num_key_value_heads=4))
+    scores = scores_of(shapes)
+    kept = choose(shapes, scores, Wish(kept_fraction=0.5))
+    for name, units in kept.items():
+        removed = np.setdiff1d(np.arange(shapes.anatomy.groups[name].units), units)
+        assert scores[name][units].min() > scores[name][removed].max()
+    even = {name: np.ones_like(each) for name, each in scores.items()}
+    heads, mlp = (shapes.anatomy.of(kind)[0] for kind in ("heads", "mlp"))
+    assert shapes.cost(heads, "parameter") > shapes.cost(mlp, "parameter") == 3 * 32
+    dear = choose(shapes, even, Wish(kept_fraction=0.5, ranking="global", per="parameter"))
+    assert any(len(dear.get(group.name, range(99))) == 1 for group in shapes.anatomy.of("heads"))
+    cache = choose(shapes, even, Wish(kept_fraction=0.9, ranking="global", per="kv_byte"))
+    assert cache
+    assert not {name for name in cache if "mlp" in name}  # a channel takes no cache
+
+
+def test_widths_are_multiples_where_that_is_asked() -> None:
+    shapes = shapes_of(AutoConfig.for_model("llama", **LARGE["LLaMA-7B"], tie_word_embeddings=False))
+    for of in (8, 64, 128):
+        for wish in (
+            Wish(kept_fraction=0.77, multiple_of=of),
+            Wish(kept_fraction=None, target_parameters=5_000_000_000, multiple_of=of),
+            Wish(kept_fraction=0.77, multiple_of=of, ranking="global"),
+        ):
+            kept = alike(shapes, scores_of(shapes), choose(shapes, scores_of(shapes), wish), wish)
+            widths = {len(units) for name, units in kept.items() if "mlp" in name}
+            assert all(width % of == 0 for width in widths)
+            assert wish.ranking == "global" or len(widths) == 1
+
+
+def test_protected_layers_stay_when_layers_go() -> None:
+    shapes = shapes_of(config_of("llama", num_hidden_layers=8))
+    scores = {**scores_of(shapes), "layers": np.arange(8)[::-1].astype(float)}
+    wish = Wish(kinds=("layers",), kept_fraction=0.5, protect_first=1, protect_last=2)
+    assert choose(shapes, scores, wish)["layers"].tolist() == [0, 1, 6, 7]
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"kinds": ("neurons",)}, "neurons is none of heads, mlp"),
+        ({"kinds": ()}, "nothing may go"),
+        ({"kinds": ("experts",)}, "this model has no experts"),
+        ({"kept_fraction": 0.0}, r"kept_fraction=0\.0: need \(0, 1\]"),
+        ({"kept_fraction": 1.5}, r"need \(0, 1\]"),
+        ({"target_parameters": 5}, "need one, the others null"),
+        ({"kept_fraction": None}, "no budget given"),
+        ({"kept_fraction": None, "target_parameters": 10}, "10 parameters are asked for, and .* there are"),
+        ({"ranking": "best"}, "need one of layer, global"),
+        ({"per": "watt"}, "need one of unit"),
+        ({"protect_first": 2, "protect_last": 1}, "leave none of 3 layers"),
+        ({"protect_first": -1}, "need 0 or more"),
+        ({"multiple_of": 0}, "need 1 or more"),
+    ],
+)
+def test_what_cannot_be_wished_for_is_refused_in_one_line(values: dict[str, Any], said: str) -> None:
+    shapes = shapes_of(config_of("llama"))
+    with pytest.raises(Refusal, match=said) as refused:
+        choose(shapes, scores_of(shapes), Wish(**values))
+    assert "\n" not in str(refused.value)
+
+
+def test_scores_that_are_no_numbers_are_refused() -> None:
+    shapes = shapes_of(config_of("llama"))
+    scores = scores_of(shapes)
+    scores["layers.1.mlp"][3] = math.nan
+    with pytest.raises(Refusal, match=r"layers\.1\.mlp: its scores hold values that are no numbers"):
+        choose(shapes, scores, Wish())
