@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, set_seed
 
 from models.errors import Refusal
 from models.load import empty_model, load_config, load_model, save_model
+from models.representations import projection_widths
 
 
 class Start(Protocol):
@@ -140,6 +141,56 @@ class Layers:
             student = AutoModelForCausalLM.from_config(config)
         student.generation_config = source.generation_config
         save_model(student, tokenizer, folder, state, torch.float32)
+
+
+@dataclass(frozen=True)
+class KvHeads:
+    """The teacher with fewer KV heads: each is the mean of those whose queries it now serves (arXiv:2305.13245).
+
+    `kv_heads=1` is multi-query attention. Everything else is the teacher's.
+    """
+
+    kv_heads: int
+    path: None = None
+    opens_teacher: ClassVar[bool] = True
+
+    def config(self, teacher: str) -> PretrainedConfig:
+        base = load_config(teacher, "teacher")
+        had = getattr(base, "num_key_value_heads", None)
+        if had is None:
+            raise Refusal(f"student.kv_heads={self.kv_heads}: a {base.model_type} config has no number of KV heads")
+        if not 1 <= self.kv_heads <= had or had % self.kv_heads:
+            fitting = [n for n in range(1, had + 1) if had % n == 0]
+            raise Refusal(
+                f"student.kv_heads={self.kv_heads}: the teacher has {had}; need one of {', '.join(map(str, fitting))}"
+            )
+        return rebuilt(base, base.to_dict() | {"num_key_value_heads": self.kv_heads})
+
+    def materialise(self, teacher: str, tokenizer: Any, folder: Path, seed: int) -> None:
+        source = load_model(teacher, dtype=torch.float32, role="teacher")
+        config = self.config(teacher)
+        with torch.device("meta"):
+            student = AutoModelForCausalLM.from_config(config)
+        state, shapes = {}, student.state_dict()
+        queries, keys, values = projection_widths(source.config)
+        for name, tensor in source.state_dict().items():
+            if tensor.shape == shapes[name].shape:
+                state[name] = tensor
+            elif len(tensor) == keys:
+                state[name] = self._pooled(tensor, source.config.num_key_value_heads)
+            elif len(tensor) == queries + keys + values:  # side by side, as in Phi-3
+                q, k, v = tensor.split([queries, keys, values])
+                count = source.config.num_key_value_heads
+                state[name] = torch.cat([q, self._pooled(k, count), self._pooled(v, count)])
+            if name not in state or state[name].shape != shapes[name].shape:
+                raise Refusal(f"student=kv_heads: cannot pool {name} of {type(source).__name__}")
+        student.generation_config = source.generation_config
+        save_model(student, tokenizer, folder, state, torch.float32)
+
+    def _pooled(self, rows: torch.Tensor, count: int) -> torch.Tensor:
+        """Of [heads · d, …] each run of heads that becomes one, averaged."""
+        apart = rows.unflatten(0, (self.kv_heads, count // self.kv_heads, -1))
+        return apart.mean(1).flatten(0, 1)
 
 
 def write_fresh(config: PretrainedConfig, tokenizer: Any, folder: Path, seed: int) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 from models.errors import Refusal
 
 MANIFEST = "manifest.json"
+PLAN = "plan.json"  # of a cut: which units it keeps
 METRICS = "metrics.jsonl"  # of a training: beside the model, not of it, as it tells the time
 _PARTIAL = ".partial"
 

@@ -315,6 +315,5 @@ def bytes_on_disk(folder: str) -> int | None:
     path = Path(folder)
     if not path.is_dir():
         return None
-    return sum(
-        p.stat().st_size for p in path.rglob("*") if p.is_file() and p.name not in (artifact.MANIFEST, artifact.METRICS)
-    )
+    beside = (artifact.MANIFEST, artifact.METRICS, artifact.PLAN)  # and folders: adapters that are merged already
+    return sum(p.stat().st_size for p in path.glob("*") if p.is_file() and p.name not in beside)

@@ -28,7 +28,6 @@ from pipeline.data.batch import collate, pad_token
 from pipeline.data.rows import RowSource, check_source, rows_of, source_key
 from pipeline.data.tokenizer import load_tokenizer
 
-PLAN = "plan.json"
 _AT_ONCE = 16  # calibration rows in a batch
 _PROOF_ROWS = 4
 
@@ -157,7 +156,7 @@ class Prune:
             cut.generation_config = model.generation_config
             state = cut_state(model.state_dict(), anatomy, kept)
             save_model(cut, tokenizer, folder, state, DTYPES[self.dtype])
-            artifact.write_json(folder / PLAN, plan)
+            _write_plan(folder / artifact.PLAN, plan)
             del cut, state
             proof = self._proof(context, tokenizer, model, anatomy, kept, folder)
             manifest["certificates"] = {"masked_equals_cut": proof}
@@ -238,6 +237,18 @@ def read_plan(path: Path, anatomy: Anatomy) -> tuple[dict[str, np.ndarray], str]
             )
         kept[name] = np.array(units)
     return kept, "as the plan says"
+
+
+def _write_plan(path: Path, plan: dict[str, Any]) -> None:
+    """JSON with each group's units on one line: there can be ten thousand."""
+    lines = []
+    for name, value in plan.items():
+        if name in ("kept", "scores"):
+            inner = ",\n".join(f"    {json.dumps(key)}: {json.dumps(units)}" for key, units in value.items())
+            lines.append(f"  {json.dumps(name)}: {{\n{inner}\n  }}")
+        else:
+            lines.append(f"  {json.dumps(name)}: {json.dumps(value)}")
+    path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
 def _apart(shapes: Shapes, wanted: Kept, kept: Kept) -> str:

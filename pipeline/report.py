@@ -20,7 +20,7 @@ from rich.text import Text
 
 from models.errors import Refusal
 from pipeline import chart, units
-from pipeline.artifact import METRICS
+from pipeline.artifact import METRICS, PLAN
 
 Json = dict[str, Any]
 
@@ -187,11 +187,12 @@ def _report(artifacts: Sequence[Artifact]) -> Json:
 
 def _unmeasured(artifact: Artifact) -> Json:
     manifest = artifact.manifest
+    files = manifest["files"]
     return dict.fromkeys(FIELDS) | {
         "stage": artifact.name,
         "path": str(artifact.folder.resolve()),
         "parameters": manifest.get("metrics", {}).get("parameters"),
-        "bytes": sum(file["bytes"] for name, file in manifest["files"].items() if name != METRICS),
+        "bytes": sum(file["bytes"] for name, file in files.items() if name not in (METRICS, PLAN) and "/" not in name),
         "seconds": manifest.get("seconds"),
         "tokens": manifest.get("tokens"),
     }

@@ -25,6 +25,7 @@ SAID = {
     "student=layers": ["student.keep=2"],
     "student=one_billion": [],
     "student=folder": ["student.path=some/folder"],
+    "student=kv_heads": ["student.kv_heads=1"],
     "teacher=served": ["teacher.endpoint.url=http://localhost:8000/v1"],
 }
 
@@ -86,7 +87,7 @@ def test_every_importance_can_decide_what_is_pruned(importance: str) -> None:
     words = ["+experiment=prune_recover", f"importance@stages.prune.importance={importance}"]
     made = build(composed(*words), "prune").importance
     assert type(made).__module__.endswith(importance)
-    assert build(composed(*words, "lora@stages.recover.lora=null"), "recover").lora is None
+    assert build(composed(*words, "stages.recover.lora=null"), "recover").lora is None
 
 
 @pytest.mark.parametrize("recorder", ["online", "sharded"])

@@ -107,3 +107,52 @@ def weights_of(model: Any, groups: Sequence[Group]) -> dict[str, Tensor]:
     names = dict.fromkeys(axis.parameter for group in groups for axis in group.axes)
     parameters = dict(model.named_parameters())
     return {name: parameters[name] for name in names if parameters[name].ndim > 1}
+
+
+def over_inputs(
+    model: Any,
+    groups: Sequence[Group],
+    batches: Iterable[dict[str, Tensor]],
+    take: Callable[[Group, Axis, Tensor], None],
+) -> None:
+    """For every batch and group `take(group, axis, read)`: what the matrix that the group's units feed reads, of the
+    tokens that predict something, Float32[N, width], and the axis on which that matrix holds the units.
+
+    Raises Refusal for experts, which read inside of one operation.
+    """
+    fed = {group.name: next(axis for axis in group.axes if axis.silences) for group in groups}
+    if odd := [name for name, axis in fed.items() if axis.slot is not None]:
+        raise Refusal(f"importance: what the experts of {odd[0]} read is not seen; use taylor or magnitude")
+    real: list[Tensor] = []
+    handles = []
+    for group in groups:
+        axis = fed[group.name]
+
+        def hook(module: Any, inputs: tuple[Tensor, ...], group: Group = group, axis: Axis = axis) -> None:
+            take(group, axis, inputs[0].flatten(0, -2)[real[0]].float())
+
+        handles.append(model.get_submodule(axis.parameter.rpartition(".")[0]).register_forward_pre_hook(hook))
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            for batch in batches:
+                real[:] = [(batch["targets"] >= 0).flatten()]
+                model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+        model.train(training)
+
+
+def of_places(values: np.ndarray, axis: Axis) -> np.ndarray:
+    """Float64[units] of Float64[width]: the sum over a unit's places."""
+    found: np.ndarray = values[axis.places].sum(1)
+    return found
+
+
+def columns(model: Any, axis: Axis, power: int) -> np.ndarray:
+    """Float64[width]: Σ |w|^power over all that a place of the axis is multiplied with."""
+    weight = model.get_parameter(axis.parameter).detach()
+    found: np.ndarray = (weight.abs().double() ** power).sum(1 - axis.dim).cpu().numpy()
+    return found

@@ -11,9 +11,13 @@ import torch
 from models.errors import Refusal
 from models.pruning.groups import Anatomy, anatomy_of
 from models.pruning.importance import REDUCTIONS
+from models.pruning.importances.activation import Activation
+from models.pruning.importances.block_influence import BlockInfluence
+from models.pruning.importances.fluctuation import Fluctuation
 from models.pruning.importances.magnitude import Magnitude
 from models.pruning.importances.random import Random
 from models.pruning.importances.taylor import ORDERS, Taylor
+from models.pruning.importances.wanda import Wanda
 from tests.pruning.families import FAMILIES, model_of, tokens
 
 SAMPLES, LENGTH = 4, 9
@@ -97,6 +101,58 @@ def test_taylor_is_llm_pruners_from_whole_gradients_of_every_sample(family: str,
     of = formulas[order]
     want = dense(anatomy, lambda name: of(name) if w[name].ndim > 1 else None, signed=order == "vectorize")
     same(got, want, 1e-4 if family in MOE else 1e-5)
+
+
+def read_by(model: Any, parameter: str) -> torch.Tensor:
+    """What the module of a matrix reads of the tokens that predict, by a hook of its own."""
+    seen: list[torch.Tensor] = []
+    module = model.get_submodule(parameter.rpartition(".")[0])
+    handle = module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
+    words = batch()
+    model(words["input_ids"])
+    handle.remove()
+    return seen[0].reshape(SAMPLES * LENGTH, -1)[(words["targets"] >= 0).flatten()].double()
+
+
+@pytest.mark.parametrize("make", [Wanda, Activation, Fluctuation])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_units_give_is_measured_where_it_is_read(family: str, make: Any) -> None:
+    model = model_of(family, dtype=torch.float32)
+    anatomy = anatomy_of(model)
+    if family in MOE:
+        with pytest.raises(Refusal, match=r"what the experts of .* read is not seen"):
+            make().scores(model, anatomy, KINDS, [batch()])
+        return
+    words = batch()
+    halves = [{name: tensor[part] for name, tensor in words.items()} for part in (slice(0, 1), slice(1, 4))]
+    got = make().scores(model, anatomy, KINDS, halves)
+    want = {}
+    for group in anatomy.groups.values():
+        if group.kind in KINDS:
+            axis = next(axis for axis in group.axes if axis.silences)
+            x = read_by(model, axis.parameter)
+            w = model.get_parameter(axis.parameter).detach().double().movedim(axis.dim, 0)  # place by place
+            each = {
+                Wanda: lambda unit, x=x, w=w: (x[:, unit].norm(dim=0) * w[unit].abs().sum(1)).sum(),
+                Activation: lambda unit, x=x: x[:, unit].square().sum(1).sqrt().mean(),
+                Fluctuation: lambda unit, x=x, w=w: (x[:, unit].var(0, correction=0) * w[unit].square().sum(1)).sum(),
+            }[make]
+            want[group.name] = np.array([float(each(torch.from_numpy(unit))) for unit in axis.places])
+    same(got, want, 1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_a_layers_influence_is_what_it_turns(family: str) -> None:
+    model = model_of(family, dtype=torch.float32)
+    words = batch()
+    with torch.no_grad():
+        states = model(words["input_ids"], output_hidden_states=True).hidden_states
+    got = BlockInfluence().scores(model, anatomy_of(model), ("layers",), [words])["layers"]
+    real = words["targets"] >= 0
+    for number in range(2):  # the last state has passed the final norm too
+        one, other = (state[real].double() for state in states[number : number + 2])
+        cosine = (one * other).sum(-1) / one.norm(dim=-1) / other.norm(dim=-1)
+        assert got[number] == pytest.approx(float((1 - cosine).mean()), rel=1e-4)
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
