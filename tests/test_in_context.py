@@ -91,7 +91,7 @@ def test_a_recorded_teacher_with_demonstrations_is_the_online_one(plain: Path, t
 @pytest.mark.parametrize(
     ("selection", "strategy", "teacher"),
     [
-        ("random", "zero3", "online"),
+        pytest.param("random", "zero3", "online", marks=pytest.mark.slow),
         pytest.param("fixed", "ddp", "online", marks=pytest.mark.slow),
         pytest.param("fixed", "zero3", "online", marks=pytest.mark.slow),  # the shared prompt's keys and values
         pytest.param("fixed", "zero2", "sharded", marks=pytest.mark.slow),

@@ -198,7 +198,7 @@ def alike(shapes: Shapes, scores: Scores, wanted: Kept, wish: Wish) -> dict[str,
         if kind not in wish.kinds or not groups:
             continue
         counts = [len(wanted[group.name]) if group.name in wanted else group.units for group in groups]
-        count = _multiple(sum(counts) / len(counts), groups[0].units, wish.multiple_of if kind == "mlp" else 1)
+        count = _multiple(sum(counts) / len(counts), groups[0].units, _step(anatomy, wish) if kind == "mlp" else 1)
         for group in groups:
             made[group.name] = np.sort(_order(scores[group.name])[:count])
     if wish.kept_fraction is None and "mlp" in wish.kinds:
@@ -210,13 +210,19 @@ def _fill(shapes: Shapes, scores: Scores, made: dict[str, np.ndarray], wish: Wis
     """The MLPs as wide as the budget allows: averages are rounded, and the last parameters are theirs."""
     target = _target(shapes, [], wish)
     mlps = [group for group in shapes.anatomy.of("mlp") if group.name in made]
-    low, high = 1, mlps[0].units // wish.multiple_of
+    step = _step(shapes.anatomy, wish)
+    low, high = 1, mlps[0].units // step
     while low < high:
         middle = (low + high + 1) // 2
-        tried = {group.name: np.arange(middle * wish.multiple_of) for group in mlps}
+        tried = {group.name: np.arange(middle * step) for group in mlps}
         low, high = (middle, high) if shapes.size(made | tried).parameters <= target else (low, middle - 1)
     for group in mlps:
-        made[group.name] = np.sort(_order(scores[group.name])[: low * wish.multiple_of])
+        made[group.name] = np.sort(_order(scores[group.name])[: low * step])
+
+
+def _step(anatomy: Anatomy, wish: Wish) -> int:
+    """Of experts' widths PyTorch's grouped products take multiples of 16 bytes alone."""
+    return math.lcm(wish.multiple_of, 8) if anatomy.of("experts") else wish.multiple_of
 
 
 def _open(anatomy: Anatomy, wish: Wish) -> list[Group]:

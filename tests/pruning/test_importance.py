@@ -12,6 +12,7 @@ from models.errors import Refusal
 from models.pruning.groups import Anatomy, anatomy_of
 from models.pruning.importance import REDUCTIONS
 from models.pruning.importances.activation import Activation
+from models.pruning.importances.attention_mass import AttentionMass
 from models.pruning.importances.block_influence import BlockInfluence
 from models.pruning.importances.fluctuation import Fluctuation
 from models.pruning.importances.magnitude import Magnitude
@@ -139,6 +140,38 @@ def test_what_units_give_is_measured_where_it_is_read(family: str, make: Any) ->
             }[make]
             want[group.name] = np.array([float(each(torch.from_numpy(unit))) for unit in axis.places])
     same(got, want, 1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "gpt_neox", "phi3"])
+def test_attention_is_what_queries_and_keys_make_it(family: str) -> None:
+    """Against attention that is worked out anew from the queries and keys that PyTorch's fused attention is given."""
+    model = model_of(family, dtype=torch.float32)
+    anatomy, words = anatomy_of(model), batch()
+    words["position_ids"][2] = torch.tensor([0, 1, 2, 3, 0, 1, 2, 3, 4])  # two texts in a row
+    got = AttentionMass().scores(model, anatomy, ("heads",), [words])
+    assert model.config._attn_implementation == "sdpa"
+    seen: list[tuple[torch.Tensor, ...]] = []
+    plain = torch.nn.functional.scaled_dot_product_attention
+
+    def watched(query: Any, key: Any, value: Any, attn_mask: Any = None, **more: Any) -> torch.Tensor:
+        seen.append((query, key, attn_mask, more.get("scale"), more.get("is_causal"), more.get("enable_gqa")))
+        return plain(query, key, value, attn_mask=attn_mask, **more)
+
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+        model(words["input_ids"], position_ids=words["position_ids"], use_cache=False)
+    real, elsewhere = words["targets"] >= 0, (words["position_ids"] != 0).double()
+    for layer, (query, key, mask, scale, causal, _) in enumerate(seen):
+        key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
+        logits = (query @ key.transpose(-1, -2)).double() * (scale or query.shape[-1] ** -0.5)
+        if mask is not None:
+            logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask
+        elif causal:
+            logits = logits.masked_fill(~torch.ones(logits.shape[-2:], dtype=torch.bool).tril(), -torch.inf)
+        mass = (logits.softmax(-1) @ elsewhere[:, None, :, None]).squeeze(-1)
+        of_heads = (mass * real[:, None]).sum((0, 2)) / real.sum()
+        want = of_heads.reshape(anatomy.kv_heads, -1).sum(1)
+        np.testing.assert_allclose(got[f"layers.{layer}.heads"], want, rtol=1e-4)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])

@@ -146,6 +146,13 @@ def test_widths_are_multiples_where_that_is_asked() -> None:
             assert wish.ranking == "global" or len(widths) == 1
 
 
+def test_experts_stay_as_wide_as_grouped_products_take_them() -> None:
+    shapes = shapes_of(config_of("qwen3_moe"))
+    wish = Wish(kinds=("mlp",), kept_fraction=0.6)
+    kept = alike(shapes, scores_of(shapes), choose(shapes, scores_of(shapes), wish), wish)
+    assert {len(units) for units in kept.values()} == {16}  # of 24, where 14.4 are asked for
+
+
 def test_protected_layers_stay_when_layers_go() -> None:
     shapes = shapes_of(config_of("llama", num_hidden_layers=8))
     scores = {**scores_of(shapes), "layers": np.arange(8)[::-1].astype(float)}

@@ -22,7 +22,7 @@ from pipeline.artifact import content_hash
 from pipeline.config import Config, parse
 from pipeline.context import Context
 from pipeline.worker import build, check
-from tests.command import ROOT
+from tests.command import ROOT, train, weights
 
 LITTLE = [
     "data.max_documents=60",
@@ -241,3 +241,26 @@ def test_recovery_without_adapters_trains_all_weights(made: Path, tmp_path: Path
     made_.run(context)
     assert manifest(tmp_path / "recover")["certificates"] == {}
     assert not (tmp_path / "recover" / "adapter").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "zero2", "zero3"])
+def test_two_ranks_recover_what_one_does(made: Path, tmp_path: Path, strategy: str) -> None:
+    done = train(
+        "+experiment=prune_recover",
+        *LITTLE,
+        f"teacher.path={made / 'pretrain'}",
+        f"stages.recover.student.path={made / 'prune'}",
+        f"run_dir={tmp_path / 'two'}",
+        "stages=[recover]",
+        "stages.recover.training.micro_batch=4",
+        "trainer.devices=2",
+        f"strategy={strategy}",
+        "trainer.checkpoint.every_steps=2",
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    start = weights(made / "prune")
+    for name, tensor in weights(made / "recover").items():
+        torch.testing.assert_close(weights(tmp_path / "two" / "recover")[name], tensor, rtol=0, atol=1e-5, msg=name)
+    moved = max(float((weights(made / "recover")[name] - tensor).abs().max()) for name, tensor in start.items())
+    assert moved > 1e-3
