@@ -283,14 +283,17 @@ def gathered(parameters: Iterable[nn.Parameter]) -> Any:
 def gather_state(model: nn.Module, keep: bool) -> dict[str, Tensor]:
     """The whole state dict on the CPU of the rank that says `keep`; one parameter at a time, so that a sharded model
     never has to fit one device. Every rank must call it."""
-    state = {}
+    state: dict[str, Tensor] = {}
+    copies: dict[int, Tensor] = {}  # a tied table is one tensor under two names, and is saved once
     tensors = dict(model.named_parameters(remove_duplicate=False)) | {
         name: buffer for name, buffer in model.named_buffers() if name in model.state_dict()
     }
     for name, tensor in tensors.items():
         with gathered([tensor]) if isinstance(tensor, nn.Parameter) else nullcontext():
             if keep:
-                state[name] = tensor.detach().cpu().clone()
+                if id(tensor) not in copies:
+                    copies[id(tensor)] = tensor.detach().cpu().clone()
+                state[name] = copies[id(tensor)]
     return state
 
 

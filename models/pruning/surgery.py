@@ -61,6 +61,8 @@ def cut_state(state: Mapping[str, Tensor], anatomy: Anatomy, kept: Kept) -> dict
         made[placed] = tensor.clone()
     if len(kept.get("hidden", ())) not in (0, anatomy.hidden):
         _fold_norms(made, anatomy, anatomy.hidden / len(kept["hidden"]))
+    for alias, name in anatomy.aliases.items():  # one tensor under both names, so that it is saved once
+        made[alias] = made[name]
     return made
 
 

@@ -105,6 +105,8 @@ def test_the_certificate_and_the_plan_say_what_was_done(made: Path) -> None:
         scores = np.array(plan["scores"][name])
         assert scores[units].min() >= np.delete(scores, units).max()
     assert cut.config.model_type == "mistral"
+    saved = {stage: set(weights(made / stage)) for stage in ("pretrain", "prune", "recover")}
+    assert saved["prune"] == saved["recover"] == saved["pretrain"]  # a tied table is saved once
     assert any("Mistral" in note for note in plan["notes"])
 
 
