@@ -343,6 +343,7 @@ def test_a_prompt_without_tokens_is_refused(model: Any) -> None:
 # --- teachers ---
 
 
+@pytest.mark.slow
 def test_a_teacher_sharded_over_two_ranks_answers_as_the_whole_one(tmp_path: Path) -> None:
     whole = sharp(fitting.model(32, 2, seed=2))
     fitting.saved(tmp_path, "teacher", whole)

@@ -174,6 +174,7 @@ def test_one_cache_serves_every_student_and_every_batch(
     same_training(cached, beside)
 
 
+@pytest.mark.slow
 def test_only_the_cache_is_left_and_two_ranks_train_from_it(online: Path, hidden: Path, tmp_path: Path) -> None:
     """In a run folder of its own: neither a teacher is trained there nor a signal recorded."""
     shutil.copytree(hidden / "record", tmp_path / "kept")
@@ -188,6 +189,7 @@ def test_only_the_cache_is_left_and_two_ranks_train_from_it(online: Path, hidden
 # --- recording ---
 
 
+@pytest.mark.slow
 def test_a_recording_killed_half_way_goes_on_with_two_ranks_to_the_same_pieces(hidden: Path, tmp_path: Path) -> None:
     shutil.copytree(hidden / "pretrain", tmp_path / "pretrain")
     words = [f"run_dir={tmp_path}", *LITTLE, *HIDDEN, "stages=[record]"]
@@ -425,6 +427,7 @@ def server(online: Path) -> Iterator[Server]:
     made.kill()
 
 
+@pytest.mark.slow
 def test_a_served_teacher_killed_half_way_goes_on_and_trains_as_the_one_beside(
     server: Server, online: Path, tmp_path: Path
 ) -> None:

@@ -229,6 +229,7 @@ def test_everything_killed_in_the_middle_of_a_step_goes_on_to_the_same_bits(fini
     _same_weights(finished / "distill", run_dir / "distill")
 
 
+@pytest.mark.slow
 def test_two_ranks_die_with_the_command_and_go_on_to_the_same_bits(finished: Path, tmp_path: Path) -> None:
     """torchrun stands between: it and its ranks must not outlive what started them."""
     words = [*SMALL, "stages=[distill]", "strategy=zero2", "trainer.accelerator=cpu", "trainer.devices=2"]
@@ -250,6 +251,7 @@ def test_two_ranks_die_with_the_command_and_go_on_to_the_same_bits(finished: Pat
     _same_weights(whole / "distill", killed / "distill")
 
 
+@pytest.mark.slow
 def test_a_forced_stage_that_is_killed_goes_on_too(finished: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "killed"
     shutil.copytree(finished, run_dir)
