@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
@@ -268,33 +267,6 @@ class LanguageModel(pl.LightningModule):
         self.tokens_seen, self.seconds_spent, self.validation_metrics = checkpoint["so_far"]
         if self.on_policy is not None:
             self.on_policy.load(checkpoint["on_policy"])
-
-
-def gathered(parameters: Iterable[nn.Parameter]) -> Any:
-    """A context in which ZeRO-3 shards are whole; nothing elsewhere."""
-    sharded = [p for p in parameters if hasattr(p, "ds_id")]
-    if not sharded:
-        return nullcontext()
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters(sharded, modifier_rank=None)
-
-
-def gather_state(model: nn.Module, keep: bool) -> dict[str, Tensor]:
-    """The whole state dict on the CPU of the rank that says `keep`; one parameter at a time, so that a sharded model
-    never has to fit one device. Every rank must call it."""
-    state: dict[str, Tensor] = {}
-    copies: dict[int, Tensor] = {}  # a tied table is one tensor under two names, and is saved once
-    tensors = dict(model.named_parameters(remove_duplicate=False)) | {
-        name: buffer for name, buffer in model.named_buffers() if name in model.state_dict()
-    }
-    for name, tensor in tensors.items():
-        with gathered([tensor]) if isinstance(tensor, nn.Parameter) else nullcontext():
-            if keep:
-                if id(tensor) not in copies:
-                    copies[id(tensor)] = tensor.detach().cpu().clone()
-                state[name] = copies[id(tensor)]
-    return state
 
 
 def _dimensions(parameter: Any) -> int:

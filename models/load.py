@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -82,19 +80,6 @@ def load_model(
         raise Refusal(
             f"{role}.path={path}: it does not open as a causal language model: {_first_line(problem)}"
         ) from None
-
-
-@contextmanager
-def unsharded() -> Iterator[None]:
-    """In it models are loaded whole, also while the student's ZeRO-3 configuration is registered."""
-    from transformers.integrations import deepspeed as bridge
-
-    students = bridge._hf_deepspeed_config_weak_ref
-    bridge._hf_deepspeed_config_weak_ref = None
-    try:
-        yield
-    finally:
-        bridge._hf_deepspeed_config_weak_ref = students
 
 
 def empty_model(config: PretrainedConfig) -> nn.Module:

@@ -22,13 +22,13 @@ from torch import Tensor, nn
 
 from models.errors import Refusal
 from models.generation import Sampling, generate
-from models.language_model import gathered, mixed
-from models.load import unsharded
+from models.language_model import mixed
 from models.objectives.chunked import objective_sum
 from models.objectives.long_horizon import long_horizon_sum
 from models.objectives.representation import RepresentationTerm
 from models.objectives.reverse_kl import ReverseKL
 from models.objectives.term import Objective, Term, needs_teacher
+from models.sharding import gathered, unsharded
 from models.teachers.teacher import Source
 
 IGNORED = -100

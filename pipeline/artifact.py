@@ -19,7 +19,9 @@ from models.errors import Refusal
 
 MANIFEST = "manifest.json"
 PLAN = "plan.json"  # of a cut: which units it keeps
-METRICS = "metrics.jsonl"  # of a training: beside the model, not of it, as it tells the time
+SCORES = "scores.safetensors"  # of a cut: what calibration text had to say
+METRICS = "metrics.jsonl"  # of a training: it tells the time
+BESIDE = (PLAN, SCORES, METRICS)  # they lie beside a model, and are not of it
 _PARTIAL = ".partial"
 
 
@@ -35,7 +37,11 @@ def publish(folder: Path, build: Callable[[Path], None], manifest: dict[str, Any
     aside.mkdir()
     build(aside)
     files = {str(p.relative_to(aside)): {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in _files(aside)}
-    manifest = {**manifest, "files": files, "content_hash": _combine({n: e for n, e in files.items() if n != METRICS})}
+    manifest = {
+        **manifest,
+        "files": files,
+        "content_hash": _combine({n: e for n, e in files.items() if n not in BESIDE}),
+    }
     write_json(aside / MANIFEST, manifest)
     for path in [*_files(aside), *(p for p in aside.rglob("*") if p.is_dir()), aside]:
         _fsync(path)
@@ -77,7 +83,7 @@ def content_hash(path: Path, cache: Path | None = None) -> str:
     files = {}
     for p in [path] if path.is_file() else _files(path):
         name = p.name if path.is_file() else str(p.relative_to(path))
-        if p != path and name in (MANIFEST, METRICS):
+        if p != path and name in (MANIFEST, *BESIDE):
             continue
         stat = p.stat()
         key, stamp = str(p.resolve()), [stat.st_size, stat.st_mtime_ns]

@@ -20,7 +20,7 @@ import torch
 from hydra.utils import instantiate
 
 from models.errors import Refusal
-from models.language_model import LanguageModel, gather_state
+from models.language_model import LanguageModel
 from models.load import (
     attention_for,
     check_folder,
@@ -29,11 +29,11 @@ from models.load import (
     load_model,
     parameter_count,
     save_model,
-    unsharded,
 )
 from models.lora import Lora, merge, write_adapter
 from models.objectives.term import Objective
 from models.on_policy import OnPolicy, Rollouts, ends_of
+from models.sharding import gather_state, unsharded
 from models.teachers.teacher import Opening, Source
 from pipeline import artifact
 from pipeline.context import Context

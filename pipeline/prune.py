@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from datasets import load_from_disk
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -18,17 +22,20 @@ from models.errors import Refusal
 from models.load import DTYPES, check_folder, empty_model, load_config, load_model, parameter_count, save_model
 from models.pruning import importance as scoring
 from models.pruning.groups import Anatomy, anatomy_of
-from models.pruning.importance import Importance
+from models.pruning.importance import Importance, Statistics
 from models.pruning.plan import Scores, Shapes, Size, Wish, alike, choose
-from models.pruning.surgery import Kept, cut_state, masked_state, silent_experts, smaller_config
+from models.pruning.surgery import Kept, cut_state, silence, silent_experts, smaller_config
+from models.sharding import engine_of, load_sharded, zero3
 from pipeline import artifact
 from pipeline.context import Context
 from pipeline.data import packing
-from pipeline.data.batch import collate, pad_token
+from pipeline.data.batch import blank, collate, pad_token
 from pipeline.data.rows import RowSource, check_source, rows_of, source_key
 from pipeline.data.tokenizer import load_tokenizer
+from pipeline.progress import shown
+from pipeline.ranks import join
+from pipeline.strategy import prepare_environment
 
-_AT_ONCE = 16  # calibration rows in a batch
 _PROOF_ROWS = 4
 
 
@@ -49,21 +56,33 @@ class Prune:
     protect_last: int = 0
     multiple_of: int = 1
     plan: str | None = None  # a plan.json, as it was written or edited: nothing is scored
+    scores: Sequence[str] | None = None  # scores.safetensors of earlier cuts, added up: no text is read for them
+    steps: int = 1  # the cut is taken in so many, the units scored anew before each
     calibration_rows: int = 10
     calibration_tokens: int = 64  # of each row
+    calibration_batch: int = 10  # rows that are read at once
     tolerance: float = 1e-4  # of the certificate, as a share of the largest logit
     dtype: str = "float32"
     trust_remote_code: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("calibration_rows", 1), ("calibration_tokens", 2)):
+        for name, least in (
+            ("calibration_rows", 1),
+            ("calibration_tokens", 2),
+            ("calibration_batch", 1),
+            ("steps", 1),
+        ):
             if getattr(self, name) < least:
                 raise Refusal(f"prune.{name}={getattr(self, name)}: need at least {least}")
         if self.dtype not in DTYPES:
             raise Refusal(f"prune.dtype={self.dtype}: need one of {', '.join(DTYPES)}")
         if not self.tolerance > 0:
             raise Refusal(f"prune.tolerance={self.tolerance}: need a number above 0")
+        if self.scores is not None and self.steps > 1:
+            raise Refusal(f"prune.scores with steps={self.steps}: they are of the whole model; use steps=1")
+        if self.scores == []:
+            raise Refusal(f"prune.scores=[]: name some {artifact.SCORES}, or null")
 
     @property
     def _wish(self) -> Wish:
@@ -79,11 +98,22 @@ class Prune:
             self.multiple_of,
         )
 
+    @property
+    def _files(self) -> list[Path]:
+        """Where a folder is given, the scores in it."""
+        return [Path(path) / artifact.SCORES if Path(path).is_dir() else Path(path) for path in self.scores or []]
+
+    @property
+    def _reads(self) -> bool:
+        """Whether calibration text is read."""
+        return self.plan is None and self.scores is None and self.importance.needs_calibration_data
+
     def ranks(self, context: Context) -> int:
-        return 1
+        return context.world if self._reads else 1
 
     def parents(self, context: Context) -> dict[str, str]:
         given = {"model": self.model, "plan": self.plan, **self.data.made_by_stages}
+        given |= {f"scores {number}": str(path) for number, path in enumerate(self._files)}
         return {role: path for role, path in given.items() if path}
 
     def content(self) -> str:
@@ -107,6 +137,8 @@ class Prune:
             kept, _ = read_plan(Path(self.plan), anatomy)
         else:
             scoring.check(self.importance, self.kinds)
+            for path in self._files:
+                _read_scores(path)
             # As if all scores were known: what cannot be met or said is refused before a weight is read.
             scores = {group.name: np.arange(group.units, dtype=float) for group in anatomy.groups.values()}
             kept = alike(shapes, scores, choose(shapes, scores, self._wish), self._wish)
@@ -123,40 +155,57 @@ class Prune:
         }
 
     def prepare(self, context: Context) -> None:
-        """Nothing to share: one process does it all."""
+        """The rows, before the ranks start."""
         context.work.mkdir(parents=True, exist_ok=True)
+        tokenizer = self._tokenizer()
+        folders = {}
+        for split in ("train", "validation"):
+            rows, _, folder = rows_of(self.data, split, tokenizer, context.data_folder)
+            folders[split] = str(folder) if len(rows) else None
+        if folders["train"] is None:
+            raise Refusal(
+                f"{context.stage}: no row of data.train is left after tokenizing; there is no calibration text"
+            )
+        artifact.write_json(context.work / "prepared.json", folders)
 
     def run(self, context: Context) -> None:
         begin = time.monotonic()
-        tokenizer = load_tokenizer(self.model, self.trust_remote_code)
-        if self.data.chat_template is not None:
-            tokenizer.chat_template = packing.chat_template(tokenizer, self.data)
-        model = load_model(
-            self.model, dtype=DTYPES[self.dtype], role="model", trust_remote_code=self.trust_remote_code
-        ).to(context.device)
-        anatomy = anatomy_of(model)
-        shapes = Shapes.of_model(model, anatomy)
-        scores: Scores = {}
+        tokenizer, place = self._tokenizer(), torch.device(context.device)
+        several = self.ranks(context) > 1
+        if several:
+            prepare_environment(context.device)
+            place = join(context.device)
+        config = load_config(self.model, "model", self.trust_remote_code)
+        whole = empty_model(config)
+        anatomy = anatomy_of(whole)
+        shapes = Shapes.of_model(whole, anatomy)
+        model: Any = None
+        scores: dict[str, np.ndarray] = {}
+        statistics: Statistics = {}
         if self.plan is not None:
             kept, note = read_plan(Path(self.plan), anatomy)
         else:
-            batches = self._batches(context, tokenizer, "train", self.calibration_rows)
-            scores = self.importance.scores(model, anatomy, self.kinds, batches)
-            wanted = choose(shapes, scores, self._wish)
-            kept = alike(shapes, scores, wanted, self._wish)
-            note = _apart(shapes, wanted, kept)
-        config, said = smaller_config(model.config, anatomy, kept)
+            model, kept, note, scores, statistics = self._decide(context, tokenizer, shapes, place)
+        if several:
+            torch.distributed.barrier()
+            torch.distributed.destroy_process_group()
+        if context.rank:
+            return
+        model = model or load_model(self.model, **self._words).to(place)
+        smaller, said = smaller_config(config, anatomy, kept)
         sizes = shapes.size({}), shapes.size(kept)
-        plan = _plan(context, anatomy, kept, scores, sizes, config, [each for each in (note, said) if each])
+        plan = _plan(context, anatomy, kept, scores, sizes, smaller, [each for each in (note, said) if each])
         manifest = context.manifest("model")
 
         def build(folder: Path) -> None:
             with torch.device("meta"):
-                cut = AutoModelForCausalLM.from_config(config)
+                cut = AutoModelForCausalLM.from_config(smaller)
             cut.generation_config = model.generation_config
             state = cut_state(model.state_dict(), anatomy, kept)
             save_model(cut, tokenizer, folder, state, DTYPES[self.dtype])
             _write_plan(folder / artifact.PLAN, plan)
+            if statistics:
+                save_file(statistics, folder / artifact.SCORES, metadata={"of": json.dumps(self._scored(context))})
             del cut, state
             proof = self._proof(context, tokenizer, model, anatomy, kept, folder)
             manifest["certificates"] = {"masked_equals_cut": proof}
@@ -177,19 +226,108 @@ class Prune:
             f"{manifest['certificates']['masked_equals_cut']['max_difference']:.1e}"
         )
 
-    def _batches(self, context: Context, tokenizer: Any, split: str, count: int) -> list[dict[str, Tensor]]:
-        """Some rows of a split, of `calibration_tokens` each; the same ones for the same seed."""
-        rows, _, _ = rows_of(self.data, split, tokenizer, context.data_folder)
-        if not len(rows):
+    def _tokenizer(self) -> Any:
+        tokenizer = load_tokenizer(self.model, self.trust_remote_code)
+        if self.data.chat_template is not None:
+            tokenizer.chat_template = packing.chat_template(tokenizer, self.data)
+        return tokenizer
+
+    @property
+    def _words(self) -> dict[str, Any]:
+        return {"dtype": DTYPES[self.dtype], "role": "model", "trust_remote_code": self.trust_remote_code}
+
+    def _decide(
+        self, context: Context, tokenizer: Any, shapes: Shapes, place: torch.device
+    ) -> tuple[Any, dict[str, np.ndarray], str, dict[str, np.ndarray], Statistics]:
+        """(the model, where it is still what it was; kept units; a note; scores; statistics), on every rank."""
+        anatomy = shapes.anatomy
+        model, close = self._open(context, place)
+        kept: dict[str, np.ndarray] = {}
+        for step in range(1, self.steps + 1):
+            statistics = self._statistics(context, tokenizer, model, anatomy, kept, step)
+            scores = self.importance.scores(model, anatomy, self.kinds, statistics)
+            for name, units in kept.items():  # what went in an earlier step is below all that is there
+                scores[name] = np.where(np.isin(np.arange(len(scores[name])), units), scores[name], -1.0)
+            wish = self._wish.after(step, self.steps, shapes.size({}).parameters)
+            wanted = choose(shapes, scores, wish)
+            kept = alike(shapes, scores, wanted, wish)
+            if step < self.steps:
+                silence(model, anatomy, kept)
+        if close is not None:
+            close()
+        unchanged = model if close is None and self.steps == 1 else None
+        return unchanged, kept, _apart(shapes, wanted, kept), scores, statistics
+
+    def _open(self, context: Context, place: torch.device) -> tuple[Any, Callable[[], None] | None]:
+        """The model to be scored, and how to be rid of it where it is sharded."""
+        strategy = context.config["strategy"]
+        if self.ranks(context) == 1 or strategy.get("stage") != 3:
+            return load_model(self.model, **self._words).to(place), None
+        config = zero3(self.dtype, "cpu" if strategy["offload_parameters"] else "none")
+        model = load_sharded(self.model, config, **self._words)
+        return model, engine_of(model, config).destroy
+
+    def _statistics(
+        self, context: Context, tokenizer: Any, model: Any, anatomy: Anatomy, kept: Kept, step: int
+    ) -> Statistics:
+        """What calibration text says, or what files have of it; gone on with where a killed run was."""
+        if self.scores is not None:
+            return self._added(context)
+        if not self.importance.needs_calibration_data:
+            return {}
+        path = context.work / f"{step}.{artifact.SCORES}"
+        before, done = _resumed(path, context.fingerprint)
+        world = self.ranks(context)
+        batches = self._batches(context, tokenizer, "train", self.calibration_rows, context.rank, world)
+
+        def after(statistics: Statistics) -> None:
+            nonlocal done
+            done += 1
+            if context.rank == 0:
+                aside = path.with_name(f".{path.name}.partial")
+                save_file(statistics, aside, metadata={"of": context.fingerprint, "batches": str(done)})
+                os.replace(aside, path)
+
+        left = shown(batches[done:], len(batches) - done, "scoring", context.rank == 0 and len(batches) - done > 1)
+        with silent_experts(model, anatomy, kept):
+            return scoring.gather(self.importance, model, anatomy, self.kinds, left, before, after)
+
+    def _scored(self, context: Context) -> dict[str, Any]:
+        """What has to be equal for statistics to be added up."""
+        importance = context.config["stages"][context.stage]["importance"]
+        model = context.parents["model"]["content_hash"]
+        return {"model": model, "importance": importance, "kinds": sorted(self.kinds)}
+
+    def _added(self, context: Context) -> Statistics:
+        total: Statistics = {}
+        for path in self._files:
+            statistics, of = _read_scores(path)
+            if odd := [name for name, value in self._scored(context).items() if of.get(name) != value]:
+                raise Refusal(f"prune.scores={path}: these are of another {odd[0]}; score this one's text anew")
+            total = {name: total[name] + values if total else values for name, values in statistics.items()}
+        return total
+
+    def _batches(
+        self, context: Context, tokenizer: Any, split: str, count: int, rank: int = 0, world: int = 1
+    ) -> list[dict[str, Tensor]]:
+        """Some rows of a split, of `calibration_tokens` each, this rank's part of them; the same for the same seed."""
+        folder = json.loads((context.work / "prepared.json").read_text())[split]
+        if folder is None:
             return []
+        rows = load_from_disk(folder)
         chosen = np.random.default_rng([self.seed, *split.encode()]).permutation(len(rows))[:count]
         names = ("input_ids", "position_ids", "targets")
         short = [{name: rows[int(n)][name][: self.calibration_tokens] for name in names} for n in chosen]
         batches = []
-        for first in range(0, len(short), _AT_ONCE):
-            batch = collate(short[first : first + _AT_ONCE], pad_token=pad_token(tokenizer))
-            batches.append({name: tensor.to(context.device) for name, tensor in batch.items()})
+        for first in range(0, len(short), self.calibration_batch):
+            mine = short[first : first + self.calibration_batch][rank::world]
+            batch = collate(mine or [blank(names, pad_token(tokenizer))], pad_token=pad_token(tokenizer))
+            batches.append({name: batch[name].to(self._place(context)) for name in names})
         return batches
+
+    @staticmethod
+    def _place(context: Context) -> torch.device:
+        return torch.device("cuda", torch.cuda.current_device()) if context.device == "cuda" else torch.device("cpu")
 
     @torch.no_grad()
     def _proof(
@@ -198,8 +336,8 @@ class Prune:
         """The masked model's logits against those of the folder that was written, on text. `model` becomes masked."""
         batches = self._batches(context, tokenizer, "validation", _PROOF_ROWS)
         batches = batches or self._batches(context, tokenizer, "train", _PROOF_ROWS)
-        model.load_state_dict(masked_state(model.state_dict(), anatomy, kept))
-        cut = load_model(str(folder), dtype=DTYPES[self.dtype], role="pruned").to(context.device)
+        silence(model, anatomy, kept)
+        cut = load_model(str(folder), dtype=DTYPES[self.dtype], role="pruned").to(self._place(context))
         model.eval(), cut.eval()
         apart, largest, tokens = 0.0, 0.0, 0
         for batch in batches:
@@ -237,6 +375,28 @@ def read_plan(path: Path, anatomy: Anatomy) -> tuple[dict[str, np.ndarray], str]
             )
         kept[name] = np.array(units)
     return kept, "as the plan says"
+
+
+def _read_scores(path: Path) -> tuple[Statistics, dict[str, Any]]:
+    """Statistics, and what they are of."""
+    try:
+        with safe_open(path, "np") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["of"])
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as problem:
+        raise Refusal(
+            f"prune.scores={path}: no scores: {problem}; need a {artifact.SCORES} of an earlier cut"
+        ) from None
+
+
+def _resumed(path: Path, fingerprint: str) -> tuple[Statistics, int]:
+    """What a killed run had gathered, and of how many batches."""
+    if not path.exists():
+        return {}, 0
+    with safe_open(path, "np") as file:
+        metadata = file.metadata()
+        if metadata["of"] != fingerprint:
+            return {}, 0
+        return {name: file.get_tensor(name) for name in file.keys()}, int(metadata["batches"])
 
 
 def _write_plan(path: Path, plan: dict[str, Any]) -> None:

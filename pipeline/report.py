@@ -20,7 +20,7 @@ from rich.text import Text
 
 from models.errors import Refusal
 from pipeline import chart, units
-from pipeline.artifact import METRICS, PLAN
+from pipeline.artifact import BESIDE, METRICS
 
 Json = dict[str, Any]
 
@@ -192,7 +192,7 @@ def _unmeasured(artifact: Artifact) -> Json:
         "stage": artifact.name,
         "path": str(artifact.folder.resolve()),
         "parameters": manifest.get("metrics", {}).get("parameters"),
-        "bytes": sum(file["bytes"] for name, file in files.items() if name not in (METRICS, PLAN) and "/" not in name),
+        "bytes": sum(file["bytes"] for name, file in files.items() if name not in BESIDE and "/" not in name),
         "seconds": manifest.get("seconds"),
         "tokens": manifest.get("tokens"),
     }

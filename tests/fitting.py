@@ -17,7 +17,7 @@ from peft import LoraConfig
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from models.generation import Sampling
-from models.language_model import LanguageModel, gather_state
+from models.language_model import LanguageModel
 from models.load import load_config
 from models.objectives.attention_relations import AttentionRelations
 from models.objectives.cross_entropy import CrossEntropy
@@ -27,6 +27,7 @@ from models.objectives.hidden_states import HiddenStates
 from models.objectives.reverse_kl import ReverseKL
 from models.on_policy import OnPolicy, Rollouts
 from models.schedules import cosine
+from models.sharding import gather_state
 from models.teachers.online import Online
 from models.teachers.sharded import Sharded
 from models.teachers.teacher import Opening

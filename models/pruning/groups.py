@@ -111,7 +111,7 @@ class _Found:
         self.model = model
         self.hidden, self.heads, self.kv_heads, self.head_dim = hidden, heads, kv_heads, head_dim
         # A tied table has one name here, and one group of axes.
-        self.shapes = {name: tuple(_shape(parameter)) for name, parameter in model.named_parameters()}
+        self.shapes = {name: tuple(shape_of(parameter)) for name, parameter in model.named_parameters()}
         self.left = dict.fromkeys(self.shapes)
         self.groups: list[Group] = []
         self.stream: list[Axis] = []  # axes of the residual stream
@@ -312,7 +312,7 @@ def _blocks(count: int, width: int) -> np.ndarray:
     return np.arange(count * width).reshape(count, width)
 
 
-def _shape(parameter: Any) -> Sequence[int]:
+def shape_of(parameter: Any) -> Sequence[int]:
     """Under ZeRO-3 a parameter is empty, and remembers its shape."""
     shape: Sequence[int] = getattr(parameter, "ds_shape", parameter.shape)
     return shape

@@ -1,20 +1,25 @@
 """What is lost with a unit: the contract of conf/importance/*.yaml, and what the importances share.
 
-Scores are Float64[units] for every group; of layers only where an importance knows them. A larger one is kept. They are
-reduced to units as soon as they are known, weight by weight: no second copy of weights or gradients is ever whole.
+Scores are Float64[units] for every group; of layers only where an importance knows them. A larger one is kept.
+
+What text has to say is gathered as statistics: sums over batches, of units or of what a matrix reads, never of weights.
+So they can be kept in a file, gone on with, and added to those of other text, and no second copy of weights or
+gradients is ever whole.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.errors import Refusal
-from models.pruning.groups import Anatomy, Axis, Group
+from models.pruning.groups import Anatomy, Axis, Group, shape_of
+from models.sharding import gathered
 
 REDUCTIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "sum": lambda values: values.sum(0),
@@ -25,19 +30,55 @@ REDUCTIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 }
 
 
+Batch = dict[str, Tensor]  # input_ids, position_ids, targets: Int64[B, T] each; -100 where nothing is predicted
+Statistics = dict[str, np.ndarray]  # Float64, added up over batches
+
+
 @runtime_checkable
 class Importance(Protocol):
+    """The model comes back as it was, without gradients. Under ZeRO-3 every rank has to take part."""
+
     needs_calibration_data: ClassVar[bool]
     kinds: ClassVar[tuple[str, ...]]  # of groups that it can score
 
-    def scores(
-        self, model: Any, anatomy: Anatomy, kinds: Sequence[str], batches: Iterable[dict[str, Tensor]]
-    ) -> dict[str, np.ndarray]:
-        """Of all groups of these kinds. The model comes back as it was, without gradients.
+    def tally(self, model: Any, anatomy: Anatomy, kinds: Sequence[str], batch: Batch) -> Statistics:
+        """Of one batch, this rank's part of it; only asked for where text is needed.
 
-        `batches`: input_ids, position_ids and targets, Int64[B, T] each; targets are -100 where nothing is predicted.
+        The same as if one process had read it all, once the ranks' are added up.
         """
         ...
+
+    def scores(
+        self, model: Any, anatomy: Anatomy, kinds: Sequence[str], statistics: Statistics
+    ) -> dict[str, np.ndarray]:
+        """Of all groups of these kinds."""
+        ...
+
+
+def gather(
+    importance: Importance,
+    model: Any,
+    anatomy: Anatomy,
+    kinds: Sequence[str],
+    batches: Iterable[Batch],
+    before: Statistics | None = None,
+    after: Callable[[Statistics], None] = lambda statistics: None,
+) -> Statistics:
+    """Over all ranks and batches, added to those that were gathered `before`; `after` is told of them at each batch."""
+    total = dict(before or {})
+    for batch in batches:
+        for name, values in importance.tally(model, anatomy, kinds, batch).items():
+            values = over_ranks(torch.from_numpy(values).to(batch["targets"].device)).cpu().numpy()
+            total[name] = total[name] + values if name in total else values
+        after(total)
+    return total
+
+
+def over_ranks(values: Tensor) -> Tensor:
+    """Their sum, in place."""
+    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        torch.distributed.all_reduce(values)
+    return values
 
 
 def check(importance: Importance, kinds: Sequence[str]) -> None:
@@ -82,67 +123,82 @@ class Tally:
         for group in groups:
             for number, axis in enumerate(group.axes):
                 self.axes.setdefault(axis.parameter, []).append((group.name, number, axis))
-        self.values: dict[tuple[str, int], np.ndarray] = {}
+        self.values: Statistics = {}
 
     def add(self, parameter: str, values: Tensor, *, absolute_places: bool = False) -> None:
         for group, number, axis in self.axes.get(parameter, []):
             found = per_unit(values, axis, absolute_places=absolute_places)
-            before = self.values.get((group, number))
-            self.values[group, number] = found if before is None else before + found
+            key = f"{group}/{number}"
+            self.values[key] = self.values[key] + found if key in self.values else found
 
-    def scores(
-        self, reduction: str = "sum", size: Callable[[np.ndarray], np.ndarray] = np.abs
-    ) -> dict[str, np.ndarray]:
+    def scores(self, reduction: str = "sum") -> dict[str, np.ndarray]:
         made = {}
         for group in self.groups:
-            of_axes = [self.values[group.name, n] for n in range(len(group.axes)) if (group.name, n) in self.values]
+            of_axes = [
+                found for n in range(len(group.axes)) if (found := self.values.get(f"{group.name}/{n}")) is not None
+            ]
             if not of_axes:
                 raise ValueError(f"{group.name}: nothing was told of any of its weights")
-            made[group.name] = REDUCTIONS[reduction](size(np.stack(of_axes)))
+            made[group.name] = REDUCTIONS[reduction](np.stack(of_axes))
         return made
 
 
-def weights_of(model: Any, groups: Sequence[Group]) -> dict[str, Tensor]:
+def weights_of(model: Any, groups: Sequence[Group]) -> dict[str, nn.Parameter]:
     """The parameters that the groups touch, biases and scales left out: they are of no matrix."""
     names = dict.fromkeys(axis.parameter for group in groups for axis in group.axes)
     parameters = dict(model.named_parameters())
-    return {name: parameters[name] for name in names if parameters[name].ndim > 1}
+    return {name: parameters[name] for name in names if len(shape_of(parameters[name])) > 1}
 
 
-def over_inputs(
-    model: Any,
-    groups: Sequence[Group],
-    batches: Iterable[dict[str, Tensor]],
-    take: Callable[[Group, Axis, Tensor], None],
-) -> None:
-    """For every batch and group `take(group, axis, read)`: what the matrix that the group's units feed reads, of the
-    tokens that predict something, Float32[N, width], and the axis on which that matrix holds the units.
+def over_inputs(model: Any, groups: Sequence[Group], batch: Batch, take: Callable[[Group, Axis, Tensor], None]) -> None:
+    """For every group `take(group, axis, read)`: what the matrix that the group's units feed reads, of the tokens that
+    predict something, Float64[N, width], and the axis on which that matrix holds the units.
 
     Raises Refusal for experts, which read inside of one operation.
     """
-    fed = {group.name: next(axis for axis in group.axes if axis.silences) for group in groups}
+    fed = {group.name: fed_by(group) for group in groups}
     if odd := [name for name, axis in fed.items() if axis.slot is not None]:
         raise Refusal(f"importance: what the experts of {odd[0]} read is not seen; use taylor or magnitude")
-    real: list[Tensor] = []
-    handles = []
+    hooks = []
     for group in groups:
         axis = fed[group.name]
 
         def hook(module: Any, inputs: tuple[Tensor, ...], group: Group = group, axis: Axis = axis) -> None:
-            take(group, axis, inputs[0].flatten(0, -2)[real[0]].float())
+            take(group, axis, real(inputs[0], batch).double())
 
-        handles.append(model.get_submodule(axis.parameter.rpartition(".")[0]).register_forward_pre_hook(hook))
+        module = model.get_submodule(axis.parameter.rpartition(".")[0])
+        hooks.append(partial(module.register_forward_pre_hook, hook))
+    run(model, batch, hooks)
+
+
+def run(model: Any, batch: Batch, hooks: Iterable[Callable[[], Any]], **words: Any) -> Any:
+    """One forward, in eval mode and without a graph, with hooks that are removed again."""
+    handles = [register() for register in hooks]
     training = model.training
     model.eval()
     try:
         with torch.no_grad():
-            for batch in batches:
-                real[:] = [(batch["targets"] >= 0).flatten()]
-                model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
+            ids, positions = batch["input_ids"], batch["position_ids"]
+            return model(input_ids=ids, position_ids=positions, use_cache=False, **words)
     finally:
         for handle in handles:
             handle.remove()
         model.train(training)
+
+
+def real(values: Tensor, batch: Batch) -> Tensor:
+    """Of [B, T, width] or [B · T, width] the tokens that predict something."""
+    return values.reshape(-1, values.shape[-1])[(batch["targets"] >= 0).flatten()]
+
+
+def tokens_of(batch: Batch) -> np.ndarray:
+    """Float64[1]: how many tokens predict something, to be added up beside what is averaged over them."""
+    return np.array([float((batch["targets"] >= 0).sum())])
+
+
+def fed_by(group: Group) -> Axis:
+    """Where the group's units lie in the matrix that reads them."""
+    return next(axis for axis in group.axes if axis.silences)
 
 
 def of_places(values: np.ndarray, axis: Axis) -> np.ndarray:
@@ -153,6 +209,7 @@ def of_places(values: np.ndarray, axis: Axis) -> np.ndarray:
 
 def columns(model: Any, axis: Axis, power: int) -> np.ndarray:
     """Float64[width]: Σ |w|^power over all that a place of the axis is multiplied with."""
-    weight = model.get_parameter(axis.parameter).detach()
-    found: np.ndarray = (weight.abs().double() ** power).sum(1 - axis.dim).cpu().numpy()
+    weight = model.get_parameter(axis.parameter)
+    with gathered([weight]):
+        found: np.ndarray = (weight.detach().abs().double() ** power).sum(1 - axis.dim).cpu().numpy()
     return found

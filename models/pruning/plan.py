@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -121,6 +121,16 @@ class Wish:
     protect_first: int = 0  # layers of which nothing goes
     protect_last: int = 0
     multiple_of: int = 1  # of the widths of mlp and hidden that remain
+
+    def after(self, step: int, steps: int, whole: int) -> Wish:
+        """What is asked for after so many of `steps` equal ones, of a model of `whole` parameters."""
+        share = step / steps
+        if self.kept_fraction is not None:
+            return replace(self, kept_fraction=1 - (1 - self.kept_fraction) * share)
+        if self.target_parameters is not None:
+            return replace(self, target_parameters=round(whole - (whole - self.target_parameters) * share))
+        assert self.target_bytes is not None
+        return replace(self, target_bytes=round(2 * whole - (2 * whole - self.target_bytes) * share))
 
     def check(self, layers: int) -> None:
         for kind in self.kinds:

@@ -20,6 +20,7 @@ from transformers import AutoConfig, PretrainedConfig
 from models.errors import Refusal
 from models.load import empty_model
 from models.pruning.groups import Anatomy, Axis
+from models.sharding import gathered
 from models.student import rebuilt
 
 Kept = Mapping[str, np.ndarray]  # group → Int64[n], its remaining units, rising; a group that is absent keeps all
@@ -66,29 +67,28 @@ def cut_state(state: Mapping[str, Tensor], anatomy: Anatomy, kept: Kept) -> dict
     return made
 
 
-def masked_state(state: Mapping[str, Tensor], anatomy: Anatomy, kept: Kept) -> dict[str, Tensor]:
-    """The whole model's weights, those that let a removed unit be heard put to zero."""
-    made = {name: tensor.clone() for name, tensor in state.items()}
-
-    def silence(axis: Axis, places: np.ndarray) -> None:
-        tensor = made[axis.parameter] if axis.slot is None else made[axis.parameter][axis.slot]
-        dim = axis.dim if axis.slot is None else axis.dim - 1
-        tensor.index_fill_(dim, torch.from_numpy(places.ravel()).to(tensor.device), 0)
-
+@torch.no_grad()
+def silence(model: Any, anatomy: Anatomy, kept: Kept) -> None:
+    """Zeros in all weights by which a removed unit could be heard, in place; under ZeRO-3 every rank takes part."""
     for name, units in kept.items():
         group = anatomy.groups[name]
         removed = np.setdiff1d(np.arange(group.units), units)
         for axis in group.axes:
             if axis.silences and len(removed):
-                silence(axis, axis.places[removed])
+                _silence(model, axis, axis.places[removed])
     gone = set(range(anatomy.layers)) - set(kept["layers"].tolist() if "layers" in kept else range(anatomy.layers))
     for axis in anatomy.groups["hidden"].axes:
         found = re.match(re.escape(anatomy.prefix) + r"\.(\d+)\.", axis.parameter)
         if axis.silences and found and int(found[1]) in gone:
-            silence(axis, axis.places)
-    for alias, name in anatomy.aliases.items():  # a tied table is one tensor
-        made[alias] = made[name]
-    return made
+            _silence(model, axis, axis.places)
+
+
+def _silence(model: Any, axis: Axis, places: np.ndarray) -> None:
+    parameter = model.get_parameter(axis.parameter)
+    with gathered([parameter], changed=True):
+        tensor = parameter.data if axis.slot is None else parameter.data[axis.slot]
+        dim = axis.dim if axis.slot is None else axis.dim - 1
+        tensor.index_fill_(dim, torch.from_numpy(places.ravel()).to(tensor.device), 0)
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -14,10 +13,11 @@ from torch import Tensor, nn
 from models.errors import Refusal
 from models.generation import Answer, Sampling, generate, log_probabilities
 from models.heads import check_split, head_of, hidden_states
-from models.load import DTYPES, load_model
+from models.load import DTYPES
 from models.objectives.representation import Wanted
 from models.objectives.signal import Signal
 from models.objectives.term import Objective
+from models.sharding import engine_of, gathered, load_sharded, zero3
 from models.teachers.teacher import Looked, Opening, Prefix, Result, Teacher, look_through, prefix_of, signal_of
 
 OFFLOADS = ("none", "cpu", "nvme")
@@ -56,17 +56,7 @@ class Sharded:
 
     def config(self) -> dict[str, Any]:
         """DeepSpeed's."""
-        section: dict[str, Any] = {"stage": 3, "stage3_param_persistence_threshold": 0}
-        if self.offload != "none":
-            section["offload_param"] = {"device": self.offload, "pin_memory": torch.cuda.is_available()}
-        if self.offload == "nvme":
-            section["offload_param"]["nvme_path"] = self.nvme_path
-        return {
-            "zero_optimization": section,
-            "train_micro_batch_size_per_gpu": 1,
-            "bf16": {"enabled": self.dtype == "bfloat16"},
-            "fp16": {"enabled": self.dtype == "float16"},
-        }
+        return zero3(self.dtype, self.offload, self.nvme_path)
 
 
 class _Body(nn.Module):
@@ -93,28 +83,16 @@ class _ShardedTeacher:
         """Load and shard. Not earlier: the process group is up and the student is in place by now."""
         if self.engine is not None:
             return
-        deepspeed = _deepspeed()
-        from transformers.integrations import deepspeed as bridge
-
         config = self.source.config()
-        # While a config is registered transformers loads straight into shards. The student's, if it is under ZeRO-3
-        # itself, comes back afterwards.
-        students = bridge._hf_deepspeed_config_weak_ref
-        mine = bridge.HfDeepSpeedConfig(config)
-        try:
-            model = load_model(
-                self.source.path,
-                dtype=DTYPES[self.source.dtype],
-                attention=self.opening.attention,
-                role="teacher",
-                trust_remote_code=self.source.trust_remote_code,
-            )
-        finally:
-            bridge._hf_deepspeed_config_weak_ref = students
-            del mine
-        self.model = model.eval().requires_grad_(False)
-        self.engine, *_ = deepspeed.initialize(model=_Body(self.model), config=config)
-        self.engine.eval()
+        self.model = load_sharded(
+            self.source.path,
+            config,
+            dtype=DTYPES[self.source.dtype],
+            attention=self.opening.attention,
+            role="teacher",
+            trust_remote_code=self.source.trust_remote_code,
+        )
+        self.engine = engine_of(_Body(self.model), config)
         with self._whole():
             check_split(self.model, self.opening.vocabulary, self.opening.packed)
         self.prefix = prefix_of(self.opening, self.engine, self.model)
@@ -123,7 +101,7 @@ class _ShardedTeacher:
         return look_through(self.model, self.engine, batch, wanted, self.prefix)
 
     def give(self, looked: Looked, work: Callable[[Signal], Result]) -> Result:
-        with _gathered(self.model.get_output_embeddings().parameters()):
+        with gathered(self.model.get_output_embeddings().parameters()):
             return work(signal_of(looked, head_of(self.model), self.opening))
 
     def generate(
@@ -150,32 +128,4 @@ class _ShardedTeacher:
 
     def _whole(self) -> Any:
         """The head beside the body, whose own forward gathers it."""
-        return _gathered(self.model.get_output_embeddings().parameters())
-
-
-def _gathered(parameters: Any) -> Any:
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=None)
-
-
-def _deepspeed() -> Any:
-    """DeepSpeed with a process group: the student's where there is one, else a group of one."""
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    os.environ.setdefault("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))  # zero.Init reads it
-    import deepspeed
-
-    if not torch.cuda.is_available():
-        import deepspeed.ops
-
-        # The shared-memory collective would be compiled on first use, for minutes.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if not torch.distributed.is_initialized():
-        from torch._C._distributed_c10d import HashStore
-
-        backend = "nccl" if torch.cuda.is_available() else "gloo"
-        torch.distributed.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
-    if not deepspeed.comm.is_initialized():
-        deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
-    return deepspeed
+        return gathered(self.model.get_output_embeddings().parameters())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from models.errors import Refusal
 from models.load import empty_model
 from models.pruning.groups import Anatomy, anatomy_of
-from models.pruning.surgery import Kept, cut_state, masked_state, silent_experts, smaller_config
+from models.pruning.surgery import Kept, cut_state, silence, silent_experts, smaller_config
 from tests.pruning.families import FAMILIES, FIXED_HEADS, LAYER_NORMS, config_of, model_of, tokens
 
 KEPT = {"mlp": 0.8, "heads": 0.5, "experts": 0.75, "hidden": 0.75, "layers": 0.67}
@@ -44,6 +45,13 @@ def opened(config: Any, state: dict[str, torch.Tensor]) -> Any:
     return model.eval()
 
 
+def masked_state(model: Any, anatomy: Anatomy, kept: Kept) -> dict[str, torch.Tensor]:
+    silent = copy.deepcopy(model)
+    silence(silent, anatomy, kept)
+    found: dict[str, torch.Tensor] = silent.state_dict()
+    return found
+
+
 def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         found: torch.Tensor = model(ids).logits
@@ -60,7 +68,7 @@ def test_a_cut_model_is_the_masked_one(family: str, tied: bool) -> None:
         kept = some(anatomy, kind)
         config, _ = smaller_config(model.config, anatomy, kept)
         cut = logits(opened(config, cut_state(state, anatomy, kept)), ids)
-        silent = opened(model.config, masked_state(state, anatomy, kept))
+        silent = opened(model.config, masked_state(model, anatomy, kept))
         with silent_experts(silent, anatomy, kept):
             masked = logits(silent, ids)
         # RMSNorm computes in fp32, whatever the dtype, and the folded scales round there.
@@ -77,7 +85,7 @@ def test_what_is_removed_has_no_say(family: str) -> None:
         if kind == "layers":
             continue
         kept = some(anatomy, kind)
-        state = masked_state(model.state_dict(), anatomy, kept)
+        state = masked_state(model, anatomy, kept)
         changed = {name: tensor.clone() for name, tensor in state.items()}
         for name, units in kept.items():
             group = anatomy.groups[name]
@@ -183,7 +191,7 @@ def test_llama_with_heads_that_its_config_cannot_say_is_saved_as_mistral_and_com
     assert (config.model_type, config.sliding_window, config.head_dim) == ("mistral", None, 8)
     assert "Mistral" in said
     cut = logits(opened(config, cut_state(model.state_dict(), anatomy, kept)), tokens())
-    masked = logits(opened(model.config, masked_state(model.state_dict(), anatomy, kept)), tokens())
+    masked = logits(opened(model.config, masked_state(model, anatomy, kept)), tokens())
     assert (cut - masked).abs().max() < 1e-9
 
 

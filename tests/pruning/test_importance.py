@@ -10,7 +10,7 @@ import torch
 
 from models.errors import Refusal
 from models.pruning.groups import Anatomy, anatomy_of
-from models.pruning.importance import REDUCTIONS
+from models.pruning.importance import REDUCTIONS, gather
 from models.pruning.importances.activation import Activation
 from models.pruning.importances.attention_mass import AttentionMass
 from models.pruning.importances.block_influence import BlockInfluence
@@ -32,6 +32,10 @@ def batch() -> dict[str, torch.Tensor]:
     targets[:, -1] = -100
     targets[1, 4:] = -100  # of a shorter text each token counts more
     return {"input_ids": ids, "position_ids": torch.arange(LENGTH).repeat(SAMPLES, 1), "targets": targets}
+
+
+def scored(importance: Any, model: Any, anatomy: Anatomy, kinds: Any, batches: Any) -> dict[str, np.ndarray]:
+    return importance.scores(model, anatomy, kinds, gather(importance, model, anatomy, kinds, batches))
 
 
 def gradients(model: Any) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
@@ -84,11 +88,7 @@ def test_taylor_is_llm_pruners_from_whole_gradients_of_every_sample(family: str,
     model = model_of(family, dtype=torch.float32)
     anatomy = anatomy_of(model)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    if family in MOE and order in ("second", "mix"):
-        with pytest.raises(Refusal, match="experts read tokens of all samples together"):
-            Taylor(order).scores(model, anatomy, KINDS, [batch()])
-        return
-    got = Taylor(order).scores(model, anatomy, KINDS, [batch()])
+    got = scored(Taylor(order), model, anatomy, KINDS, [batch()])
     assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     g, a = gradients(model)
@@ -122,11 +122,11 @@ def test_what_units_give_is_measured_where_it_is_read(family: str, make: Any) ->
     anatomy = anatomy_of(model)
     if family in MOE:
         with pytest.raises(Refusal, match=r"what the experts of .* read is not seen"):
-            make().scores(model, anatomy, KINDS, [batch()])
+            scored(make(), model, anatomy, KINDS, [batch()])
         return
     words = batch()
     halves = [{name: tensor[part] for name, tensor in words.items()} for part in (slice(0, 1), slice(1, 4))]
-    got = make().scores(model, anatomy, KINDS, halves)
+    got = scored(make(), model, anatomy, KINDS, halves)
     want = {}
     for group in anatomy.groups.values():
         if group.kind in KINDS:
@@ -148,7 +148,7 @@ def test_attention_is_what_queries_and_keys_make_it(family: str) -> None:
     model = model_of(family, dtype=torch.float32)
     anatomy, words = anatomy_of(model), batch()
     words["position_ids"][2] = torch.tensor([0, 1, 2, 3, 0, 1, 2, 3, 4])  # two texts in a row
-    got = AttentionMass().scores(model, anatomy, ("heads",), [words])
+    got = scored(AttentionMass(), model, anatomy, ("heads",), [words])
     assert model.config._attn_implementation == "sdpa"
     seen: list[tuple[torch.Tensor, ...]] = []
     plain = torch.nn.functional.scaled_dot_product_attention
@@ -180,7 +180,7 @@ def test_a_layers_influence_is_what_it_turns(family: str) -> None:
     words = batch()
     with torch.no_grad():
         states = model(words["input_ids"], output_hidden_states=True).hidden_states
-    got = BlockInfluence().scores(model, anatomy_of(model), ("layers",), [words])["layers"]
+    got = scored(BlockInfluence(), model, anatomy_of(model), ("layers",), [words])["layers"]
     real = words["targets"] >= 0
     for number in range(2):  # the last state has passed the final norm too
         one, other = (state[real].double() for state in states[number : number + 2])
@@ -192,7 +192,7 @@ def test_a_layers_influence_is_what_it_turns(family: str) -> None:
 def test_a_units_matrices_are_brought_together_as_is_said(reduction: str) -> None:
     model = model_of("qwen2", dtype=torch.float32)
     anatomy, w = anatomy_of(model), dict(model.named_parameters())
-    got = Magnitude(power=1, reduction=reduction).scores(model, anatomy, KINDS, [])
+    got = scored(Magnitude(power=1, reduction=reduction), model, anatomy, KINDS, [])
     same(got, dense(anatomy, lambda name: w[name] if w[name].ndim > 1 else None, reduction))
 
 
@@ -201,7 +201,7 @@ def test_a_units_matrices_are_brought_together_as_is_said(reduction: str) -> Non
 def test_magnitude_is_the_sum_over_all_that_a_unit_has(family: str, power: int) -> None:
     model = model_of(family, dtype=torch.float32)
     anatomy, w = anatomy_of(model), dict(model.named_parameters())
-    got = Magnitude(power=power).scores(model, anatomy, KINDS, [])
+    got = scored(Magnitude(power=power), model, anatomy, KINDS, [])
     same(got, dense(anatomy, lambda name: w[name].abs() ** power if w[name].ndim > 1 else None))
 
 
@@ -216,7 +216,7 @@ def test_taylor_foretells_what_the_loss_does_without_a_small_unit() -> None:
         each = torch.nn.functional.cross_entropy(logits.transpose(1, 2), words["targets"], reduction="none")
         return float((each.sum(1) / (words["targets"] >= 0).sum(1)).mean())
 
-    got = Taylor("vectorize").scores(model.float(), anatomy, ("mlp",), [words])
+    got = scored(Taylor("vectorize"), model.float(), anatomy, ("mlp",), [words])
     model.double()
     axis = next(axis for axis in anatomy.groups["layers.1.mlp"].axes if axis.silences)
     weight, step = model.get_parameter(axis.parameter), 1e-4
@@ -230,17 +230,40 @@ def test_taylor_foretells_what_the_loss_does_without_a_small_unit() -> None:
             assert got["layers.1.mlp"][unit] >= 0.99 * change
 
 
-def test_batches_are_one_however_they_come() -> None:
+@pytest.mark.parametrize("make", [Taylor, Wanda, Activation, Fluctuation, AttentionMass, BlockInfluence])
+def test_what_was_gathered_apart_adds_up(make: Any) -> None:
+    """Two files of statistics are one of both texts, and gathering goes on where it stopped."""
     model = model_of("llama", dtype=torch.float32)
     anatomy, words = anatomy_of(model), batch()
-    halves = [{name: tensor[part] for name, tensor in words.items()} for part in (slice(0, 1), slice(1, 4))]
-    one, other = (Taylor("mix").scores(model, anatomy, KINDS, each) for each in ([words], halves))
-    same(one, other)
+    kinds = [kind for kind in ("heads", "mlp", "layers") if kind in make().kinds]
+    one, other = ({name: tensor[part] for name, tensor in words.items()} for part in (slice(0, 2), slice(2, 4)))
+    kept: list[dict[str, np.ndarray]] = []
+    both = gather(make(), model, anatomy, kinds, [one, other], after=lambda found: kept.append(dict(found)))
+    resumed = gather(make(), model, anatomy, kinds, [other], before=kept[0])
+    apart = [gather(make(), model, anatomy, kinds, [each]) for each in (one, other)]
+    same(resumed, both, 0)
+    same({name: apart[0][name] + apart[1][name] for name in both}, both, 1e-12)
+    if make is Taylor:
+        halves = [make().scores(model, anatomy, kinds, each) for each in apart]
+        same(make().scores(model, anatomy, kinds, both), {n: (halves[0][n] + halves[1][n]) / 2 for n in halves[0]})
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma", "qwen3"])
+def test_channels_of_the_stream_count_by_what_the_norms_let_through(family: str) -> None:
+    model = model_of(family, dtype=torch.float32)
+    anatomy, words = anatomy_of(model), batch()
+    seen = []
+    for name, module in model.named_modules():
+        if name.endswith("layernorm") or name == "model.norm":
+            module.register_forward_hook(lambda _, inputs, output: seen.append(output.detach()))
+    got = scored(Activation(), model, anatomy, ("hidden",), [words])["hidden"]
+    want = sum(each[words["targets"] >= 0].double().abs().mean(0) for each in seen[: 2 * 3 + 1])
+    np.testing.assert_allclose(got, want.numpy(), rtol=1e-5)
 
 
 def test_random_scores_are_the_seeds() -> None:
     anatomy = anatomy_of(model_of("llama"))
-    one, again, other = (Random(seed).scores(None, anatomy, KINDS, []) for seed in (0, 0, 1))
+    one, again, other = (scored(Random(seed), None, anatomy, KINDS, []) for seed in (0, 0, 1))
     same(one, again, 0)
     assert all((one[name] != other[name]).all() for name in one)
 

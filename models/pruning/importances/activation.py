@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -11,28 +12,39 @@ import torch
 from torch import Tensor
 
 from models.pruning.groups import Anatomy, Axis, Group
-from models.pruning.importance import over_inputs, wanted
+from models.pruning.importance import Batch, Statistics, over_inputs, real, run, tokens_of, wanted
 
 
 @dataclass(frozen=True)
 class Activation:
     """The mean over tokens of the Euclidean length of what a unit gives the next matrix: of a head its output, of a
-    channel its size. Minitron, arXiv:2407.14679."""
+    channel its size; of a channel of the stream the sum of its sizes behind all norms. Minitron, arXiv:2407.14679."""
 
     needs_calibration_data: ClassVar[bool] = True
-    kinds: ClassVar[tuple[str, ...]] = ("heads", "mlp")
+    kinds: ClassVar[tuple[str, ...]] = ("heads", "mlp", "hidden")
 
-    def scores(
-        self, model: Any, anatomy: Anatomy, kinds: Sequence[str], batches: Iterable[dict[str, Tensor]]
-    ) -> dict[str, np.ndarray]:
-        groups = wanted(anatomy, kinds)
-        total = {group.name: np.zeros(group.units) for group in groups}
-        tokens = dict.fromkeys(total, 0)
+    def tally(self, model: Any, anatomy: Anatomy, kinds: Sequence[str], batch: Batch) -> Statistics:
+        made = {"tokens": tokens_of(batch)}
 
         def take(group: Group, axis: Axis, read_NI: Tensor) -> None:
             places = torch.from_numpy(axis.places).to(read_NI.device)
-            total[group.name] += read_NI[:, places].double().norm(dim=-1).sum(0).cpu().numpy()
-            tokens[group.name] += len(read_NI)
+            made[group.name] = read_NI[:, places].norm(dim=-1).sum(0).cpu().numpy()
 
-        over_inputs(model, groups, batches, take)
-        return {name: values / max(1, tokens[name]) for name, values in total.items()}
+        over_inputs(model, wanted(anatomy, [kind for kind in kinds if kind != "hidden"]), batch, take)
+        if "hidden" in kinds:
+            self._stream(model, anatomy, batch, made)
+        return made
+
+    def _stream(self, model: Any, anatomy: Anatomy, batch: Batch, made: Statistics) -> None:
+        def take(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            sizes = real(output, batch).double().abs().sum(0).cpu().numpy()
+            made["hidden"] = made["hidden"] + sizes if "hidden" in made else sizes
+
+        norms = {name.rpartition(".")[0] for name in anatomy.norms}
+        run(model, batch, [partial(model.get_submodule(name).register_forward_hook, take) for name in sorted(norms)])
+
+    def scores(
+        self, model: Any, anatomy: Anatomy, kinds: Sequence[str], statistics: Statistics
+    ) -> dict[str, np.ndarray]:
+        tokens = max(1.0, float(statistics["tokens"][0]))
+        return {group.name: statistics[group.name] / tokens for group in wanted(anatomy, kinds)}

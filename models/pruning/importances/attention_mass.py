@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from models.errors import Refusal
 from models.pruning.groups import Anatomy
+from models.pruning.importance import Batch, Statistics, run, tokens_of
 
 
 @dataclass(frozen=True)
@@ -27,27 +27,26 @@ class AttentionMass:
     kinds: ClassVar[tuple[str, ...]] = ("heads",)
 
     @torch.no_grad()
-    def scores(
-        self, model: Any, anatomy: Anatomy, kinds: Sequence[str], batches: Iterable[dict[str, Tensor]]
-    ) -> dict[str, np.ndarray]:
-        total, tokens = np.zeros((anatomy.layers, anatomy.heads)), 0
-        before, training = model.config._attn_implementation, model.training
+    def tally(self, model: Any, anatomy: Anatomy, kinds: Sequence[str], batch: Batch) -> Statistics:
+        before = model.config._attn_implementation
         model.set_attn_implementation("eager")
-        model.eval()
         try:
-            for batch in batches:
-                words = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "use_cache": False}
-                attentions = model(**words, output_attentions=True).attentions
-                if not attentions or attentions[0] is None:
-                    raise Refusal(f"importance: {type(model).__name__} does not say what its heads attend to")
-                real_BT = batch["targets"] >= 0
-                elsewhere_BS = (batch["position_ids"] != 0).double()
-                for layer, weights_BHTS in enumerate(attentions):
-                    mass_BHT = torch.einsum("bhts,bs->bht", weights_BHTS.double(), elsewhere_BS)
-                    total[layer] += (mass_BHT * real_BT[:, None]).sum((0, 2)).cpu().numpy()
-                tokens += int(real_BT.sum())
+            attentions = run(model, batch, [], output_attentions=True).attentions
         finally:
             model.set_attn_implementation(before)
-            model.train(training)
-        of_units = total.reshape(anatomy.layers, anatomy.kv_heads, -1).sum(2) / max(1, tokens)
-        return {f"layers.{layer}.heads": of_units[layer] for layer in range(anatomy.layers)}
+        if not attentions or attentions[0] is None:
+            raise Refusal(f"importance: {type(model).__name__} does not say what its heads attend to")
+        real_BT = batch["targets"] >= 0
+        elsewhere_BS = (batch["position_ids"] != 0).double()
+        made = {"tokens": tokens_of(batch)}
+        for layer, weights_BHTS in enumerate(attentions):
+            mass_BHT = torch.einsum("bhts,bs->bht", weights_BHTS.double(), elsewhere_BS)
+            mass_H = (mass_BHT * real_BT[:, None]).sum((0, 2)).cpu().numpy()
+            made[f"layers.{layer}.heads"] = mass_H.reshape(anatomy.kv_heads, -1).sum(1)
+        return made
+
+    def scores(
+        self, model: Any, anatomy: Anatomy, kinds: Sequence[str], statistics: Statistics
+    ) -> dict[str, np.ndarray]:
+        tokens = max(1.0, float(statistics["tokens"][0]))
+        return {group.name: statistics[group.name] / tokens for group in anatomy.of("heads")}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from models.pruning.groups import Anatomy
+from models.pruning.importance import Batch, Statistics, real, run, tokens_of
 from models.representations import decoder_layers
 
 
@@ -21,32 +23,22 @@ class BlockInfluence:
     needs_calibration_data: ClassVar[bool] = True
     kinds: ClassVar[tuple[str, ...]] = ("layers",)
 
-    @torch.no_grad()
-    def scores(
-        self, model: Any, anatomy: Anatomy, kinds: Sequence[str], batches: Iterable[dict[str, Tensor]]
-    ) -> dict[str, np.ndarray]:
-        total, tokens = np.zeros(anatomy.layers), 0
-        real: list[Tensor] = []
+    def tally(self, model: Any, anatomy: Anatomy, kinds: Sequence[str], batch: Batch) -> Statistics:
+        turned = np.zeros(anatomy.layers)
 
         def hook(number: int) -> Any:
             def take(module: Any, inputs: tuple[Tensor, ...], output: Any) -> None:
                 after = output[0] if isinstance(output, tuple) else output
-                cosines = torch.nn.functional.cosine_similarity(inputs[0].double(), after.double(), dim=-1)
-                total[number] += float((1 - cosines)[real[0]].sum())
+                one, other = real(inputs[0], batch).double(), real(after, batch).double()
+                turned[number] = float((1 - torch.nn.functional.cosine_similarity(one, other, dim=-1)).sum())
 
             return take
 
-        layers = decoder_layers(model)
-        handles = [layer.register_forward_hook(hook(number)) for number, layer in enumerate(layers)]
-        training = model.training
-        model.eval()
-        try:
-            for batch in batches:
-                real[:] = [batch["targets"] >= 0]
-                tokens += int(real[0].sum())
-                model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
-        finally:
-            for handle in handles:
-                handle.remove()
-            model.train(training)
-        return {"layers": total / max(1, tokens)}
+        layers = enumerate(decoder_layers(model))
+        run(model, batch, [partial(layer.register_forward_hook, hook(number)) for number, layer in layers])
+        return {"layers": turned, "tokens": tokens_of(batch)}
+
+    def scores(
+        self, model: Any, anatomy: Anatomy, kinds: Sequence[str], statistics: Statistics
+    ) -> dict[str, np.ndarray]:
+        return {"layers": statistics["layers"] / max(1.0, float(statistics["tokens"][0]))}

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from models.pruning.groups import Anatomy, Axis, Group
-from models.pruning.importance import columns, of_places, over_inputs, wanted
+from models.pruning.importance import Batch, Statistics, columns, fed_by, of_places, over_inputs, tokens_of, wanted
 
 
 @dataclass(frozen=True)
@@ -23,23 +24,21 @@ class Fluctuation:
     needs_calibration_data: ClassVar[bool] = True
     kinds: ClassVar[tuple[str, ...]] = ("heads", "mlp")
 
-    def scores(
-        self, model: Any, anatomy: Anatomy, kinds: Sequence[str], batches: Iterable[dict[str, Tensor]]
-    ) -> dict[str, np.ndarray]:
-        groups = wanted(anatomy, kinds)
-        moments = {group.name: np.zeros((2, 1)) for group in groups}
-        tokens = dict.fromkeys(moments, 0)
+    def tally(self, model: Any, anatomy: Anatomy, kinds: Sequence[str], batch: Batch) -> Statistics:
+        made = {"tokens": tokens_of(batch)}
 
         def take(group: Group, axis: Axis, read_NI: Tensor) -> None:
-            read_NI = read_NI.double()
-            seen = np.stack([read_NI.sum(0).cpu().numpy(), read_NI.square().sum(0).cpu().numpy()])
-            moments[group.name] = moments[group.name] + seen
-            tokens[group.name] += len(read_NI)
+            made[group.name] = torch.stack([read_NI.sum(0), read_NI.square().sum(0)]).cpu().numpy()
 
-        over_inputs(model, groups, batches, take)
+        over_inputs(model, wanted(anatomy, kinds), batch, take)
+        return made
+
+    def scores(
+        self, model: Any, anatomy: Anatomy, kinds: Sequence[str], statistics: Statistics
+    ) -> dict[str, np.ndarray]:
         made = {}
-        for group in groups:
-            axis = next(axis for axis in group.axes if axis.silences)
-            mean, square = moments[group.name] / tokens[group.name]
+        for group in wanted(anatomy, kinds):
+            axis = fed_by(group)
+            mean, square = statistics[group.name] / max(1.0, float(statistics["tokens"][0]))
             made[group.name] = of_places((square - mean**2).clip(0) * columns(model, axis, 2), axis)
         return made

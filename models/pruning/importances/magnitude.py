@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from models.errors import Refusal
 from models.pruning.groups import Anatomy
-from models.pruning.importance import Tally, check_reduction, wanted, weights_of
+from models.pruning.importance import Batch, Statistics, Tally, check_reduction, wanted, weights_of
+from models.sharding import gathered
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,16 @@ class Magnitude:
             raise Refusal(f"importance.power={self.power}: need 1 (L1) or 2 (L2)")
         check_reduction(self.reduction)
 
+    def tally(self, model: Any, anatomy: Anatomy, kinds: Sequence[str], batch: Batch) -> Statistics:
+        return {}
+
     @torch.no_grad()
     def scores(
-        self, model: Any, anatomy: Anatomy, kinds: Sequence[str], batches: Iterable[dict[str, Tensor]]
+        self, model: Any, anatomy: Anatomy, kinds: Sequence[str], statistics: Statistics
     ) -> dict[str, np.ndarray]:
         groups = wanted(anatomy, kinds)
         tally = Tally(groups)
         for name, weight in weights_of(model, groups).items():
-            tally.add(name, weight.abs().float() ** self.power)
+            with gathered([weight]):
+                tally.add(name, weight.abs().float() ** self.power)
         return tally.scores(self.reduction)

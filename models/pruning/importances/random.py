@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
-from torch import Tensor
 
 from models.pruning.groups import KINDS, Anatomy
-from models.pruning.importance import wanted
+from models.pruning.importance import Batch, Statistics, wanted
 
 
 @dataclass(frozen=True)
@@ -21,8 +20,11 @@ class Random:
     needs_calibration_data: ClassVar[bool] = False
     kinds: ClassVar[tuple[str, ...]] = KINDS
 
+    def tally(self, model: Any, anatomy: Anatomy, kinds: Sequence[str], batch: Batch) -> Statistics:
+        return {}
+
     def scores(
-        self, model: Any, anatomy: Anatomy, kinds: Sequence[str], batches: Iterable[dict[str, Tensor]]
+        self, model: Any, anatomy: Anatomy, kinds: Sequence[str], statistics: Statistics
     ) -> dict[str, np.ndarray]:
         return {
             group.name: np.random.default_rng([self.seed, *group.name.encode()]).random(group.units)

@@ -12,24 +12,25 @@ from torch import Tensor, nn
 
 from models.errors import Refusal
 from models.pruning.groups import Anatomy
-from models.pruning.importance import Tally, check_reduction, wanted, weights_of
+from models.pruning.importance import Batch, Statistics, Tally, check_reduction, over_ranks, wanted, weights_of
+from models.sharding import gathered
 
 ORDERS = ("first", "second", "mix", "vectorize")
 
 
 @dataclass(frozen=True)
 class Taylor:
-    """With w a weight, g its gradient of the batch's mean loss, A the mean of its squared per-sample gradients:
+    """With w a weight, g its gradient of a batch's mean loss, A the mean of its squared per-sample gradients:
 
         first |w g|    second |w² A|    mix |w g − ½ w² A|    vectorize |Σ w g|
 
     summed over each matrix's part of a unit (of vectorize the size of each row's or column's sum), then `reduction`
     over the matrices. LLM-Pruner, arXiv:2305.11627, as its code has it. A sample is a row of the calibration data, of
-    which each counts as much as any other.
+    which each counts as much as any other; of several batches the scores are averaged before `reduction`.
 
     All come from one backward a batch: a matrix's gradient of each sample is the product of its inputs and the
-    gradients of its outputs, made in a hook and dropped there. Only the matrix at hand is ever held, twice. Raises
-    Refusal for matrices of experts, which take samples together, at second and mix.
+    gradients of its outputs, made in a hook and dropped there. Only the matrix at hand is ever held, twice. Of experts
+    and their routers the gradients are worked out anew, sample by sample, when the backward comes by.
     """
 
     order: str = "mix"
@@ -42,108 +43,129 @@ class Taylor:
             raise Refusal(f"importance.order={self.order}: need one of {', '.join(ORDERS)}")
         check_reduction(self.reduction)
 
-    def scores(
-        self, model: Any, anatomy: Anatomy, kinds: Sequence[str], batches: Iterable[dict[str, Tensor]]
-    ) -> dict[str, np.ndarray]:
+    def tally(self, model: Any, anatomy: Anatomy, kinds: Sequence[str], batch: Batch) -> Statistics:
         groups = wanted(anatomy, kinds)
         names = {id(weight): name for name, weight in weights_of(model, groups).items()}
-        tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-        plain = [m for m in model.modules() if _is_plain(m) and id(m.weight) in names]
-        apart = names.keys() - tables - {id(module.weight) for module in plain}  # experts and their routers
-        if apart and self.order in ("second", "mix"):
-            raise Refusal(
-                f"importance.order={self.order}: experts read tokens of all samples together, so "
-                f"{names[min(apart)]} has no gradients of each; use first or vectorize"
-            )
-        parts = list(batches)  # one batch of all: g is its gradient, whose size is not the sum of its parts' sizes
-        batch = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        tally = Tally(groups)
-        handles = [
-            m.register_forward_hook(_Watch(self, names[id(m.weight)], tally, len(batch["input_ids"]))) for m in plain
-        ]
+        counts_B = (batch["targets"] >= 0).sum(1)
+        samples = int(over_ranks((counts_B > 0).sum()))
+        pass_ = _Pass(self, Tally(groups), names, len(counts_B), max(1, samples))
+        handles = [model.get_input_embeddings().register_forward_hook(_differentiable)]
+        for module in model.modules():
+            own = names.keys() & {id(parameter) for parameter in module.parameters(recurse=False)}
+            if own and not isinstance(module, nn.Embedding):  # of a table: what it is as a head
+                handles.append(module.register_forward_hook(pass_.product if _is_plain(module) else pass_.other))
         trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-        for parameter in model.parameters():
-            parameter.requires_grad_(id(parameter) in apart)
-            if id(parameter) in apart:
-                hook = _take(self, names[id(parameter)], tally)
-                handles.append(parameter.register_post_accumulate_grad_hook(hook))
         training = model.training
-        model.eval()
+        model.eval().requires_grad_(False)
         try:
-            _loss(model, batch).backward()
+            logits_BTV = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
+            each_BT = nn.functional.cross_entropy(
+                logits_BTV.float().transpose(1, 2), batch["targets"], reduction="none"
+            )
+            ((each_BT.sum(1) / counts_B.clamp(min=1)).sum() / max(1, samples)).backward()
         finally:
             for handle in handles:
                 handle.remove()
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(trained[name])
             model.train(training)
+        world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+        told = {key: values / world for key, values in pass_.tally.values.items()}  # every rank has come to the whole
+        return {**told, "batches": np.array([1.0 / world])}
+
+    def scores(
+        self, model: Any, anatomy: Anatomy, kinds: Sequence[str], statistics: Statistics
+    ) -> dict[str, np.ndarray]:
+        tally = Tally(wanted(anatomy, kinds))
+        batches = float(statistics["batches"][0])
+        tally.values = {key: values / batches for key, values in statistics.items() if key != "batches"}
         return tally.scores(self.reduction)
 
-    def tell(self, tally: Tally, name: str, weight: Tensor, gradient: Tensor, squares: Tensor | None) -> None:
-        """One matrix's share, from its gradient and the mean of its squared per-sample gradients."""
+    def change(self, weight: Tensor, gradient: Tensor, squares: Tensor | None) -> Tensor:
+        """What a sum over a unit's places is taken of, from g and A."""
         if self.order == "vectorize":
-            tally.add(name, weight * gradient, absolute_places=True)
-            return
+            return weight * gradient
         change = torch.zeros_like(gradient) if self.order == "second" else weight * gradient
-        if self.order != "first":
-            assert squares is not None
+        if squares is not None:
             change = change - (0.5 if self.order == "mix" else -1.0) * weight**2 * squares
-        tally.add(name, change.abs())
+        return change.abs()
 
 
-class _Watch:
-    """A forward hook that waits for the gradient of what the module gives."""
+@dataclass
+class _Pass:
+    """One forward and backward, and what its hooks tell."""
 
-    def __init__(self, taylor: Taylor, name: str, tally: Tally, samples: int) -> None:
-        self.taylor, self.name, self.tally, self.samples = taylor, name, tally, samples
+    taylor: Taylor
+    tally: Tally
+    names: dict[int, str]  # of the weights that are asked for
+    rows: int  # on this rank
+    samples: int  # on all
 
-    def __call__(self, module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    def product(self, module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        """A forward hook of what is one matrix product: the gradient of its weight is that of what it read and gave."""
         read = inputs[0].detach()
-        if not output.requires_grad:  # the first layer's inputs: nothing before them has a gradient
-            output = output.requires_grad_()
+        transposed = type(module).__name__ == "Conv1D"
 
-        def then(gradient: Tensor) -> None:
-            self.taken(module, read, gradient.detach())
+        def taken(gradient: Tensor) -> None:
+            pairs = zip(self._rows(read), self._rows(gradient.detach()), strict=True)
+            with gathered([module.weight]):
+                self._tell(module.weight, (r.T @ g if transposed else g.T @ r for r, g in pairs))
 
-        output.register_hook(then)
-        return output
+        output.register_hook(taken)
+
+    def other(self, module: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        """Of any other module whose inputs and outputs have a row for each token: done again for each sample."""
+        outputs = [each for each in (output if isinstance(output, tuple) else (output,)) if each.requires_grad]
+        read = [each.detach() for each in inputs]
+        own = [parameter for parameter in module.parameters(recurse=False) if id(parameter) in self.names]
+
+        def taken(gradients: Sequence[Tensor | None]) -> None:
+            for parameter in own:  # one by one: each is a matrix of all experts
+                with gathered(module.parameters()):
+                    self._tell(
+                        parameter, (self._again(module, read, gradients, parameter, n) for n in range(self.rows))
+                    )
+
+        torch.autograd.graph.register_multi_grad_hook(outputs, taken)
+
+    def _again(
+        self, module: Any, read: list[Tensor], gradients: Sequence[Tensor | None], parameter: Tensor, row: int
+    ) -> Tensor:
+        with torch.enable_grad():
+            parameter.requires_grad_(True)
+            output = module.forward(*(each.chunk(self.rows)[row] for each in read))
+            outputs = [each for each in (output if isinstance(output, tuple) else (output,)) if each.requires_grad]
+            pairs = [(o, g.chunk(self.rows)[row]) for o, g in zip(outputs, gradients, strict=True) if g is not None]
+            (gradient,) = torch.autograd.grad([o for o, _ in pairs], [parameter], [g for _, g in pairs])
+            parameter.requires_grad_(False)
+        return gradient.float()
+
+    def _rows(self, values: Tensor) -> Tensor:
+        return values.reshape(self.rows, -1, values.shape[-1]).float()
 
     @torch.no_grad()
-    def taken(self, module: Any, read: Tensor, gradient: Tensor) -> None:
-        samples = self.samples
-        read_BTI, gradient_BTO = (each.reshape(samples, -1, each.shape[-1]).float() for each in (read, gradient))
-        transposed = type(module).__name__ == "Conv1D"
+    def _tell(self, parameter: Any, gradients: Iterable[Tensor]) -> None:
+        """`gradients`: of this rank's samples, each of its share of the batch's loss."""
         total: Tensor | None = None
         squares: Tensor | None = None
-        for read_TI, gradient_TO in zip(read_BTI, gradient_BTO, strict=True):
-            one = read_TI.T @ gradient_TO if transposed else gradient_TO.T @ read_TI
-            total = one if total is None else total.add_(one)
+        for one in gradients:
             if self.taylor.order in ("second", "mix"):
-                # Of the sample's own loss, which is as many times as large as its share of the batch's.
-                square = (one * samples).square_()
+                # Of the sample's own loss, which is as many times as large; over the number of samples in the end.
+                square = one.square() * self.samples
                 squares = square if squares is None else squares.add_(square)
+            total = one if total is None else total.add_(one)
         assert total is not None
-        mean = None if squares is None else squares / samples
-        self.taylor.tell(self.tally, self.name, module.weight.float(), total, mean)
+        over_ranks(total)
+        if squares is not None:
+            over_ranks(squares)
+        change = self.taylor.change(parameter.float(), total, squares)
+        self.tally.add(self.names[id(parameter)], change, absolute_places=self.taylor.order == "vectorize")
+
+
+def _differentiable(module: Any, inputs: Any, output: Tensor) -> Tensor:
+    """What comes out of the embeddings gets a gradient, and so has all that is made of it; no weight has one."""
+    return output.requires_grad_()
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """Whether it is one matrix product, whose weight's gradient is that of what it read and what it gave."""
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-
-
-def _take(taylor: Taylor, name: str, tally: Tally) -> Any:
-    def take(parameter: Tensor) -> None:
-        assert parameter.grad is not None
-        taylor.tell(tally, name, parameter.detach().float(), parameter.grad.float(), None)
-        parameter.grad = None
-
-    return take
-
-
-def _loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
-    """The mean over samples of each one's mean cross-entropy."""
-    logits_BTV = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
-    losses_BT = nn.functional.cross_entropy(logits_BTV.float().transpose(1, 2), batch["targets"], reduction="none")
-    counts_B = (batch["targets"] >= 0).sum(1)
-    return (losses_BT.sum(1) / counts_B.clamp(min=1)).mean()

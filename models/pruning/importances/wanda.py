@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from models.pruning.groups import Anatomy, Axis, Group
-from models.pruning.importance import columns, of_places, over_inputs, wanted
+from models.pruning.importance import Batch, Statistics, columns, fed_by, of_places, over_inputs, wanted
 
 
 @dataclass(frozen=True)
@@ -23,18 +23,20 @@ class Wanda:
     needs_calibration_data: ClassVar[bool] = True
     kinds: ClassVar[tuple[str, ...]] = ("heads", "mlp")
 
-    def scores(
-        self, model: Any, anatomy: Anatomy, kinds: Sequence[str], batches: Iterable[dict[str, Tensor]]
-    ) -> dict[str, np.ndarray]:
-        groups = wanted(anatomy, kinds)
-        squares = {group.name: np.zeros(1) for group in groups}
+    def tally(self, model: Any, anatomy: Anatomy, kinds: Sequence[str], batch: Batch) -> Statistics:
+        made: Statistics = {}
 
         def take(group: Group, axis: Axis, read_NI: Tensor) -> None:
-            squares[group.name] = squares[group.name] + read_NI.double().square().sum(0).cpu().numpy()
+            made[group.name] = read_NI.square().sum(0).cpu().numpy()
 
-        over_inputs(model, groups, batches, take)
+        over_inputs(model, wanted(anatomy, kinds), batch, take)
+        return made
+
+    def scores(
+        self, model: Any, anatomy: Anatomy, kinds: Sequence[str], statistics: Statistics
+    ) -> dict[str, np.ndarray]:
         made = {}
-        for group in groups:
-            axis = next(axis for axis in group.axes if axis.silences)
-            made[group.name] = of_places(np.sqrt(squares[group.name]) * columns(model, axis, 1), axis)
+        for group in wanted(anatomy, kinds):
+            axis = fed_by(group)
+            made[group.name] = of_places(np.sqrt(statistics[group.name]) * columns(model, axis, 1), axis)
         return made

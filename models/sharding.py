@@ -1,0 +1,117 @@
+"""Models whose weights ZeRO-3 has spread over the ranks: opening them, and bringing parts of them together."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models.load import load_model
+
+
+def gathered(parameters: Iterable[nn.Parameter], changed: bool = False) -> Any:
+    """A context in which ZeRO-3 shards are whole; nothing elsewhere. Every rank must enter it.
+
+    `changed`: what is written to them in it is kept, as the first rank has it.
+    """
+    sharded = [p for p in parameters if hasattr(p, "ds_id")]
+    if not sharded:
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(sharded, modifier_rank=0 if changed else None)
+
+
+def gather_state(model: nn.Module, keep: bool) -> dict[str, Tensor]:
+    """The whole state dict on the CPU of the rank that says `keep`; one parameter at a time, so that a sharded model
+    never has to fit one device. Every rank must call it."""
+    state: dict[str, Tensor] = {}
+    copies: dict[int, Tensor] = {}  # a tied table is one tensor under two names, and is saved once
+    tensors = dict(model.named_parameters(remove_duplicate=False)) | {
+        name: buffer for name, buffer in model.named_buffers() if name in model.state_dict()
+    }
+    for name, tensor in tensors.items():
+        with gathered([tensor]) if isinstance(tensor, nn.Parameter) else nullcontext():
+            if keep:
+                if id(tensor) not in copies:
+                    copies[id(tensor)] = tensor.detach().cpu().clone()
+                state[name] = copies[id(tensor)]
+    return state
+
+
+@contextmanager
+def unsharded() -> Iterator[None]:
+    """In it models are loaded whole, also while the student's ZeRO-3 configuration is registered."""
+    from transformers.integrations import deepspeed as bridge
+
+    students = bridge._hf_deepspeed_config_weak_ref
+    bridge._hf_deepspeed_config_weak_ref = None
+    try:
+        yield
+    finally:
+        bridge._hf_deepspeed_config_weak_ref = students
+
+
+def zero3(dtype: str, offload: str = "none", nvme_path: str | None = None) -> dict[str, Any]:
+    """DeepSpeed's configuration of a model that is not trained; `offload`: none, cpu or nvme, where its shares lie."""
+    section: dict[str, Any] = {"stage": 3, "stage3_param_persistence_threshold": 0}
+    if offload != "none":
+        section["offload_param"] = {"device": offload, "pin_memory": torch.cuda.is_available()}
+    if offload == "nvme":
+        section["offload_param"]["nvme_path"] = nvme_path
+    return {
+        "zero_optimization": section,
+        "train_micro_batch_size_per_gpu": 1,
+        "bf16": {"enabled": dtype == "bfloat16"},
+        "fp16": {"enabled": dtype == "float16"},
+    }
+
+
+def load_sharded(path: str, config: dict[str, Any], **words: Any) -> Any:
+    """As models.load.load_model, straight into shards, in eval mode and frozen; `config` is DeepSpeed's."""
+    from transformers.integrations import deepspeed as bridge
+
+    start_deepspeed()
+    # While a config is registered transformers loads straight into shards. The student's, if it is under ZeRO-3
+    # itself, comes back afterwards.
+    students = bridge._hf_deepspeed_config_weak_ref
+    mine = bridge.HfDeepSpeedConfig(config)
+    try:
+        model = load_model(path, **words)
+    finally:
+        bridge._hf_deepspeed_config_weak_ref = students
+        del mine
+    return model.eval().requires_grad_(False)
+
+
+def engine_of(module: nn.Module, config: dict[str, Any]) -> Any:
+    """DeepSpeed's, which gathers what `module` needs when it needs it."""
+    engine, *_ = start_deepspeed().initialize(model=module, config=config)
+    engine.eval()
+    return engine
+
+
+def start_deepspeed() -> Any:
+    """DeepSpeed with a process group: the one there is, else a group of one."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))  # zero.Init reads it
+    import deepspeed
+
+    if not torch.cuda.is_available():
+        import deepspeed.ops
+
+        # The shared-memory collective would be compiled on first use, for minutes.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if not torch.distributed.is_initialized():
+        from torch._C._distributed_c10d import HashStore
+
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        torch.distributed.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+    if not deepspeed.comm.is_initialized():
+        deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
+    return deepspeed
