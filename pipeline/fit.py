@@ -242,7 +242,9 @@ def train(
     )
     # Now: once a ZeRO-3 trainer exists, every model made is sharded, which takes all ranks.
     student_config = load_config(prepared["start"])
-    parameters = parameter_count(empty_model(student_config))
+    empty = empty_model(student_config)
+    parameters = parameter_count(empty)
+    adapter = None if lora is None else lora.config(empty)
     configs = None
     if teacher is not None and objective.representations:
         configs = (student_config, load_config(teacher.path, "teacher", teacher.trust_remote_code))
@@ -333,7 +335,7 @@ def train(
             model = load_student()
         model.load_state_dict(state)
         folder = str(context.parents["student"]["path"]) if "student" in context.parents else prepared["start"]
-        also = functools.partial(write_adapter, lora.config(empty_model(student_config)), folder, state)
+        also = functools.partial(write_adapter, adapter, folder, state)
         certificates["merged_equals_adapter"] = _merged(context, model, rows)
         state = model.state_dict()
     if trainer.is_global_zero:

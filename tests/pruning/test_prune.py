@@ -14,10 +14,14 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
+from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
 
 from models.errors import Refusal
+from models.pruning import surgery
 from models.pruning.groups import Anatomy, Axis, anatomy_of
+from models.pruning.importance import gather
+from models.pruning.importances.taylor import Taylor
 from pipeline.artifact import content_hash
 from pipeline.config import Config, parse
 from pipeline.context import Context
@@ -48,12 +52,17 @@ def composed(run_dir: Path, *words: str) -> dict[str, Any]:
         return parse(compose("config", ["+experiment=prune_recover", f"run_dir={run_dir}", *LITTLE, *words]))
 
 
-def make(run_dir: Path, stage: str, *words: str) -> Path:
-    """One stage in this process, as its own would do it."""
+def begin(run_dir: Path, stage: str, *words: str) -> tuple[Any, Context]:
     config = composed(run_dir, *words)
-    made, context = build(config, stage), Context(config, stage)
+    made, context = build(config, stage), Context(config, stage, fingerprint=" ".join(words))
     for role, path in made.parents(context).items():
         context.parents[role] = {"path": path, "content_hash": content_hash(Path(path))}
+    return made, context
+
+
+def make(run_dir: Path, stage: str, *words: str) -> Path:
+    """One stage in this process, as its own would do it."""
+    made, context = begin(run_dir, stage, *words)
     made.prepare(context)
     made.run(context)
     shutil.rmtree(context.work, ignore_errors=True)
@@ -75,6 +84,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_what_was_cut_opens_in_a_process_that_knows_nothing_of_this_project(made: Path, tmp_path: Path) -> None:
     code = """
 import sys, torch
+from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()
 ids = torch.tensor([AutoTokenizer.from_pretrained(sys.argv[1])("The statement is")["input_ids"]])
@@ -191,6 +201,8 @@ def test_a_cut_that_is_not_the_masked_model_leaves_nothing_behind(
         (["stages.prune.kinds=[experts]"], "this model has no experts"),
         (["stages.prune.kinds=[layers]"], "Taylor scores heads, mlp, experts, hidden, and not layers"),
         (["stages.prune.calibration_tokens=1"], "calibration_tokens=1: need at least 2"),
+        (["stages.prune.steps=0"], "steps=0: need at least 1"),
+        (["stages.prune.steps=2", "stages.prune.scores=[x]"], "they are of the whole model; use steps=1"),
         (["stages.prune.target_parameters=9"], "need one, the others null"),
         (["stages.recover.lora.targets=[w_proj]"], "the layers have no linear w_proj; they have q_proj"),
         (["stages.recover.lora.r=0"], r"lora\.r=0: need at least 1"),
@@ -245,8 +257,106 @@ def test_recovery_without_adapters_trains_all_weights(made: Path, tmp_path: Path
     assert not (tmp_path / "recover" / "adapter").exists()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "zero2", "zero3"])
+def test_scores_of_two_texts_are_added_up_and_none_is_read(made: Path, tmp_path: Path) -> None:
+    words = [f"teacher.path={made / 'pretrain'}", "stages.prune.calibration_rows=4"]
+    one, other = (make(tmp_path / seed, "prune", *words, f"stages.prune.seed={seed}") for seed in ("1", "2"))
+    given = f"stages.prune.scores=[{one},{other / 'scores.safetensors'}]"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Taylor, "tally", None)
+        both = make(tmp_path / "both", "prune", *words, given)
+    parts = [load_file(folder / "scores.safetensors") for folder in (one, other)]
+    total = load_file(both / "scores.safetensors")
+    assert total["batches"] == 2
+    for name, values in total.items():
+        np.testing.assert_array_equal(values, parts[0][name] + parts[1][name])
+    model = AutoModelForCausalLM.from_pretrained(made / "pretrain")
+    scores = Taylor().scores(model, anatomy_of(model), ("heads", "mlp"), total)
+    plan = json.loads((both / "plan.json").read_text())
+    for name, values in scores.items():
+        np.testing.assert_allclose(plan["scores"][name], values, rtol=1e-5)
+    for odd, said in (
+        ("stages.prune.kinds=[mlp]", "another kinds"),
+        ("teacher.path=" + str(made / "recover"), "model"),
+    ):
+        with pytest.raises(Refusal, match=f"these are of another {said.split()[-1]}"):
+            make(tmp_path / "odd", "prune", *words, given, odd)
+    with pytest.raises(Refusal, match="no scores"):
+        check({"config": composed(tmp_path, *words, f"stages.prune.scores=[{made}]"), "stages": ["prune"]})
+
+
+def test_scoring_that_was_killed_goes_on_and_lands_on_the_same_bytes(made: Path, tmp_path: Path) -> None:
+    words = [f"teacher.path={made / 'pretrain'}", "stages.prune.calibration_batch=2"]
+    whole = make(tmp_path / "whole", "prune", *words)
+    stage, context = begin(tmp_path / "killed", "prune", *words)
+    stage.prepare(context)
+    plain, read = Taylor.tally, []
+
+    def dies_at_the_fourth(self: Any, *words: Any) -> Any:
+        read.append(words)
+        if len(read) == 4:
+            raise KeyboardInterrupt
+        return plain(self, *words)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Taylor, "tally", dies_at_the_fourth)
+        with pytest.raises(KeyboardInterrupt):
+            stage.run(context)
+        stage.run(context)
+    assert len(read) == 4 + 2  # five batches, of which three were kept
+    for name in ("model.safetensors", "plan.json", "scores.safetensors"):
+        assert (context.out / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_a_cut_in_steps_scores_what_the_steps_before_have_left(made: Path, tmp_path: Path) -> None:
+    words = [f"teacher.path={made / 'pretrain'}", "stages.prune.kept_fraction=0.5"]
+    steps: list[dict[str, np.ndarray]] = []
+    plain = surgery.silence
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "pipeline.prune.silence", lambda model, anatomy, kept: (steps.append(kept), plain(model, anatomy, kept))
+        )
+        folder = make(tmp_path / "steps", "prune", *words, "stages.prune.steps=2")
+    first, last = steps  # the second is the certificate's
+    plan = json.loads((folder / "plan.json").read_text())
+    once = json.loads((make(tmp_path / "once", "prune", *words) / "plan.json").read_text())
+    for name, units in plan["kept"].items():
+        assert set(units) == set(last[name]) < set(first[name])
+        assert len(units) == len(once["kept"][name])
+        removed = np.setdiff1d(np.arange(plan["units"][name]), first[name])
+        assert (np.array(plan["scores"][name])[removed] == -1).all()
+    # What was scored in the end is the model that the first step leaves.
+    model = AutoModelForCausalLM.from_pretrained(made / "pretrain")
+    anatomy = anatomy_of(model)
+    config, _ = surgery.smaller_config(model.config, anatomy, first)
+    cut = AutoModelForCausalLM.from_config(config)
+    cut.load_state_dict(surgery.cut_state(model.state_dict(), anatomy, first))
+    stage, context = begin(tmp_path / "again", "prune", *words)
+    stage.prepare(context)
+    batches = stage._batches(context, stage._tokenizer(), "train", stage.calibration_rows)
+    kinds = ("heads", "mlp")
+    want = Taylor().scores(cut, anatomy_of(cut), kinds, gather(Taylor(), cut, anatomy_of(cut), kinds, batches))
+    for name, values in want.items():
+        np.testing.assert_allclose(np.array(plan["scores"][name])[first[name]], values, rtol=1e-4)
+
+
+@pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.slow), "zero3"])
+def test_two_ranks_score_as_one_does(made: Path, tmp_path: Path, strategy: str) -> None:
+    words = [f"teacher.path={made / 'pretrain'}", "stages.prune.calibration_batch=7", "stages.prune.calibration_rows=8"]
+    one = load_file(make(tmp_path / "one", "prune", *words) / "scores.safetensors")
+    done = train(
+        "+experiment=prune_recover", *LITTLE, *words, f"run_dir={tmp_path / 'two'}", "stages=[prune]",
+        "trainer.devices=2", f"strategy={strategy}",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    two = load_file(tmp_path / "two" / "prune" / "scores.safetensors")
+    assert two.keys() == one.keys()
+    for name, values in one.items():
+        np.testing.assert_allclose(two[name], values, rtol=1e-6, atol=1e-6 * values.max(), err_msg=name)
+    kept = [json.loads((tmp_path / n / "prune" / "plan.json").read_text())["kept"] for n in ("one", "two")]
+    assert kept[0] == kept[1]
+
+
+@pytest.mark.parametrize("strategy", [*(pytest.param(s, marks=pytest.mark.slow) for s in ("ddp", "zero2")), "zero3"])
 def test_two_ranks_recover_what_one_does(made: Path, tmp_path: Path, strategy: str) -> None:
     done = train(
         "+experiment=prune_recover",
