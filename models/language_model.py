@@ -261,7 +261,12 @@ class LanguageModel(pl.LightningModule):
             checkpoint["on_policy"] = self.on_policy.state()
         if "state_dict" in checkpoint:
             kept = ("student.", "comparisons.")
-            checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k.startswith(kept)}
+            # What stands still is where training started; of packed weights (QLoRA) their scales lie below their names.
+            all_of_them = self.named_parameters(remove_duplicate=False)
+            still = tuple(name for name, parameter in all_of_them if not parameter.requires_grad)
+            checkpoint["state_dict"] = {
+                k: v for k, v in checkpoint["state_dict"].items() if k.startswith(kept) and not k.startswith(still)
+            }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.tokens_seen, self.seconds_spent, self.validation_metrics = checkpoint["so_far"]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +16,8 @@ from torch import Tensor, nn
 from models.errors import Refusal
 from models.representations import decoder_layers
 
+BASES = ("nf4",)
+
 
 @dataclass(frozen=True)
 class Lora:
@@ -22,6 +27,7 @@ class Lora:
     alpha: int = 16
     dropout: float = 0.05
     targets: Sequence[str] | None = None  # names of modules, as q_proj; None: all linear ones of the layers
+    base: str | None = None  # of BASES: the frozen weights of the layers in fewer bits, while adapters are trained
 
     def __post_init__(self) -> None:
         if self.r < 1:
@@ -30,12 +36,24 @@ class Lora:
             raise Refusal(f"lora.dropout={self.dropout}: need [0, 1)")
         if not self.alpha > 0:
             raise Refusal(f"lora.alpha={self.alpha}: need a number above 0; twice r is usual")
+        if self.base is not None and self.base not in BASES:
+            raise Refusal(f"lora.base={self.base}: need one of {', '.join(BASES)}, or null")
+        if self.base is not None and importlib.util.find_spec("bitsandbytes") is None:
+            raise Refusal(f"lora.base={self.base}: bitsandbytes is not installed; pip install 'bitsandbytes>=0.50'")
 
-    def attach(self, model: Any, seed: int) -> Any:
-        """The model with adapters in place, which alone are trained; the same ones on every rank."""
+    def attach(self, model: Any, seed: int, compute: torch.dtype | None = torch.float32) -> Any:
+        """The model with adapters in place, which alone are trained; the same ones on every rank.
+
+        `compute`: of products with packed weights (`base`). None: they shall be merged, not trained; then weights that
+        were in fewer bits are in floating point, each what its bits said, as merging into bits would round again.
+        """
         from peft import inject_adapter_in_model
 
         config = self.config(model)
+        if self.base is not None and compute is not None:
+            _pack(model, compute)
+        elif self.base is not None:
+            _round(model)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             inject_adapter_in_model(config, model)
@@ -50,6 +68,8 @@ class Lora:
         names = list(there) if self.targets is None else list(self.targets)
         if odd := [name for name in names if name not in there]:
             raise Refusal(f"lora.targets: the layers have no linear {odd[0]}; they have {', '.join(there)}")
+        for name, module in there.items() if self.base is not None else ():
+            _check_packable(name, module)
         transposed = any(type(there[name]).__name__ == "Conv1D" for name in names)
         return LoraConfig(
             r=self.r,
@@ -59,6 +79,46 @@ class Lora:
             fan_in_fan_out=transposed,
             task_type=TaskType.CAUSAL_LM,
         )
+
+
+def _pack(model: Any, compute: torch.dtype) -> None:
+    """The linear modules of the layers in NF4 with doubly quantized scales (QLoRA, arXiv:2305.14314).
+
+    Packed here, wherever the model goes then: every rank and device has the same bits.
+    """
+    layers = decoder_layers(model)
+    for name, module in list(_linear(model)):
+        packed = _bitsandbytes().nn.Linear4bit(
+            module.in_features, module.out_features, module.bias is not None, compute, quant_type="nf4", device="meta"
+        )
+        packed.weight, packed.bias = _nf4(module.weight), module.bias
+        packed.quant_state = packed.weight.quant_state
+        # Evaluated on a CPU it would rearrange its bits in place, not for all widths, and could not be trained on.
+        packed.support_avx512bf16_for_cpu = False
+        layers.get_submodule(name.rpartition(".")[0]).register_module(name.rpartition(".")[2], packed)
+
+
+@torch.no_grad()
+def _round(model: Any) -> None:
+    """Every weight that `_pack` would put in fewer bits as its bits say it."""
+    for _, module in _linear(model):
+        packed = _nf4(module.weight)
+        module.weight.copy_(_bitsandbytes().functional.dequantize_4bit(packed.data, packed.quant_state))
+
+
+def _nf4(weight: Tensor) -> Any:
+    plain = weight.detach().cpu()
+    return _bitsandbytes().nn.Params4bit(plain, requires_grad=False, quant_type="nf4").to("cpu")
+
+
+def _bitsandbytes() -> Any:
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses a faster kernel for the CPU
+    return importlib.import_module("bitsandbytes")
+
+
+def _check_packable(name: str, module: nn.Module) -> None:
+    if not isinstance(module, nn.Linear):
+        raise Refusal(f"lora.base=nf4: {name} is a {type(module).__name__}; bitsandbytes packs linear modules alone")
 
 
 def write_adapter(config: Any, base: str, state: dict[str, Tensor], folder: Path) -> None:
@@ -87,7 +147,7 @@ def merge(model: Any) -> Any:
     return model
 
 
-def _linear(model: Any) -> Iterator[tuple[str, nn.Module]]:
+def _linear(model: Any) -> Iterator[tuple[str, Any]]:
     for name, module in decoder_layers(model).named_modules():
         if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
             yield name, module

@@ -135,6 +135,11 @@ class Distill:
             raise Refusal(
                 f"stages.{context.stage}.lora with on_policy: the adapted student does not write; leave one of them out"
             )
+        if self.lora.base is not None and context.config["strategy"].get("stage") == 3:
+            raise Refusal(
+                f"stages.{context.stage}.lora.base={self.lora.base} under ZeRO-3: packed weights are not sharded; use "
+                f"strategy=zero2, or lora.base=null"
+            )
         self.lora.config(empty_model(student))  # targets that are not there are told now
 
     def _check_tokenizers(self, context: Context, teacher: Any, student: Any, chat: bool) -> None:

@@ -262,7 +262,7 @@ def train(
     )
 
     def load_student() -> Any:
-        return load_plain() if lora is None else lora.attach(load_plain(), context.seed)
+        return load_plain() if lora is None else lora.attach(load_plain(), context.seed, _SAVED[precision])
 
     rollouts = None
     if on_policy is not None:
@@ -332,8 +332,10 @@ def train(
     model, certificates, also = module.student, {}, None
     if trainer.is_global_zero and lora is not None:
         with unsharded():
-            model = load_student()
-        model.load_state_dict(state)
+            model = lora.attach(load_plain(), context.seed, compute=None)
+        learnt = {name: tensor for name, tensor in state.items() if "lora_" in name}
+        assert learnt.keys() == {name for name in model.state_dict() if "lora_" in name}
+        model.load_state_dict(learnt, strict=False)
         folder = str(context.parents["student"]["path"]) if "student" in context.parents else prepared["start"]
         also = functools.partial(write_adapter, adapter, folder, state)
         certificates["merged_equals_adapter"] = _merged(context, model, rows)

@@ -18,6 +18,7 @@ from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
 
 from models.errors import Refusal
+from models.language_model import LanguageModel
 from models.pruning import surgery
 from models.pruning.groups import Anatomy, Axis, anatomy_of
 from models.pruning.importance import gather
@@ -205,6 +206,8 @@ def test_a_cut_that_is_not_the_masked_model_leaves_nothing_behind(
         (["stages.prune.steps=2", "stages.prune.scores=[x]"], "they are of the whole model; use steps=1"),
         (["stages.prune.target_parameters=9"], "need one, the others null"),
         (["stages.recover.lora.targets=[w_proj]"], "the layers have no linear w_proj; they have q_proj"),
+        (["stages.recover.lora.base=int3"], r"lora\.base=int3: need one of nf4"),
+        (["lora@stages.recover.lora=qlora", "strategy=zero3"], "packed weights are not sharded; use strategy=zero2"),
         (["stages.recover.lora.r=0"], r"lora\.r=0: need at least 1"),
     ],
 )
@@ -376,3 +379,68 @@ def test_two_ranks_recover_what_one_does(made: Path, tmp_path: Path, strategy: s
         torch.testing.assert_close(weights(tmp_path / "two" / "recover")[name], tensor, rtol=0, atol=1e-5, msg=name)
     moved = max(float((weights(made / "recover")[name] - tensor).abs().max()) for name, tensor in start.items())
     assert moved > 1e-3
+
+
+@pytest.fixture(scope="module")
+def packed(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("packed") / "run"
+    shutil.copytree(made / "prune", folder / "prune")
+    return make(folder, "recover", f"teacher.path={made / 'pretrain'}", "lora@stages.recover.lora=qlora")
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft asks for it
+def test_qlora_is_merged_into_what_its_bits_say(packed: Path, made: Path) -> None:
+    """Against bitsandbytes' own modules, with PEFT's own layers on them, opened from the adapter that was written."""
+    from bitsandbytes.nn import Linear4bit, Params4bit
+    from peft import PeftModel
+
+    told = manifest(packed)["certificates"]["merged_equals_adapter"]
+    assert 0 <= told["max_difference"] <= told["tolerance"]
+    merged = AutoModelForCausalLM.from_pretrained(packed).eval()
+    base = AutoModelForCausalLM.from_pretrained(made / "prune").eval()
+    ids = torch.arange(3, 30)[None]
+    with torch.no_grad():
+        plain = base(ids).logits
+        for name, module in list(base.model.layers.named_modules()):
+            if isinstance(module, torch.nn.Linear):
+                four = Linear4bit(module.in_features, module.out_features, bias=False, quant_type="nf4")
+                four.weight = Params4bit(module.weight.data, requires_grad=False, quant_type="nf4")
+                parent = base.model.layers.get_submodule(name.rpartition(".")[0])
+                setattr(parent, name.rpartition(".")[2], four.to("cpu"))
+                four.support_avx512bf16_for_cpu = False  # its kernel for these CPUs takes not all widths
+        rounded = base(ids).logits
+        adapted = PeftModel.from_pretrained(base, packed / "adapter").eval()(ids).logits
+        got = merged(ids).logits
+    assert (rounded - plain).abs().max() > 1e-2  # four bits are heard
+    assert (adapted - rounded).abs().max() > 1e-3
+    torch.testing.assert_close(got, adapted, rtol=1e-4, atol=1e-4)
+
+
+def test_qlora_that_was_interrupted_ends_where_the_other_does(
+    packed: Path, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its checkpoints hold the adapters alone."""
+    shutil.copytree(made / "prune", tmp_path / "run" / "prune")
+    words = [
+        f"teacher.path={made / 'pretrain'}", "lora@stages.recover.lora=qlora", "trainer.checkpoint.every_steps=2",
+    ]  # fmt: skip
+    stage, context = begin(tmp_path / "run", "recover", *words)
+    stage.prepare(context)
+    plain = LanguageModel.on_train_batch_start
+
+    def dies(self: Any, *words: Any) -> Any:
+        if self.trainer.global_step == 4:
+            raise InterruptedError
+        return plain(self, *words)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LanguageModel, "on_train_batch_start", dies)
+        with pytest.raises(InterruptedError):
+            stage.run(context)
+    (newest,) = sorted((context.work / "checkpoints").glob("step-*.ckpt"))[-1:]
+    names = torch.load(newest, weights_only=False)["state_dict"]
+    assert names
+    assert all("lora_" in name for name in names)
+    stage.run(context)
+    one, other = weights(packed), weights(context.out)
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
