@@ -127,6 +127,7 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore")
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     logging.getLogger("transformers").setLevel(logging.ERROR)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses a faster kernel for the CPU
 
 
 if __name__ == "__main__":
