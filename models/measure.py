@@ -116,6 +116,15 @@ def speed(model: Any, prompt: Tensor, settings: Speed) -> dict[str, float]:
     }
 
 
+@torch.no_grad()
+def cache_bytes_per_token(model: Any, prompt: Tensor) -> float:
+    """Of the keys and values that generation keeps, in the dtype the model runs in. `prompt`: Int64[1, T]."""
+    prompt = prompt.to(next(model.parameters()).device)
+    layers = model(input_ids=prompt, use_cache=True, logits_to_keep=1).past_key_values.layers
+    held = sum(each.numel() * each.element_size() for layer in layers for each in (layer.keys, layer.values))
+    return held / prompt.shape[1]
+
+
 class PeakMemory:
     """Bytes taken since the start, at their highest: allocated on a GPU, resident on a CPU."""
 
@@ -191,6 +200,7 @@ def measure_folder(
         "bits_per_byte": nats / 0.6931471805599453 / text_bytes,
         **quick,
         "peak_memory_bytes": peak,
+        "cache_bytes_per_token": cache_bytes_per_token(model, prompt),
         **({"right": right} if quiz else {}),
     }
 

@@ -24,7 +24,7 @@ from models.pruning import importance as scoring
 from models.pruning.groups import Anatomy, anatomy_of
 from models.pruning.importance import Importance, Statistics
 from models.pruning.plan import Scores, Shapes, Size, Wish, alike, choose
-from models.pruning.surgery import Kept, cut_state, silence, silent_experts, smaller_config
+from models.pruning.surgery import Kept, cut_state, expressible, silence, silent_experts, smaller_config
 from models.sharding import engine_of, load_sharded, zero3
 from pipeline import artifact
 from pipeline.context import Context
@@ -141,7 +141,7 @@ class Prune:
                 _read_scores(path)
             # As if all scores were known: what cannot be met or said is refused before a weight is read.
             scores = {group.name: np.arange(group.units, dtype=float) for group in anatomy.groups.values()}
-            kept = alike(shapes, scores, choose(shapes, scores, self._wish), self._wish)
+            kept, _ = self._said(config, shapes, scores, self._wish)
         smaller, note = smaller_config(config, anatomy, kept)
         context.plan_model(smaller)
         return {
@@ -249,14 +249,26 @@ class Prune:
             for name, units in kept.items():  # what went in an earlier step is below all that is there
                 scores[name] = np.where(np.isin(np.arange(len(scores[name])), units), scores[name], -1.0)
             wish = self._wish.after(step, self.steps, shapes.size({}).parameters)
-            wanted = choose(shapes, scores, wish)
-            kept = alike(shapes, scores, wanted, wish)
+            kept, note = self._said(load_config(self.model, "model", self.trust_remote_code), shapes, scores, wish)
             if step < self.steps:
                 silence(model, anatomy, kept)
         if close is not None:
             close()
         unchanged = model if close is None and self.steps == 1 else None
-        return unchanged, kept, _apart(shapes, wanted, kept), scores, statistics
+        return unchanged, kept, note, scores, statistics
+
+    def _said(self, config: Any, shapes: Shapes, scores: Scores, wish: Wish) -> tuple[dict[str, np.ndarray], str]:
+        """The plan nearest to what the scores ask for that the family's config can say, and what that gave up."""
+        wanted = choose(shapes, scores, wish)
+        nearest = alike(shapes, scores, wanted, wish)
+        kept = alike(shapes, scores, wanted, wish, lambda some: expressible(config, shapes.anatomy, some))
+        counts = [len(plan.get("layers.0.heads", range(shapes.anatomy.kv_heads))) for plan in (nearest, kept)]
+        if counts[0] == counts[1]:
+            return kept, _apart(shapes, wanted, kept)
+        said = f"a {config.model_type} config cannot say {counts[0]} of {shapes.anatomy.kv_heads} KV heads"
+        if not kept:
+            raise Refusal(f"prune.kinds={list(self.kinds)}: {said}, nor any other number but all; name other kinds")
+        return kept, f"{said}: {counts[1]} remain"
 
     def _open(self, context: Context, place: torch.device) -> tuple[Any, Callable[[], None] | None]:
         """The model to be scored, and how to be rid of it where it is sharded."""

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from models.errors import Refusal
+from models.measure import cache_bytes_per_token
 from models.representations import projection_widths
 from models.student import KvHeads
 from pipeline.data.tokenizer import load_tokenizer, train_tokenizer
@@ -80,3 +81,9 @@ def test_numbers_that_cannot_be_are_refused(family: str, kv_heads: int, said: st
     config_of(family).save_pretrained(tmp_path)
     with pytest.raises(Refusal, match=said):
         KvHeads(kv_heads).config(str(tmp_path))
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_the_cache_that_is_reported_has_so_many_heads(kv_heads: int) -> None:
+    model = model_of("llama", num_key_value_heads=kv_heads, dtype=torch.float32)
+    assert cache_bytes_per_token(model, tokens(1, 7)) == 2 * 3 * kv_heads * 8 * 4  # of 3 layers, 8 numbers a head

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -195,10 +195,13 @@ def choose(shapes: Shapes, scores: Scores, wish: Wish) -> dict[str, np.ndarray]:
     return kept
 
 
-def alike(shapes: Shapes, scores: Scores, wanted: Kept, wish: Wish) -> dict[str, np.ndarray]:
+def alike(
+    shapes: Shapes, scores: Scores, wanted: Kept, wish: Wish, sayable: Callable[[Kept], bool] = lambda kept: True
+) -> dict[str, np.ndarray]:
     """The nearest plan with one width for all layers: of each kind as many units as `wanted` keeps on average.
 
-    Which units stay is each group's own matter. Layers that were to be left whole are cut like the others.
+    Which units stay is each group's own matter. Layers that were to be left whole are cut like the others. Of heads,
+    the nearest number that is `sayable` by the family's config, all of them if need be.
     """
     anatomy = shapes.anatomy
     made = {name: units for name, units in wanted.items() if anatomy.groups[name].kind in ("hidden", "layers")}
@@ -209,8 +212,12 @@ def alike(shapes: Shapes, scores: Scores, wanted: Kept, wish: Wish) -> dict[str,
             continue
         counts = [len(wanted[group.name]) if group.name in wanted else group.units for group in groups]
         count = _multiple(sum(counts) / len(counts), groups[0].units, _step(anatomy, wish) if kind == "mlp" else 1)
-        for group in groups:
-            made[group.name] = np.sort(_order(scores[group.name])[:count])
+        units = groups[0].units
+        for number in sorted(range(1, units + 1), key=lambda n: (abs(n - count), n)) if kind == "heads" else [count]:
+            tried = {group.name: np.sort(_order(scores[group.name])[:number]) for group in groups}
+            if number == units or kind != "heads" or sayable(made | tried):
+                break
+        made |= tried
     if wish.kept_fraction is None and "mlp" in wish.kinds:
         _fill(shapes, scores, made, wish)
     return {name: units for name, units in made.items() if len(units) < anatomy.groups[name].units}

@@ -14,7 +14,7 @@ from models.errors import Refusal
 from models.load import empty_model, parameter_count
 from models.pruning.groups import anatomy_of
 from models.pruning.plan import Shapes, Wish, alike, choose
-from models.pruning.surgery import smaller_config
+from models.pruning.surgery import expressible, smaller_config
 from tests.pruning.families import FAMILIES, FIXED_HEADS, LAYER_NORMS, config_of
 
 LARGE = {
@@ -191,3 +191,17 @@ def test_scores_that_are_no_numbers_are_refused() -> None:
     scores["layers.1.mlp"][3] = math.nan
     with pytest.raises(Refusal, match=r"layers\.1\.mlp: its scores hold values that are no numbers"):
         choose(shapes, scores, Wish())
+
+
+@pytest.mark.parametrize(("family", "heads"), [("gpt2", 4), ("gemma2", 2), ("llama", 3), ("mistral", 3)])
+def test_heads_are_as_many_as_the_config_can_say(family: str, heads: int) -> None:
+    """Gemma 2's must divide its width; GPT-2 has no width of a head; Llama's plan can be Mistral's."""
+    config = config_of(family, **({} if family == "gpt2" else {"num_key_value_heads": 4}))
+    shapes = shapes_of(config)
+    wish = Wish(kept_fraction=0.7)
+    wanted = choose(shapes, scores_of(shapes), wish)
+    kept = alike(shapes, scores_of(shapes), wanted, wish, lambda some: expressible(config, shapes.anatomy, some))
+    assert len(kept.get("layers.1.heads", range(4))) == heads
+    assert len(kept["layers.1.mlp"]) == 14
+    smaller, _ = smaller_config(config, shapes.anatomy, kept)
+    assert shapes.size(kept).parameters == parameter_count(empty_model(smaller))

@@ -23,11 +23,14 @@ from models.pruning import surgery
 from models.pruning.groups import Anatomy, Axis, anatomy_of
 from models.pruning.importance import gather
 from models.pruning.importances.taylor import Taylor
+from models.pruning.plan import Wish
 from pipeline.artifact import content_hash
 from pipeline.config import Config, parse
 from pipeline.context import Context
 from pipeline.worker import build, check
 from tests.command import ROOT, train, weights
+from tests.pruning.families import config_of
+from tests.pruning.test_plan import scores_of, shapes_of
 
 LITTLE = [
     "data.max_documents=60",
@@ -216,6 +219,18 @@ def test_what_cannot_be_is_refused_before_a_weight_is_read(tmp_path: Path, words
     with pytest.raises(Refusal, match=said) as refused:
         check({"config": config, "stages": ["pretrain", "prune", "recover"]})
     assert "\n" not in str(refused.value)
+
+
+def test_heads_that_no_config_can_say_stay_and_that_is_told(tmp_path: Path) -> None:
+    gpt2 = config_of("gpt2")
+    shapes = shapes_of(gpt2)
+    scores = scores_of(shapes)
+    stage = build(composed(tmp_path, "teacher.path=x"), "prune")
+    kept, note = stage._said(gpt2, shapes, scores, Wish(kept_fraction=0.75))
+    assert note == "a gpt2 config cannot say 3 of 4 KV heads: 4 remain"
+    assert set(kept) == {f"layers.{n}.mlp" for n in range(3)}
+    with pytest.raises(Refusal, match="cannot say 3 of 4 KV heads, nor any other number but all; name other kinds"):
+        stage._said(gpt2, shapes, scores, Wish(kinds=("heads",), kept_fraction=0.75))
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft asks for it
