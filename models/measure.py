@@ -26,6 +26,7 @@ from models.load import DTYPES, attention_for, load_model, parameter_count
 from models.objectives.chunked import objective_sum
 from models.objectives.cross_entropy import CrossEntropy
 from models.questions import Question, answered
+from models.sparsity.zeros import share
 
 
 @dataclass(frozen=True)
@@ -194,6 +195,7 @@ def measure_folder(
         assert quiz is not None
         told = answered(model, questions, quiz.tokenizer, quiz.pad_token, quiz.end, quiz.batch_rows, quiz.per)
         right[name] = dict(zip(_names(questions), told, strict=True))
+    zeros = share(model)
     return {
         "parameters": parameter_count(model),
         "perplexity": float(torch.tensor(nats / tokens, dtype=torch.float64).exp()),
@@ -201,6 +203,7 @@ def measure_folder(
         **quick,
         "peak_memory_bytes": peak,
         "cache_bytes_per_token": cache_bytes_per_token(model, prompt),
+        **({} if zeros is None else {"zeros": zeros}),
         **({"right": right} if quiz else {}),
     }
 

@@ -38,6 +38,7 @@ class Distill:
     align: bool = False  # teacher and student may have different tokenizers: compared where they cover the same bytes
     on_policy: OnPolicy | None = None  # some of the steps on what the student writes itself
     lora: Lora | None = None  # adapters are trained and merged, and not the student's own weights
+    keep_zeros: bool = False  # weights of the start that are zero stay zero
 
     @property
     def _taught(self) -> bool:
@@ -139,6 +140,16 @@ class Distill:
             raise Refusal(
                 f"stages.{context.stage}.lora.base={self.lora.base} under ZeRO-3: packed weights are not sharded; use "
                 f"strategy=zero2, or lora.base=null"
+            )
+        if self.keep_zeros and self.lora.base is not None:
+            raise Refusal(
+                f"stages.{context.stage}.lora.base={self.lora.base} with keep_zeros=true: in so few bits no weight is "
+                f"known to be zero; set lora.base=null"
+            )
+        if self.keep_zeros and self.lora.dropout:
+            raise Refusal(
+                f"stages.{context.stage}.lora.dropout={self.lora.dropout} with keep_zeros=true: adapters are masked as "
+                f"matrices, and dropout is of what they read; set lora.dropout=0"
             )
         self.lora.config(empty_model(student))  # targets that are not there are told now
 
@@ -297,4 +308,5 @@ class Distill:
             teacher_tokenizer=teachers if students and self._taught else None,
             on_policy=self.on_policy,
             lora=self.lora,
+            keep_zeros=self.keep_zeros,
         )

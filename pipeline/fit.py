@@ -34,6 +34,7 @@ from models.lora import Lora, merge, write_adapter
 from models.objectives.term import Objective
 from models.on_policy import OnPolicy, Rollouts, ends_of
 from models.sharding import gather_state, unsharded
+from models.sparsity import zeros
 from models.teachers.teacher import Opening, Source
 from pipeline import artifact
 from pipeline.context import Context
@@ -212,12 +213,14 @@ def train(
     teacher_tokenizer: Any = None,
     on_policy: OnPolicy | None = None,
     lora: Lora | None = None,
+    keep_zeros: bool = False,
     extra: dict[str, Any] | None = None,
 ) -> None:
     """Fit `<work>/start` on the prepared rows and publish `<run_dir>/<stage>/`. Runs on every rank.
 
     `teacher_tokenizer`: where it is not the student's, and rows carry the teacher's tokens and their spans. `lora`:
-    adapters are trained, and merged in the end; they lie beside the model too, in `adapter/`.
+    adapters are trained, and merged in the end; they lie beside the model too, in `adapter/`. `keep_zeros`: the start's
+    zeros stay (models/sparsity/zeros.py); adapters that are masked for it make no `adapter/`, as PEFT would not.
     """
     from datasets import load_from_disk
 
@@ -262,7 +265,8 @@ def train(
     )
 
     def load_student() -> Any:
-        return load_plain() if lora is None else lora.attach(load_plain(), context.seed, _SAVED[precision])
+        student = load_plain() if lora is None else lora.attach(load_plain(), context.seed, _SAVED[precision])
+        return zeros.keep(student) if keep_zeros else student
 
     rollouts = None
     if on_policy is not None:
@@ -329,17 +333,23 @@ def train(
     )  # our own file, with the optimizer's and the loops' state
 
     state = gather_state(module.student, keep=trainer.is_global_zero)
-    model, certificates, also = module.student, {}, None
+    model, also = module.student, None
+    certificates: dict[str, dict[str, Any]] = {}
     if trainer.is_global_zero and lora is not None:
         with unsharded():
             model = lora.attach(load_plain(), context.seed, compute=None)
+        model = zeros.keep(model) if keep_zeros else model
         learnt = {name: tensor for name, tensor in state.items() if "lora_" in name}
         assert learnt.keys() == {name for name in model.state_dict() if "lora_" in name}
         model.load_state_dict(learnt, strict=False)
         folder = str(context.parents["student"]["path"]) if "student" in context.parents else prepared["start"]
-        also = functools.partial(write_adapter, adapter, folder, state)
+        if not keep_zeros:
+            also = functools.partial(write_adapter, adapter, folder, state)
         certificates["merged_equals_adapter"] = _merged(context, model, rows)
         state = model.state_dict()
+    if trainer.is_global_zero and keep_zeros:
+        with unsharded():
+            certificates["zeros_kept"] = zeros.check_kept(load_plain(), state)
     if trainer.is_global_zero:
         metrics = {
             "parameters": parameters,

@@ -62,6 +62,13 @@ TASK_COLUMNS = (
 # What a terminal has no room for beside a task's figures; the page has all.
 _ASIDE = {"bits_per_byte", "prefill_tokens_per_second", "first_token_ms", "peak_memory_bytes", "tokens"}
 _ASIDE |= {"accuracy_on_training_queries", "gap_closed_on_training_queries"}
+# Of zeros in place (stage sparsify), where a model has some; and what they are good for.
+ZEROS = Column("zeros", "zeros in matrices", "zeros", lambda v: units.NOTHING if v is None else f"{100 * v:.1f} %")
+ZEROS_NOTE = (
+    "Zeros in place save neither time nor memory in dense runtimes (transformers, vLLM's dense kernels, llama.cpp). "
+    "2:4 can be faster with sparse kernels on NVIDIA GPUs since Ampere. Structured cuts (stage prune) are smaller and "
+    "faster everywhere."
+)
 FIELDS = ("stage", "path", *(column.key for column in COLUMNS))
 
 
@@ -94,7 +101,7 @@ def write_report(run_dir: Path) -> Json:
 def table(report: Json) -> Table:
     """The rows for a terminal, the comparisons below them."""
     columns = _columns(report["rows"])
-    if any(column in TASK_COLUMNS for column in columns):
+    if any(column in TASK_COLUMNS or column is ZEROS for column in columns):
         columns = [column for column in columns if column.key not in _ASIDE]
     result = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False, caption_justify="left")
     result.add_column("stage", style="bold", overflow="fold")
@@ -103,8 +110,8 @@ def table(report: Json) -> Table:
     for row in report["rows"]:
         # Text, not str: a stage called [red] is a name, not a colour
         result.add_row(Text(row["stage"]), *(Text(column.show(row.get(column.key))) for column in columns))
-    if report["comparisons"]:
-        result.caption = Text("\n".join(_sentence(comparison) for comparison in report["comparisons"]))
+    if below := [*_notes(report["rows"]), *(_sentence(comparison) for comparison in report["comparisons"])]:
+        result.caption = Text("\n".join(below))
     return result
 
 
@@ -214,7 +221,18 @@ def _columns(rows: Sequence[Json]) -> list[Column]:
     """The report's own columns, then whatever else the rows bring (accuracy, bits_per_weight, ...)."""
     extra = dict.fromkeys(key for row in rows for key in row if key not in FIELDS)
     task = [column for column in TASK_COLUMNS if extra.pop(column.key, 0) is None]
-    return [*COLUMNS, *task, *(Column(key, key.replace("_", " "), key.replace("_", " "), _plain) for key in extra)]
+    extra.pop(ZEROS.key, None)
+    return [
+        *COLUMNS,
+        *([ZEROS] if _notes(rows) else []),
+        *task,
+        *(Column(key, key.replace("_", " "), key.replace("_", " "), _plain) for key in extra),
+    ]
+
+
+def _notes(rows: Sequence[Json]) -> list[str]:
+    """What a reader of the table could take wrongly."""
+    return [ZEROS_NOTE] if any(row.get(ZEROS.key) for row in rows) else []
 
 
 def _plain(value: Any) -> str:
@@ -242,6 +260,7 @@ def _page(run_dir: Path, artifacts: Sequence[Artifact], report: Json) -> Json:
         "run": run_dir.resolve().name,
         "headings": ["stage", *(column.heading for column in columns)],
         "rows": [[row["stage"], *(column.show(row.get(column.key)) for column in columns)] for row in report["rows"]],
+        "notes": _notes(report["rows"]),
         "comparisons": [
             {
                 "sentence": _sentence(comparison),
@@ -318,6 +337,8 @@ def _markdown(page: Json) -> str:
         return f"- {_md(stage['stage'])} `{stage['hash']}`" + (f" ← {parents}" if parents else "")
 
     lines = [f"# {_md(page['run'])}", "", *grid([_md(h) for h in page["headings"]], page["rows"]), ""]
+    for note in page["notes"]:
+        lines += [_md(note), ""]
     if page["comparisons"]:
         lines += ["## Side by side", "", "Test perplexity, lower is better.", ""]
         lines += [f"- {_md(comparison['sentence'])}" for comparison in page["comparisons"]] + [""]

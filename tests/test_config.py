@@ -90,6 +90,12 @@ def test_every_importance_can_decide_what_is_pruned(importance: str) -> None:
     assert build(composed(*words, "stages.recover.lora=null"), "recover").lora is None
 
 
+@pytest.mark.parametrize("method", sorted(p.stem for p in (CONF / "sparsity").glob("*.yaml")))
+def test_every_method_can_decide_what_becomes_zero(method: str) -> None:
+    made = build(composed("+experiment=sparsify_recover", f"sparsity@stages.sparsify.method={method}"), "sparsify")
+    assert type(made.method).__module__.endswith(method)
+
+
 @pytest.mark.parametrize("recorder", ["online", "sharded"])
 def test_a_cached_teacher_can_be_recorded_by(recorder: str) -> None:
     teacher = build(quickstart("teacher=cached", f"teacher@teacher.recorder={recorder}"), "record").teacher
@@ -152,6 +158,7 @@ def test_every_yaml_is_met_by_one_of_these_tests() -> None:
         "stage",
         "training",
         "importance",
+        "sparsity",
         "lora",
     }
     assert {p.stem for p in (CONF / "stage").glob("*.yaml")} == {
@@ -163,6 +170,7 @@ def test_every_yaml_is_met_by_one_of_these_tests() -> None:
         "control",
         "evaluate",
         "prune",
+        "sparsify",
         "recover",
     }
 

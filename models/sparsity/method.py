@@ -1,0 +1,74 @@
+"""Which weights become zero: the contract of conf/sparsity/*.yaml, and what the methods share."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from models.errors import Refusal
+from models.layerwise import Reading
+
+# O what a matrix gives, I what it reads
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """N:M, as NVIDIA writes it: of every M neighbours that one output reads N are kept, and M − N are zero."""
+
+    kept: int
+    of: int
+
+    @classmethod
+    def parse(cls, text: str) -> Pattern:
+        said = re.fullmatch(r"(\d+):(\d+)", str(text))
+        if said is None or not 0 < int(said[1]) < int(said[2]):
+            raise Refusal(f"sparsify.pattern={text}: need N:M with 0 < N < M; 2:4 keeps 2 of every 4 neighbours")
+        return cls(int(said[1]), int(said[2]))
+
+    def smallest(self, scores_OI: Tensor) -> Tensor:
+        """Bool[O, I]: in every group the M − N that count least."""
+        return smallest(scores_OI.unflatten(-1, (-1, self.of)), self.of - self.kept).flatten(-2)
+
+    def held(self, weight_OI: Tensor) -> bool:
+        return bool(((weight_OI != 0).unflatten(-1, (-1, self.of)).sum(-1) <= self.kept).all())
+
+
+@runtime_checkable
+class Method(Protocol):
+    needs_calibration_data: ClassVar[bool]
+
+    def zeros(self, weights: Sequence[Tensor], fraction: float) -> list[int]:
+        """How many weights of each matrix [O, I] become zero, where a fraction is asked for."""
+        ...
+
+    def reading(self, width: int) -> Reading:
+        """Takes in what a matrix of this width reads; only asked for where the method needs calibration data."""
+        ...
+
+    def sparsified(self, weight_OI: Tensor, zeros: int | Pattern, read: Any) -> Tensor:
+        """The matrix with so many zeros, in float32 at least. `read`: what `reading` has become, or None."""
+        ...
+
+
+def same_share(weights: Sequence[Tensor], fraction: float) -> list[int]:
+    return [round(fraction * weight.numel()) for weight in weights]
+
+
+def smallest(scores: Tensor, count: int) -> Tensor:
+    """Bool: exactly `count` along the last axis, the smallest, and of equal ones the first."""
+    if count == 0:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    # torch.quantile ends at 16 M values, and kthvalue takes minutes where many are equal.
+    last = scores.topk(count, largest=False, sorted=False).values.amax(-1, keepdim=True)
+    below, equal = scores < last, scores == last
+    room = count - below.sum(-1, keepdim=True)
+    return below | (equal & (equal.cumsum(-1) <= room))
+
+
+def at_least_float(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

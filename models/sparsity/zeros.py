@@ -1,0 +1,101 @@
+"""Zeros in the matrices of the decoder layers: counted, and kept while the others are trained."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from models.errors import Refusal
+from models.layerwise import matrices
+from models.representations import decoder_layers
+
+
+def counted(model: Any) -> dict[str, dict[str, float]]:
+    """Zeros and weights of each kind of matrix (q_proj of all layers are one kind), and of `all`."""
+    sums: dict[str, list[int]] = defaultdict(lambda: [0, 0])
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for matrix in matrices(model):
+        weight = matrix.of(parameters[matrix.parameter])
+        for kind in ("all", matrix.name):
+            sums[kind][0] += int((weight == 0).sum())
+            sums[kind][1] += weight.numel()
+    return {
+        kind: {"zeros": zeros, "weights": weights, "fraction": zeros / weights}
+        for kind, (zeros, weights) in sums.items()
+    }
+
+
+def keep(model: Any) -> Any:
+    """From now on training leaves every weight that is zero at zero. Nothing is stored beside the weights.
+
+    A weight whose gradient is zero from the first step on has no momentum, and decay of zero is zero. Where adapters
+    are trained (LoRA) and the weights stand still, the adapter counts only where its weight is not zero, so that
+    merging fills nothing; that takes the sum of both, a matrix at a time, until the backward (with activation
+    checkpointing of one layer only).
+    """
+    from peft.tuners.lora import Linear as Adapted
+
+    adapted = [module for module in decoder_layers(model).modules() if isinstance(module, Adapted)]
+    for module in adapted:
+        _mask_adapter(module)
+    for name in {} if adapted else dict.fromkeys(matrix.parameter for matrix in matrices(model)):
+        _mask_gradient(model.get_parameter(name))
+    return model
+
+
+def _mask_gradient(parameter: nn.Parameter) -> None:
+    # ZeRO-3 has the parameter gathered here: its layer's backward is what gives the gradient.
+    parameter.register_hook(lambda gradient: gradient * (parameter != 0))
+
+
+def _mask_adapter(module: Any) -> None:
+    """PEFT's layer with W + [W ≠ 0] · scale · B A in place of W and its adapter one after the other."""
+    (adapter,) = module.active_adapters
+    base, whole = module.get_base_layer(), module.get_delta_weight
+    transposed = type(base).__name__ == "Conv1D"
+
+    def delta(name: str) -> Tensor:
+        masked: Tensor = whole(name) * (base.weight != 0)
+        return masked
+
+    def forward(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
+        weight = base.weight if module.merged else base.weight + delta(adapter)
+        return nn.functional.linear(hidden, weight.T if transposed else weight, base.bias)
+
+    module.get_delta_weight, module.forward = delta, forward  # merging asks for the first
+    module.register_forward_pre_hook(_gather_children)
+
+
+def _gather_children(module: nn.Module, _: Any) -> None:
+    """Under ZeRO-3: what belongs to the layer's children is gathered with it, as their own forwards do not run."""
+    for parameter in module.parameters():
+        if hasattr(parameter, "ds_id"):
+            import deepspeed
+
+            deepspeed.zero.register_external_parameter(module, parameter)
+
+
+def check_kept(start: Any, state: Mapping[str, Tensor]) -> dict[str, int]:
+    """Zeros of the model that training began with, and of what it came to. Raises Refusal where one was filled."""
+    before = after = 0
+    parameters = dict(start.named_parameters(remove_duplicate=False))
+    for matrix in matrices(start):
+        was, now = (matrix.of(of[matrix.parameter]) == 0 for of in (parameters, state))
+        if filled := int((was & ~now.to(was.device)).sum()):
+            raise Refusal(
+                f"keep_zeros=true: {filled} of {int(was.sum())} zeros of {matrix} are none any more; nothing was "
+                f"written"
+            )
+        before, after = before + int(was.sum()), after + int(now.sum())
+    return {"zeros_before": before, "zeros_after": after}
+
+
+def share(model: Any) -> float | None:
+    """Zeros among all weights of the layers' matrices; None of a family whose layers are not understood."""
+    try:
+        return counted(model)["all"]["fraction"]
+    except (Refusal, KeyError):
+        return None

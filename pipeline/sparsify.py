@@ -1,0 +1,227 @@
+"""Set weights of a model's layers to zero, a share of them or N of every M, and count the zeros of what was written."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from models.errors import Refusal
+from models.layerwise import Matrix, Turn, check_alone, in_turn, matrices
+from models.load import DTYPES, check_folder, empty_model, load_config, load_model, parameter_count, save_model
+from models.representations import decoder_layers
+from models.sparsity.method import Method, Pattern
+from models.sparsity.zeros import counted
+from pipeline import artifact
+from pipeline.context import Context
+from pipeline.data import packing
+from pipeline.data.rows import RowSource, check_source, rows_of, source_key
+from pipeline.data.tokenizer import load_tokenizer
+from pipeline.progress import shown
+
+_AT_ONCE = 8  # calibration rows in a batch
+
+
+@dataclass(frozen=True)
+class Sparsify:
+    """Zeros in place: the result has the same shape, and is an ordinary checkpoint."""
+
+    model: str  # folder or hub id
+    data: RowSource  # of whose training split some text is the calibration
+    method: Method
+    fraction: float | None = 0.5
+    pattern: str | None = None
+    skip: Sequence[str] = ()
+    calibration_rows: int = 128
+    calibration_tokens: int = 256  # of each row
+    dtype: str = "float32"
+    trust_remote_code: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if (self.fraction is None) == (self.pattern is None):
+            raise Refusal(
+                f"sparsify.fraction={self.fraction} and sparsify.pattern={self.pattern}: need one, the other null"
+            )
+        if self.fraction is not None and not 0 < self.fraction < 1:
+            raise Refusal(f"sparsify.fraction={self.fraction}: need (0, 1); 0.5 sets half of the weights to zero")
+        if self.pattern is not None:
+            Pattern.parse(self.pattern)
+        for name, least in (("calibration_rows", 1), ("calibration_tokens", 2)):
+            if getattr(self, name) < least:
+                raise Refusal(f"sparsify.{name}={getattr(self, name)}: need at least {least}")
+        if self.dtype not in DTYPES:
+            raise Refusal(f"sparsify.dtype={self.dtype}: need one of {', '.join(DTYPES)}")
+
+    def ranks(self, context: Context) -> int:
+        return 1
+
+    def parents(self, context: Context) -> dict[str, str]:
+        return {"model": self.model, **self.data.made_by_stages}
+
+    def content(self) -> str:
+        """Hash of the text it reads."""
+        return source_key(self.data)
+
+    def check(self, context: Context) -> dict[str, Any]:
+        corpus = check_source(context, self.data)
+        if not context.produced_by(self.model):
+            check_folder(self.model, "model")
+        elif context.config_folder(self.model) == self.model and not context.finished(self.model):
+            raise Refusal(
+                f"{context.stage} needs the stage {Path(self.model).name}, which has not been run; add it to stages, "
+                f"or give stages.{context.stage}.model=FOLDER"
+            )
+        config = load_config(context.config_folder(self.model), "model", self.trust_remote_code)
+        limit = getattr(config, "max_position_embeddings", None)
+        if self.method.needs_calibration_data and limit and limit < self.calibration_tokens:
+            raise Refusal(
+                f"sparsify.calibration_tokens={self.calibration_tokens}: the model reads at most {limit} tokens "
+                f"(max_position_embeddings)"
+            )
+        whole = empty_model(config)
+        self._chosen(whole)
+        context.plan_model(config)
+        rows = f"{self.calibration_rows} rows of calibration" if self.method.needs_calibration_data else "no text"
+        return {
+            "model": config.model_type,
+            "parameters": parameter_count(whole),
+            "data": corpus,
+            "length": rows,
+            "commits": {"model": getattr(config, "_commit_hash", None)},
+        }
+
+    def prepare(self, context: Context) -> None:
+        """Nothing to share: one process does it all."""
+        context.work.mkdir(parents=True, exist_ok=True)
+
+    def run(self, context: Context) -> None:
+        begin = time.monotonic()
+        tokenizer = load_tokenizer(self.model, self.trust_remote_code)
+        if self.data.chat_template is not None:
+            tokenizer.chat_template = packing.chat_template(tokenizer, self.data)
+        batches = self._batches(context, tokenizer) if self.method.needs_calibration_data else []
+        model = load_model(self.model, dtype=DTYPES[self.dtype], role="model", trust_remote_code=self.trust_remote_code)
+        model = model.to(context.device).eval()
+        chosen = self._chosen(model)
+        wanted = self._wanted(model, chosen)
+        count = len(decoder_layers(model))
+        for turn in shown(in_turn(model, batches), count, context.stage):
+            self._take(context, model, turn, {m: n for m, n in wanted.items() if m.layer == turn.number})
+        manifest = context.manifest("model")
+
+        def build(folder: Path) -> None:
+            save_model(model, tokenizer, folder, model.state_dict(), DTYPES[self.dtype])
+            again = load_model(
+                str(folder), dtype=DTYPES[self.dtype], role="sparse", trust_remote_code=self.trust_remote_code
+            )
+            _check_held(context, again, wanted)
+            zeros = counted(again)
+            manifest["certificates"] = {"zeros": zeros, **({"pattern_held": True} if self.pattern else {})}
+            manifest["metrics"] = {"parameters": parameter_count(again), "zeros": zeros["all"]["fraction"]}
+            manifest["seconds"] = round(time.monotonic() - begin, 3)
+
+        artifact.publish(context.out, build, manifest)
+        told = manifest["certificates"]["zeros"]["all"]
+        print(f"{context.stage}: {told['zeros']:,} of {told['weights']:,} weights of the layers' matrices are zero")
+
+    def _chosen(self, model: Any) -> list[Matrix]:
+        """The matrices that lose weights. Raises Refusal for what cannot be asked of this model."""
+        found = matrices(model)
+
+        def named(matrix: Matrix, name: str) -> bool:
+            return f".{matrix.layer}.{matrix.name}".endswith(f".{name}")
+
+        kinds = dict.fromkeys(matrix.name for matrix in found)
+        for name in self.skip:
+            if not any(named(matrix, name) for matrix in found):
+                raise Refusal(f"sparsify.skip: the layers have no matrix {name}; they have {', '.join(kinds)}")
+        chosen = [matrix for matrix in found if not any(named(matrix, name) for name in self.skip)]
+        if not chosen:
+            raise Refusal("sparsify.skip: no matrix is left to sparsify; skip fewer")
+        check_alone(model, chosen)
+        if self.method.needs_calibration_data and (expert := next((m for m in chosen if m.slot is not None), None)):
+            raise Refusal(
+                f"sparsify.method={type(self.method).__name__}: what {expert.parameter} reads is not seen, as experts "
+                f"are one operation; use sparsity@stages.sparsify.method=magnitude, or "
+                f"skip=[{', '.join(dict.fromkeys(m.name for m in chosen if m.slot is not None))}]"
+            )
+        if self.pattern is not None:
+            self._check_widths(model, chosen, Pattern.parse(self.pattern))
+        return chosen
+
+    def _check_widths(self, model: Any, chosen: Sequence[Matrix], pattern: Pattern) -> None:
+        widths = {matrix: matrix.of(model.get_parameter(matrix.parameter)).shape[-1] for matrix in chosen}
+        for matrix, width in widths.items():
+            if width % pattern.of:
+                common = math.gcd(*widths.values())
+                fit = [str(m) for m in range(2, 65) if common % m == 0]
+                raise Refusal(
+                    f"sparsify.pattern={self.pattern}: {matrix} reads {width} inputs, which {pattern.of} does not "
+                    f"divide; need M of {', '.join(fit) or 'nothing that fits all'}, or "
+                    f"skip=[{matrix.name.rpartition('.')[2]}]"
+                )
+
+    def _batches(self, context: Context, tokenizer: Any) -> list[Tensor]:
+        """Rows of `calibration_tokens`, Int64[B, T]: documents in an order drawn by the seed, laid end to end."""
+        rows, _, _ = rows_of(self.data, "train", tokenizer, context.data_folder)
+        needed = self.calibration_rows * self.calibration_tokens
+        tokens: list[int] = []
+        for number in np.random.default_rng(self.seed).permutation(len(rows)):
+            tokens += rows[int(number)]["input_ids"]
+            if len(tokens) >= needed:
+                break
+        if len(tokens) < needed:
+            raise Refusal(
+                f"sparsify.calibration_rows={self.calibration_rows} of calibration_tokens={self.calibration_tokens}: "
+                f"need {needed:,} tokens, and data.train has {len(tokens):,}; take fewer or shorter rows, or more text"
+            )
+        ids = torch.tensor(tokens[:needed], device=context.device)
+        return list(ids.view(self.calibration_rows, self.calibration_tokens).split(_AT_ONCE))
+
+    def _wanted(self, model: Any, chosen: Sequence[Matrix]) -> dict[Matrix, int | Pattern]:
+        if self.pattern is not None:
+            return dict.fromkeys(chosen, Pattern.parse(self.pattern))
+        assert self.fraction is not None
+        weights = [matrix.of(model.get_parameter(matrix.parameter).detach()) for matrix in chosen]
+        return dict(zip(chosen, self.method.zeros(weights, self.fraction), strict=True))
+
+    @torch.no_grad()
+    def _take(self, context: Context, model: Any, turn: Turn, wanted: dict[Matrix, int | Pattern]) -> None:
+        """Sparsify one layer; or, where a run that was killed had done so, take what it left."""
+        path = context.work / f"layer-{turn.number:05d}.safetensors"
+        parameters = {matrix.parameter: model.get_parameter(matrix.parameter) for matrix in wanted}
+        if path.exists():
+            for name, tensor in load_file(path).items():
+                parameters[name].copy_(tensor)
+            return
+        read = turn.read(self.method.reading) if self.method.needs_calibration_data else {}
+        for matrix, zeros in wanted.items():
+            if self.method.needs_calibration_data and matrix.name not in read:
+                raise Refusal(
+                    f"{context.stage}: no calibration token reaches {matrix}; take more rows, or skip=[{matrix.name}]"
+                )
+            weight = matrix.of(parameters[matrix.parameter])
+            weight.copy_(self.method.sparsified(weight, zeros, read.get(matrix.name)))
+        aside = path.with_suffix(".partial")
+        save_file({name: parameter.detach().contiguous() for name, parameter in parameters.items()}, aside)
+        os.replace(aside, path)
+
+
+def _check_held(context: Context, model: Any, wanted: dict[Matrix, int | Pattern]) -> None:
+    """Whether the folder that was written has the zeros that were asked for."""
+    for matrix, zeros in wanted.items():
+        weight = matrix.of(model.get_parameter(matrix.parameter))
+        held = zeros.held(weight) if isinstance(zeros, Pattern) else int((weight == 0).sum()) >= zeros
+        if not held:
+            asked = f"{zeros.kept}:{zeros.of}" if isinstance(zeros, Pattern) else f"{zeros:,} zeros"
+            raise Refusal(f"{context.stage}: {matrix} does not have {asked} once reloaded; nothing was written")
