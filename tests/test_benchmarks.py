@@ -179,3 +179,29 @@ def test_generation_writes_the_same_text_with_and_without_the_cache_and_tells_it
             assert all(speed > 0 for speed in found["sides"][f"{attention}_{mode}"]["tokens_per_second"].values())
         # keys and values, of one layer, of 8 numbers a head in fp32
         assert found["sides"][f"{attention}_cached"]["cache_bytes_per_token"] == 2 * 1 * heads * 8 * 4
+
+
+TINY_PRUNING = ["--train-steps=2", "--held-out-rows=4", "--repeats=1", "--threads=1", "--device=cpu"]
+
+
+def pruning(*words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, ROOT / "benchmarks/pruning.py", *TINY_PRUNING, *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=600)
+
+
+def test_a_cut_is_measured_by_perplexity_seconds_and_memory() -> None:
+    found = figures(pruning("--sides=ours,ours_random"))
+    assert set(found) == {"sides", "ratio", "goals", "perplexity_uncut", "weights", "device", "settings"}
+    for side in ("ours", "ours_random"):
+        each = found["sides"][side]
+        assert each["perplexity"] > 1
+        assert each["peak_memory"] > 0
+        assert set(each["parts"]) == {"load", "score", "cut", "save"}
+    assert found["sides"]["ours"]["parameters"] == found["sides"]["ours_random"]["parameters"]
+
+
+@pytest.mark.skipif(not PEER_PYTHON.is_file(), reason="no environment with torch-pruning; see benchmarks/README.md")
+def test_llm_pruners_algorithm_removes_the_same_units() -> None:
+    ratio = figures(pruning("--sides=ours,llm_pruner"))["ratio"]["ours ÷ llm_pruner"]
+    assert ratio["same_removed"] == 1
+    assert ratio["perplexity"] == 1
