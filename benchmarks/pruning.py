@@ -100,6 +100,7 @@ def ours(side: str, folder: Path, settings: Settings, rows: Any, seed: int) -> d
 
     from models.load import DTYPES, load_model, save_model
     from models.pruning.groups import anatomy_of
+    from models.pruning.importance import gather
     from models.pruning.importances.magnitude import Magnitude
     from models.pruning.importances.random import Random
     from models.pruning.importances.taylor import Taylor
@@ -122,7 +123,9 @@ def ours(side: str, folder: Path, settings: Settings, rows: Any, seed: int) -> d
         model = load_model(settings.model, dtype=dtype).to(settings.device)
     with clock.part("score"):
         anatomy = anatomy_of(model)
-        scores = importance.scores(model, anatomy, ("heads", "mlp"), [batch])
+        kinds = ("heads", "mlp")
+        statistics_ = gather(importance, model, anatomy, kinds, [batch] if importance.needs_calibration_data else [])
+        scores = importance.scores(model, anatomy, kinds, statistics_)
     with clock.part("cut"):
         shapes, wish = Shapes.of_model(model, anatomy), Wish(kept_fraction=settings.kept_fraction)
         kept = alike(shapes, scores, choose(shapes, scores, wish), wish)

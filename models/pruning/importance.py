@@ -9,7 +9,7 @@ gradients is ever whole.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -98,45 +98,52 @@ def wanted(anatomy: Anatomy, kinds: Sequence[str]) -> list[Group]:
     return [group for group in anatomy.groups.values() if group.kind in kinds]
 
 
-def per_unit(values: Tensor, axis: Axis, *, absolute_places: bool = False) -> np.ndarray:
-    """Float64[units] of a parameter's values: the sum over all that a unit has of it.
-
-    `absolute_places`: the sum of each place's row or column counts by its size, its sign left out.
-    """
+def lines(values: Tensor, axis: Axis) -> Tensor:
+    """Float64[width]: of each place on the axis the sum of all that lies there."""
     if axis.slot is not None:
         values = values[axis.slot]
     dim = axis.dim if axis.slot is None else axis.dim - 1
     others = [other for other in range(values.ndim) if other != dim]
-    along = values.sum(others, dtype=torch.float64) if others else values.double()
-    if absolute_places:
-        along = along.abs()
-    found: np.ndarray = along.cpu().numpy()[axis.places].sum(1)
-    return found
+    return values.sum(others, dtype=torch.float64) if others else values.double()
 
 
 class Tally:
-    """Per-unit values as they come, axis by axis, and what they make of a group."""
+    """Per-unit values as they come, axis by axis, and what they make of a group.
 
-    def __init__(self, groups: Sequence[Group]) -> None:
-        self.groups = groups
-        self.axes: dict[str, list[tuple[str, int, Axis]]] = {}
+    `absolute_places`: the sum of each place's row or column counts by its size, its sign left out.
+    """
+
+    def __init__(self, groups: Sequence[Group], absolute_places: bool = False) -> None:
+        self.groups, self.absolute_places = groups, absolute_places
+        self.axes: dict[str, list[tuple[str, Axis]]] = {}  # parameter → where its values belong
         for group in groups:
             for number, axis in enumerate(group.axes):
-                self.axes.setdefault(axis.parameter, []).append((group.name, number, axis))
+                self.axes.setdefault(axis.parameter, []).append((f"{group.name}/{number}", axis))
         self.values: Statistics = {}
 
-    def add(self, parameter: str, values: Tensor, *, absolute_places: bool = False) -> None:
-        for group, number, axis in self.axes.get(parameter, []):
-            found = per_unit(values, axis, absolute_places=absolute_places)
-            key = f"{group}/{number}"
-            self.values[key] = self.values[key] + found if key in self.values else found
+    def dims(self, parameter: str) -> list[int]:
+        """On which of them it holds units."""
+        return sorted({axis.dim for _, axis in self.axes.get(parameter, [])})
+
+    def add(self, parameter: str, values: Tensor) -> None:
+        for key, axis in self.axes.get(parameter, []):
+            self._put(key, axis, lines(values, axis))
+
+    def add_lines(self, parameter: str, sums: Mapping[int, Tensor]) -> None:
+        """As `add`, of a matrix whose `lines` on each of its `dims` are known."""
+        for key, axis in self.axes.get(parameter, []):
+            self._put(key, axis, sums[axis.dim])
+
+    def _put(self, key: str, axis: Axis, along: Tensor) -> None:
+        along = along.abs() if self.absolute_places else along
+        found = along.cpu().numpy()[axis.places].sum(1)
+        self.values[key] = self.values[key] + found if key in self.values else found
 
     def scores(self, reduction: str = "sum") -> dict[str, np.ndarray]:
         made = {}
         for group in self.groups:
-            of_axes = [
-                found for n in range(len(group.axes)) if (found := self.values.get(f"{group.name}/{n}")) is not None
-            ]
+            keys = [f"{group.name}/{number}" for number in range(len(group.axes))]
+            of_axes = [self.values[key] for key in keys if key in self.values]
             if not of_axes:
                 raise ValueError(f"{group.name}: nothing was told of any of its weights")
             made[group.name] = REDUCTIONS[reduction](np.stack(of_axes))

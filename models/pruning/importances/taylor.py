@@ -15,6 +15,8 @@ from models.pruning.groups import Anatomy
 from models.pruning.importance import Batch, Statistics, Tally, check_reduction, over_ranks, wanted, weights_of
 from models.sharding import gathered
 
+# Gradients made at once: on a CPU they stay in its cache, on a GPU few launches count.
+_AT_ONCE = {"cpu": 2**18, "cuda": 2**26}
 ORDERS = ("first", "second", "mix", "vectorize")
 
 
@@ -29,8 +31,8 @@ class Taylor:
     which each counts as much as any other; of several batches the scores are averaged before `reduction`.
 
     All come from one backward a batch: a matrix's gradient of each sample is the product of its inputs and the
-    gradients of its outputs, made in a hook and dropped there. Only the matrix at hand is ever held, twice. Of experts
-    and their routers the gradients are worked out anew, sample by sample, when the backward comes by.
+    gradients of its outputs, made in a hook, some rows of it at a time, and dropped there. Of experts and their routers
+    the gradients are worked out anew, sample by sample, when the backward comes by; of these a matrix is held, twice.
     """
 
     order: str = "mix"
@@ -48,7 +50,9 @@ class Taylor:
         names = {id(weight): name for name, weight in weights_of(model, groups).items()}
         counts_B = (batch["targets"] >= 0).sum(1)
         samples = int(over_ranks((counts_B > 0).sum()))
-        pass_ = _Pass(self, Tally(groups), names, len(counts_B), max(1, samples))
+        pass_ = _Pass(
+            self, Tally(groups, absolute_places=self.order == "vectorize"), names, len(counts_B), max(1, samples)
+        )
         handles = [model.get_input_embeddings().register_forward_hook(_differentiable)]
         for module in model.modules():
             own = names.keys() & {id(parameter) for parameter in module.parameters(recurse=False)}
@@ -104,12 +108,11 @@ class _Pass:
     def product(self, module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         """A forward hook of what is one matrix product: the gradient of its weight is that of what it read and gave."""
         read = inputs[0].detach()
-        transposed = type(module).__name__ == "Conv1D"
 
         def taken(gradient: Tensor) -> None:
-            pairs = zip(self._rows(read), self._rows(gradient.detach()), strict=True)
+            pair = (gradient.detach(), read)
             with gathered([module.weight]):
-                self._tell(module.weight, (r.T @ g if transposed else g.T @ r for r, g in pairs))
+                self._tell_product(module.weight, *(reversed(pair) if type(module).__name__ == "Conv1D" else pair))
 
         output.register_hook(taken)
 
@@ -140,26 +143,57 @@ class _Pass:
             parameter.requires_grad_(False)
         return gradient.float()
 
-    def _rows(self, values: Tensor) -> Tensor:
-        return values.reshape(self.rows, -1, values.shape[-1]).float()
+    @property
+    def _squared(self) -> bool:
+        return self.taylor.order in ("second", "mix")
 
     @torch.no_grad()
-    def _tell(self, parameter: Any, gradients: Iterable[Tensor]) -> None:
+    def _tell_product(self, parameter: Tensor, left: Tensor, right: Tensor) -> None:
+        """Of a matrix [R, C] whose gradient of a sample is left[T, R]ᵀ @ right[T, C]."""
+        left_BTR, right_BTC = (each.reshape(self.rows, -1, each.shape[-1]).float() for each in (left, right))
+        name, (height, width) = self.names[id(parameter)], parameter.shape
+        step = max(1, _AT_ONCE[parameter.device.type] // width)
+        device = parameter.device
+        sums = {d: torch.zeros(parameter.shape[d], dtype=torch.float64, device=device) for d in self.tally.dims(name)}
+        place = torch.empty(min(step, height), width, device=device)
+        for first in range(0, height, step):
+            rows = slice(first, min(first + step, height))
+            left_BTr, squares = left_BTR[..., rows], None
+            if self._squared:
+                one, total = place[: rows.stop - first], torch.zeros_like(place[: rows.stop - first])
+                squares = torch.zeros_like(total)
+                for left_Tr, right_TC in zip(left_BTr, right_BTC, strict=True):
+                    torch.mm(left_Tr.T, right_TC, out=one)
+                    total += one
+                    squares.addcmul_(one, one, value=self.samples)  # see _tell
+            else:
+                total = left_BTr.flatten(0, 1).T @ right_BTC.flatten(0, 1)
+            change = self._change(parameter[rows], total, squares)
+            if 0 in sums:
+                sums[0][rows] = change.sum(1, dtype=torch.float64)
+            if 1 in sums:
+                sums[1] += change.sum(0, dtype=torch.float64)
+        self.tally.add_lines(name, sums)
+
+    @torch.no_grad()
+    def _tell(self, parameter: Tensor, gradients: Iterable[Tensor]) -> None:
         """`gradients`: of this rank's samples, each of its share of the batch's loss."""
         total: Tensor | None = None
         squares: Tensor | None = None
         for one in gradients:
-            if self.taylor.order in ("second", "mix"):
+            if self._squared:
                 # Of the sample's own loss, which is as many times as large; over the number of samples in the end.
                 square = one.square() * self.samples
                 squares = square if squares is None else squares.add_(square)
             total = one if total is None else total.add_(one)
         assert total is not None
+        self.tally.add(self.names[id(parameter)], self._change(parameter, total, squares))
+
+    def _change(self, weight: Tensor, total: Tensor, squares: Tensor | None) -> Tensor:
         over_ranks(total)
         if squares is not None:
             over_ranks(squares)
-        change = self.taylor.change(parameter.float(), total, squares)
-        self.tally.add(self.names[id(parameter)], change, absolute_places=self.taylor.order == "vectorize")
+        return self.taylor.change(weight.float(), total, squares)
 
 
 def _differentiable(module: Any, inputs: Any, output: Tensor) -> Tensor:
