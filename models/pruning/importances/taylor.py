@@ -16,7 +16,7 @@ from models.pruning.importance import Batch, Statistics, Tally, check_reduction,
 from models.sharding import gathered
 
 # Gradients made at once: on a CPU they stay in its cache, on a GPU few launches count.
-_AT_ONCE = {"cpu": 2**18, "cuda": 2**26}
+_AT_ONCE = {"cpu": 2**20, "cuda": 2**26}
 ORDERS = ("first", "second", "mix", "vectorize")
 
 
