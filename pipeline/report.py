@@ -69,6 +69,8 @@ ZEROS_NOTE = (
     "2:4 can be faster with sparse kernels on NVIDIA GPUs since Ampere. Structured cuts (stage prune) are smaller and "
     "faster everywhere."
 )
+# Of keys and values, where it differs between models.
+CACHE = Column("cache_bytes_per_token", "cache bytes per token", "cache\nB/tok", units.si)
 FIELDS = ("stage", "path", *(column.key for column in COLUMNS))
 
 
@@ -101,7 +103,7 @@ def write_report(run_dir: Path) -> Json:
 def table(report: Json) -> Table:
     """The rows for a terminal, the comparisons below them."""
     columns = _columns(report["rows"])
-    if any(column in TASK_COLUMNS or column is ZEROS for column in columns):
+    if any(column in (*TASK_COLUMNS, ZEROS, CACHE) for column in columns):
         columns = [column for column in columns if column.key not in _ASIDE]
     result = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False, caption_justify="left")
     result.add_column("stage", style="bold", overflow="fold")
@@ -221,9 +223,10 @@ def _columns(rows: Sequence[Json]) -> list[Column]:
     """The report's own columns, then whatever else the rows bring (accuracy, bits_per_weight, ...)."""
     extra = dict.fromkeys(key for row in rows for key in row if key not in FIELDS)
     task = [column for column in TASK_COLUMNS if extra.pop(column.key, 0) is None]
-    extra.pop(ZEROS.key, None)
+    extra.pop(ZEROS.key, None), extra.pop(CACHE.key, None)
     return [
         *COLUMNS,
+        *([CACHE] if len({row[CACHE.key] for row in rows if row.get(CACHE.key)}) > 1 else []),
         *([ZEROS] if _notes(rows) else []),
         *task,
         *(Column(key, key.replace("_", " "), key.replace("_", " "), _plain) for key in extra),

@@ -565,3 +565,15 @@ def test_ticks_are_round_and_few(low, high, log, ticks):
 )
 def test_numbers_read_as_a_person_writes_them(shown, expected):
     assert shown == expected
+
+
+def test_the_cache_is_a_column_where_it_differs(run: Path) -> None:
+    measure(run, cache_bytes_per_token=2048.0)
+    write_report(run)
+    assert "cache bytes per token" not in (run / "report.md").read_text()
+    manifest = json.loads((run / "evaluate" / "manifest.json").read_text())
+    manifest["metrics"]["rows"][1]["cache_bytes_per_token"] = 1536.0
+    (run / "evaluate" / "manifest.json").write_text(json.dumps(manifest))
+    write_report(run)
+    assert "cache bytes per token" in (run / "report.md").read_text()
+    assert "1.54 k" in (run / "report.md").read_text()
