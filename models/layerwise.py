@@ -58,6 +58,35 @@ def matrices(model: Any) -> list[Matrix]:
     return found
 
 
+def chosen(model: Any, skip: Sequence[str], setting: str) -> list[Matrix]:
+    """Those that `skip` does not name, by the end of their names. Raises Refusal for a name of none, for matrices
+    that are also something else, and where none is left; `setting` is the config's name of `skip`."""
+    found = matrices(model)
+
+    def named(matrix: Matrix, name: str) -> bool:
+        return f".{matrix.layer}.{matrix.name}".endswith(f".{name}")
+
+    for name in skip:
+        if not any(named(matrix, name) for matrix in found):
+            kinds = dict.fromkeys(matrix.name for matrix in found)
+            raise Refusal(f"{setting}: the layers have no matrix {name}; they have {', '.join(kinds)}")
+    left = [matrix for matrix in found if not any(named(matrix, name) for name in skip)]
+    if not left:
+        raise Refusal(f"{setting}: no matrix is left; skip fewer")
+    check_alone(model, left)
+    return left
+
+
+def check_read(taken: Sequence[Matrix], method: str, other: str) -> None:
+    """Raises Refusal for experts, which read inside of one operation; `other` is a way that needs no text."""
+    if experts := [matrix for matrix in taken if matrix.slot is not None]:
+        names = dict.fromkeys(matrix.name for matrix in experts)
+        raise Refusal(
+            f"{method}: what {experts[0].parameter} reads is not seen, as experts are one operation; use {other}, or "
+            f"skip=[{', '.join(names)}]"
+        )
+
+
 def check_alone(model: Any, found: Sequence[Matrix]) -> None:
     """Refuse a matrix that is also something else: another layer's, or the embeddings'."""
     names = defaultdict(list)

@@ -21,6 +21,7 @@ MANIFEST = "manifest.json"
 PLAN = "plan.json"  # of a cut: which units it keeps
 SCORES = "scores.safetensors"  # of a cut: what calibration text had to say
 METRICS = "metrics.jsonl"  # of a training: it tells the time
+GRID = "grid.safetensors"  # of a quantized model: its integers and scales
 BESIDE = (PLAN, SCORES, METRICS)  # they lie beside a model, and are not of it
 _PARTIAL = ".partial"
 

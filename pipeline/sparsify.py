@@ -10,25 +10,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from models.errors import Refusal
-from models.layerwise import Matrix, Turn, check_alone, in_turn, matrices
+from models.layerwise import Matrix, Turn, check_read, chosen, in_turn
 from models.load import DTYPES, check_folder, empty_model, load_config, load_model, parameter_count, save_model
 from models.representations import decoder_layers
 from models.sparsity.method import Method, Pattern
 from models.sparsity.zeros import counted
-from pipeline import artifact
+from pipeline import artifact, calibration
 from pipeline.context import Context
 from pipeline.data import packing
-from pipeline.data.rows import RowSource, check_source, rows_of, source_key
+from pipeline.data.rows import RowSource, check_source, source_key
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.progress import shown
-
-_AT_ONCE = 8  # calibration rows in a batch
 
 
 @dataclass(frozen=True)
@@ -82,12 +79,8 @@ class Sparsify:
                 f"or give stages.{context.stage}.model=FOLDER"
             )
         config = load_config(context.config_folder(self.model), "model", self.trust_remote_code)
-        limit = getattr(config, "max_position_embeddings", None)
-        if self.method.needs_calibration_data and limit and limit < self.calibration_tokens:
-            raise Refusal(
-                f"sparsify.calibration_tokens={self.calibration_tokens}: the model reads at most {limit} tokens "
-                f"(max_position_embeddings)"
-            )
+        if self.method.needs_calibration_data:
+            calibration.check(config, self.calibration_tokens, "sparsify")
         whole = empty_model(config)
         self._chosen(whole)
         context.plan_model(config)
@@ -109,7 +102,10 @@ class Sparsify:
         tokenizer = load_tokenizer(self.model, self.trust_remote_code)
         if self.data.chat_template is not None:
             tokenizer.chat_template = packing.chat_template(tokenizer, self.data)
-        batches = self._batches(context, tokenizer) if self.method.needs_calibration_data else []
+        batches: list[Tensor] = []
+        if self.method.needs_calibration_data:
+            size = (self.calibration_rows, self.calibration_tokens)
+            batches = calibration.batches(context, self.data, tokenizer, size, self.seed, "sparsify")
         model = load_model(self.model, dtype=DTYPES[self.dtype], role="model", trust_remote_code=self.trust_remote_code)
         model = model.to(context.device).eval()
         chosen = self._chosen(model)
@@ -136,28 +132,16 @@ class Sparsify:
 
     def _chosen(self, model: Any) -> list[Matrix]:
         """The matrices that lose weights. Raises Refusal for what cannot be asked of this model."""
-        found = matrices(model)
-
-        def named(matrix: Matrix, name: str) -> bool:
-            return f".{matrix.layer}.{matrix.name}".endswith(f".{name}")
-
-        kinds = dict.fromkeys(matrix.name for matrix in found)
-        for name in self.skip:
-            if not any(named(matrix, name) for matrix in found):
-                raise Refusal(f"sparsify.skip: the layers have no matrix {name}; they have {', '.join(kinds)}")
-        chosen = [matrix for matrix in found if not any(named(matrix, name) for name in self.skip)]
-        if not chosen:
-            raise Refusal("sparsify.skip: no matrix is left to sparsify; skip fewer")
-        check_alone(model, chosen)
-        if self.method.needs_calibration_data and (expert := next((m for m in chosen if m.slot is not None), None)):
-            raise Refusal(
-                f"sparsify.method={type(self.method).__name__}: what {expert.parameter} reads is not seen, as experts "
-                f"are one operation; use sparsity@stages.sparsify.method=magnitude, or "
-                f"skip=[{', '.join(dict.fromkeys(m.name for m in chosen if m.slot is not None))}]"
+        taken = chosen(model, self.skip, "sparsify.skip")
+        if self.method.needs_calibration_data:
+            check_read(
+                taken,
+                f"sparsify.method={type(self.method).__name__}",
+                "sparsity@stages.sparsify.method=magnitude",
             )
         if self.pattern is not None:
-            self._check_widths(model, chosen, Pattern.parse(self.pattern))
-        return chosen
+            self._check_widths(model, taken, Pattern.parse(self.pattern))
+        return taken
 
     def _check_widths(self, model: Any, chosen: Sequence[Matrix], pattern: Pattern) -> None:
         widths = {matrix: matrix.of(model.get_parameter(matrix.parameter)).shape[-1] for matrix in chosen}
@@ -170,23 +154,6 @@ class Sparsify:
                     f"divide; need M of {', '.join(fit) or 'nothing that fits all'}, or "
                     f"skip=[{matrix.name.rpartition('.')[2]}]"
                 )
-
-    def _batches(self, context: Context, tokenizer: Any) -> list[Tensor]:
-        """Rows of `calibration_tokens`, Int64[B, T]: documents in an order drawn by the seed, laid end to end."""
-        rows, _, _ = rows_of(self.data, "train", tokenizer, context.data_folder)
-        needed = self.calibration_rows * self.calibration_tokens
-        tokens: list[int] = []
-        for number in np.random.default_rng(self.seed).permutation(len(rows)):
-            tokens += rows[int(number)]["input_ids"]
-            if len(tokens) >= needed:
-                break
-        if len(tokens) < needed:
-            raise Refusal(
-                f"sparsify.calibration_rows={self.calibration_rows} of calibration_tokens={self.calibration_tokens}: "
-                f"need {needed:,} tokens, and data.train has {len(tokens):,}; take fewer or shorter rows, or more text"
-            )
-        ids = torch.tensor(tokens[:needed], device=context.device)
-        return list(ids.view(self.calibration_rows, self.calibration_tokens).split(_AT_ONCE))
 
     def _wanted(self, model: Any, chosen: Sequence[Matrix]) -> dict[Matrix, int | Pattern]:
         if self.pattern is not None:

@@ -10,23 +10,8 @@ import torch
 from torch import Tensor
 
 from models.errors import Refusal
+from models.hessian import Hessian, inverse_factor
 from models.sparsity.method import Pattern, at_least_float, same_share, smallest
-
-
-class Hessian:
-    """The mean of 2 x xᵀ over tokens, Float32[I, I]: of the squared error of what a matrix gives, for every row."""
-
-    def __init__(self, width: int) -> None:
-        self.mean_II: Tensor | None = None
-        self.width, self.tokens = width, 0
-
-    def add(self, read_NI: Tensor) -> None:
-        read_NI = at_least_float(read_NI)
-        if self.mean_II is None:
-            self.mean_II = read_NI.new_zeros(self.width, self.width)
-        self.tokens += len(read_NI)
-        self.mean_II *= 1 - len(read_NI) / self.tokens
-        self.mean_II.addmm_(read_NI.T, read_NI, alpha=2 / self.tokens)
 
 
 @dataclass(frozen=True)
@@ -57,7 +42,7 @@ class SparseGPT:
 
     def sparsified(self, weight_OI: Tensor, zeros: int | Pattern, read: Any) -> Tensor:
         w_OI = at_least_float(weight_OI).clone()
-        u_II, dead_I = self._factor(read.mean_II.to(w_OI))
+        u_II, dead_I = inverse_factor(read.mean_II.to(w_OI), self.damping, "sparsify.method.damping")
         cost_I = torch.where(dead_I, 0.0, u_II.diagonal().square().reciprocal())
         width = w_OI.shape[1]
         block = self.block
@@ -83,19 +68,3 @@ class SparseGPT:
                 part[:, at].masked_fill_(gone[:, at], 0)  # to the bit
             w_OI[:, end:] -= errors @ u_II[begin:end, end:]
         return w_OI
-
-    def _factor(self, hessian_II: Tensor) -> tuple[Tensor, Tensor]:
-        """The upper Cholesky factor of the damped inverse, and which inputs are always zero."""
-        diagonal = hessian_II.diagonal()
-        dead_I = diagonal == 0
-        mean = diagonal[~dead_I].mean() if not dead_I.all() else diagonal.new_ones(())
-        damped = hessian_II + torch.diag(torch.where(dead_I, mean, self.damping * mean))
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-        if failed or not bool(torch.isfinite(upper).all()):
-            raise Refusal(
-                f"sparsify.method.damping={self.damping}: the Hessian of what a matrix reads cannot be inverted; raise "
-                f"it to {10 * self.damping:g}, or take more calibration rows"
-            )
-        return upper, dead_I

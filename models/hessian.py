@@ -1,0 +1,47 @@
+"""What a matrix's squared error is made of: second moments of what it reads, and the factor that solves with them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from models.errors import Refusal
+
+# N tokens, I what a matrix reads
+
+
+class Hessian:
+    """The mean of 2 x xᵀ over tokens, Float32[I, I]: of the squared error of what a matrix gives, for every row."""
+
+    def __init__(self, width: int) -> None:
+        self.mean_II: Tensor | None = None
+        self.width, self.tokens = width, 0
+
+    def add(self, read_NI: Tensor) -> None:
+        read_NI = read_NI.to(torch.promote_types(read_NI.dtype, torch.float32))
+        if self.mean_II is None:
+            self.mean_II = read_NI.new_zeros(self.width, self.width)
+        self.tokens += len(read_NI)
+        self.mean_II *= 1 - len(read_NI) / self.tokens
+        self.mean_II.addmm_(read_NI.T, read_NI, alpha=2 / self.tokens)
+
+
+def inverse_factor(hessian_II: Tensor, damping: float, setting: str) -> tuple[Tensor, Tensor]:
+    """The upper Cholesky factor of the damped inverse, and Bool[I]: which inputs are always zero.
+
+    `damping` is added to the diagonal, as a share of its mean. Raises Refusal, naming the `setting`, where even so
+    there is no inverse.
+    """
+    diagonal = hessian_II.diagonal()
+    dead_I = diagonal == 0
+    mean = diagonal[~dead_I].mean() if not dead_I.all() else diagonal.new_ones(())
+    damped = hessian_II + torch.diag(torch.where(dead_I, mean, damping * mean))
+    lower, failed = torch.linalg.cholesky_ex(damped)
+    if not failed:
+        upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+    if failed or not bool(torch.isfinite(upper).all()):
+        raise Refusal(
+            f"{setting}={damping}: the Hessian of what a matrix reads cannot be inverted; raise it to "
+            f"{10 * damping:g}, or take more calibration rows"
+        )
+    return upper, dead_I

@@ -1,0 +1,134 @@
+"""The numbers that a quantized weight can be: integers, times a scale that neighbours share.
+
+Every scale is rounded to the dtype in which an export will hold it before a weight is rounded with it: whoever opens
+the export multiplies the same integers with the same scales.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from models.errors import Refusal
+
+GRANULARITIES = ("tensor", "channel", "group")
+SCALE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+# O what a matrix gives, I what it reads, G groups of I, S = I / G
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A matrix [O, I] on a grid. `scale` and `zero_point` lie so that they spread over groups: [O | 1, G]."""
+
+    integers: Tensor  # Int32[O, I]
+    scale: Tensor  # Float32, each a number of the grid's scale_dtype
+    zero_point: Tensor  # Int32; 0 on a symmetric grid
+
+    def dequantized(self) -> Tensor:
+        """Float32[O, I]: scale · (integer − zero_point)."""
+        width = self.integers.shape[1] // self.scale.shape[1]
+        integers_OGS = self.integers.unflatten(1, (-1, width))
+        return (self.scale[..., None] * (integers_OGS - self.zero_point[..., None])).flatten(1)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """2^bits integers around zero, or (asymmetric) from 0 up with one of them, the zero point, standing for zero.
+
+        symmetric:   s = max |w| / (2^(bits−1) − 1)       q = round(w / s)        in [−2^(bits−1), 2^(bits−1) − 1]
+        asymmetric:  s = (max w − min w) / (2^bits − 1)   q = round(w / s + z)    in [0, 2^bits − 1]
+                     z = round(−min w / s)
+
+    A range that leaves zero out is widened to hold it, as z has the integers' bits; then also a group of equal weights
+    is exact. A group of zeros has scale 1. `granularity`: one scale for a tensor, for each output (channel), or for
+    each `group_size` neighbours that an output reads. Halves are rounded to even.
+    """
+
+    bits: int = 4
+    granularity: str = "group"
+    group_size: int | None = 128  # of granularity=group
+    symmetric: bool = True
+    scale_dtype: str = "float16"
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.bits <= 8:
+            raise Refusal(f"grid.bits={self.bits}: need 2 to 8")
+        if self.granularity not in GRANULARITIES:
+            raise Refusal(f"grid.granularity={self.granularity}: need one of {', '.join(GRANULARITIES)}")
+        if (self.granularity == "group") != (self.group_size is not None):
+            raise Refusal(
+                f"grid.group_size={self.group_size} with granularity={self.granularity}: a group needs a size, and "
+                f"nothing else has one"
+            )
+        if self.group_size is not None and self.group_size < 1:
+            raise Refusal(f"grid.group_size={self.group_size}: need 1 or more; 128 is usual")
+        if self.scale_dtype not in SCALE_DTYPES:
+            raise Refusal(f"grid.scale_dtype={self.scale_dtype}: need one of {', '.join(SCALE_DTYPES)}")
+
+    @property
+    def lowest(self) -> int:
+        return -(2 ** (self.bits - 1)) if self.symmetric else 0
+
+    @property
+    def highest(self) -> int:
+        return 2 ** (self.bits - 1) - 1 if self.symmetric else 2**self.bits - 1
+
+    def width(self, inputs: int) -> int:
+        """How many neighbours share a scale."""
+        return self.group_size or inputs
+
+    def bits_per_weight(self, shape: tuple[int, int]) -> float:
+        """Of a matrix [O, I], scales and zero points counted."""
+        outputs, inputs = shape
+        scales = 1 if self.granularity == "tensor" else outputs * (inputs // self.width(inputs))
+        own = torch.finfo(SCALE_DTYPES[self.scale_dtype]).bits + (0 if self.symmetric else self.bits)
+        return self.bits + scales * own / (outputs * inputs)
+
+    def check(self, name: str, inputs: int) -> None:
+        """Raises Refusal where groups do not divide what a matrix reads."""
+        if inputs % self.width(inputs):
+            fit = [str(size) for size in (256, 128, 64, 32, 16) if inputs % size == 0]
+            raise Refusal(
+                f"grid.group_size={self.group_size}: {name} reads {inputs} inputs, which it does not divide; need "
+                f"{' or '.join(fit) or 'granularity=channel'}, or cut the width with stages.prune.multiple_of="
+                f"{self.group_size}"
+            )
+
+    def of_range(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """(scale, zero_point) of ranges that the grid has to hold, of any shape. Raises Refusal for no numbers."""
+        if not bool(torch.isfinite(low).all() & torch.isfinite(high).all()):
+            raise Refusal("quantize: a weight is no number, or infinite; see to the training that it comes from")
+        low, high = low.clamp(max=0).float(), high.clamp(min=0).float()
+        if self.symmetric:
+            scale = self._held(torch.maximum(-low, high) / self.highest)
+            return scale, torch.zeros_like(scale, dtype=torch.int32)
+        scale = self._held((high - low) / self.highest)
+        return scale, (-low / scale).round().clamp(0, self.highest).int()
+
+    def _held(self, scale: Tensor) -> Tensor:
+        held = scale.to(SCALE_DTYPES[self.scale_dtype]).float()
+        if not bool(torch.isfinite(held).all()):
+            raise Refusal(
+                f"grid.scale_dtype={self.scale_dtype}: a scale of {float(scale.max()):.3g} is beyond it; use bfloat16"
+            )
+        # What is zero there would divide by nothing: all its integers are zero with any scale.
+        return torch.where(held == 0, 1.0, held)
+
+    def ranges(self, weight_OI: Tensor) -> tuple[Tensor, Tensor]:
+        """Lowest and highest weight of each that shares a scale: Float[O | 1, G] each."""
+        if self.granularity == "tensor":
+            return weight_OI.amin().view(1, 1), weight_OI.amax().view(1, 1)
+        groups_OGS = weight_OI.unflatten(1, (-1, self.width(weight_OI.shape[1])))
+        return groups_OGS.amin(-1), groups_OGS.amax(-1)
+
+    def integers(self, weight_OI: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+        """Int32[O, I]: each weight's nearest, by the scale of its group."""
+        groups_OGS = weight_OI.float().unflatten(1, (scale.shape[1], -1))
+        found = (groups_OGS / scale[..., None] + zero_point[..., None]).round()
+        return found.clamp(self.lowest, self.highest).int().flatten(1)
+
+    def nearest(self, weight_OI: Tensor, scale: Tensor, zero_point: Tensor) -> Quantized:
+        return Quantized(self.integers(weight_OI, scale, zero_point), scale, zero_point)

@@ -1,0 +1,22 @@
+"""Every weight to its nearest number: round-to-nearest, the range being all that there is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from models.layerwise import Reading
+from models.quantization.grid import Grid, Quantized
+
+
+@dataclass(frozen=True)
+class Nearest:
+    needs_calibration_data: ClassVar[bool] = False
+
+    def reading(self, width: int) -> Reading:
+        raise NotImplementedError("rounding reads no text")
+
+    def quantized(self, weight_OI: Tensor, grid: Grid, read: Any) -> Quantized:
+        return grid.nearest(weight_OI, *grid.of_range(*grid.ranges(weight_OI)))

@@ -1,0 +1,204 @@
+"""Put the weights of a model's layers on a grid of few bits, layer by layer, and show that the result is on it."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from models.errors import Refusal
+from models.layerwise import Matrix, Turn, check_read, chosen, in_turn
+from models.load import DTYPES, check_folder, empty_model, load_config, load_model, parameter_count, save_model
+from models.quantization.grid import Grid, Quantized
+from models.quantization.method import Method
+from models.representations import decoder_layers
+from pipeline import artifact, calibration
+from pipeline.context import Context
+from pipeline.data import packing
+from pipeline.data.rows import RowSource, check_source, source_key
+from pipeline.data.tokenizer import load_tokenizer
+from pipeline.progress import shown
+
+
+@dataclass(frozen=True)
+class Quantize:
+    """The result is an ordinary checkpoint whose weights are numbers of the grid; the integers lie beside it."""
+
+    model: str  # folder or hub id
+    data: RowSource  # of whose training split some text is the calibration
+    grid: Grid
+    method: Method
+    skip: Sequence[str] = ()
+    calibration_rows: int = 128
+    calibration_tokens: int = 256  # of each row
+    dtype: str = "float32"
+    trust_remote_code: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("calibration_rows", 1), ("calibration_tokens", 2)):
+            if getattr(self, name) < least:
+                raise Refusal(f"quantize.{name}={getattr(self, name)}: need at least {least}")
+        if self.dtype not in DTYPES:
+            raise Refusal(f"quantize.dtype={self.dtype}: need one of {', '.join(DTYPES)}")
+
+    def ranks(self, context: Context) -> int:
+        return 1
+
+    def parents(self, context: Context) -> dict[str, str]:
+        return {"model": self.model, **self.data.made_by_stages}
+
+    def content(self) -> str:
+        """Hash of the text it reads."""
+        return source_key(self.data)
+
+    def check(self, context: Context) -> dict[str, Any]:
+        corpus = check_source(context, self.data)
+        if not context.produced_by(self.model):
+            check_folder(self.model, "model")
+        elif context.config_folder(self.model) == self.model and not context.finished(self.model):
+            raise Refusal(
+                f"{context.stage} needs the stage {Path(self.model).name}, which has not been run; add it to stages, "
+                f"or give stages.{context.stage}.model=FOLDER"
+            )
+        config = load_config(context.config_folder(self.model), "model", self.trust_remote_code)
+        if self.method.needs_calibration_data:
+            calibration.check(config, self.calibration_tokens, "quantize")
+        if getattr(config, "quantization_config", None):
+            raise Refusal(
+                f"quantize.model={self.model}: its weights are quantized already; give the model it was made of"
+            )
+        whole = empty_model(config)
+        self._chosen(whole)
+        context.plan_model(config)
+        rows = f"{self.calibration_rows} rows of calibration" if self.method.needs_calibration_data else "no text"
+        return {
+            "model": config.model_type,
+            "parameters": parameter_count(whole),
+            "data": corpus,
+            "length": rows,
+            "commits": {"model": getattr(config, "_commit_hash", None)},
+        }
+
+    def prepare(self, context: Context) -> None:
+        """Nothing to share: one process does it all."""
+        context.work.mkdir(parents=True, exist_ok=True)
+
+    def run(self, context: Context) -> None:
+        begin = time.monotonic()
+        tokenizer = load_tokenizer(self.model, self.trust_remote_code)
+        if self.data.chat_template is not None:
+            tokenizer.chat_template = packing.chat_template(tokenizer, self.data)
+        batches: list[Tensor] = []
+        if self.method.needs_calibration_data:
+            size = (self.calibration_rows, self.calibration_tokens)
+            batches = calibration.batches(context, self.data, tokenizer, size, self.seed, "quantize")
+        dtype = DTYPES[self.dtype]
+        model = load_model(self.model, dtype=dtype, role="model", trust_remote_code=self.trust_remote_code)
+        model = model.to(context.device).eval()
+        taken = self._chosen(model)
+        made: dict[Matrix, Quantized] = {}
+        for turn in shown(in_turn(model, batches), len(decoder_layers(model)), context.stage):
+            made |= self._take(context, model, turn, [matrix for matrix in taken if matrix.layer == turn.number])
+        manifest = context.manifest("model")
+        bits = _bits_per_weight(model, made, self.grid, dtype)
+
+        def build(folder: Path) -> None:
+            save_model(model, tokenizer, folder, model.state_dict(), dtype)
+            write_grid(folder / artifact.GRID, self.grid, made)
+            again = load_model(str(folder), dtype=dtype, role="quantized", trust_remote_code=self.trust_remote_code)
+            manifest["certificates"] = {"weights_bit_equal": _bit_equal(context, again, folder, dtype)}
+            manifest["metrics"] = {"parameters": parameter_count(again), "bits_per_weight": bits}
+            manifest["seconds"] = round(time.monotonic() - begin, 3)
+
+        artifact.publish(context.out, build, manifest)
+        print(f"{context.stage}: {len(made)} matrices on {self.grid}; {bits:.2f} bits per weight of the whole model")
+
+    def _chosen(self, model: Any) -> list[Matrix]:
+        """The matrices that go onto the grid. Raises Refusal for what cannot be asked of this model."""
+        taken = chosen(model, self.skip, "quantize.skip")
+        if self.method.needs_calibration_data:
+            check_read(
+                taken, f"quantize.method={type(self.method).__name__}", "quantizer@stages.quantize.method=nearest"
+            )
+        for matrix in taken:
+            self.grid.check(str(matrix), matrix.of(model.get_parameter(matrix.parameter)).shape[-1])
+        return taken
+
+    @torch.no_grad()
+    def _take(self, context: Context, model: Any, turn: Turn, taken: Sequence[Matrix]) -> dict[Matrix, Quantized]:
+        """Quantize one layer; or, where a run that was killed had done so, take what it left."""
+        path = context.work / f"layer-{turn.number:05d}.safetensors"
+        if not path.exists():
+            read = turn.read(self.method.reading) if self.method.needs_calibration_data else {}
+            made = {}
+            for matrix in taken:
+                if self.method.needs_calibration_data and matrix.name not in read:
+                    raise Refusal(
+                        f"{context.stage}: no calibration token reaches {matrix}; take more rows, or "
+                        f"skip=[{matrix.name}]"
+                    )
+                weight_OI = matrix.of(model.get_parameter(matrix.parameter))
+                made[matrix] = self.method.quantized(weight_OI, self.grid, read.get(matrix.name))
+            aside = path.with_suffix(".partial")
+            write_grid(aside, self.grid, made)
+            os.replace(aside, path)
+        found = read_grid(path)
+        kept = {matrix: found[str(matrix)] for matrix in taken}
+        for matrix, quantized in kept.items():
+            weight_OI = matrix.of(model.get_parameter(matrix.parameter))
+            weight_OI.copy_(quantized.dequantized().to(weight_OI))
+        return kept
+
+
+def write_grid(path: Path, grid: Grid, made: dict[Matrix, Quantized]) -> None:
+    """Integers in 8 bits, scales in the grid's dtype, by the matrices' names."""
+    tensors = {}
+    for matrix, quantized in made.items():
+        integers = quantized.integers.to(torch.int8 if grid.symmetric else torch.uint8)
+        tensors[f"{matrix}.integers"] = integers.cpu().contiguous()
+        tensors[f"{matrix}.scale"] = quantized.scale.to(getattr(torch, grid.scale_dtype)).cpu().contiguous()
+        if not grid.symmetric:
+            tensors[f"{matrix}.zero_point"] = quantized.zero_point.to(torch.uint8).cpu().contiguous()
+    save_file(tensors, path, metadata={"grid": json.dumps(asdict(grid))})
+
+
+def read_grid(path: Path) -> dict[str, Quantized]:
+    """By the matrices' names."""
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    made = {}
+    for name in [key.removesuffix(".integers") for key in tensors if key.endswith(".integers")]:
+        scale = tensors[f"{name}.scale"].float()
+        zero_point = tensors.get(f"{name}.zero_point", torch.zeros(scale.shape, dtype=torch.int32))
+        made[name] = Quantized(tensors[f"{name}.integers"].int(), scale, zero_point.int())
+    return made
+
+
+def _bits_per_weight(model: Any, made: dict[Matrix, Quantized], grid: Grid, dtype: torch.dtype) -> float:
+    """Of all parameters: those on the grid by their integers and scales, the others by the dtype."""
+    numbers = parameter_count(model)
+    on_grid = sum(quantized.integers.numel() for quantized in made.values())
+    shapes = [tuple(quantized.integers.shape) for quantized in made.values()]
+    bits = sum(grid.bits_per_weight((shape[0], shape[1])) * shape[0] * shape[1] for shape in shapes)
+    return (bits + (numbers - on_grid) * torch.finfo(dtype).bits) / numbers
+
+
+def _bit_equal(context: Context, model: Any, folder: Path, dtype: torch.dtype) -> bool:
+    """Whether every weight that is opened from the folder is the number that the integers beside it say."""
+    by_name = {str(matrix): matrix for matrix in chosen(model, (), "")}
+    for name, quantized in read_grid(folder / artifact.GRID).items():
+        matrix = by_name[name]
+        weight_OI = matrix.of(model.get_parameter(matrix.parameter))
+        if not torch.equal(weight_OI, quantized.dequantized().to(dtype)):
+            raise Refusal(f"{context.stage}: {name} is not on its grid once reloaded; nothing was written")
+    return True
