@@ -12,8 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.core.config_store import ConfigStore
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
 
@@ -24,13 +22,11 @@ from models.pruning.groups import Anatomy, Axis, anatomy_of
 from models.pruning.importance import gather
 from models.pruning.importances.taylor import Taylor
 from models.pruning.plan import Wish
-from pipeline.artifact import content_hash
-from pipeline.config import Config, parse
-from pipeline.context import Context
 from pipeline.worker import build, check
-from tests.command import ROOT, train, weights
+from tests.command import train, weights
 from tests.pruning.families import config_of
 from tests.pruning.test_plan import scores_of, shapes_of
+from tests.staged import Experiment, manifest
 
 LITTLE = [
     "data.max_documents=60",
@@ -50,31 +46,8 @@ LITTLE = [
 ]
 
 
-def composed(run_dir: Path, *words: str) -> dict[str, Any]:
-    ConfigStore.instance().store(name="schema", node=Config)
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return parse(compose("config", ["+experiment=prune_recover", f"run_dir={run_dir}", *LITTLE, *words]))
-
-
-def begin(run_dir: Path, stage: str, *words: str) -> tuple[Any, Context]:
-    config = composed(run_dir, *words)
-    made, context = build(config, stage), Context(config, stage, fingerprint=" ".join(words))
-    for role, path in made.parents(context).items():
-        context.parents[role] = {"path": path, "content_hash": content_hash(Path(path))}
-    return made, context
-
-
-def make(run_dir: Path, stage: str, *words: str) -> Path:
-    """One stage in this process, as its own would do it."""
-    made, context = begin(run_dir, stage, *words)
-    made.prepare(context)
-    made.run(context)
-    shutil.rmtree(context.work, ignore_errors=True)
-    return run_dir / stage
-
-
-def manifest(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "manifest.json").read_text())
+EXPERIMENT = Experiment("prune_recover", LITTLE)
+composed, begin, make = EXPERIMENT.composed, EXPERIMENT.begin, EXPERIMENT.make
 
 
 @pytest.fixture(scope="module")
@@ -255,22 +228,8 @@ def test_the_adapter_beside_the_merged_model_gives_the_same_logits(made: Path) -
 
 def test_recovery_without_adapters_trains_all_weights(made: Path, tmp_path: Path) -> None:
     words = [f"teacher.path={made / 'pretrain'}", f"stages.recover.student.path={made / 'prune'}"]
-    plain = [word for word in LITTLE if "lora" not in word]
-    ConfigStore.instance().store(name="schema", node=Config)
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        everything = [
-            "+experiment=prune_recover",
-            f"run_dir={tmp_path}",
-            *plain,
-            *words,
-            "stages.recover.lora=null",
-        ]
-        config = parse(compose("config", everything))
-    made_, context = build(config, "recover"), Context(config, "recover")
-    for role, path in made_.parents(context).items():
-        context.parents[role] = {"path": path, "content_hash": content_hash(Path(path))}
-    made_.prepare(context)
-    made_.run(context)
+    plain = Experiment("prune_recover", [word for word in LITTLE if "lora" not in word])
+    plain.make(tmp_path, "recover", *words, "stages.recover.lora=null")
     assert manifest(tmp_path / "recover")["certificates"] == {}
     assert not (tmp_path / "recover" / "adapter").exists()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
 import sys
@@ -11,8 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.core.config_store import ConfigStore
 
 from models.errors import Refusal
 from models.language_model import LanguageModel
@@ -20,15 +17,13 @@ from models.load import load_model
 from models.measure import negative_log_likelihood
 from models.sparsity import zeros
 from models.sparsity.sparsegpt import SparseGPT
-from pipeline.artifact import content_hash
-from pipeline.config import Config, parse
-from pipeline.context import Context
 from pipeline.data.batch import collate
 from pipeline.data.rows import rows_of
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.report import ZEROS_NOTE
 from pipeline.worker import build, check
-from tests.command import ROOT, train, weights
+from tests.command import train, weights
+from tests.staged import Experiment, manifest
 
 LITTLE = [
     "data.max_documents=60",
@@ -53,26 +48,8 @@ LORA = ["lora@stages.recover.lora=default", "stages.recover.lora.dropout=0.0"]
 LAYERS = "model.layers."
 
 
-def composed(run_dir: Path, *words: str) -> dict[str, Any]:
-    ConfigStore.instance().store(name="schema", node=Config)
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return parse(compose("config", ["+experiment=sparsify_recover", f"run_dir={run_dir}", *LITTLE, *words]))
-
-
-def make(run_dir: Path, stage: str, *words: str) -> Path:
-    """One stage in this process, as its own would do it."""
-    config = composed(run_dir, *words)
-    made, context = build(config, stage), Context(config, stage)
-    for role, path in made.parents(context).items():
-        context.parents[role] = {"path": path, "content_hash": content_hash(Path(path))}
-    made.prepare(context)
-    made.run(context)
-    shutil.rmtree(context.work, ignore_errors=True)
-    return run_dir / stage
-
-
-def manifest(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "manifest.json").read_text())
+EXPERIMENT = Experiment("sparsify_recover", LITTLE)
+composed, begin, make = EXPERIMENT.composed, EXPERIMENT.begin, EXPERIMENT.make
 
 
 def matrices_of(folder: Path) -> dict[str, torch.Tensor]:

@@ -1,0 +1,170 @@
+"""The stage quantize as it is run: what is on disk is on the grid, and opens anywhere."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from models.errors import Refusal
+from models.quantization.methods.gptq import GPTQ
+from pipeline.worker import check
+from tests.command import weights
+from tests.pruning.families import model_of
+from tests.staged import Experiment, manifest
+
+LITTLE = [
+    "data=stdlib",
+    "data.max_documents=60",
+    "data.max_length=48",
+    "stages.quantize.calibration_rows=12",
+    "stages.quantize.calibration_tokens=32",
+    "stages.quantize.grid.group_size=16",
+    "trainer.accelerator=cpu",
+    "logger=none",
+]
+PRETRAIN = [
+    "data.max_documents=60",
+    "stages.pretrain.tokenizer.vocab_size=300",
+    "stages.pretrain.model.hidden_size=32",
+    "stages.pretrain.model.intermediate_size=48",
+    "stages.pretrain.model.num_hidden_layers=2",
+    "stages.pretrain.training.max_steps=6",
+    "stages.pretrain.training.validate_every_steps=6",
+    "trainer.accelerator=cpu",
+    "logger=none",
+]
+EXPERIMENT = Experiment("quantize_only", LITTLE)
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return Experiment("prune_recover", PRETRAIN).make(tmp_path_factory.mktemp("quantize") / "run", "pretrain")
+
+
+@pytest.fixture(scope="module")
+def made(teacher: Path) -> Path:
+    return EXPERIMENT.make(teacher.parent, "quantize", f"teacher.path={teacher}")
+
+
+def test_every_matrix_is_integers_times_the_scales_beside_them(teacher: Path, made: Path) -> None:
+    whole, quantized = weights(teacher), weights(made)
+    assert whole.keys() == quantized.keys()
+    names = [name for name, tensor in whole.items() if name.startswith("model.layers.") and tensor.ndim == 2]
+    assert len(names) == 2 * 7
+    with safe_open(made / "grid.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["grid"])["bits"] == 4
+        for name, tensor in quantized.items():
+            if name not in names:
+                assert torch.equal(tensor, whole[name]), name
+                continue
+            integers, scale = file.get_tensor(f"{name}.integers"), file.get_tensor(f"{name}.scale")
+            assert integers.dtype == torch.int8
+            assert scale.dtype == torch.float16
+            assert -8 <= int(integers.min()) < int(integers.max()) <= 7
+            want = integers.float() * scale.float().repeat_interleave(16, 1)
+            assert torch.equal(tensor, want), name
+            assert not torch.equal(tensor, whole[name])
+    told = manifest(made)
+    assert told["certificates"] == {"weights_bit_equal": True}
+    on_grid = sum(whole[name].numel() for name in names)
+    numbers = sum(tensor.numel() for tensor in whole.values())
+    bits = (on_grid * (4 + 16 / 16) + (numbers - on_grid) * 32) / numbers
+    assert told["metrics"]["bits_per_weight"] == pytest.approx(bits)
+
+
+def test_it_opens_in_a_process_that_knows_nothing_of_this_project(made: Path, tmp_path: Path) -> None:
+    code = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()
+print(torch.isfinite(model(torch.arange(3, 30)[None]).logits).all().item(), "pipeline" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-P", "-c", code, str(made)], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.split() == ["True", "False"], done.stderr
+
+
+def test_a_run_that_was_killed_between_layers_lands_on_the_same_bytes(
+    teacher: Path, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage, context = EXPERIMENT.begin(tmp_path / "run", "quantize", f"teacher.path={teacher}")
+    stage.prepare(context)
+    plain, count = GPTQ.quantized, [0]
+
+    def dies(self: Any, *words: Any) -> Any:
+        count[0] += 1
+        if count[0] == 10:
+            raise KeyboardInterrupt
+        return plain(self, *words)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(GPTQ, "quantized", dies)
+        with pytest.raises(KeyboardInterrupt):
+            stage.run(context)
+        stage.run(context)
+    assert count[0] == 10 + 7  # the first layer was kept
+    for name in ("model.safetensors", "grid.safetensors"):
+        assert (context.out / name).read_bytes() == (made / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "grid", ["int8_channel", "int8_tensor", "int4_group32", "int4_group128_asymmetric", "int2_group32"]
+)
+@pytest.mark.parametrize("method", ["nearest", "clipped", "gptq"])
+def test_every_grid_and_method_is_held_on_disk(teacher: Path, tmp_path: Path, grid: str, method: str) -> None:
+    words = [
+        f"teacher.path={teacher}", f"quantizer@stages.quantize.method={method}", f"grid@stages.quantize.grid={grid}",
+        "stages.quantize.dtype=bfloat16",
+    ]  # fmt: skip
+    if "group" not in grid:
+        words.append("stages.quantize.grid.group_size=null")
+    folder = EXPERIMENT.make(tmp_path / "run", "quantize", *words)
+    assert manifest(folder)["certificates"] == {"weights_bit_equal": True}
+    assert weights(folder)["model.layers.0.mlp.up_proj.weight"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("family", ["gpt2", "phi3", "gpt_neox", "opt", "gemma2"])
+def test_families_of_other_layouts_are_quantized_where_they_read(family: str, teacher: Path, tmp_path: Path) -> None:
+    folder = tmp_path / family
+    model_of(family, dtype=torch.float32, vocab_size=300).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((teacher / name).read_bytes())
+    words = [f"teacher.path={folder}", "stages.quantize.grid.group_size=4"]
+    made = EXPERIMENT.make(tmp_path / "run", "quantize", *words)
+    with safe_open(made / "grid.safetensors", "pt") as file:
+        for name in [key.removesuffix(".integers") for key in file.keys() if key.endswith(".integers")]:
+            integers, scale = file.get_tensor(f"{name}.integers"), file.get_tensor(f"{name}.scale").float()
+            want = integers.float() * scale.repeat_interleave(4, 1)  # [O, I]: what an output reads lies in a row
+            tensor = weights(made)[name]
+            assert torch.equal(tensor.T if family == "gpt2" else tensor, want)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["stages.quantize.grid.bits=9"], r"grid\.bits=9: need 2 to 8"),
+        (["stages.quantize.grid.group_size=128"], r"reads 32 inputs, which it does not divide; need 32 or 16"),
+        (["stages.quantize.skip=[w_proj]"], "the layers have no matrix w_proj"),
+        (["stages.quantize.calibration_tokens=5000"], "the model reads at most 512 tokens"),
+        (["stages.quantize.calibration_rows=0"], "need at least 1"),
+        (["stages.quantize.dtype=int8"], "need one of float32"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_a_weight_is_read(
+    teacher: Path, tmp_path: Path, words: list[str], said: str
+) -> None:
+    config = EXPERIMENT.composed(tmp_path, f"teacher.path={teacher}", *words)
+    with pytest.raises(Refusal, match=said) as refused:
+        check({"config": config, "stages": ["quantize"]})
+    assert "\n" not in str(refused.value)
+
+
+def test_too_little_text_is_refused(teacher: Path, tmp_path: Path) -> None:
+    with pytest.raises(Refusal, match=r"need 25,600,000 tokens, and data\.train has"):
+        EXPERIMENT.make(tmp_path, "quantize", f"teacher.path={teacher}", "stages.quantize.calibration_rows=800000")

@@ -1,0 +1,48 @@
+"""Stages of an experiment run in this process, as their own would do it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+
+from pipeline.artifact import content_hash
+from pipeline.config import Config, parse
+from pipeline.context import Context
+from pipeline.worker import build
+from tests.command import ROOT
+
+
+@dataclass(frozen=True)
+class Experiment:
+    name: str
+    words: list[str]  # that make it small
+
+    def composed(self, run_dir: Path, *words: str) -> dict[str, Any]:
+        ConfigStore.instance().store(name="schema", node=Config)
+        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+            return parse(compose("config", [f"+experiment={self.name}", f"run_dir={run_dir}", *self.words, *words]))
+
+    def begin(self, run_dir: Path, stage: str, *words: str) -> tuple[Any, Context]:
+        config = self.composed(run_dir, *words)
+        made, context = build(config, stage), Context(config, stage, fingerprint=" ".join(words))
+        for role, path in made.parents(context).items():
+            context.parents[role] = {"path": path, "content_hash": content_hash(Path(path))}
+        return made, context
+
+    def make(self, run_dir: Path, stage: str, *words: str) -> Path:
+        made, context = self.begin(run_dir, stage, *words)
+        made.prepare(context)
+        made.run(context)
+        shutil.rmtree(context.work, ignore_errors=True)
+        return run_dir / stage
+
+
+def manifest(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
+    return found
