@@ -96,6 +96,15 @@ def test_every_method_can_decide_what_becomes_zero(method: str) -> None:
     assert type(made.method).__module__.endswith(method)
 
 
+@pytest.mark.parametrize("grid", sorted(p.stem for p in (CONF / "grid").glob("*.yaml")))
+@pytest.mark.parametrize("method", sorted(p.stem for p in (CONF / "quantizer").glob("*.yaml")))
+def test_every_grid_can_be_rounded_to_by_every_method(grid: str, method: str) -> None:
+    words = [f"grid@stages.quantize.grid={grid}", f"quantizer@stages.quantize.method={method}"]
+    made = build(composed("+experiment=quantize_only", "teacher.path=some/folder", "data=stdlib", *words), "quantize")
+    assert type(made.method).__module__.endswith(method)
+    assert grid.startswith(f"int{made.grid.bits}_{made.grid.granularity}")
+
+
 @pytest.mark.parametrize("recorder", ["online", "sharded"])
 def test_a_cached_teacher_can_be_recorded_by(recorder: str) -> None:
     teacher = build(quickstart("teacher=cached", f"teacher@teacher.recorder={recorder}"), "record").teacher
@@ -123,7 +132,7 @@ def test_a_stage_that_records_runs_only_where_its_record_is_read(words: list[str
 @pytest.mark.parametrize("scale", [None, *sorted(p.stem for p in (CONF / "scale").glob("*.yaml"))])
 def test_every_experiment_composes_and_builds_all_its_stages(experiment: str, scale: str | None) -> None:
     words = [f"+experiment={experiment}"]
-    if experiment == "distill":
+    if experiment in ("distill", "quantize_only"):
         words += ["teacher.path=some/folder", "data.train=stdlib"]
     if scale is not None:
         if experiment != "distill_7b_to_1b":
@@ -160,6 +169,8 @@ def test_every_yaml_is_met_by_one_of_these_tests() -> None:
         "importance",
         "sparsity",
         "lora",
+        "grid",
+        "quantizer",
     }
     assert {p.stem for p in (CONF / "stage").glob("*.yaml")} == {
         "pretrain",
@@ -172,6 +183,7 @@ def test_every_yaml_is_met_by_one_of_these_tests() -> None:
         "prune",
         "sparsify",
         "recover",
+        "quantize",
     }
 
 
