@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,8 @@ class Lora:
             raise Refusal(f"lora.dropout={self.dropout}: need [0, 1)")
         if not self.alpha > 0:
             raise Refusal(f"lora.alpha={self.alpha}: need a number above 0; twice r is usual")
+        if self.targets is not None and (isinstance(self.targets, str) or not self.targets):
+            raise Refusal(f"lora.targets={self.targets}: need a list of modules' names, e.g. [q_proj,v_proj], or null")
         if self.base is not None and self.base not in BASES:
             raise Refusal(f"lora.base={self.base}: need one of {', '.join(BASES)}, or null")
         if self.base is not None and importlib.util.find_spec("bitsandbytes") is None:
@@ -125,6 +128,10 @@ def write_adapter(config: Any, base: str, state: dict[str, Tensor], folder: Path
 
     config.base_model_name_or_path, config.inference_mode = base, True
     config.save_pretrained(folder)
+    written = folder / "adapter_config.json"
+    said = json.loads(written.read_text())
+    said["target_modules"] = sorted(said["target_modules"])  # a set, whose order is another one in every process
+    written.write_text(json.dumps(said, indent=2, sort_keys=True) + "\n")
     adapters = {
         f"base_model.model.{name.replace('.default.', '.')}": tensor.contiguous()
         for name, tensor in state.items()

@@ -118,12 +118,20 @@ def speed(model: Any, prompt: Tensor, settings: Speed) -> dict[str, float]:
 
 
 @torch.no_grad()
-def cache_bytes_per_token(model: Any, prompt: Tensor) -> float:
-    """Of the keys and values that generation keeps, in the dtype the model runs in. `prompt`: Int64[1, T]."""
+def cache_bytes_per_token(model: Any, prompt: Tensor) -> float | None:
+    """Of the keys and values that generation keeps of a token that is in its window, in the dtype the model runs in.
+
+    `prompt`: Int64[1, T]. None where a model keeps something else.
+    """
     prompt = prompt.to(next(model.parameters()).device)
-    layers = model(input_ids=prompt, use_cache=True, logits_to_keep=1).past_key_values.layers
-    held = sum(each.numel() * each.element_size() for layer in layers for each in (layer.keys, layer.values))
-    return held / prompt.shape[1]
+    cache = getattr(model(input_ids=prompt, use_cache=True), "past_key_values", None)
+    kept = [
+        each
+        for layer in getattr(cache, "layers", [])
+        for each in (getattr(layer, "keys", None), getattr(layer, "values", None))
+        if each is not None and each.ndim == 4
+    ]
+    return sum(each.numel() * each.element_size() / each.shape[-2] for each in kept) or None
 
 
 class PeakMemory:
@@ -195,14 +203,14 @@ def measure_folder(
         assert quiz is not None
         told = answered(model, questions, quiz.tokenizer, quiz.pad_token, quiz.end, quiz.batch_rows, quiz.per)
         right[name] = dict(zip(_names(questions), told, strict=True))
-    zeros = share(model)
+    zeros, cache = share(model), cache_bytes_per_token(model, prompt)
     return {
         "parameters": parameter_count(model),
         "perplexity": float(torch.tensor(nats / tokens, dtype=torch.float64).exp()),
         "bits_per_byte": nats / 0.6931471805599453 / text_bytes,
         **quick,
         "peak_memory_bytes": peak,
-        "cache_bytes_per_token": cache_bytes_per_token(model, prompt),
+        **({} if cache is None else {"cache_bytes_per_token": cache}),
         **({} if zeros is None else {"zeros": zeros}),
         **({"right": right} if quiz else {}),
     }

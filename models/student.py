@@ -118,7 +118,7 @@ class Layers:
         kept = self.kept(depth)
         values = base.to_dict()
         for name, value in values.items():  # layer_types and its like follow their layers
-            if isinstance(value, list) and len(value) == depth:
+            if "layer" in name and isinstance(value, list) and len(value) == depth:
                 values[name] = [value[i] for i in kept]
         values["num_hidden_layers"] = len(kept)
         return rebuilt(base, values)
@@ -157,6 +157,8 @@ class KvHeads:
     def config(self, teacher: str) -> PretrainedConfig:
         base = load_config(teacher, "teacher")
         had = getattr(base, "num_key_value_heads", None)
+        if not isinstance(self.kv_heads, int):
+            raise Refusal(f"student.kv_heads={self.kv_heads}: need a number; 1 is multi-query attention")
         if had is None:
             raise Refusal(f"student.kv_heads={self.kv_heads}: a {base.model_type} config has no number of KV heads")
         if not 1 <= self.kv_heads <= had or had % self.kv_heads:
@@ -228,7 +230,7 @@ def rebuilt(base: PretrainedConfig, values: dict[str, Any]) -> PretrainedConfig:
     }
     try:
         return type(base)(**values)
-    except (ValueError, TypeError) as problem:
+    except (ValueError, TypeError, AttributeError) as problem:
         raise Refusal(f"student: {type(base).__name__} refuses this shape: {str(problem).splitlines()[0]}") from None
     except Exception as problem:  # huggingface_hub's strict dataclasses raise a class of their own
         if type(problem).__name__.startswith("StrictDataclass"):

@@ -36,12 +36,16 @@ def publish(folder: Path, build: Callable[[Path], None], manifest: dict[str, Any
     aside = folder.parent / f".{folder.name}{_PARTIAL}"
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
-    build(aside)
+    try:
+        build(aside)
+    except BaseException:  # a failed certificate leaves nothing behind
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
     files = {str(p.relative_to(aside)): {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in _files(aside)}
     manifest = {
         **manifest,
         "files": files,
-        "content_hash": _combine({n: e for n, e in files.items() if n not in BESIDE}),
+        "content_hash": _combine({n: e for n, e in files.items() if not _beside(n)}),
     }
     write_json(aside / MANIFEST, manifest)
     for path in [*_files(aside), *(p for p in aside.rglob("*") if p.is_dir()), aside]:
@@ -84,7 +88,7 @@ def content_hash(path: Path, cache: Path | None = None) -> str:
     files = {}
     for p in [path] if path.is_file() else _files(path):
         name = p.name if path.is_file() else str(p.relative_to(path))
-        if p != path and name in (MANIFEST, *BESIDE):
+        if p != path and (name == MANIFEST or _beside(name)):
             continue
         stat = p.stat()
         key, stamp = str(p.resolve()), [stat.st_size, stat.st_mtime_ns]
@@ -97,6 +101,11 @@ def content_hash(path: Path, cache: Path | None = None) -> str:
         cache.parent.mkdir(parents=True, exist_ok=True)
         write_json(cache, fresh)
     return _combine(files)
+
+
+def _beside(name: str) -> bool:
+    """Whether a file of an artifact is not of the model. An adapter is merged, and what lies there names its folder."""
+    return name in BESIDE or name.startswith("adapter/")
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -337,7 +337,8 @@ def train(
     certificates: dict[str, dict[str, Any]] = {}
     if trainer.is_global_zero and lora is not None:
         with unsharded():
-            model = lora.attach(load_plain(), context.seed, compute=None)
+            # On the CPU, where FlashAttention cannot run.
+            model = lora.attach(load_plain(attention=None), context.seed, compute=None)
         model = zeros.keep(model) if keep_zeros else model
         learnt = {name: tensor for name, tensor in state.items() if "lora_" in name}
         assert learnt.keys() == {name for name in model.state_dict() if "lora_" in name}
@@ -345,7 +346,7 @@ def train(
         folder = str(context.parents["student"]["path"]) if "student" in context.parents else prepared["start"]
         if not keep_zeros:
             also = functools.partial(write_adapter, adapter, folder, state)
-        certificates["merged_equals_adapter"] = _merged(context, model, rows)
+        certificates["merged_equals_adapter"] = _merged(context, model, rows, _SAVED[precision])
         state = model.state_dict()
     if trainer.is_global_zero and keep_zeros:
         with unsharded():
@@ -375,9 +376,9 @@ def train(
 
 
 @torch.no_grad()
-def _merged(context: Context, model: Any, rows: Rows) -> dict[str, float]:
-    """Merge the adapters of `model`, and measure on text what that changed. Raises Refusal where it is more than
-    rounding."""
+def _merged(context: Context, model: Any, rows: Rows, saved: torch.dtype) -> dict[str, float]:
+    """Merge the adapters of `model`, and measure on text what that changed, in float32 and in the dtype that is saved.
+    Raises Refusal where it is more than float32's rounding."""
     numbers = range(min(_PROOF_ROWS, len(rows.train)))
     batch = collate([rows.train[number] for number in numbers], pad_token=rows.pad_token)
     words = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "use_cache": False}
@@ -391,7 +392,12 @@ def _merged(context: Context, model: Any, rows: Rows) -> dict[str, float]:
             f"{context.stage}: merging the adapters changed logits by {apart:.1e}, of {largest:.1e} at most; nothing "
             f"was written"
         )
-    return {"max_difference": apart, "largest_logit": largest, "tolerance": _MERGED_TOLERANCE * largest}
+    proof = {"max_difference": apart, "largest_logit": largest, "tolerance": _MERGED_TOLERANCE * largest}
+    if saved != torch.float32:
+        for parameter in model.parameters():
+            parameter.copy_(parameter.to(saved))
+        proof["max_difference_saved"] = float((model(**words).logits - before)[real].abs().max())
+    return proof
 
 
 def last_checkpoint(folder: Path, strategy: dict[str, Any], world: int) -> str | None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,10 @@ from models.pruning.importance import Importance, Statistics
 from models.pruning.plan import Scores, Shapes, Size, Wish, alike, choose
 from models.pruning.surgery import Kept, cut_state, expressible, silence, silent_experts, smaller_config
 from models.sharding import engine_of, load_sharded, zero3
-from pipeline import artifact
+from pipeline import artifact, calibration
 from pipeline.context import Context
 from pipeline.data import packing
-from pipeline.data.batch import blank, collate, pad_token
+from pipeline.data.batch import IGNORED, blank, collate, pad_token
 from pipeline.data.rows import RowSource, check_source, rows_of, source_key
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.progress import shown
@@ -79,6 +79,13 @@ class Prune:
             raise Refusal(f"prune.dtype={self.dtype}: need one of {', '.join(DTYPES)}")
         if not self.tolerance > 0:
             raise Refusal(f"prune.tolerance={self.tolerance}: need a number above 0")
+        for name, value in (("kinds", self.kinds), ("scores", self.scores)):
+            if isinstance(value, str):
+                raise Refusal(f"prune.{name}={value}: need a list, e.g. prune.{name}=[{value}]")
+        if not isinstance(self.seed, int) or self.seed < 0:
+            raise Refusal(f"prune.seed={self.seed}: need a whole number of at least 0")
+        if self.scores is not None and self.plan is not None:
+            raise Refusal("prune.scores with a plan: nothing is scored for a plan; leave one of them null")
         if self.scores is not None and self.steps > 1:
             raise Refusal(f"prune.scores with steps={self.steps}: they are of the whole model; use steps=1")
         if self.scores == []:
@@ -134,14 +141,19 @@ class Prune:
         anatomy = anatomy_of(whole)
         shapes = Shapes.of_model(whole, anatomy)
         if self.plan is not None:
+            if Path(self.plan).resolve().is_relative_to(context.out.resolve()):
+                raise Refusal(f"prune.plan={self.plan}: the stage writes that file itself; copy it elsewhere first")
             kept, _ = read_plan(Path(self.plan), anatomy)
         else:
-            scoring.check(self.importance, self.kinds)
+            calibration.check(config, min(self.calibration_tokens, self.data.max_length), "prune")
+            scoring.check(self.importance, anatomy, self.kinds)
             for path in self._files:
-                _read_scores(path)
-            # As if all scores were known: what cannot be met or said is refused before a weight is read.
+                self._check_scores(path, _read_scores(path)[1], self._scored(context))
+            # As if all scores were known: what cannot be met or said is refused before a weight is read. How units of
+            # several groups compare is not known, so that later stages are checked with every group's own share.
             scores = {group.name: np.arange(group.units, dtype=float) for group in anatomy.groups.values()}
-            kept, _ = self._said(config, shapes, scores, self._wish)
+            choose(shapes, scores, self._wish)
+            kept, _ = self._said(config, shapes, scores, replace(self._wish, ranking="layer"))
         smaller, note = smaller_config(config, anatomy, kept)
         context.plan_model(smaller)
         return {
@@ -183,7 +195,7 @@ class Prune:
         scores: dict[str, np.ndarray] = {}
         statistics: Statistics = {}
         if self.plan is not None:
-            kept, note = read_plan(Path(self.plan), anatomy)
+            kept, note = read_plan(Path(self.plan), anatomy, context.parents["model"]["content_hash"])
         else:
             model, kept, note, scores, statistics = self._decide(context, tokenizer, shapes, place)
         if several:
@@ -191,7 +203,8 @@ class Prune:
             torch.distributed.destroy_process_group()
         if context.rank:
             return
-        model = model or load_model(self.model, **self._words).to(place)
+        sharded = several and context.config["strategy"].get("stage") == 3  # then it fits no one device
+        model = model or load_model(self.model, **self._words).to("cpu" if sharded else place)
         smaller, said = smaller_config(config, anatomy, kept)
         sizes = shapes.size({}), shapes.size(kept)
         plan = _plan(context, anatomy, kept, scores, sizes, smaller, [each for each in (note, said) if each])
@@ -222,7 +235,7 @@ class Prune:
             print(f"{context.stage}: {line}")
         print(
             f"{context.stage}: {sizes[0].parameters:,} → {sizes[1].parameters:,} parameters, "
-            f"{sizes[0].kv_bytes:,} → {sizes[1].kv_bytes:,} cache bytes a token; masked = cut within "
+            f"{sizes[0].kv_bytes:,} → {sizes[1].kv_bytes:,} cache bytes a token in 16 bits; masked = cut within "
             f"{manifest['certificates']['masked_equals_cut']['max_difference']:.1e}"
         )
 
@@ -262,9 +275,13 @@ class Prune:
         wanted = choose(shapes, scores, wish)
         nearest = alike(shapes, scores, wanted, wish)
         kept = alike(shapes, scores, wanted, wish, lambda some: expressible(config, shapes.anatomy, some))
-        counts = [len(plan.get("layers.0.heads", range(shapes.anatomy.kv_heads))) for plan in (nearest, kept)]
+        left = f"layers.{kept['layers'][0] if 'layers' in kept else 0}.heads"
+        counts = [len(plan.get(left, range(shapes.anatomy.kv_heads))) for plan in (nearest, kept)]
+        streams = [len(plan.get("hidden", range(shapes.anatomy.hidden))) for plan in (nearest, kept)]
+        if streams[0] != streams[1]:
+            return kept, f"a {config.model_type} config cannot say a stream of {streams[0]}: {streams[1]} remain"
         if counts[0] == counts[1]:
-            return kept, _apart(shapes, wanted, kept)
+            return kept, _apart(shapes, wanted, kept, wish)
         said = f"a {config.model_type} config cannot say {counts[0]} of {shapes.anatomy.kv_heads} KV heads"
         if not kept:
             raise Refusal(f"prune.kinds={list(self.kinds)}: {said}, nor any other number but all; name other kinds")
@@ -290,7 +307,10 @@ class Prune:
         path = context.work / f"{step}.{artifact.SCORES}"
         before, done = _resumed(path, context.fingerprint)
         world = self.ranks(context)
-        batches = self._batches(context, tokenizer, "train", self.calibration_rows, context.rank, world)
+        place = torch.device("cpu")
+        if context.device == "cuda":
+            place = torch.device("cuda", torch.cuda.current_device())
+        batches = self._batches(context, tokenizer, "train", self.calibration_rows, context.rank, world, place)
 
         def after(statistics: Statistics) -> None:
             nonlocal done
@@ -307,49 +327,65 @@ class Prune:
     def _scored(self, context: Context) -> dict[str, Any]:
         """What has to be equal for statistics to be added up."""
         importance = context.config["stages"][context.stage]["importance"]
-        model = context.parents["model"]["content_hash"]
+        model = context.parents.get("model", {}).get("content_hash")  # None in the check
+        importance = {name: value for name, value in importance.items() if name != "reduction"}  # of what is gathered
         return {"model": model, "importance": importance, "kinds": sorted(self.kinds)}
+
+    @staticmethod
+    def _check_scores(path: Path, of: dict[str, Any], wanted: dict[str, Any]) -> None:
+        if odd := [name for name, value in wanted.items() if value is not None and of.get(name) != value]:
+            raise Refusal(f"prune.scores={path}: these are of another {odd[0]}; score this one's text anew")
 
     def _added(self, context: Context) -> Statistics:
         total: Statistics = {}
         for path in self._files:
             statistics, of = _read_scores(path)
-            if odd := [name for name, value in self._scored(context).items() if of.get(name) != value]:
-                raise Refusal(f"prune.scores={path}: these are of another {odd[0]}; score this one's text anew")
+            self._check_scores(path, of, self._scored(context))
             total = {name: total[name] + values if total else values for name, values in statistics.items()}
         return total
 
     def _batches(
-        self, context: Context, tokenizer: Any, split: str, count: int, rank: int = 0, world: int = 1
+        self,
+        context: Context,
+        tokenizer: Any,
+        split: str,
+        count: int,
+        rank: int = 0,
+        world: int = 1,
+        place: torch.device | str = "cpu",
     ) -> list[dict[str, Tensor]]:
         """Some rows of a split, of `calibration_tokens` each, this rank's part of them; the same for the same seed."""
         folder = json.loads((context.work / "prepared.json").read_text())[split]
         if folder is None:
             return []
         rows = load_from_disk(folder)
-        chosen = np.random.default_rng([self.seed, *split.encode()]).permutation(len(rows))[:count]
-        names = ("input_ids", "position_ids", "targets")
-        short = [{name: rows[int(n)][name][: self.calibration_tokens] for name in names} for n in chosen]
+        draw = np.random.default_rng([self.seed, *split.encode()])
+        short: list[dict[str, Any]] = []
+        for number in draw.permutation(len(rows)):
+            if len(short) == count:
+                break
+            if (row := _window(rows[int(number)], self.calibration_tokens)) is not None:
+                short.append(row)
+        if not short:
+            raise Refusal(f"{context.stage}: no row of data.{split} has a token to predict, to score units on")
+        names = list(short[0])
         batches = []
         for first in range(0, len(short), self.calibration_batch):
             mine = short[first : first + self.calibration_batch][rank::world]
             batch = collate(mine or [blank(names, pad_token(tokenizer))], pad_token=pad_token(tokenizer))
-            batches.append({name: batch[name].to(self._place(context)) for name in names})
+            batches.append({name: batch[name].to(place) for name in names})
         return batches
-
-    @staticmethod
-    def _place(context: Context) -> torch.device:
-        return torch.device("cuda", torch.cuda.current_device()) if context.device == "cuda" else torch.device("cpu")
 
     @torch.no_grad()
     def _proof(
         self, context: Context, tokenizer: Any, model: Any, anatomy: Anatomy, kept: Kept, folder: Path
     ) -> dict[str, Any]:
         """The masked model's logits against those of the folder that was written, on text. `model` becomes masked."""
-        batches = self._batches(context, tokenizer, "validation", _PROOF_ROWS)
-        batches = batches or self._batches(context, tokenizer, "train", _PROOF_ROWS)
+        place = next(model.parameters()).device
+        batches = self._batches(context, tokenizer, "validation", _PROOF_ROWS, place=place)
+        batches = batches or self._batches(context, tokenizer, "train", _PROOF_ROWS, place=place)
         silence(model, anatomy, kept)
-        cut = load_model(str(folder), dtype=DTYPES[self.dtype], role="pruned").to(self._place(context))
+        cut = load_model(str(folder), **{**self._words, "role": "pruned"}).to(place)
         model.eval(), cut.eval()
         apart, largest, tokens = 0.0, 0.0, 0
         for batch in batches:
@@ -369,24 +405,44 @@ class Prune:
         return {"max_difference": apart, "largest_logit": largest, "tolerance": allowed, "tokens": tokens}
 
 
-def read_plan(path: Path, anatomy: Anatomy) -> tuple[dict[str, np.ndarray], str]:
-    """Kept units of a plan.json, and its first note. Raises Refusal for what this model does not have."""
+def read_plan(path: Path, anatomy: Anatomy, model: str | None = None) -> tuple[dict[str, np.ndarray], str]:
+    """Kept units of a plan.json, and a note. Raises Refusal for what this model does not have.
+
+    `model`: the hash of the model that is cut; that the plan was made of another one is only told, as weights may have
+    been trained since.
+    """
     try:
         plan = json.loads(path.read_text())
-        named = {name: [int(unit) for unit in units] for name, units in plan["kept"].items()}
+        named, units = dict(plan["kept"]), dict(plan.get("units", {}))
+        made_of = (plan.get("model") or {}).get("content_hash")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
         raise Refusal(f"prune.plan={path}: no plan: {type(problem).__name__} {problem}; need a plan.json") from None
+    if not named:
+        raise Refusal(f"prune.plan={path}: it keeps everything; nothing is to be cut")
     kept = {}
-    for name, units in named.items():
+    for name, numbers in named.items():
         group = anatomy.groups.get(name)
         if group is None:
             raise Refusal(f"prune.plan={path}: this model has no group {name}")
-        if not units or sorted(set(units)) != units or units[0] < 0 or units[-1] >= group.units:
+        if units.get(name, group.units) != group.units:
+            raise Refusal(f"prune.plan={path}: {name} has {units[name]} units there, and {group.units} in this model")
+        there = isinstance(numbers, list) and all(type(n) is int and 0 <= n < group.units for n in numbers)
+        if not there or not numbers or sorted(set(numbers)) != numbers:
             raise Refusal(
-                f"prune.plan={path}: {name} keeps {str(units)[:60]}; need rising numbers from 0 to {group.units - 1}"
+                f"prune.plan={path}: {name} keeps {str(numbers)[:60]}; need rising numbers from 0 to {group.units - 1}"
             )
-        kept[name] = np.array(units)
-    return kept, "as the plan says"
+        kept[name] = np.array(numbers)
+    other = made_of is not None and model is not None and made_of != model
+    return kept, "as the plan says" + (", which was made of other weights" if other else "")
+
+
+def _window(row: dict[str, Any], length: int) -> dict[str, Any] | None:
+    """The first tokens of a row; of one whose prompt is longer, those around the first that is to be predicted."""
+    first = next((at for at, target in enumerate(row["targets"]) if target != IGNORED), None)
+    if first is None:
+        return None
+    begin = 0 if first < length // 2 else min(first - length // 2, max(0, len(row["targets"]) - length))
+    return {name: row[name][begin : begin + length] for name in ("input_ids", "position_ids", "targets")}
 
 
 def _read_scores(path: Path) -> tuple[Statistics, dict[str, Any]]:
@@ -423,16 +479,20 @@ def _write_plan(path: Path, plan: dict[str, Any]) -> None:
     path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
-def _apart(shapes: Shapes, wanted: Kept, kept: Kept) -> str:
+def _apart(shapes: Shapes, wanted: Kept, kept: Kept, wish: Wish) -> str:
     """What was given up for one width in all layers."""
-    names = {name for name in {*wanted, *kept} if len(wanted.get(name, ())) != len(kept.get(name, ()))}
-    if not names:
-        return ""
+    if not kept:
+        return "rounded to whole units, nothing goes; a smaller kept_fraction cuts"
     sizes = shapes.size(wanted).parameters, shapes.size(kept).parameters
-    return (
+    if sizes[0] == sizes[1]:
+        return ""
+    told = (
         f"the scores ask for other widths in other layers ({sizes[0]:,} parameters); a config has one for all: the "
         f"nearest such plan has {sizes[1]:,}"
     )
+    if wish.protect_first + wish.protect_last and set(wish.kinds) - {"layers"}:
+        told += "; layers that were to be protected have it too, and only moved the average"
+    return told
 
 
 def _plan(
@@ -446,6 +506,9 @@ def _plan(
 ) -> dict[str, Any]:
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    layer = kept["layers"][0] if "layers" in kept else 0
+    mlp = next(group for group in anatomy.of("mlp") if group.layer == layer)
+    widths = {"mlp": len(kept.get(mlp.name, range(mlp.units))), "heads": heads * anatomy.head_dim}
     return {
         "model": context.parents.get("model"),
         "kept": {name: units.tolist() for name, units in sorted(kept.items())},
@@ -455,13 +518,25 @@ def _plan(
         "notes": notes,
         "loads_in": {
             "transformers": f"AutoModelForCausalLM, as {config.model_type}",
-            "vllm": f"tensor parallel sizes that divide {heads} heads, e.g. {_divisors(heads)}; {kv_heads} KV heads",
-            "llama.cpp": "K-quants need rows of a multiple of 256, Q4_0 and Q8_0 of 32",
+            "vllm": f"tensor parallel sizes {_parallel(heads, kv_heads, widths['mlp'])}",
+            "llama.cpp": _blocks_of(config.hidden_size, widths),
         },
         "config": {k: v for k, v in config.to_dict().items() if k != "transformers_version"},
         "scores": {name: [float(f"{value:.6g}") for value in each] for name, each in sorted(scores.items())},
     }
 
 
-def _divisors(heads: int) -> str:
-    return ", ".join(str(n) for n in (1, 2, 4, 8, 16) if heads % n == 0)
+def _parallel(heads: int, kv_heads: int, width: int) -> str:
+    """vLLM splits heads and MLP evenly, and KV heads evenly or as copies."""
+    even = [n for n in (1, 2, 4, 8, 16, 32) if heads % n == 0 and width % n == 0]
+    return ", ".join(str(n) for n in even if kv_heads % n == 0 or n % kv_heads == 0)
+
+
+def _blocks_of(hidden: int, widths: Mapping[str, int]) -> str:
+    """llama.cpp's quantized rows come in blocks of 32, those of K-quants of 256; what does not fit stays in 16 bits."""
+    rows = {"hidden": hidden, **widths}
+    said = []
+    for block, kinds in ((256, "K-quants"), (32, "Q4_0 and Q8_0")):
+        odd = [f"{name} {width}" for name, width in rows.items() if width % block]
+        said.append(f"{kinds} fit all rows" if not odd else f"{kinds} do not fit rows of {', '.join(odd)}")
+    return "; ".join(said)

@@ -87,3 +87,8 @@ def test_numbers_that_cannot_be_are_refused(family: str, kv_heads: int, said: st
 def test_the_cache_that_is_reported_has_so_many_heads(kv_heads: int) -> None:
     model = model_of("llama", num_key_value_heads=kv_heads, dtype=torch.float32)
     assert cache_bytes_per_token(model, tokens(1, 7)) == 2 * 3 * kv_heads * 8 * 4  # of 3 layers, 8 numbers a head
+
+
+def test_the_cache_of_a_window_is_what_a_token_in_it_takes() -> None:
+    model = model_of("mistral", dtype=torch.float32)  # a window of 5
+    assert {cache_bytes_per_token(model, tokens(1, length)) for length in (3, 19)} == {2 * 3 * 2 * 6 * 4}

@@ -197,6 +197,8 @@ class _Found:
         """A scale of the stream's width belongs to it; one of a head's width (q_norm) to no unit. What scales all heads
         together ties them to each other, and is left for `finish` to refuse."""
         own = [f"{at}.{name}" for name, _ in module.named_parameters(recurse=False)]
+        if not own and not of_heads and "norm" in type(module).__name__.lower() and not list(module.children()):
+            self.norms[at] = None  # no scale could take the difference
         if not own or not set(own) <= set(self.left) or "norm" not in type(module).__name__.lower():
             return
         for name in own:

@@ -81,7 +81,13 @@ def over_ranks(values: Tensor) -> Tensor:
     return values
 
 
-def check(importance: Importance, kinds: Sequence[str]) -> None:
+def check(importance: Importance, anatomy: Anatomy, kinds: Sequence[str]) -> None:
+    """Raises Refusal for kinds of groups that it cannot score, of this model."""
+    if "mlp" in kinds and anatomy.of("experts") and not getattr(importance, "sees_experts", True):
+        raise Refusal(
+            f"importance: what experts read is not seen by {type(importance).__name__}; use taylor or magnitude, or "
+            f"leave mlp out of prune.kinds"
+        )
     if odd := [kind for kind in kinds if kind not in importance.kinds]:
         raise Refusal(
             f"prune.kinds: {type(importance).__name__} scores {', '.join(importance.kinds)}, and not {odd[0]}; choose "

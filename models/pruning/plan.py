@@ -6,6 +6,7 @@ weights, from the shapes alone.
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +23,7 @@ Scores = Mapping[str, np.ndarray]  # group → Float64[units]: what is lost with
 RANKINGS = ("layer", "global")
 PER = ("unit", "parameter", "mac", "kv_byte")
 _BISECTIONS = 60
+_TRIES = 64  # widths of the stream, for one that a config can say
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ class Shapes:
                 numel = self._in_slots(name, dims, slots[name], kept)
             parameters += numel
             if len(shape) == 3:
-                macs += numel * self.experts_per_token // dims[0]
+                macs += numel * self.experts_per_token // max(1, dims[0])
             elif len(shape) == 2 and (name not in self.embeddings or name == self.head):
                 macs += numel
         heads = sum(
@@ -132,7 +134,8 @@ class Wish:
         assert self.target_bytes is not None
         return replace(self, target_bytes=round(2 * whole - (2 * whole - self.target_bytes) * share))
 
-    def check(self, layers: int) -> None:
+    def check(self, layers: int, whole: int) -> None:
+        """Of a model of so many layers and parameters."""
         for kind in self.kinds:
             if kind not in KINDS:
                 raise Refusal(f"prune.kinds: {kind} is none of {', '.join(KINDS)}")
@@ -145,6 +148,15 @@ class Wish:
         }
         if len(given) != 1:
             raise Refusal(f"prune: {' and '.join(given) or 'no budget'} given; need one, the others null")
+        for name, value in {**given, "multiple_of": self.multiple_of}.items():
+            if isinstance(value, bool) or not isinstance(value, (int, float) if name == "kept_fraction" else int):
+                raise Refusal(f"prune.{name}={value}: need a {'' if name == 'kept_fraction' else 'whole '}number")
+            if name.startswith("target") and not value > 0:
+                raise Refusal(f"prune.{name}={value}: need a number above 0")
+        if self.target_parameters is not None and self.target_parameters > whole:
+            raise Refusal(f"prune.target_parameters={self.target_parameters}: the model has {whole:,} only")
+        if self.target_bytes is not None and self.target_bytes > 2 * whole:
+            raise Refusal(f"prune.target_bytes={self.target_bytes}: the model has {2 * whole:,} only, in 16 bits")
         if self.kept_fraction is not None and not 0 < self.kept_fraction <= 1:
             raise Refusal(f"prune.kept_fraction={self.kept_fraction}: need (0, 1]; 0.8 keeps 80 %")
         if self.ranking not in RANKINGS:
@@ -169,28 +181,29 @@ def choose(shapes: Shapes, scores: Scores, wish: Wish) -> dict[str, np.ndarray]:
     The same scores and a smaller budget keep a part of it. Raises Refusal where nothing of the kinds is there, or a
     budget cannot be met.
     """
-    wish.check(shapes.anatomy.layers)
+    wish.check(shapes.anatomy.layers, shapes.size({}).parameters)
     groups = _open(shapes.anatomy, wish)
     for group in groups:
         if not np.isfinite(scores[group.name]).all():
             raise Refusal(f"{group.name}: its scores hold values that are no numbers; see to the calibration text")
     ranked = {group.name: _ranked(group, scores[group.name], wish, shapes.anatomy) for group in groups}
     if wish.ranking == "layer" and wish.kept_fraction is not None:
-        return _of_each(groups, ranked, wish, wish.kept_fraction)
+        return _of_each(groups, ranked, wish, wish.kept_fraction, _step(shapes.anatomy, wish))
     target = _target(shapes, groups, wish)
     if wish.ranking == "layer":
-        low, high = 0.0, 1.0
+        low, high, step = 0.0, 1.0, _step(shapes.anatomy, wish)
         for _ in range(_BISECTIONS):
             middle = (low + high) / 2
-            fits = shapes.size(_of_each(groups, ranked, wish, middle)).parameters <= target
+            fits = shapes.size(_of_each(groups, ranked, wish, middle, step)).parameters <= target
             low, high = (middle, high) if fits else (low, middle)
-        kept = _of_each(groups, ranked, wish, low)
+        kept = _of_each(groups, ranked, wish, low, step)
     else:
         kept = _of_all(shapes, groups, ranked, scores, wish, target)
     if (smallest := shapes.size(kept).parameters) > target:
         raise Refusal(
-            f"prune: {target:,} parameters are asked for, and with one unit in each of {', '.join(wish.kinds)} there "
-            f"are {smallest:,}; ask for more, or name more kinds"
+            f"prune: {target:,} parameters at most are asked for, and the fewest that can remain are {smallest:,} "
+            f"(kinds {', '.join(wish.kinds)}, per={wish.per}, multiple_of={wish.multiple_of}); ask for more, or name "
+            f"more kinds"
         )
     return kept
 
@@ -206,35 +219,86 @@ def alike(
     anatomy = shapes.anatomy
     made = {name: units for name, units in wanted.items() if anatomy.groups[name].kind in ("hidden", "layers")}
     layers = wanted.get("layers", np.arange(anatomy.layers))
+    groups, counts = {}, {}
     for kind in ("heads", "mlp", "experts"):
-        groups = [group for group in anatomy.of(kind) if group.layer in layers]
-        if kind not in wish.kinds or not groups:
+        of_kind = [group for group in anatomy.of(kind) if group.layer in layers]
+        if kind not in wish.kinds or not of_kind:
             continue
-        counts = [len(wanted[group.name]) if group.name in wanted else group.units for group in groups]
-        count = _multiple(sum(counts) / len(counts), groups[0].units, _step(anatomy, wish) if kind == "mlp" else 1)
-        units = groups[0].units
-        for number in sorted(range(1, units + 1), key=lambda n: (abs(n - count), n)) if kind == "heads" else [count]:
-            tried = {group.name: np.sort(_order(scores[group.name])[:number]) for group in groups}
-            if number == units or kind != "heads" or sayable(made | tried):
+        if len(widths := {group.units for group in of_kind}) > 1:
+            raise Refusal(
+                f"prune.kinds: {kind} are of {' and '.join(map(str, sorted(widths)))} units in different layers, which "
+                f"are not cut together; leave {kind} out"
+            )
+        groups[kind] = of_kind
+        mean = sum(len(wanted[group.name]) if group.name in wanted else group.units for group in of_kind) / len(of_kind)
+        counts[kind] = _multiple(mean, of_kind[0].units, _step(anatomy, wish) if kind == "mlp" else 1)
+
+    def of(counted: Mapping[str, int]) -> dict[str, np.ndarray]:
+        """The plan with so many units of each kind in every layer."""
+        cut = {g.name: np.sort(_order(scores[g.name])[: counted[kind]]) for kind in counted for g in groups[kind]}
+        return {name: units for name, units in (made | cut).items() if len(units) < anatomy.groups[name].units}
+
+    if "heads" in counts:
+        units = groups["heads"][0].units
+        nearest = sorted(range(1, units), key=lambda n: (abs(n - counts["heads"]), n))
+        counts["heads"] = next((n for n in nearest if counts["heads"] < units and sayable(of({"heads": n}))), units)
+    if "hidden" in made and "hidden" in scores:
+        units, step = anatomy.groups["hidden"].units, _step(anatomy, wish)
+        wished = len(made["hidden"])
+        nearest = sorted(range(step, units, step), key=lambda n: (abs(n - wished), n))[:_TRIES]
+        for number in [*nearest, units]:
+            made["hidden"] = np.sort(_order(scores["hidden"])[:number])
+            if number == units or sayable(of({kind: counts[kind] for kind in counts if kind == "heads"})):
                 break
-        made |= tried
-    if wish.kept_fraction is None and "mlp" in wish.kinds:
-        _fill(shapes, scores, made, wish)
-    return {name: units for name, units in made.items() if len(units) < anatomy.groups[name].units}
+    if wish.kept_fraction is not None:  # a share, and nested
+        return of(counts)
+    return of(_within(shapes, wish, counts, {kind: some[0].units for kind, some in groups.items()}, of, sayable))
 
 
-def _fill(shapes: Shapes, scores: Scores, made: dict[str, np.ndarray], wish: Wish) -> None:
-    """The MLPs as wide as the budget allows: averages are rounded, and the last parameters are theirs."""
-    target = _target(shapes, [], wish)
-    mlps = [group for group in shapes.anatomy.of("mlp") if group.name in made]
+def _within(
+    shapes: Shapes,
+    wish: Wish,
+    counts: dict[str, int],
+    whole: Mapping[str, int],
+    of: Callable[[Mapping[str, int]], dict[str, np.ndarray]],
+    sayable: Callable[[Kept], bool],
+) -> dict[str, int]:
+    """Averages are rounded, and the budget is for all: of the plans that have a head or an expert more or less, and
+    MLPs as wide as fits, the one that uses the budget best. Raises Refusal where none fits."""
+    target = _target(shapes, _open(shapes.anatomy, wish), wish)
     step = _step(shapes.anatomy, wish)
-    low, high = 1, mlps[0].units // step
-    while low < high:
-        middle = (low + high + 1) // 2
-        tried = {group.name: np.arange(middle * step) for group in mlps}
-        low, high = (middle, high) if shapes.size(made | tried).parameters <= target else (low, middle - 1)
-    for group in mlps:
-        made[group.name] = np.sort(_order(scores[group.name])[: low * step])
+
+    def filled(tried: dict[str, int]) -> dict[str, int]:
+        if "mlp" not in tried:
+            return tried
+        low, high = 1, max(1, whole["mlp"] // step)
+        while low < high:
+            middle = (low + high + 1) // 2
+            fits = shapes.size(of(tried | {"mlp": middle * step})).parameters <= target
+            low, high = (middle, high) if fits else (low, middle - 1)
+        return tried | {"mlp": min(low * step, whole["mlp"])}
+
+    others = [kind for kind in counts if kind != "mlp"]
+    furthest = 1 if "mlp" in counts else max([0, *(whole[kind] for kind in others)])
+    best, used = None, -1
+    for apart in range(furthest + 1):
+        for moves in itertools.product((0, -apart, apart), repeat=len(others)):
+            tried = counts | {kind: counts[kind] + move for kind, move in zip(others, moves, strict=True)}
+            if any(not 1 <= tried[kind] <= whole[kind] for kind in others):
+                continue
+            tried = filled(tried)
+            size = shapes.size(of(tried)).parameters
+            moved = "heads" in tried and tried["heads"] not in (counts["heads"], whole["heads"])
+            if used < size <= target and (not moved or sayable(of({"heads": tried["heads"]}))):
+                best, used = tried, size
+        if best is not None and "mlp" not in counts:
+            break  # the nearest that fits; beyond it there is nothing better to be found within the budget
+    if best is None:
+        raise Refusal(
+            f"prune: {target:,} parameters at most are asked for, and no width that is the same in all layers meets "
+            f"that by {', '.join(wish.kinds)}; ask for more, or name more kinds"
+        )
+    return best
 
 
 def _step(anatomy: Anatomy, wish: Wish) -> int:
@@ -277,11 +341,11 @@ def _multiple(count: float, units: int, of: int) -> int:
 
 
 def _of_each(
-    groups: Sequence[Group], ranked: Mapping[str, np.ndarray], wish: Wish, fraction: float
+    groups: Sequence[Group], ranked: Mapping[str, np.ndarray], wish: Wish, fraction: float, step: int
 ) -> dict[str, np.ndarray]:
     kept = {}
     for group in groups:
-        of = wish.multiple_of if group.kind in ("mlp", "hidden") else 1
+        of = step if group.kind in ("mlp", "hidden") else 1
         count = max(_multiple(fraction * group.units, group.units, of), _guarded(group, wish))
         if count < group.units:
             kept[group.name] = np.sort(ranked[group.name][:count])
@@ -289,7 +353,7 @@ def _of_each(
 
 
 def _guarded(group: Group, wish: Wish) -> int:
-    return wish.protect_first + wish.protect_last if group.kind == "layers" else 1
+    return max(1, wish.protect_first + wish.protect_last) if group.kind == "layers" else 1
 
 
 def _target(shapes: Shapes, groups: Sequence[Group], wish: Wish) -> int:

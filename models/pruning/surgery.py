@@ -36,8 +36,8 @@ def cut_state(state: Mapping[str, Tensor], anatomy: Anatomy, kept: Kept) -> dict
     """
     if "hidden" in kept and (odd := [name for name, offset in anatomy.norms.items() if offset is None]):
         raise Refusal(
-            f"hidden: {odd[0]} belongs to a LayerNorm, which takes off the mean over all channels; the result of a cut "
-            f"could not equal the masked model. Cut heads, mlp or layers of this family"
+            f"hidden: {odd[0]} belongs to a LayerNorm, which takes off the mean over all channels, or is a norm "
+            f"without scale; a cut model could not equal the masked one. Cut heads, mlp or layers of this family"
         )
     slots: dict[str, list[tuple[Axis, np.ndarray]]] = {}
     whole: dict[str, list[tuple[Axis, np.ndarray]]] = {}
@@ -132,7 +132,10 @@ def smaller_config(config: PretrainedConfig, anatomy: Anatomy, kept: Kept) -> tu
     for kind, names in _WIDTHS.items():
         if of_kind[kind] is not None:
             moe = kind == "mlp" and "moe_intermediate_size" in values and bool(anatomy.of("experts"))
-            values["moe_intermediate_size" if moe else next(name for name in names if name in values)] = of_kind[kind]
+            name = "moe_intermediate_size" if moe else next((name for name in names if name in values), None)
+            if name is None:
+                raise Refusal(f"{kind}: a {config.model_type} config has no number for their width; leave {kind} out")
+            values[name] = of_kind[kind]
     if of_kind["experts"] is not None:
         chosen = values["num_experts_per_tok"]
         if chosen > of_kind["experts"]:
@@ -147,7 +150,7 @@ def smaller_config(config: PretrainedConfig, anatomy: Anatomy, kept: Kept) -> tu
         del values["head_dim"]
     if "layers" in kept:
         for name, value in values.items():  # layer_types and its like follow their layers
-            if isinstance(value, list) and len(value) == anatomy.layers:
+            if "layer" in name and isinstance(value, list) and len(value) == anatomy.layers:
                 values[name] = [value[i] for i in kept["layers"]]
         values[config.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = len(kept["layers"])
     wanted = _cut_shapes(config, anatomy, kept)

@@ -38,7 +38,8 @@ class Wanda:
         return Norms(width)
 
     def sparsified(self, weight_OI: Tensor, zeros: int | Pattern, read: Any) -> Tensor:
-        scores_OI = at_least_float(weight_OI.abs()) * read.squares_I.sqrt().to(weight_OI)
+        sizes_OI = at_least_float(weight_OI.abs())  # norms of half precision would overflow
+        scores_OI = sizes_OI * read.squares_I.sqrt().to(sizes_OI)
         if isinstance(zeros, Pattern):
             return weight_OI.masked_fill(zeros.smallest(scores_OI), 0)
         each, more = divmod(zeros, len(weight_OI))

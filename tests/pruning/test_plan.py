@@ -170,12 +170,16 @@ def test_protected_layers_stay_when_layers_go() -> None:
         ({"kept_fraction": 1.5}, r"need \(0, 1\]"),
         ({"target_parameters": 5}, "need one, the others null"),
         ({"kept_fraction": None}, "no budget given"),
-        ({"kept_fraction": None, "target_parameters": 10}, "10 parameters are asked for, and .* there are"),
+        ({"kept_fraction": None, "target_parameters": 10}, "10 parameters at most are asked for, and the fewest"),
         ({"ranking": "best"}, "need one of layer, global"),
         ({"per": "watt"}, "need one of unit"),
         ({"protect_first": 2, "protect_last": 1}, "leave none of 3 layers"),
         ({"protect_first": -1}, "need 0 or more"),
         ({"multiple_of": 0}, "need 1 or more"),
+        ({"multiple_of": 1.5}, r"multiple_of=1\.5: need a whole number"),
+        ({"kept_fraction": "abc"}, "kept_fraction=abc: need a number"),
+        ({"kept_fraction": None, "target_bytes": -4}, "need a number above 0"),
+        ({"kept_fraction": None, "target_parameters": 10**9}, "the model has .* only"),
     ],
 )
 def test_what_cannot_be_wished_for_is_refused_in_one_line(values: dict[str, Any], said: str) -> None:
@@ -205,3 +209,53 @@ def test_heads_are_as_many_as_the_config_can_say(family: str, heads: int) -> Non
     assert len(kept["layers.1.mlp"]) == 14
     smaller, _ = smaller_config(config, shapes.anatomy, kept)
     assert shapes.size(kept).parameters == parameter_count(empty_model(smaller))
+
+
+@pytest.mark.parametrize("ranking", ["layer", "global"])
+@pytest.mark.parametrize("kinds", ["heads", "heads mlp", "mlp", "layers mlp", "experts mlp", "experts"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "gemma2"])
+def test_a_budget_is_never_overdrawn_and_used_well(family: str, kinds: str, ranking: str) -> None:
+    width = {"n_inner": 64} if family == "gpt2" else {"intermediate_size": 64}
+    config = config_of(family, num_hidden_layers=6, **width)
+    shapes = shapes_of(config)
+    if not all(shapes.anatomy.of(kind) for kind in kinds.split()) or (kinds == "heads" and family == "gpt2"):
+        pytest.skip("this family has none, or cannot say it")
+    whole = shapes.size({}).parameters
+    groups = [group for group in shapes.anatomy.groups.values() if group.kind in kinds.split()]
+    least = shapes.size({group.name: np.arange(1) for group in groups}).parameters
+    for seed, share in enumerate((0.9, 0.7, 0.5)):
+        target = round(least + share * (whole - least))
+        wish = Wish(kinds=kinds.split(), kept_fraction=None, target_parameters=target, ranking=ranking)
+        scores = scores_of(shapes, seed)
+        try:
+            wanted = choose(shapes, scores, wish)
+            kept = alike(shapes, scores, wanted, wish, lambda some: expressible(config, shapes.anatomy, some))
+        except Refusal:  # a head or an expert less in six layers at once can be more than there is room for
+            assert kinds in ("heads", "experts")
+            continue
+        size = shapes.size(kept).parameters
+        assert size <= target
+        smaller, _ = smaller_config(config, shapes.anatomy, kept)
+        assert size == parameter_count(empty_model(smaller))
+        assert len(kept.get("layers", [0])) >= 1
+        if kinds == "heads mlp" and family == "llama":  # one channel in every layer is the least there is
+            assert target - size < 6 * 3 * 32
+
+
+def test_the_stream_is_as_wide_as_the_config_can_say() -> None:
+    """Gemma 2's width has to be a multiple of its heads."""
+    config = config_of("gemma2")
+    shapes = shapes_of(config)
+    wish = Wish(kinds=("hidden",), kept_fraction=0.8)
+    wanted = choose(shapes, scores_of(shapes), wish)
+    assert len(wanted["hidden"]) == 26
+    kept = alike(shapes, scores_of(shapes), wanted, wish, lambda some: expressible(config, shapes.anatomy, some))
+    assert len(kept["hidden"]) in (24, 28)
+
+
+def test_widths_that_differ_between_layers_are_not_cut_together() -> None:
+    config = config_of("qwen3_moe", mlp_only_layers=[1])
+    shapes = shapes_of(config)
+    wish = Wish(kept_fraction=0.75)
+    with pytest.raises(Refusal, match="mlp are of 20 and 24 units in different layers"):
+        alike(shapes, scores_of(shapes), choose(shapes, scores_of(shapes), wish), wish)

@@ -22,6 +22,7 @@ from models.pruning.groups import Anatomy, Axis, anatomy_of
 from models.pruning.importance import gather
 from models.pruning.importances.taylor import Taylor
 from models.pruning.plan import Wish
+from pipeline import prune
 from pipeline.worker import build, check
 from tests.command import train, weights
 from tests.pruning.families import config_of
@@ -134,6 +135,10 @@ BAD_PLANS = {
     "another model's": ('{"kept": {"layers.9.mlp": [0]}}', "this model has no group layers.9.mlp"),
     "not there": ('{"kept": {"layers.0.mlp": [0, 99]}}', "need rising numbers from 0 to 47"),
     "nothing": ('{"kept": {"layers.0.mlp": []}}', "need rising numbers"),
+    "everything": ('{"kept": {}}', "it keeps everything"),
+    "fractions": ('{"kept": {"layers.0.mlp": [0, 1.9]}}', "need rising numbers"),
+    "words": ('{"kept": {"layers.0.mlp": "01"}}', "need rising numbers"),
+    "of another width": ('{"kept": {"layers.0.mlp": [0]}, "units": {"layers.0.mlp": 9}}', "has 9 units there, and 48"),
     "unlike layers": ('{"kept": {"layers.0.mlp": [0, 1]}}', "between 2 and 48 remain in different layers"),
 }
 
@@ -168,7 +173,7 @@ def test_a_cut_that_is_not_the_masked_model_leaves_nothing_behind(
     with pytest.raises(Refusal, match=r"differ by .* nothing was written") as refused:
         make(tmp_path / "run", "prune", f"teacher.path={made / 'pretrain'}")
     assert "\n" not in str(refused.value)
-    assert not (tmp_path / "run" / "prune").exists()
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["work"]  # nothing half-written either
 
 
 @pytest.mark.parametrize(
@@ -178,6 +183,11 @@ def test_a_cut_that_is_not_the_masked_model_leaves_nothing_behind(
         (["stages.prune.kinds=[experts]"], "this model has no experts"),
         (["stages.prune.kinds=[layers]"], "Taylor scores heads, mlp, experts, hidden, and not layers"),
         (["stages.prune.calibration_tokens=1"], "calibration_tokens=1: need at least 2"),
+        (["stages.prune.kinds=mlp"], r"kinds=mlp: need a list"),
+        (["stages.prune.seed=-1"], "seed=-1: need a whole number"),
+        (["stages.prune.plan=p.json", "stages.prune.scores=[x]"], "nothing is scored for a plan"),
+        (["stages.prune.calibration_tokens=4096", "data.max_length=600"], "the model reads at most 512 tokens"),
+        (["stages.recover.lora.targets=[]"], "need a list of modules' names"),
         (["stages.prune.steps=0"], "steps=0: need at least 1"),
         (["stages.prune.steps=2", "stages.prune.scores=[x]"], "they are of the whole model; use steps=1"),
         (["stages.prune.target_parameters=9"], "need one, the others null"),
@@ -314,6 +324,52 @@ def test_a_cut_in_steps_scores_what_the_steps_before_have_left(made: Path, tmp_p
     want = Taylor().scores(cut, anatomy_of(cut), kinds, gather(Taylor(), cut, anatomy_of(cut), kinds, batches))
     for name, values in want.items():
         np.testing.assert_allclose(np.array(plan["scores"][name])[first[name]], values, rtol=1e-4)
+
+
+def test_a_plan_that_the_stage_would_write_over_is_refused(made: Path) -> None:
+    plan = made / "prune" / "plan.json"
+    config = composed(made, f"teacher.path={made / 'pretrain'}", f"stages.prune.plan={plan}")
+    with pytest.raises(Refusal, match="the stage writes that file itself; copy it elsewhere first"):
+        check({"config": config, "stages": ["prune"]})
+
+
+def test_a_plan_says_where_its_widths_run() -> None:
+    """vLLM divides heads and MLP evenly and copies KV heads; llama.cpp's blocks are of 32 and 256."""
+    assert prune._parallel(24, 6, 11039) == "1"
+    assert prune._parallel(24, 6, 11008) == "1, 2"
+    assert prune._parallel(24, 2, 11008) == "1, 2, 4, 8"
+    assert prune._parallel(32, 8, 14336) == "1, 2, 4, 8, 16, 32"
+    said = prune._blocks_of(4096, {"mlp": 11040, "heads": 3072})
+    assert said == "K-quants do not fit rows of mlp 11040; Q4_0 and Q8_0 fit all rows"
+
+
+def test_a_row_is_read_where_something_is_to_be_predicted() -> None:
+    """Of a conversation with a long prompt the first tokens teach nothing."""
+    row = {"input_ids": list(range(40)), "position_ids": list(range(40)), "targets": [-100] * 30 + list(range(10))}
+    assert prune._window(row, 8)["input_ids"] == list(range(26, 34))
+    assert prune._window(row, 30)["input_ids"] == list(range(10, 40))
+    assert prune._window({**row, "targets": list(range(40))}, 8)["input_ids"] == list(range(8))
+    assert prune._window({**row, "targets": [-100] * 40}, 8) is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["its own", "stories260K"])
+def test_most_of_the_perplexity_that_a_cut_costs_is_won_back(model: str, request: Any, tmp_path: Path) -> None:
+    """The experiment as it stands in the README, and on a pretrained model."""
+    words = []
+    if model != "its own":
+        shared = request.getfixturevalue("shared")
+        words = [
+            "start=prune", f"teacher.path={shared / 'models/stories260K'}", "data=files",
+            f"data.train={shared / 'data/tinystories/train.jsonl'}", "data.max_documents=4000",
+        ]  # fmt: skip
+    done = train("+experiment=prune_recover", *words, f"run_dir={tmp_path / 'run'}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = {row["stage"]: row for row in json.loads((tmp_path / "run" / "report.json").read_text())["rows"]}
+    dense = rows["pretrain" if model == "its own" else "teacher"]["perplexity"]
+    pruned, recovered = rows["prune"]["perplexity"], rows["recover"]["perplexity"]
+    assert dense < recovered < pruned
+    assert (pruned - recovered) / (pruned - dense) >= 0.7
 
 
 @pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.slow), "zero3"])

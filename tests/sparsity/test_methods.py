@@ -189,3 +189,18 @@ def test_the_smallest_of_more_values_than_a_quantile_takes() -> None:
     gone = smallest(scores, 8_500_500)
     assert int(gone.sum()) == 8_500_500
     assert scores[gone].max() <= scores[~gone].min()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_wanda_of_half_precision_weights_ranks_in_float32(dtype: torch.dtype) -> None:
+    """Some inputs of real models are so large that their norm is beyond float16."""
+    draw = torch.Generator().manual_seed(0)
+    weight, text = torch.randn(64, 128, generator=draw).to(dtype), torch.randn(50, 128, generator=draw)
+    text[:, 3] *= 1e5
+    weight[5, 3] = 0
+    read = Wanda().reading(128)
+    read.add(text)
+    made = Wanda().sparsified(weight, 64 * 64, read)
+    scores = weight.double().abs() * text.double().norm(dim=0)
+    gone = scores.argsort(dim=1, stable=True)[:, :64]
+    assert torch.equal(made == 0, torch.zeros(64, 128, dtype=torch.bool).scatter(1, gone, True) | (weight == 0))

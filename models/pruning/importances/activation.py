@@ -21,6 +21,7 @@ class Activation:
     channel its size; of a channel of the stream the sum of its sizes behind all norms. Minitron, arXiv:2407.14679."""
 
     needs_calibration_data: ClassVar[bool] = True
+    sees_experts: ClassVar[bool] = False
     kinds: ClassVar[tuple[str, ...]] = ("heads", "mlp", "hidden")
 
     def tally(self, model: Any, anatomy: Anatomy, kinds: Sequence[str], batch: Batch) -> Statistics:

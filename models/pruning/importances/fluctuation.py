@@ -22,6 +22,7 @@ class Fluctuation:
     """
 
     needs_calibration_data: ClassVar[bool] = True
+    sees_experts: ClassVar[bool] = False
     kinds: ClassVar[tuple[str, ...]] = ("heads", "mlp")
 
     def tally(self, model: Any, anatomy: Anatomy, kinds: Sequence[str], batch: Batch) -> Statistics:

@@ -32,7 +32,7 @@ class Taylor:
 
     All come from one backward a batch: a matrix's gradient of each sample is the product of its inputs and the
     gradients of its outputs, made in a hook, some rows of it at a time, and dropped there. Of experts and their routers
-    the gradients are worked out anew, sample by sample, when the backward comes by; of these a matrix is held, twice.
+    the gradients are worked out anew, sample by sample, when the backward comes by; these are held whole, one by one.
     """
 
     order: str = "mix"
@@ -183,11 +183,14 @@ class _Pass:
         for one in gradients:
             if self._squared:
                 # Of the sample's own loss, which is as many times as large; over the number of samples in the end.
-                square = one.square() * self.samples
-                squares = square if squares is None else squares.add_(square)
+                squares = torch.zeros_like(one) if squares is None else squares
+                squares.addcmul_(one, one, value=self.samples)
             total = one if total is None else total.add_(one)
         assert total is not None
-        self.tally.add(self.names[id(parameter)], self._change(parameter, total, squares))
+        for slot in range(len(total)):  # an expert at a time, in place of what is needed no more
+            square = None if squares is None else squares[slot]
+            total[slot] = self._change(parameter[slot], total[slot], square)
+        self.tally.add(self.names[id(parameter)], total)
 
     def _change(self, weight: Tensor, total: Tensor, squares: Tensor | None) -> Tensor:
         over_ranks(total)
