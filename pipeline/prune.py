@@ -82,8 +82,6 @@ class Prune:
         for name, value in (("kinds", self.kinds), ("scores", self.scores)):
             if isinstance(value, str):
                 raise Refusal(f"prune.{name}={value}: need a list, e.g. prune.{name}=[{value}]")
-        if not isinstance(self.seed, int) or self.seed < 0:
-            raise Refusal(f"prune.seed={self.seed}: need a whole number of at least 0")
         if self.scores is not None and self.plan is not None:
             raise Refusal("prune.scores with a plan: nothing is scored for a plan; leave one of them null")
         if self.scores is not None and self.steps > 1:
@@ -311,6 +309,9 @@ class Prune:
         if context.device == "cuda":
             place = torch.device("cuda", torch.cuda.current_device())
         batches = self._batches(context, tokenizer, "train", self.calibration_rows, context.rank, world, place)
+        if context.rank == 0:  # of several ranks, its share; there can be less text than was asked for
+            rows, tokens = (sum(int(each.sum()) for each in some) for some in zip(*map(_counts, batches), strict=True))
+            print(f"{context.stage}: scoring on {rows:,} rows with {tokens:,} tokens to predict", flush=True)
 
         def after(statistics: Statistics) -> None:
             nonlocal done
@@ -434,6 +435,12 @@ def read_plan(path: Path, anatomy: Anatomy, model: str | None = None) -> tuple[d
         kept[name] = np.array(numbers)
     other = made_of is not None and model is not None and made_of != model
     return kept, "as the plan says" + (", which was made of other weights" if other else "")
+
+
+def _counts(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Rows that predict something, and tokens to predict."""
+    real_BT = batch["targets"] != IGNORED
+    return real_BT.any(1), real_BT
 
 
 def _window(row: dict[str, Any], length: int) -> dict[str, Any] | None:

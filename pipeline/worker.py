@@ -62,6 +62,9 @@ def check(spec: dict[str, Any]) -> dict[str, Any]:
         for name in spec["stages"]:
             before = spec["stages"][: spec["stages"].index(name)]
             context = Context(spec["config"], name, plans=Path(plans), planned=before)
+            seed = spec["config"]["stages"][name].get("seed", 0)
+            if not isinstance(seed, int) or seed < 0:
+                raise Refusal(f"stages.{name}.seed={seed}: need a whole number of at least 0")
             stage = build(spec["config"], name)
             with refusing("config"):
                 entry = stage.check(context)
