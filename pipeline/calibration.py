@@ -1,7 +1,8 @@
-"""Text for methods that go through a model layer by layer: rows of one length, without padding."""
+"""What stages share that change a finished model by a little text: how the model is found, and rows of one length."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,10 +10,26 @@ import torch
 from torch import Tensor
 
 from models.errors import Refusal
+from models.load import check_folder, load_config
 from pipeline.context import Context
 from pipeline.data.rows import RowSource, rows_of
 
 _AT_ONCE = 8  # rows in a batch
+
+
+def config_of(context: Context, model: str, trust_remote_code: bool) -> Any:
+    """In the check: the config of a model that is there, weights and all, or that a stage before will make."""
+    if not context.produced_by(model):
+        check_folder(model, "model")
+    elif context.config_folder(model) == model and not context.finished(model):
+        raise Refusal(
+            f"{context.stage} needs the stage {Path(model).name}, which has not been run; add it to stages, or give "
+            f"stages.{context.stage}.model=FOLDER"
+        )
+    config = load_config(context.config_folder(model), "model", trust_remote_code)
+    if getattr(config, "quantization_config", None):
+        raise Refusal(f"stages.{context.stage}.model={model}: its weights are packed; give the model it was made of")
+    return config
 
 
 def check(config: Any, tokens: int, stage: str) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from models.errors import Refusal
-from models.load import DTYPES, check_folder, empty_model, load_config, load_model, parameter_count, save_model
+from models.load import DTYPES, empty_model, load_config, load_model, parameter_count, save_model
 from models.pruning import importance as scoring
 from models.pruning.groups import Anatomy, anatomy_of
 from models.pruning.importance import Importance, Statistics
@@ -127,14 +127,7 @@ class Prune:
 
     def check(self, context: Context) -> dict[str, Any]:
         corpus = check_source(context, self.data)
-        if not context.produced_by(self.model):
-            check_folder(self.model, "model")
-        elif context.config_folder(self.model) == self.model and not context.finished(self.model):
-            raise Refusal(
-                f"{context.stage} needs the stage {Path(self.model).name}, which has not been run; add it to stages, "
-                f"or give stages.{context.stage}.model=FOLDER"
-            )
-        config = load_config(context.config_folder(self.model), "model", self.trust_remote_code)
+        config = calibration.config_of(context, self.model, self.trust_remote_code)
         whole = empty_model(config)
         anatomy = anatomy_of(whole)
         shapes = Shapes.of_model(whole, anatomy)

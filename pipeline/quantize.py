@@ -17,7 +17,7 @@ from torch import Tensor
 
 from models.errors import Refusal
 from models.layerwise import Matrix, Turn, check_read, chosen, in_turn
-from models.load import DTYPES, check_folder, empty_model, load_config, load_model, parameter_count, save_model
+from models.load import DTYPES, empty_model, load_model, parameter_count, save_model
 from models.quantization.grid import Grid, Quantized
 from models.quantization.method import Method
 from models.representations import decoder_layers
@@ -63,20 +63,9 @@ class Quantize:
 
     def check(self, context: Context) -> dict[str, Any]:
         corpus = check_source(context, self.data)
-        if not context.produced_by(self.model):
-            check_folder(self.model, "model")
-        elif context.config_folder(self.model) == self.model and not context.finished(self.model):
-            raise Refusal(
-                f"{context.stage} needs the stage {Path(self.model).name}, which has not been run; add it to stages, "
-                f"or give stages.{context.stage}.model=FOLDER"
-            )
-        config = load_config(context.config_folder(self.model), "model", self.trust_remote_code)
+        config = calibration.config_of(context, self.model, self.trust_remote_code)
         if self.method.needs_calibration_data:
             calibration.check(config, self.calibration_tokens, "quantize")
-        if getattr(config, "quantization_config", None):
-            raise Refusal(
-                f"quantize.model={self.model}: its weights are quantized already; give the model it was made of"
-            )
         whole = empty_model(config)
         self._chosen(whole)
         context.plan_model(config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -168,3 +169,13 @@ def test_what_cannot_be_is_refused_before_a_weight_is_read(
 def test_too_little_text_is_refused(teacher: Path, tmp_path: Path) -> None:
     with pytest.raises(Refusal, match=r"need 25,600,000 tokens, and data\.train has"):
         EXPERIMENT.make(tmp_path, "quantize", f"teacher.path={teacher}", "stages.quantize.calibration_rows=800000")
+
+
+def test_a_model_that_is_packed_already_is_refused(teacher: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "packed"
+    shutil.copytree(teacher, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(Refusal, match="its weights are packed; give the model it was made of"):
+        check({"config": EXPERIMENT.composed(tmp_path, f"teacher.path={folder}"), "stages": ["quantize"]})
