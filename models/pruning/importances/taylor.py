@@ -16,7 +16,7 @@ from models.pruning.importance import Batch, Statistics, Tally, check_reduction,
 from models.sharding import gathered
 
 # Gradients made at once: on a CPU they stay in its cache, on a GPU few launches count.
-_AT_ONCE = {"cpu": 2**20, "cuda": 2**26}
+_AT_ONCE = {"cpu": 2**20}  # and 2**26 elsewhere
 ORDERS = ("first", "second", "mix", "vectorize")
 
 
@@ -152,7 +152,7 @@ class _Pass:
         """Of a matrix [R, C] whose gradient of a sample is left[T, R]ᵀ @ right[T, C]."""
         left_BTR, right_BTC = (each.reshape(self.rows, -1, each.shape[-1]).float() for each in (left, right))
         name, (height, width) = self.names[id(parameter)], parameter.shape
-        step = max(1, _AT_ONCE[parameter.device.type] // width)
+        step = max(1, _AT_ONCE.get(parameter.device.type, 2**26) // width)
         device = parameter.device
         sums = {d: torch.zeros(parameter.shape[d], dtype=torch.float64, device=device) for d in self.tally.dims(name)}
         place = torch.empty(min(step, height), width, device=device)
