@@ -363,7 +363,7 @@ def test_most_of_the_perplexity_that_a_cut_costs_is_won_back(model: str, request
             "start=prune", f"teacher.path={shared / 'models/stories260K'}", "data=files",
             f"data.train={shared / 'data/tinystories/train.jsonl'}", "data.max_documents=4000",
         ]  # fmt: skip
-    done = train("+experiment=prune_recover", *words, f"run_dir={tmp_path / 'run'}")
+    done = train("+experiment=prune_recover", *words, f"run_dir={tmp_path / 'run'}", timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = {row["stage"]: row for row in json.loads((tmp_path / "run" / "report.json").read_text())["rows"]}
     dense = rows["pretrain" if model == "its own" else "teacher"]["perplexity"]
