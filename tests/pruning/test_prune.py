@@ -67,7 +67,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()
 ids = torch.tensor([AutoTokenizer.from_pretrained(sys.argv[1])("The statement is")["input_ids"]])
 words = {"max_new_tokens": 5, "do_sample": False}
-assert torch.equal(model.generate(ids, **words), model.generate(ids, use_cache=False, **words))
+alone = model.generate(ids, **words)
+assert torch.equal(alone, model.generate(ids, use_cache=False, **words))
+padded = torch.cat([torch.full((1, 3), model.config.eos_token_id or 0), ids], dim=1)
+mask = torch.cat([torch.zeros(1, 3, dtype=torch.long), torch.ones_like(ids)], dim=1)
+assert torch.equal(alone, model.generate(padded, attention_mask=mask, **words)[:, 3:])
+logits = model(padded, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(0)).logits[:, 3:]
+assert torch.allclose(logits, model(ids).logits, atol=1e-5)
 print(sum(p.numel() for p in model.parameters()), "pipeline" in sys.modules)
 """
     for stage in ("prune", "recover"):
