@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,68 @@ import torch
 from torch import Tensor
 
 from models.errors import Refusal
-from models.load import check_folder, load_config
+from models.load import DTYPES, check_folder, empty_model, load_config, load_model, parameter_count
 from pipeline.context import Context
-from pipeline.data.rows import RowSource, rows_of
+from pipeline.data import packing
+from pipeline.data.rows import RowSource, check_source, rows_of
+from pipeline.data.tokenizer import load_tokenizer
 
 _AT_ONCE = 8  # rows in a batch
+
+
+@dataclass(frozen=True)
+class Walk:
+    """Of a stage that goes through a model layer by layer: its model, and the text that the layers read."""
+
+    stage: str  # as its settings are called
+    model: str
+    data: RowSource
+    reads: bool  # whether text is needed
+    rows: int
+    tokens: int  # of each row
+    dtype: str
+    trust_remote_code: bool
+    seed: int
+
+    def __post_init__(self) -> None:
+        for name, value, least in (("calibration_rows", self.rows, 1), ("calibration_tokens", self.tokens, 2)):
+            if value < least:
+                raise Refusal(f"{self.stage}.{name}={value}: need at least {least}")
+        if self.dtype not in DTYPES:
+            raise Refusal(f"{self.stage}.dtype={self.dtype}: need one of {', '.join(DTYPES)}")
+
+    def parents(self) -> dict[str, str]:
+        return {"model": self.model, **self.data.made_by_stages}
+
+    def check(self, context: Context, fits: Callable[[Any], object]) -> dict[str, Any]:
+        """The stage's plan; `fits` refuses what cannot be asked of the model, which is without memory then."""
+        corpus = check_source(context, self.data)
+        config = config_of(context, self.model, self.trust_remote_code)
+        if self.reads:
+            check(config, self.tokens, self.stage)
+        whole = empty_model(config)
+        fits(whole)
+        context.plan_model(config)
+        return {
+            "model": config.model_type,
+            "parameters": parameter_count(whole),
+            "data": corpus,
+            "length": f"{self.rows} rows of calibration" if self.reads else "no text",
+            "commits": {"model": getattr(config, "_commit_hash", None)},
+        }
+
+    def open(self, context: Context) -> tuple[Any, Any, list[Tensor]]:
+        """(tokenizer, model, batches): Int64[B, T] each, none where no text is needed."""
+        tokenizer = load_tokenizer(self.model, self.trust_remote_code)
+        if self.data.chat_template is not None:
+            tokenizer.chat_template = packing.chat_template(tokenizer, self.data)
+        found: list[Tensor] = []
+        if self.reads:
+            found = batches(context, self.data, tokenizer, (self.rows, self.tokens), self.seed, self.stage)
+        return tokenizer, self.load(self.model).to(context.device).eval(), found
+
+    def load(self, folder: str) -> Any:
+        return load_model(folder, dtype=DTYPES[self.dtype], trust_remote_code=self.trust_remote_code)
 
 
 def config_of(context: Context, model: str, trust_remote_code: bool) -> Any:

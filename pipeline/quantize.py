@@ -13,19 +13,17 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
 
 from models.errors import Refusal
 from models.layerwise import Matrix, Turn, check_read, chosen, in_turn
-from models.load import DTYPES, empty_model, load_model, parameter_count, save_model
+from models.load import DTYPES, parameter_count, save_model
 from models.quantization.grid import Grid, Quantized
 from models.quantization.method import Method
 from models.representations import decoder_layers
-from pipeline import artifact, calibration
+from pipeline import artifact
+from pipeline.calibration import Walk
 from pipeline.context import Context
-from pipeline.data import packing
-from pipeline.data.rows import RowSource, check_source, source_key
-from pipeline.data.tokenizer import load_tokenizer
+from pipeline.data.rows import RowSource, source_key
 from pipeline.progress import shown
 
 
@@ -45,38 +43,34 @@ class Quantize:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("calibration_rows", 1), ("calibration_tokens", 2)):
-            if getattr(self, name) < least:
-                raise Refusal(f"quantize.{name}={getattr(self, name)}: need at least {least}")
-        if self.dtype not in DTYPES:
-            raise Refusal(f"quantize.dtype={self.dtype}: need one of {', '.join(DTYPES)}")
+        _ = self._walk  # its own checks
+
+    @property
+    def _walk(self) -> Walk:
+        return Walk(
+            "quantize",
+            self.model,
+            self.data,
+            self.method.reading is not None,
+            self.calibration_rows,
+            self.calibration_tokens,
+            self.dtype,
+            self.trust_remote_code,
+            self.seed,
+        )
 
     def ranks(self, context: Context) -> int:
         return 1
 
     def parents(self, context: Context) -> dict[str, str]:
-        return {"model": self.model, **self.data.made_by_stages}
+        return self._walk.parents()
 
     def content(self) -> str:
         """Hash of the text it reads."""
         return source_key(self.data)
 
     def check(self, context: Context) -> dict[str, Any]:
-        corpus = check_source(context, self.data)
-        config = calibration.config_of(context, self.model, self.trust_remote_code)
-        if self.method.needs_calibration_data:
-            calibration.check(config, self.calibration_tokens, "quantize")
-        whole = empty_model(config)
-        self._chosen(whole)
-        context.plan_model(config)
-        rows = f"{self.calibration_rows} rows of calibration" if self.method.needs_calibration_data else "no text"
-        return {
-            "model": config.model_type,
-            "parameters": parameter_count(whole),
-            "data": corpus,
-            "length": rows,
-            "commits": {"model": getattr(config, "_commit_hash", None)},
-        }
+        return self._walk.check(context, self._chosen)
 
     def prepare(self, context: Context) -> None:
         """Nothing to share: one process does it all."""
@@ -84,16 +78,8 @@ class Quantize:
 
     def run(self, context: Context) -> None:
         begin = time.monotonic()
-        tokenizer = load_tokenizer(self.model, self.trust_remote_code)
-        if self.data.chat_template is not None:
-            tokenizer.chat_template = packing.chat_template(tokenizer, self.data)
-        batches: list[Tensor] = []
-        if self.method.needs_calibration_data:
-            size = (self.calibration_rows, self.calibration_tokens)
-            batches = calibration.batches(context, self.data, tokenizer, size, self.seed, "quantize")
         dtype = DTYPES[self.dtype]
-        model = load_model(self.model, dtype=dtype, role="model", trust_remote_code=self.trust_remote_code)
-        model = model.to(context.device).eval()
+        tokenizer, model, batches = self._walk.open(context)
         taken = self._chosen(model)
         made: dict[Matrix, Quantized] = {}
         for turn in shown(in_turn(model, batches), len(decoder_layers(model)), context.stage):
@@ -104,7 +90,7 @@ class Quantize:
         def build(folder: Path) -> None:
             save_model(model, tokenizer, folder, model.state_dict(), dtype)
             write_grid(folder / artifact.GRID, self.grid, made)
-            again = load_model(str(folder), dtype=dtype, role="quantized", trust_remote_code=self.trust_remote_code)
+            again = self._walk.load(str(folder))
             manifest["certificates"] = {"weights_bit_equal": _bit_equal(context, again, folder, dtype)}
             manifest["metrics"] = {"parameters": parameter_count(again), "bits_per_weight": bits}
             manifest["seconds"] = round(time.monotonic() - begin, 3)
@@ -115,7 +101,7 @@ class Quantize:
     def _chosen(self, model: Any) -> list[Matrix]:
         """The matrices that go onto the grid. Raises Refusal for what cannot be asked of this model."""
         taken = chosen(model, self.skip, "quantize.skip")
-        if self.method.needs_calibration_data:
+        if self.method.reading is not None:
             check_read(
                 taken, f"quantize.method={type(self.method).__name__}", "quantizer@stages.quantize.method=nearest"
             )
@@ -128,10 +114,10 @@ class Quantize:
         """Quantize one layer; or, where a run that was killed had done so, take what it left."""
         path = context.work / f"layer-{turn.number:05d}.safetensors"
         if not path.exists():
-            read = turn.read(self.method.reading) if self.method.needs_calibration_data else {}
+            read = {} if self.method.reading is None else turn.read(self.method.reading)
             made = {}
             for matrix in taken:
-                if self.method.needs_calibration_data and matrix.name not in read:
+                if self.method.reading is not None and matrix.name not in read:
                     raise Refusal(
                         f"{context.stage}: no calibration token reaches {matrix}; take more rows, or "
                         f"skip=[{matrix.name}]"

@@ -12,19 +12,17 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from models.errors import Refusal
 from models.layerwise import Matrix, Turn, check_read, chosen, in_turn
-from models.load import DTYPES, empty_model, load_model, parameter_count, save_model
+from models.load import DTYPES, parameter_count, save_model
 from models.representations import decoder_layers
 from models.sparsity.method import Method, Pattern
 from models.sparsity.zeros import counted
-from pipeline import artifact, calibration
+from pipeline import artifact
+from pipeline.calibration import Walk
 from pipeline.context import Context
-from pipeline.data import packing
-from pipeline.data.rows import RowSource, check_source, source_key
-from pipeline.data.tokenizer import load_tokenizer
+from pipeline.data.rows import RowSource, source_key
 from pipeline.progress import shown
 
 
@@ -53,38 +51,34 @@ class Sparsify:
             raise Refusal(f"sparsify.fraction={self.fraction}: need (0, 1); 0.5 sets half of the weights to zero")
         if self.pattern is not None:
             Pattern.parse(self.pattern)
-        for name, least in (("calibration_rows", 1), ("calibration_tokens", 2)):
-            if getattr(self, name) < least:
-                raise Refusal(f"sparsify.{name}={getattr(self, name)}: need at least {least}")
-        if self.dtype not in DTYPES:
-            raise Refusal(f"sparsify.dtype={self.dtype}: need one of {', '.join(DTYPES)}")
+        _ = self._walk  # its own checks
+
+    @property
+    def _walk(self) -> Walk:
+        return Walk(
+            "sparsify",
+            self.model,
+            self.data,
+            self.method.reading is not None,
+            self.calibration_rows,
+            self.calibration_tokens,
+            self.dtype,
+            self.trust_remote_code,
+            self.seed,
+        )
 
     def ranks(self, context: Context) -> int:
         return 1
 
     def parents(self, context: Context) -> dict[str, str]:
-        return {"model": self.model, **self.data.made_by_stages}
+        return self._walk.parents()
 
     def content(self) -> str:
         """Hash of the text it reads."""
         return source_key(self.data)
 
     def check(self, context: Context) -> dict[str, Any]:
-        corpus = check_source(context, self.data)
-        config = calibration.config_of(context, self.model, self.trust_remote_code)
-        if self.method.needs_calibration_data:
-            calibration.check(config, self.calibration_tokens, "sparsify")
-        whole = empty_model(config)
-        self._chosen(whole)
-        context.plan_model(config)
-        rows = f"{self.calibration_rows} rows of calibration" if self.method.needs_calibration_data else "no text"
-        return {
-            "model": config.model_type,
-            "parameters": parameter_count(whole),
-            "data": corpus,
-            "length": rows,
-            "commits": {"model": getattr(config, "_commit_hash", None)},
-        }
+        return self._walk.check(context, self._chosen)
 
     def prepare(self, context: Context) -> None:
         """Nothing to share: one process does it all."""
@@ -92,15 +86,7 @@ class Sparsify:
 
     def run(self, context: Context) -> None:
         begin = time.monotonic()
-        tokenizer = load_tokenizer(self.model, self.trust_remote_code)
-        if self.data.chat_template is not None:
-            tokenizer.chat_template = packing.chat_template(tokenizer, self.data)
-        batches: list[Tensor] = []
-        if self.method.needs_calibration_data:
-            size = (self.calibration_rows, self.calibration_tokens)
-            batches = calibration.batches(context, self.data, tokenizer, size, self.seed, "sparsify")
-        model = load_model(self.model, dtype=DTYPES[self.dtype], role="model", trust_remote_code=self.trust_remote_code)
-        model = model.to(context.device).eval()
+        tokenizer, model, batches = self._walk.open(context)
         chosen = self._chosen(model)
         wanted = self._wanted(model, chosen)
         count = len(decoder_layers(model))
@@ -110,9 +96,7 @@ class Sparsify:
 
         def build(folder: Path) -> None:
             save_model(model, tokenizer, folder, model.state_dict(), DTYPES[self.dtype])
-            again = load_model(
-                str(folder), dtype=DTYPES[self.dtype], role="sparse", trust_remote_code=self.trust_remote_code
-            )
+            again = self._walk.load(str(folder))
             _check_held(context, again, wanted)
             zeros = counted(again)
             manifest["certificates"] = {"zeros": zeros, **({"pattern_held": True} if self.pattern else {})}
@@ -126,7 +110,7 @@ class Sparsify:
     def _chosen(self, model: Any) -> list[Matrix]:
         """The matrices that lose weights. Raises Refusal for what cannot be asked of this model."""
         taken = chosen(model, self.skip, "sparsify.skip")
-        if self.method.needs_calibration_data:
+        if self.method.reading is not None:
             check_read(
                 taken,
                 f"sparsify.method={type(self.method).__name__}",
@@ -164,9 +148,9 @@ class Sparsify:
             for name, tensor in load_file(path).items():
                 parameters[name].copy_(tensor)
             return
-        read = turn.read(self.method.reading) if self.method.needs_calibration_data else {}
+        read = {} if self.method.reading is None else turn.read(self.method.reading)
         for matrix, zeros in wanted.items():
-            if self.method.needs_calibration_data and matrix.name not in read:
+            if self.method.reading is not None and matrix.name not in read:
                 raise Refusal(
                     f"{context.stage}: no calibration token reaches {matrix}; take more rows, or skip=[{matrix.name}]"
                 )

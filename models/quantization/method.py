@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -12,11 +13,7 @@ from models.quantization.grid import Grid, Quantized
 
 @runtime_checkable
 class Method(Protocol):
-    needs_calibration_data: ClassVar[bool]
-
-    def reading(self, width: int) -> Reading:
-        """Takes in what a matrix of this width reads; only asked for where the method needs calibration data."""
-        ...
+    reading: Callable[[int], Reading] | None  # takes in what a matrix of a width reads; None: no text is needed
 
     def quantized(self, weight_OI: Tensor, grid: Grid, read: Any) -> Quantized:
         """`read`: what `reading` has become, or None. Raises Refusal for weights that are no numbers."""

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from models.errors import Refusal
-from models.layerwise import Reading
 from models.sparsity.method import Pattern, same_share, smallest
 
 
@@ -22,7 +21,7 @@ class Magnitude:
     """
 
     scope: str = "layer"
-    needs_calibration_data: ClassVar[bool] = False
+    reading: ClassVar[None] = None
 
     def __post_init__(self) -> None:
         if self.scope not in ("layer", "global"):
@@ -44,9 +43,6 @@ class Magnitude:
         for at, weight in enumerate(weights):
             found[at] += min(count - sum(found), int((_bits(weight) == low).sum()))
         return found
-
-    def reading(self, width: int) -> Reading:
-        raise NotImplementedError("magnitude reads no text")
 
     def sparsified(self, weight_OI: Tensor, zeros: int | Pattern, read: Any) -> Tensor:
         size_OI = weight_OI.abs().float()

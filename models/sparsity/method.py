@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -40,14 +40,10 @@ class Pattern:
 
 @runtime_checkable
 class Method(Protocol):
-    needs_calibration_data: ClassVar[bool]
+    reading: Callable[[int], Reading] | None  # takes in what a matrix of a width reads; None: no text is needed
 
     def zeros(self, weights: Sequence[Tensor], fraction: float) -> list[int]:
         """How many weights of each matrix [O, I] become zero, where a fraction is asked for."""
-        ...
-
-    def reading(self, width: int) -> Reading:
-        """Takes in what a matrix of this width reads; only asked for where the method needs calibration data."""
         ...
 
     def sparsified(self, weight_OI: Tensor, zeros: int | Pattern, read: Any) -> Tensor:

@@ -26,7 +26,7 @@ class SparseGPT:
 
     damping: float = 0.01  # added to the diagonal, as a share of its mean
     block: int = 128
-    needs_calibration_data: ClassVar[bool] = True
+    reading: ClassVar[type[Hessian]] = Hessian
 
     def __post_init__(self) -> None:
         if not self.damping > 0:
@@ -36,9 +36,6 @@ class SparseGPT:
 
     def zeros(self, weights: Sequence[Tensor], fraction: float) -> list[int]:
         return same_share(weights, fraction)
-
-    def reading(self, width: int) -> Hessian:
-        return Hessian(width)
 
     def sparsified(self, weight_OI: Tensor, zeros: int | Pattern, read: Any) -> Tensor:
         w_OI = at_least_float(weight_OI).clone()

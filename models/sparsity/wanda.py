@@ -29,13 +29,10 @@ class Wanda:
     arXiv:2306.11695. Where the share of an output is no whole number, the first ones lose one more.
     """
 
-    needs_calibration_data: ClassVar[bool] = True
+    reading: ClassVar[type[Norms]] = Norms
 
     def zeros(self, weights: Sequence[Tensor], fraction: float) -> list[int]:
         return same_share(weights, fraction)
-
-    def reading(self, width: int) -> Norms:
-        return Norms(width)
 
     def sparsified(self, weight_OI: Tensor, zeros: int | Pattern, read: Any) -> Tensor:
         sizes_OI = at_least_float(weight_OI.abs())  # norms of half precision would overflow

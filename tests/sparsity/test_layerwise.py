@@ -80,9 +80,9 @@ def test_queries_keys_and_values_share_what_they_read() -> None:
 def test_the_pattern_lies_along_what_an_output_reads_in_every_family(family: str, method: Any) -> None:
     model = precise(family)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    found = [m for m in matrices(model) if m.slot is None or not method.needs_calibration_data]
+    found = [m for m in matrices(model) if m.slot is None or method.reading is None]
     for turn in in_turn(model, list(tokens(6, 12).split(3))):
-        read = turn.read(method.reading) if method.needs_calibration_data else {}
+        read = {} if method.reading is None else turn.read(method.reading)
         with torch.no_grad():
             for matrix in (m for m in found if m.layer == turn.number):
                 weight = matrix.of(model.get_parameter(matrix.parameter))

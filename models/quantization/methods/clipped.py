@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from models.errors import Refusal
-from models.layerwise import Reading
 from models.quantization.grid import Grid, Quantized
 
 
@@ -19,16 +18,13 @@ class Clipped:
 
     steps: int = 40
     smallest: float = 0.4
-    needs_calibration_data: ClassVar[bool] = False
+    reading: ClassVar[None] = None
 
     def __post_init__(self) -> None:
         if self.steps < 2:
             raise Refusal(f"quantizer.steps={self.steps}: need at least 2; 1 is quantizer=nearest")
         if not 0 < self.smallest < 1:
             raise Refusal(f"quantizer.smallest={self.smallest}: need (0, 1), the share of the range that is left")
-
-    def reading(self, width: int) -> Reading:
-        raise NotImplementedError("rounding reads no text")
 
     def quantized(self, weight_OI: Tensor, grid: Grid, read: Any) -> Quantized:
         return grid.nearest(weight_OI, *self.fitted(weight_OI, grid))

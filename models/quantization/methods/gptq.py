@@ -28,16 +28,13 @@ class GPTQ:
     block: int = 128
     act_order: bool = True
     clip: bool = False
-    needs_calibration_data: ClassVar[bool] = True
+    reading: ClassVar[type[Hessian]] = Hessian
 
     def __post_init__(self) -> None:
         if not self.damping > 0:
             raise Refusal(f"quantizer.damping={self.damping}: need a number above 0; 0.01 is usual")
         if self.block < 1:
             raise Refusal(f"quantizer.block={self.block}: need at least 1; 128 is usual")
-
-    def reading(self, width: int) -> Hessian:
-        return Hessian(width)
 
     def quantized(self, weight_OI: Tensor, grid: Grid, read: Any) -> Quantized:
         w_OI = weight_OI.float().clone()

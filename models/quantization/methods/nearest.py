@@ -7,16 +7,12 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from models.layerwise import Reading
 from models.quantization.grid import Grid, Quantized
 
 
 @dataclass(frozen=True)
 class Nearest:
-    needs_calibration_data: ClassVar[bool] = False
-
-    def reading(self, width: int) -> Reading:
-        raise NotImplementedError("rounding reads no text")
+    reading: ClassVar[None] = None
 
     def quantized(self, weight_OI: Tensor, grid: Grid, read: Any) -> Quantized:
         return grid.nearest(weight_OI, *grid.of_range(*grid.ranges(weight_OI)))
