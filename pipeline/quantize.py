@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 from models.errors import Refusal
 from models.layerwise import Matrix, Turn, check_read, chosen, in_turn
 from models.load import DTYPES, parameter_count, save_model
 from models.quantization.grid import Grid, Quantized
 from models.quantization.method import Method
+from models.quantization.record import Record, read_record
 from models.representations import decoder_layers
 from pipeline import artifact
 from pipeline.calibration import Walk
@@ -89,7 +87,7 @@ class Quantize:
 
         def build(folder: Path) -> None:
             save_model(model, tokenizer, folder, model.state_dict(), dtype)
-            write_grid(folder / artifact.GRID, self.grid, made)
+            self._record(made).write(folder / artifact.GRID)
             again = self._walk.load(str(folder))
             manifest["certificates"] = {"weights_bit_equal": _bit_equal(context, again, folder, dtype)}
             manifest["metrics"] = {"parameters": parameter_count(again), "bits_per_weight": bits}
@@ -109,6 +107,9 @@ class Quantize:
             self.grid.check(str(matrix), matrix.of(model.get_parameter(matrix.parameter)).shape[-1])
         return taken
 
+    def _record(self, made: dict[Matrix, Quantized]) -> Record:
+        return Record(self.grid, {str(matrix): quantized for matrix, quantized in made.items()})
+
     @torch.no_grad()
     def _take(self, context: Context, model: Any, turn: Turn, taken: Sequence[Matrix]) -> dict[Matrix, Quantized]:
         """Quantize one layer; or, where a run that was killed had done so, take what it left."""
@@ -125,38 +126,14 @@ class Quantize:
                 weight_OI = matrix.of(model.get_parameter(matrix.parameter))
                 made[matrix] = self.method.quantized(weight_OI, self.grid, read.get(matrix.name))
             aside = path.with_suffix(".partial")
-            write_grid(aside, self.grid, made)
+            self._record(made).write(aside)
             os.replace(aside, path)
-        found = read_grid(path)
+        found = read_record(path).matrices
         kept = {matrix: found[str(matrix)] for matrix in taken}
         for matrix, quantized in kept.items():
             weight_OI = matrix.of(model.get_parameter(matrix.parameter))
             weight_OI.copy_(quantized.dequantized().to(weight_OI))
         return kept
-
-
-def write_grid(path: Path, grid: Grid, made: dict[Matrix, Quantized]) -> None:
-    """Integers in 8 bits, scales in the grid's dtype, by the matrices' names."""
-    tensors = {}
-    for matrix, quantized in made.items():
-        integers = quantized.integers.to(torch.int8 if grid.symmetric else torch.uint8)
-        tensors[f"{matrix}.integers"] = integers.cpu().contiguous()
-        tensors[f"{matrix}.scale"] = quantized.scale.to(getattr(torch, grid.scale_dtype)).cpu().contiguous()
-        if not grid.symmetric:
-            tensors[f"{matrix}.zero_point"] = quantized.zero_point.to(torch.uint8).cpu().contiguous()
-    save_file(tensors, path, metadata={"grid": json.dumps(asdict(grid))})
-
-
-def read_grid(path: Path) -> dict[str, Quantized]:
-    """By the matrices' names."""
-    with safe_open(path, "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
-    made = {}
-    for name in [key.removesuffix(".integers") for key in tensors if key.endswith(".integers")]:
-        scale = tensors[f"{name}.scale"].float()
-        zero_point = tensors.get(f"{name}.zero_point", torch.zeros(scale.shape, dtype=torch.int32))
-        made[name] = Quantized(tensors[f"{name}.integers"].int(), scale, zero_point.int())
-    return made
 
 
 def _bits_per_weight(model: Any, made: dict[Matrix, Quantized], grid: Grid, dtype: torch.dtype) -> float:
@@ -171,7 +148,7 @@ def _bits_per_weight(model: Any, made: dict[Matrix, Quantized], grid: Grid, dtyp
 def _bit_equal(context: Context, model: Any, folder: Path, dtype: torch.dtype) -> bool:
     """Whether every weight that is opened from the folder is the number that the integers beside it say."""
     by_name = {str(matrix): matrix for matrix in chosen(model, (), "")}
-    for name, quantized in read_grid(folder / artifact.GRID).items():
+    for name, quantized in read_record(folder / artifact.GRID).matrices.items():
         matrix = by_name[name]
         weight_OI = matrix.of(model.get_parameter(matrix.parameter))
         if not torch.equal(weight_OI, quantized.dequantized().to(dtype)):

@@ -60,7 +60,7 @@ def test_every_matrix_is_integers_times_the_scales_beside_them(teacher: Path, ma
     names = [name for name, tensor in whole.items() if name.startswith("model.layers.") and tensor.ndim == 2]
     assert len(names) == 2 * 7
     with safe_open(made / "grid.safetensors", "pt") as file:
-        assert json.loads(file.metadata()["grid"])["bits"] == 4
+        assert json.loads(file.metadata()["quantization"])["grid"]["bits"] == 4
         for name, tensor in quantized.items():
             if name not in names:
                 assert torch.equal(tensor, whole[name]), name

@@ -1,0 +1,81 @@
+"""What a model is exported as: the contract of conf/format/*.yaml, and of what serves the result."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from models.measure import Speed
+from models.quantization.activations import Activations
+from models.quantization.grid import Grid
+from models.quantization.record import Record
+
+# B sequences, T tokens, V vocabulary, O what a matrix gives, I what it reads
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is known of a model before its weights are read."""
+
+    config: Any  # transformers'
+    shapes: Mapping[str, tuple[int, int]]  # [O, I] of the matrices that are on the grid, or could be
+    grid: Grid | None  # None: the model is not quantized
+    activations: Activations | None = None
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A model to be written: plain weights, and what they are made of where they are on a grid."""
+
+    folder: Path  # an ordinary checkpoint with its tokenizer
+    record: Record | None
+    dtype: str  # of what is not on the grid
+
+
+@dataclass(frozen=True)
+class Written:
+    bits_per_weight: float  # of all parameters, scales and padding counted
+    fallbacks: Mapping[str, str] = field(default_factory=dict)  # parameter → what it is held in, not being as asked
+
+
+class Runtime(Protocol):
+    """An export, opened by what will serve it."""
+
+    name: ClassVar[str]  # transformers, llama.cpp
+
+    def weight(self, name: str) -> Tensor:
+        """Float32[O, I]: the matrix of that name in the plain checkpoint, as it is multiplied with."""
+        ...
+
+    def logits(self, input_ids: Tensor) -> Tensor:
+        """Float32[B, T, V], of Int64[B, T] without padding."""
+        ...
+
+    def speed(self, prompt: Tensor, settings: Speed) -> dict[str, float]:
+        """As models.measure.speed; `prompt`: Int64[1, T]."""
+        ...
+
+
+@runtime_checkable
+class Format(Protocol):
+    needs: ClassVar[tuple[str, ...]]  # packages, as pip names them
+
+    def check(self, plan: Plan) -> None:
+        """Raises Refusal for what the container cannot hold, with what it could."""
+        ...
+
+    def write(self, finished: Finished, folder: Path) -> Written:
+        """Fill the folder. Integers and scales of a record are packed as they are, never rounded anew."""
+        ...
+
+    def open(self, folder: Path, device: str) -> Runtime:
+        """Of what `write` has written; nothing but the folder is read."""
+        ...
+
+    def serving(self, folder: str) -> list[tuple[str, str]]:
+        """(runtime, command) of those that load this format, for its model card."""
+        ...
