@@ -43,6 +43,16 @@ def gather_state(model: nn.Module, keep: bool) -> dict[str, Tensor]:
     return state
 
 
+def gather_children(module: nn.Module, _: Any) -> None:
+    """A forward pre-hook of a module that uses its children's weights without calling them: under ZeRO-3 they are
+    gathered with its own."""
+    for parameter in (each for child in module.children() for each in child.parameters()):
+        if hasattr(parameter, "ds_id"):
+            import deepspeed
+
+            deepspeed.zero.register_external_parameter(module, parameter)
+
+
 @contextmanager
 def unsharded() -> Iterator[None]:
     """In it models are loaded whole, also while the student's ZeRO-3 configuration is registered."""

@@ -11,10 +11,12 @@ from datasets import load_from_disk
 
 from models.cache import HEADER, Cache, read_header
 from models.errors import Refusal
-from models.load import check_folder, empty_model, parameter_count
+from models.load import check_folder, empty_model, load_config, parameter_count
 from models.lora import Lora
 from models.objectives.term import Objective, needs_teacher
 from models.on_policy import OnPolicy
+from models.quantization.qat import QAT, OnGrid
+from models.quantization.record import read_grid, read_record
 from models.student import Start
 from models.teachers.teacher import Source
 from pipeline import artifact, fit
@@ -39,6 +41,7 @@ class Distill:
     on_policy: OnPolicy | None = None  # some of the steps on what the student writes itself
     lora: Lora | None = None  # adapters are trained and merged, and not the student's own weights
     keep_zeros: bool = False  # weights of the start that are zero stay zero
+    qat: QAT | None = None  # the start's weights are on a grid (stage quantize), and stay on it
 
     @property
     def _taught(self) -> bool:
@@ -90,6 +93,8 @@ class Distill:
         self._check_cache(context)
         if self.lora is not None:
             self._check_lora(context, student)
+        if self.qat is not None:
+            self._check_qat(context, student)
         if self.on_policy is not None:
             self._check_on_policy(context, self.on_policy, {"teacher": teacher, "student": student})
         context.plan_model(student)
@@ -152,6 +157,27 @@ class Distill:
                 f"matrices, and dropout is of what they read; set lora.dropout=0"
             )
         self.lora.config(empty_model(student))  # targets that are not there are told now
+
+    def _check_qat(self, context: Context, student: Any) -> None:
+        path = self.student.path
+        if not path:
+            raise Refusal(
+                f"stages.{context.stage}.qat: training starts from what the stage quantize has made; use "
+                f"student@stages.{context.stage}.student=folder with its path"
+            )
+        if self.lora is not None and (self.lora.base is not None or self.lora.dropout or self.keep_zeros):
+            what = "keep_zeros=true" if self.keep_zeros else "lora.dropout" if self.lora.dropout else "lora.base"
+            raise Refusal(
+                f"stages.{context.stage}: {what} with qat and lora: what is trained is fq(W + BA), a whole matrix in "
+                f"full precision; set lora.base=null, lora.dropout=0, keep_zeros=false"
+            )
+        if not self._to_be_made(context):
+            if not (Path(path) / artifact.GRID).is_file():
+                raise Refusal(
+                    f"student.path={path}: no {artifact.GRID} in it, and so no grid to train on; run the stage "
+                    f"quantize on it first"
+                )
+            read_grid(Path(path) / artifact.GRID)
 
     def _check_tokenizers(self, context: Context, teacher: Any, student: Any, chat: bool) -> None:
         tokenizer = load_tokenizer(self.teacher.path, self.teacher.trust_remote_code)
@@ -267,7 +293,7 @@ class Distill:
             context,
             self.data,
             students or tokenizer,
-            lambda folder: self.student.materialise(self.teacher.path, students or tokenizer, folder, self.seed),
+            lambda folder: self._write_start(students or tokenizer, folder),
             teacher_tokenizer=tokenizer if students and self.align else None,
         )
         if self._cache:
@@ -275,6 +301,13 @@ class Distill:
             # What is missing would be missed at its batch, perhaps days from now.
             rows = json.loads((context.work / "prepared.json").read_text())["train"]
             Cache(Path(self._cache)).check_holds(teacher_side(load_from_disk(rows)))
+
+    def _write_start(self, tokenizer: Any, folder: Path) -> None:
+        self.student.materialise(self.teacher.path, tokenizer, folder, self.seed)
+        if self.qat is not None:
+            record = read_record(Path(str(self.student.path)) / artifact.GRID)
+            OnGrid(self.qat, record, empty_model(load_config(str(folder))))
+            record.write(folder / artifact.GRID)
 
     def _check_recorded(self, context: Context) -> None:
         """Whether the cache is of this very teacher; of one that is served, the model's name is all there is."""
@@ -309,4 +342,5 @@ class Distill:
             on_policy=self.on_policy,
             lora=self.lora,
             keep_zeros=self.keep_zeros,
+            qat=self.qat,
         )

@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,9 @@ from models.load import (
 from models.lora import Lora, merge, write_adapter
 from models.objectives.term import Objective
 from models.on_policy import OnPolicy, Rollouts, ends_of
+from models.quantization.proof import bits_per_weight, check_held
+from models.quantization.qat import OWN, QAT, OnGrid
+from models.quantization.record import Record, read_record
 from models.sharding import gather_state, unsharded
 from models.sparsity import zeros
 from models.teachers.teacher import Opening, Source
@@ -214,13 +217,15 @@ def train(
     on_policy: OnPolicy | None = None,
     lora: Lora | None = None,
     keep_zeros: bool = False,
+    qat: QAT | None = None,
     extra: dict[str, Any] | None = None,
 ) -> None:
     """Fit `<work>/start` on the prepared rows and publish `<run_dir>/<stage>/`. Runs on every rank.
 
     `teacher_tokenizer`: where it is not the student's, and rows carry the teacher's tokens and their spans. `lora`:
     adapters are trained, and merged in the end; they lie beside the model too, in `adapter/`. `keep_zeros`: the start's
-    zeros stay (models/sparsity/zeros.py); adapters that are masked for it make no `adapter/`, as PEFT would not.
+    zeros stay (models/sparsity/zeros.py); adapters that are masked for it make no `adapter/`, as PEFT would not. `qat`:
+    the start has a grid.safetensors, and its matrices stay on that grid.
     """
     from datasets import load_from_disk
 
@@ -264,9 +269,12 @@ def train(
         load_model, prepared["start"], dtype=torch.float32, attention=attention, role="student"
     )
 
+    on_grid = None if qat is None else OnGrid(qat, read_record(Path(prepared["start"]) / artifact.GRID), empty)
+
     def load_student() -> Any:
         student = load_plain() if lora is None else lora.attach(load_plain(), context.seed, _SAVED[precision])
-        return zeros.keep(student) if keep_zeros else student
+        student = zeros.keep(student) if keep_zeros else student
+        return student if on_grid is None else on_grid.attach(student)
 
     rollouts = None
     if on_policy is not None:
@@ -300,6 +308,7 @@ def train(
         memory_bytes=None if budget is None else budget * 2**20,
         compiled=settings["compile"],
         on_policy=rollouts,
+        on_grid=on_grid,
     )
     micro_batches = accumulation(training.global_batch, training.micro_batch, context.world)
     checkpoint = last_checkpoint(context.work / "checkpoints", context.config["strategy"], context.world)
@@ -333,20 +342,36 @@ def train(
     )  # our own file, with the optimizer's and the loops' state
 
     state = gather_state(module.student, keep=trainer.is_global_zero)
-    model, also = module.student, None
-    certificates: dict[str, dict[str, Any]] = {}
-    if trainer.is_global_zero and lora is not None:
+    model = module.student
+    also: list[Callable[[Path], None]] = []
+    certificates: dict[str, Any] = {}
+    measured: dict[str, Any] = {}
+    if trainer.is_global_zero and (lora is not None or on_grid is not None):
         with unsharded():
-            # On the CPU, where FlashAttention cannot run.
-            model = lora.attach(load_plain(attention=None), context.seed, compute=None)
+            model = load_plain(attention=None)  # on the CPU, where FlashAttention cannot run
+            model = model if lora is None else lora.attach(model, context.seed, compute=None)
         model = zeros.keep(model) if keep_zeros else model
-        learnt = {name: tensor for name, tensor in state.items() if "lora_" in name}
-        assert learnt.keys() == {name for name in model.state_dict() if "lora_" in name}
+        model = model if on_grid is None else on_grid.attach(model)
+        learnt = {
+            name: tensor
+            for name, tensor in state.items()
+            if lora is None or "lora_" in name or name.rpartition(".")[2] in OWN
+        }
+        assert learnt.keys() == {name for name in model.state_dict() if name in learnt or "lora_" in name}
         model.load_state_dict(learnt, strict=False)
-        folder = str(context.parents["student"]["path"]) if "student" in context.parents else prepared["start"]
-        if not keep_zeros:
-            also = functools.partial(write_adapter, adapter, folder, state)
-        certificates["merged_equals_adapter"] = _merged(context, model, rows, _SAVED[precision])
+        if lora is not None and on_grid is None and not keep_zeros:
+            folder = str(context.parents["student"]["path"]) if "student" in context.parents else prepared["start"]
+            also.append(lambda out: write_adapter(adapter, folder, state, out / "adapter"))
+        if on_grid is None:
+            certificates["merged_equals_adapter"] = _unchanged(context, model, rows, merge, _SAVED[precision])
+        else:
+            records: list[Record] = []
+            certificates["trained_equals_frozen"] = _unchanged(
+                context, model, rows, lambda model: records.append(on_grid.settle(model)), _SAVED[precision]
+            )
+            also.append(functools.partial(_write_record, context, records[0], _SAVED[precision]))
+            certificates["weights_bit_equal"] = True  # or `also` raises
+            measured["bits_per_weight"] = bits_per_weight(model, records[0], _SAVED[precision])
         state = model.state_dict()
     if trainer.is_global_zero and keep_zeros:
         with unsharded():
@@ -354,6 +379,7 @@ def train(
     if trainer.is_global_zero:
         metrics = {
             "parameters": parameters,
+            **measured,
             **(extra or {}),
             "data": prepared["statistics"],
             **({"on_policy": rollouts.metrics(steps)} if rollouts else {}),
@@ -375,22 +401,32 @@ def train(
     trainer.strategy.barrier()
 
 
+def _write_record(context: Context, record: Record, saved: torch.dtype, folder: Path) -> None:
+    """Beside a model that was written; its weights are read again, and held against it."""
+    record.write(folder / artifact.GRID)
+    with unsharded():
+        check_held(load_model(str(folder), dtype=saved), read_record(folder / artifact.GRID), saved, context.stage)
+
+
 @torch.no_grad()
-def _merged(context: Context, model: Any, rows: Rows, saved: torch.dtype) -> dict[str, float]:
-    """Merge the adapters of `model`, and measure on text what that changed, in float32 and in the dtype that is saved.
-    Raises Refusal where it is more than float32's rounding."""
+def _unchanged(
+    context: Context, model: Any, rows: Rows, change: Callable[[Any], object], saved: torch.dtype
+) -> dict[str, float]:
+    """`change` a trained model in place into the plain one that is saved, and measure on text what that changed, in
+    float32 and in the dtype that is saved. Raises Refusal where it is more than float32's rounding."""
     numbers = range(min(_PROOF_ROWS, len(rows.train)))
     batch = collate([rows.train[number] for number in numbers], pad_token=rows.pad_token)
     words = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "use_cache": False}
     model.eval()
     before = model(**words).logits
-    after = merge(model)(**words).logits
+    change(model)
+    after = model(**words).logits
     real = batch["targets"] >= 0
     apart, largest = float((after - before)[real].abs().max()), float(before[real].abs().max())
     if not apart <= _MERGED_TOLERANCE * largest:
         raise Refusal(
-            f"{context.stage}: merging the adapters changed logits by {apart:.1e}, of {largest:.1e} at most; nothing "
-            f"was written"
+            f"{context.stage}: what is saved gives logits that differ by {apart:.1e} from what was trained, of "
+            f"{largest:.1e} at most; nothing was written"
         )
     proof = {"max_difference": apart, "largest_logit": largest, "tolerance": _MERGED_TOLERANCE * largest}
     if saved != torch.float32:
@@ -428,12 +464,12 @@ def publish_model(
     steps: int,
     seconds: float,
     certificates: dict[str, Any],
-    also: Callable[[Path], None] | None = None,
+    also: Sequence[Callable[[Path], None]] = (),
 ) -> None:
     def build(folder: Path) -> None:
         save_model(model, tokenizer, folder, state, dtype)
-        if also is not None:
-            also(folder / "adapter")
+        for write in also:
+            write(folder)
         recorded = context.work / artifact.METRICS
         if recorded.exists():
             shutil.copy(recorded, folder / artifact.METRICS)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from models.errors import Refusal
+from models.quantization.straight_through import straight_through
 
 # I what a matrix reads
 
@@ -39,6 +40,5 @@ class Activations:
         if scale is None:
             scale = self.scale(read.detach().abs().amax(-1, keepdim=True))
         exact = read.float()
-        found = scale * (exact / scale).round().clamp(-self.highest - 1, self.highest)
-        inside = exact.clamp(scale * (-self.highest - 1), scale * self.highest)  # its gradient: 1 in range, 0 outside
-        return (inside + (found - inside).detach()).to(read)
+        inside = (exact / scale).clamp(-self.highest - 1, self.highest)  # no gradient from outside the range
+        return (scale * straight_through(inside, inside.round())).to(read)

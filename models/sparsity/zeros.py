@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from models.errors import Refusal
 from models.layerwise import matrices
 from models.representations import decoder_layers
+from models.sharding import gather_children
 
 
 def counted(model: Any) -> dict[str, dict[str, float]]:
@@ -66,16 +67,7 @@ def _mask_adapter(module: Any) -> None:
         return nn.functional.linear(hidden, weight.T if transposed else weight, base.bias)
 
     module.get_delta_weight, module.forward = delta, forward  # merging asks for the first
-    module.register_forward_pre_hook(_gather_children)
-
-
-def _gather_children(module: nn.Module, _: Any) -> None:
-    """Under ZeRO-3: what belongs to the layer's children is gathered with it, as their own forwards do not run."""
-    for parameter in module.parameters():
-        if hasattr(parameter, "ds_id"):
-            import deepspeed
-
-            deepspeed.zero.register_external_parameter(module, parameter)
+    module.register_forward_pre_hook(gather_children)
 
 
 def check_kept(start: Any, state: Mapping[str, Tensor]) -> dict[str, int]:

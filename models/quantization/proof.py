@@ -1,0 +1,30 @@
+"""Whether a model that was written is made of the integers beside it, and what it takes to hold it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from models.errors import Refusal
+from models.layerwise import matrices
+from models.load import parameter_count
+from models.quantization.record import Record
+
+
+def check_held(model: Any, record: Record, dtype: torch.dtype, stage: str) -> None:
+    """`model`: as it was reloaded. Raises Refusal where a weight is not the number that its integers say."""
+    by_name = {str(matrix): matrix for matrix in matrices(model)}
+    for name, quantized in record.matrices.items():
+        weight_OI = by_name[name].of(model.get_parameter(by_name[name].parameter))
+        if not torch.equal(weight_OI, quantized.dequantized().to(dtype)):
+            raise Refusal(f"{stage}: {name} is not on its grid once reloaded; nothing was written")
+
+
+def bits_per_weight(model: Any, record: Record, dtype: torch.dtype) -> float:
+    """Of all parameters: those on the grid by their integers and scales, the others by the dtype."""
+    numbers = parameter_count(model)
+    shapes = [(quantized.integers.shape[0], quantized.integers.shape[1]) for quantized in record.matrices.values()]
+    on_grid = sum(outputs * inputs for outputs, inputs in shapes)
+    bits = sum(record.grid.bits_per_weight(shape) * shape[0] * shape[1] for shape in shapes)
+    return (bits + (numbers - on_grid) * torch.finfo(dtype).bits) / numbers
