@@ -365,6 +365,7 @@ def train(
         if on_grid is None:
             certificates["merged_equals_adapter"] = _unchanged(context, model, rows, merge, _SAVED[precision])
         else:
+            on_grid.step = steps  # also where a restart has found no step left
             records: list[Record] = []
             certificates["trained_equals_frozen"] = _unchanged(
                 context, model, rows, lambda model: records.append(on_grid.settle(model)), _SAVED[precision]

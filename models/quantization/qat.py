@@ -50,9 +50,9 @@ class QAT:
     def _follow(self) -> bool:
         return self.scales in ("min_max", "mse")
 
-    def follows(self, step: int) -> bool:
-        """Whether scales are those of the present weights at this step."""
-        return self._follow and (self.freeze_step is None or step < self.freeze_step)
+    def follows(self, step: int | None) -> bool:
+        """Whether scales are those of the present weights at this step; not before the first."""
+        return self._follow and step is not None and (self.freeze_step is None or step < self.freeze_step)
 
 
 class OnGrid:
@@ -61,7 +61,7 @@ class OnGrid:
     def __init__(self, settings: QAT, record: Record, plain: Any) -> None:
         """`plain`: a model of the architecture, be it without memory. Raises Refusal where the record is of another."""
         self.settings, self.record = settings, record
-        self.step = 0  # whoever trains keeps it up to date
+        self.step: int | None = None  # whoever trains keeps it up to date; before, scales are as they were left
         by_name = {str(matrix): matrix for matrix in matrices(plain)}
         if odd := [name for name in record.matrices if name not in by_name]:
             raise Refusal(f"qat: the model has no matrix {odd[0]}, which its grid.safetensors names")

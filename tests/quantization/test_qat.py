@@ -1,0 +1,370 @@
+"""Training on the grid: what is multiplied is what will be exported, and its gradients are LSQ's."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from models.errors import Refusal
+from models.language_model import LanguageModel
+from models.load import empty_model, load_model
+from models.lora import Lora
+from models.quantization.activations import Activations
+from models.quantization.grid import Grid
+from models.quantization.methods.clipped import Clipped
+from models.quantization.methods.nearest import Nearest
+from models.quantization.qat import QAT, OnGrid, rounded
+from models.quantization.record import Record, read_record
+from models.quantization.straight_through import straight_through
+from pipeline.worker import check
+from tests.command import train, weights
+from tests.pruning.families import model_of
+from tests.staged import Experiment, manifest
+
+LITTLE = [
+    "data.max_documents=60",
+    "data.max_length=48",
+    "stages.pretrain.tokenizer.vocab_size=300",
+    "stages.pretrain.model.hidden_size=32",
+    "stages.pretrain.model.intermediate_size=48",
+    "stages.pretrain.model.num_hidden_layers=2",
+    "stages.pretrain.training.max_steps=6",
+    "stages.pretrain.training.validate_every_steps=6",
+    "stages.quantize.calibration_rows=12",
+    "stages.quantize.calibration_tokens=32",
+    "stages.quantize.grid.group_size=16",
+    "stages.qat.training.max_steps=6",
+    "stages.qat.training.validate_every_steps=6",
+    "stages.qat.training.schedule.warmup_steps=0",
+    "stages.qat.training.optimizer.lr=0.003",
+    "trainer.log_every_steps=1",
+    "trainer.checkpoint.every_steps=2",
+    "trainer.accelerator=cpu",
+    "logger=none",
+]
+EXPERIMENT = Experiment("quantize_aware", LITTLE)
+LORA = ["lora@stages.qat.lora=default", "stages.qat.lora.dropout=0.0"]
+GRIDS = [
+    Grid(4, "group", 8),
+    Grid(3, "group", 16, symmetric=False, scale_dtype="bfloat16"),
+    Grid(8, "channel", None, scale_dtype="float32"),
+    Grid(2, "tensor", None, symmetric=False),
+]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("qat") / "run"
+    for stage in ("pretrain", "quantize", "qat"):
+        EXPERIMENT.make(folder, stage)
+    return folder
+
+
+def from_(made: Path, *words: str) -> list[str]:
+    return [f"teacher.path={made / 'pretrain'}", f"stages.qat.student.path={made / 'quantize'}", *words]
+
+
+def losses(folder: Path) -> list[float]:
+    lines = (json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines())
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+# --- rounding on the way ---------------------------------------------------------------------------------------------
+
+
+def test_a_straight_through_value_is_the_found_one_to_the_bit() -> None:
+    torch.manual_seed(0)
+    exact, found = torch.randn(1000, requires_grad=True), torch.randn(1000)
+    passed = straight_through(exact, found)
+    assert torch.equal(passed, found)
+    assert not torch.equal(exact + (found - exact), found)  # what is usually written
+    passed.sum().backward()
+    assert torch.equal(exact.grad, torch.ones(1000))
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_what_is_multiplied_is_what_the_grid_says_and_gradients_are_the_formulas(grid: Grid) -> None:
+    torch.manual_seed(0)
+    weight_OI = torch.randn(6, 32)
+    scale, zero_point = grid.of_range(*(0.6 * end for end in grid.ranges(weight_OI)))  # some are out of range
+    weight, learned = weight_OI.clone().requires_grad_(), scale.clone().requires_grad_()
+    got = rounded(weight, learned, zero_point, grid)
+    want = grid.nearest(weight_OI, scale, zero_point)
+    assert torch.equal(got, want.dequantized())
+
+    upstream_OI = torch.randn(6, 32)
+    by_weight, by_scale = torch.autograd.grad((got * upstream_OI).sum(), [weight, learned])
+    spread = scale.repeat_interleave(32 // scale.shape[1], 1).expand(6, 32)
+    zeros = zero_point.repeat_interleave(32 // scale.shape[1], 1).expand(6, 32)
+    exact = weight_OI / spread + zeros
+    inside = (exact > grid.lowest) & (exact < grid.highest)
+    assert 0 < int(inside.sum()) < inside.numel()
+    torch.testing.assert_close(by_weight, upstream_OI * inside)
+    of_each = torch.where(inside, want.integers - exact, (want.integers - zeros).float()) * upstream_OI
+    wide = of_each.unflatten(1, (scale.shape[1], -1)).sum(-1)
+    torch.testing.assert_close(by_scale, wide if len(scale) > 1 else wide.sum(0, keepdim=True), atol=1e-4, rtol=1e-4)
+
+
+def test_activations_are_rounded_by_token_and_the_gradient_passes() -> None:
+    read = torch.tensor([[0.5, -1.27, 0.004], [0.0, 0.0, 0.0]], requires_grad=True)
+    found = Activations().rounded(read)
+    torch.testing.assert_close(found, torch.tensor([[0.5, -1.27, 0.0], [0.0, 0.0, 0.0]]), atol=1e-6, rtol=0)
+    found.sum().backward()
+    assert torch.equal(read.grad, torch.ones(2, 3))
+    static = Activations(dynamic=False).rounded(read.detach() * 3, torch.tensor(0.01))
+    torch.testing.assert_close(static[0], torch.tensor([1.27, -1.28, 0.01]))
+
+
+# --- a model on its grid ---------------------------------------------------------------------------------------------
+
+
+def tiny(seed: int = 0) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=64,
+        )
+    ).eval()  # fmt: skip
+
+
+def record_of(model: Any, grid: Grid, **words: Any) -> Record:
+    from models.layerwise import matrices
+
+    parameters = dict(model.named_parameters())
+    made = {str(m): Nearest().quantized(m.of(parameters[m.parameter]).detach(), grid, None) for m in matrices(model)}
+    return Record(grid, made, **words)
+
+
+IDS = torch.arange(24).view(2, 12)
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3"])
+def test_a_model_on_its_grid_gives_what_the_plain_model_of_rounded_weights_gives(family: str, grid: Grid) -> None:
+    model = model_of(family, dtype=torch.float32, vocab_size=300).eval()
+    record = record_of(model, grid if grid.group_size is None else Grid(grid.bits, "group", 4, grid.symmetric))
+    on_grid = OnGrid(QAT(), record, empty_model(model.config))
+    plain = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    attached = on_grid.attach(model)
+    got = attached(IDS).logits
+    settled = on_grid.settle(attached)
+    assert model.state_dict().keys() == plain.keys()
+    assert torch.equal(attached(IDS).logits, got)
+    assert settled.matrices.keys() == record.matrices.keys()
+    for name, quantized in settled.matrices.items():
+        assert torch.equal(quantized.integers, record.matrices[name].integers)
+        tensor = model.state_dict()[name]
+        assert torch.equal(tensor.T if family == "gpt2" else tensor, quantized.dequantized())
+        assert not torch.equal(tensor, plain[name])
+
+
+def test_adapters_are_on_the_grid_with_the_weight_they_are_added_to() -> None:
+    model, grid = tiny(), Grid(3, "group", 16)
+    on_grid = OnGrid(QAT("frozen"), record_of(model, grid), empty_model(model.config))
+    adapted = on_grid.attach(Lora(r=2, dropout=0.0).attach(model, 0))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    module = adapted.model.layers[0].mlp.up_proj
+    read = torch.randn(5, 32)
+    whole = module.base_layer.weight + module.get_delta_weight("default")
+    scale = on_grid.record.matrices["model.layers.0.mlp.up_proj.weight"].scale
+    wanted = grid.nearest(whole, scale, torch.zeros_like(scale, dtype=torch.int32)).dequantized()
+    torch.testing.assert_close(module(read), read @ wanted.T)
+    beside = read @ on_grid.record.matrices["model.layers.0.mlp.up_proj.weight"].dequantized().T + (
+        read @ module.get_delta_weight("default").T
+    )
+    assert (module(read) - beside).abs().max() > 0.01  # fq(W) + BA is another model
+    got = adapted(IDS).logits
+    on_grid.settle(adapted)
+    torch.testing.assert_close(adapted(IDS).logits, got, atol=1e-5, rtol=1e-5)
+    assert torch.equal(adapted.model.layers[0].mlp.up_proj.weight, wanted)
+
+
+def test_scales_that_follow_the_weights_stop_when_they_are_frozen() -> None:
+    model, grid = tiny(), Grid(4, "group", 16)
+    name = "model.layers.1.self_attn.q_proj.weight"
+    on_grid = OnGrid(QAT("min_max", freeze_step=5), record_of(model, grid), empty_model(model.config))
+    on_grid.attach(model)
+    module = model.model.layers[1].self_attn.q_proj
+    read = torch.randn(3, 32)
+
+    def nearest() -> torch.Tensor:
+        return read @ Nearest().quantized(module.weight.detach(), grid, None).dequantized().T
+
+    with torch.no_grad():
+        module.weight.mul_(1.7)
+        on_grid.step = 4
+        assert torch.equal(module(read), nearest())
+        on_grid.step = 5
+        module.weight.mul_(3)
+        kept = module(read)
+        assert (kept - nearest()).abs().max() > 0.1
+    settled = on_grid.settle(model).matrices[name]
+    assert torch.equal(read @ settled.dequantized().T, kept)
+
+
+def test_least_squared_scales_are_those_of_the_method() -> None:
+    model, grid = tiny(), Grid(3, "group", 16)
+    on_grid = OnGrid(QAT("mse"), record_of(model, grid), empty_model(model.config))
+    on_grid.attach(model)
+    on_grid.step = 0
+    module, read = model.model.layers[0].mlp.gate_proj, torch.randn(3, 32)
+    wanted = Clipped().quantized(module.weight.detach(), grid, None).dequantized()
+    torch.testing.assert_close(module(read), read @ wanted.T)
+
+
+def test_static_and_dynamic_activations_are_rounded_while_it_trains() -> None:
+    for activations, scales in ((Activations(), {}), (Activations(dynamic=False), 0.02)):
+        model = tiny()
+        plain = record_of(model, Grid(8, "channel", None))
+        inputs = {name: torch.tensor(scales) for name in plain.matrices} if scales else {}
+        on_grid = OnGrid(QAT(), Record(plain.grid, plain.matrices, activations, inputs), empty_model(model.config))
+        on_grid.attach(model)
+        module, read = model.model.layers[0].mlp.up_proj, torch.randn(4, 32)
+        scale = read.abs().amax(-1, keepdim=True) / 127 if activations.dynamic else 0.02
+        seen = scale * (read / scale).round().clamp(-128, 127)
+        wanted = plain.matrices["model.layers.0.mlp.up_proj.weight"].dequantized()
+        torch.testing.assert_close(module(read), seen @ wanted.T)
+
+
+# --- the stage -------------------------------------------------------------------------------------------------------
+
+
+def test_training_begins_as_the_post_training_result_and_ends_on_its_grid(made: Path) -> None:
+    start, trained = read_record(made / "quantize" / "grid.safetensors"), read_record(made / "qat" / "grid.safetensors")
+    assert trained.grid == start.grid
+    told = manifest(made / "qat")
+    assert told["certificates"]["weights_bit_equal"] is True
+    proof = told["certificates"]["trained_equals_frozen"]
+    assert proof["max_difference"] <= proof["tolerance"]
+    assert told["metrics"]["bits_per_weight"] == manifest(made / "quantize")["metrics"]["bits_per_weight"]
+    plain = weights(made / "qat")
+    assert plain.keys() == weights(made / "quantize").keys()
+    moved = rescaled = 0
+    for name, quantized in trained.matrices.items():
+        assert torch.equal(plain[name], quantized.dequantized())
+        moved += int((quantized.integers != start.matrices[name].integers).sum())
+        rescaled += int((quantized.scale != start.matrices[name].scale).sum())
+    assert moved > 0
+    assert rescaled > 0
+    model = load_model(str(made / "quantize"), dtype=torch.float32)
+    on_grid = OnGrid(QAT(), start, empty_model(model.config))
+    before = model(IDS).logits
+    torch.testing.assert_close(on_grid.attach(model)(IDS).logits, before, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["qat@stages.qat.qat=frozen"],
+        ["qat@stages.qat.qat=min_max", "stages.qat.qat.freeze_step=3"],
+        LORA,
+        ["objective=cross_entropy", "trainer.precision=bf16-mixed"],
+    ],
+    ids=["frozen", "min_max", "lora", "bf16"],
+)
+def test_every_way_to_train_ends_on_the_grid_and_goes_on_where_it_was_cut(
+    words: list[str], made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = EXPERIMENT.make(tmp_path / "whole", "qat", *from_(made, *words))
+    record = read_record(whole / "grid.safetensors")
+    start = read_record(made / "quantize" / "grid.safetensors")
+    for name, quantized in record.matrices.items():
+        assert torch.equal(weights(whole)[name], quantized.dequantized().to(weights(whole)[name].dtype))
+        if "frozen" in words[0]:
+            assert torch.equal(quantized.scale, start.matrices[name].scale)
+    step = LanguageModel.training_step
+
+    def failing(self: LanguageModel, *arguments: Any) -> Any:
+        if self.trainer.global_step == 5:
+            raise KeyError("power")
+        return step(self, *arguments)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(LanguageModel, "training_step", failing)
+        with pytest.raises(KeyError, match="power"):
+            EXPERIMENT.make(tmp_path, "qat", *from_(made, *words))
+    assert list((tmp_path / "work" / "qat" / "checkpoints").glob("step-00000004.ckpt"))
+    again = EXPERIMENT.make(tmp_path, "qat", *from_(made, *words))
+    for name in ("model.safetensors", "grid.safetensors"):
+        assert (again / name).read_bytes() == (whole / name).read_bytes()
+
+
+RANKS = [("zero3", LORA), ("zero3", [])]
+SLOW = [("ddp", []), ("zero1", []), ("zero2", []), ("zero2", LORA)]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "words"),
+    [*RANKS, *(pytest.param(*each, marks=pytest.mark.slow) for each in SLOW)],
+    ids=lambda value: value if isinstance(value, str) else "lora" if value else "full",
+)
+def test_two_ranks_land_where_one_does(strategy: str, words: list[str], made: Path, tmp_path: Path) -> None:
+    alone = EXPERIMENT.make(tmp_path / "one", "qat", *from_(made, *words))
+    done = train(
+        "+experiment=quantize_aware",
+        *LITTLE,
+        *from_(made, *words),
+        f"run_dir={tmp_path / 'two'}",
+        "stages=[qat]",
+        "stages.qat.training.micro_batch=4",
+        "trainer.devices=2",
+        f"strategy={strategy}",
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    two = tmp_path / "two" / "qat"
+    # The same until a weight half-way between two integers falls to the other.
+    assert losses(two)[:3] == pytest.approx(losses(alone)[:3], rel=1e-6)
+    assert losses(two) == pytest.approx(losses(alone), rel=1e-3)
+    assert manifest(two)["certificates"]["weights_bit_equal"] is True
+    one, other = read_record(alone / "grid.safetensors"), read_record(two / "grid.safetensors")
+    for name, quantized in one.matrices.items():
+        assert (quantized.integers == other.matrices[name].integers).float().mean() > 0.995, name
+        torch.testing.assert_close(other.matrices[name].scale, quantized.scale, rtol=2e-3, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["qat@stages.qat.qat=learned", "stages.qat.qat.scales=guessed"], "need one of learned, frozen"),
+        (["+stages.qat.qat.freeze_step=3"], "need a step from 0 on, of scales that follow"),
+        (["lora@stages.qat.lora=default"], r"lora\.dropout with qat and lora"),
+        ([*LORA, "stages.qat.lora.base=nf4"], r"lora\.base with qat and lora"),
+        (["student@stages.qat.student=shape", "~stages.qat.student.path"], "training starts from what the stage"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_a_weight_is_read(
+    words: list[str], said: str, made: Path, tmp_path: Path
+) -> None:
+    config = EXPERIMENT.composed(tmp_path, f"teacher.path={made / 'pretrain'}", *words)
+    if "path" not in config["stages"]["qat"]["student"]:
+        config["stages"]["qat"]["student"] |= {"shape": {}}
+    else:
+        config["stages"]["qat"]["student"]["path"] = str(made / "quantize")
+    with pytest.raises(Refusal, match=said) as refused:
+        check({"config": config, "stages": ["qat"]})
+    assert "\n" not in str(refused.value)
+
+
+def test_a_start_without_a_grid_is_refused(made: Path, tmp_path: Path) -> None:
+    words = [f"teacher.path={made / 'pretrain'}", f"stages.qat.student.path={made / 'pretrain'}"]
+    with pytest.raises(Refusal, match=r"no grid\.safetensors in it.*run the stage quantize"):
+        check({"config": EXPERIMENT.composed(tmp_path, *words), "stages": ["qat"]})
+
+
+def test_experts_and_other_models_are_refused() -> None:
+    model = tiny()
+    record = record_of(model, Grid(4, "group", 16))
+    strange = Record(record.grid, {"model.layers.9.mlp.up_proj.weight": next(iter(record.matrices.values()))})
+    with pytest.raises(Refusal, match=r"the model has no matrix model\.layers\.9"):
+        OnGrid(QAT(), strange, empty_model(model.config))
+    experts = model_of("mixtral", dtype=torch.float32, vocab_size=300)
+    with pytest.raises(Refusal, match="train as one operation"):
+        OnGrid(QAT(), record_of(experts, Grid(4, "group", 4)), empty_model(experts.config))
