@@ -68,13 +68,25 @@ def attention_for(wanted: str, device: str, dtype: torch.dtype) -> str | None:
 
 
 def load_model(
-    path: str, *, dtype: torch.dtype, attention: str | None = None, role: str = "model", trust_remote_code: bool = False
+    path: str,
+    *,
+    dtype: torch.dtype,
+    attention: str | None = None,
+    role: str = "model",
+    trust_remote_code: bool = False,
+    **words: Any,
 ) -> Any:
-    """Open a folder or hub id, safetensors only. Under an active ZeRO-3 config the weights arrive sharded."""
+    """Open a folder or hub id, safetensors only. Under an active ZeRO-3 config the weights arrive sharded. `words` are
+    from_pretrained's own."""
     check_folder(path, role)
     try:
         return AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, attn_implementation=attention, use_safetensors=True, trust_remote_code=trust_remote_code
+            path,
+            dtype=dtype,
+            attn_implementation=attention,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            **words,
         )
     except (OSError, ValueError, ImportError, SafetensorError) as problem:
         raise Refusal(

@@ -91,6 +91,11 @@ class Distill:
             for term in self.objective.representations:
                 term.check(student, teacher)
         self._check_cache(context)
+        if (packed := getattr(self.teacher, "weights", None)) and context.config["strategy"].get("stage") == 3:
+            raise Refusal(
+                f"teacher.weights={packed} under ZeRO-3: packed weights are not sharded; use "
+                f"strategy=zero2, or teacher.weights=null"
+            )
         if self.lora is not None:
             self._check_lora(context, student)
         if self.qat is not None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from models.errors import Refusal
@@ -16,6 +18,8 @@ from models.objectives.representation import Wanted
 from models.objectives.signal import Signal
 from models.objectives.term import Objective
 from models.teachers.teacher import Looked, Opening, Prefix, Result, Teacher, look_through, prefix_of, signal_of
+
+PACKED = ("int8", "nf4")
 
 
 @dataclass(frozen=True)
@@ -28,12 +32,19 @@ class Online:
     path: str
     dtype: str = "float32"
     trust_remote_code: bool = False
+    weights: str | None = None  # of PACKED: the layers' matrices in fewer bits than dtype, by bitsandbytes
     needs_record: ClassVar[bool] = False
     runs_here: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise Refusal(f"teacher.dtype={self.dtype}: need one of {', '.join(DTYPES)}")
+        if self.weights is not None and self.weights not in PACKED:
+            raise Refusal(f"teacher.weights={self.weights}: need one of {', '.join(PACKED)}, or null")
+        if self.weights is not None and importlib.util.find_spec("bitsandbytes") is None:
+            raise Refusal(
+                f"teacher.weights={self.weights}: bitsandbytes is not installed; pip install 'bitsandbytes>=0.50'"
+            )
 
     def check(self, objective: Objective) -> None:
         """It serves all of them."""
@@ -45,8 +56,26 @@ class Online:
             attention=opening.attention,
             role="teacher",
             trust_remote_code=self.trust_remote_code,
+            **({} if self.weights is None else _packing(self.weights, DTYPES[self.dtype])),
         )
+        for module in model.modules():
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                # It would rearrange its bits in place, which not all widths survive.
+                module.support_avx512bf16_for_cpu = False
         return Resident(model.eval().requires_grad_(False), opening)
+
+
+def _packing(weights: str, compute: torch.dtype) -> dict[str, Any]:
+    """For from_pretrained: matrices are packed one by one as they are read, so that the whole model is never in memory
+    (LLM.int8, arXiv:2208.07339; NF4, arXiv:2305.14314). Embeddings and head stay as they are."""
+    from transformers import BitsAndBytesConfig
+
+    if weights == "int8":
+        config = BitsAndBytesConfig(load_in_8bit=True)
+    else:
+        config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
+    device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
+    return {"quantization_config": config, "device_map": {"": device}}
 
 
 class Resident(nn.Module):
