@@ -15,6 +15,7 @@ from models.load import check_folder, empty_model, load_config, parameter_count
 from models.lora import Lora
 from models.objectives.term import Objective, needs_teacher
 from models.on_policy import OnPolicy
+from models.quantization import cache
 from models.quantization.qat import QAT, OnGrid
 from models.quantization.record import read_grid, read_record
 from models.student import Start
@@ -164,6 +165,9 @@ class Distill:
         self.lora.config(empty_model(student))  # targets that are not there are told now
 
     def _check_qat(self, context: Context, student: Any) -> None:
+        assert self.qat is not None
+        if self.qat.cache is not None:
+            cache.check(student, self.qat.cache, f"stages.{context.stage}.qat.cache")
         path = self.student.path
         if not path:
             raise Refusal(

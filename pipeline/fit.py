@@ -10,6 +10,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -368,7 +369,12 @@ def train(
             on_grid.step = steps  # also where a restart has found no step left
             records: list[Record] = []
             certificates["trained_equals_frozen"] = _unchanged(
-                context, model, rows, lambda model: records.append(on_grid.settle(model)), _SAVED[precision]
+                context,
+                model,
+                rows,
+                lambda model: records.append(on_grid.settle(model)),
+                _SAVED[precision],
+                on_grid.served,
             )
             also.append(functools.partial(_write_record, context, records[0], _SAVED[precision]))
             certificates["weights_bit_equal"] = True  # or `also` raises
@@ -411,17 +417,24 @@ def _write_record(context: Context, record: Record, saved: torch.dtype, folder: 
 
 @torch.no_grad()
 def _unchanged(
-    context: Context, model: Any, rows: Rows, change: Callable[[Any], object], saved: torch.dtype
+    context: Context,
+    model: Any,
+    rows: Rows,
+    change: Callable[[Any], object],
+    saved: torch.dtype,
+    served: Callable[[Any], AbstractContextManager[None]] = nullcontext,
 ) -> dict[str, float]:
     """`change` a trained model in place into the plain one that is saved, and measure on text what that changed, in
-    float32 and in the dtype that is saved. Raises Refusal where it is more than float32's rounding."""
+    float32 and in the dtype that is saved, the plain one as it is `served`. Raises Refusal where it is more than
+    float32's rounding."""
     numbers = range(min(_PROOF_ROWS, len(rows.train)))
     batch = collate([rows.train[number] for number in numbers], pad_token=rows.pad_token)
     words = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "use_cache": False}
     model.eval()
     before = model(**words).logits
     change(model)
-    after = model(**words).logits
+    with served(model):
+        after = model(**words).logits
     real = batch["targets"] >= 0
     apart, largest = float((after - before)[real].abs().max()), float(before[real].abs().max())
     if not apart <= _MERGED_TOLERANCE * largest:
@@ -433,7 +446,8 @@ def _unchanged(
     if saved != torch.float32:
         for parameter in model.parameters():
             parameter.copy_(parameter.to(saved))
-        proof["max_difference_saved"] = float((model(**words).logits - before)[real].abs().max())
+        with served(model):
+            proof["max_difference_saved"] = float((model(**words).logits - before)[real].abs().max())
     return proof
 
 

@@ -6,8 +6,9 @@ them, which is what will be exported, to the bit.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from models.errors import Refusal
 from models.layerwise import Matrix, matrices
 from models.lora import merge
+from models.quantization import cache
 from models.quantization.grid import SCALE_DTYPES, Grid
 from models.quantization.methods.clipped import Clipped
 from models.quantization.record import Record
@@ -36,6 +38,7 @@ class QAT:
 
     scales: str = "learned"
     freeze_step: int | None = None
+    cache: str | None = None  # of models.quantization.cache: keys and values are rounded too, as a runtime keeps them
 
     def __post_init__(self) -> None:
         if self.scales not in SCALES:
@@ -73,7 +76,26 @@ class OnGrid:
         weight they are added to, fq(W + BA), as that is what they are merged into."""
         for matrix in self._taken:
             self._wrap(model.get_submodule(_module(matrix)), matrix)
+        if self.settings.cache is not None:
+            self._attention = cache.attach(model)
         return model
+
+    @contextmanager
+    def served(self, model: Any) -> Iterator[None]:
+        """In it a settled model rounds what it reads and caches, as it did in training and will where it is served."""
+        handles = []
+        for matrix in self._taken:
+            read = self._reading(matrix)
+            module = model.get_submodule(_module(matrix))
+            handles.append(module.register_forward_pre_hook(lambda _, inputs, read=read: (read(inputs[0]),)))
+        before = None if self.settings.cache is None else cache.attach(model)
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            if before is not None:
+                cache.detach(model, before)
 
     @torch.no_grad()
     def settle(self, model: Any) -> Record:
@@ -85,13 +107,15 @@ class OnGrid:
             for name in ("forward", *(name for name, tensor in owned[matrix].items() if tensor is not None)):
                 delattr(module, name)
         merge(model)
+        if self.settings.cache is not None:
+            cache.detach(model, self._attention)
         made = {}
         for matrix in self._taken:
             weight_OI = matrix.of(model.get_parameter(matrix.parameter))
             quantized = self.record.grid.nearest(weight_OI, *self._grid_of(weight_OI, owned[matrix]))
             weight_OI.copy_(quantized.dequantized())
             made[str(matrix)] = quantized
-        return Record(self.record.grid, made, self.record.activations, self.record.input_scales)
+        return replace(self.record, matrices=made, cache=self.settings.cache)
 
     def _wrap(self, module: Any, matrix: Matrix) -> None:
         quantized = self.record.matrices[str(matrix)]
@@ -105,8 +129,7 @@ class OnGrid:
             module.log_ratio = nn.Parameter(
                 torch.zeros(quantized.scale.numel(), dtype=base.weight.dtype, device=device)
             )
-        activations = self.record.activations
-        static = self.record.input_scales.get(str(matrix))
+        read = self._reading(matrix)
 
         def whole() -> Tensor:
             if module is base or module.merged:
@@ -115,14 +138,20 @@ class OnGrid:
             return base.weight + module.get_delta_weight(adapter)
 
         def forward(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
-            if activations is not None:
-                hidden = activations.rounded(hidden, None if static is None else static.to(hidden.device))
+            hidden = read(hidden)
             weight_OI = whole().T if matrix.transposed else whole()
             return nn.functional.linear(hidden, self._rounded(module, weight_OI).to(weight_OI), base.bias)
 
         module.forward = forward
         if module is not base:
             module.register_forward_pre_hook(gather_children)
+
+    def _reading(self, matrix: Matrix) -> Callable[[Tensor], Tensor]:
+        """What becomes of what a matrix is given to read."""
+        activations, static = self.record.activations, self.record.input_scales.get(str(matrix))
+        if activations is None:
+            return lambda hidden: hidden
+        return lambda hidden: activations.rounded(hidden, None if static is None else static.to(hidden.device))
 
     def _rounded(self, module: Any, weight_OI: Tensor) -> Tensor:
         """Float32[O, I]: fq(W)."""

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,6 +26,7 @@ class Record:
     matrices: Mapping[str, Quantized]
     activations: Activations | None = None  # of what these matrices read
     input_scales: Mapping[str, Tensor] = field(default_factory=dict)  # Float32[], of static activations
+    cache: str | None = None  # of models.quantization.cache: what keys and values are kept in
 
     def write(self, path: Path) -> None:
         """Integers in 8 bits, scales in the grid's dtype. The same record always gives the same bytes."""
@@ -37,9 +39,11 @@ class Record:
                 tensors[f"{name}.zero_point"] = quantized.zero_point.to(torch.uint8).cpu().contiguous()
         for name, scale in self.input_scales.items():
             tensors[f"{name}.input_scale"] = scale.float().cpu().contiguous()
-        said = {"grid": asdict(self.grid)}
+        said: dict[str, Any] = {"grid": asdict(self.grid)}
         if self.activations is not None:
             said["activations"] = asdict(self.activations)
+        if self.cache is not None:
+            said["cache"] = self.cache
         # One string: safetensors writes several metadata keys in an order of its own.
         save_file(tensors, path, metadata={"quantization": json.dumps(said)})
 
@@ -60,7 +64,7 @@ def read_record(path: Path) -> Record:
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as problem:
         raise Refusal(f"{path}: no record of a quantized model ({problem}); run the stage quantize again") from None
     inputs = {key.removesuffix(".input_scale"): t for key, t in tensors.items() if key.endswith(".input_scale")}
-    return Record(grid, made, activations, inputs)
+    return Record(grid, made, activations, inputs, said.get("cache"))
 
 
 def read_grid(path: Path) -> tuple[Grid, Activations | None]:

@@ -234,6 +234,25 @@ def test_static_and_dynamic_activations_are_rounded_while_it_trains() -> None:
         torch.testing.assert_close(module(read), seen @ wanted.T)
 
 
+def test_a_settled_model_as_it_is_served_is_the_one_that_was_trained() -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=50, hidden_size=64, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=64,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    record = record_of(model, Grid(4, "group", 16), activations=Activations())
+    on_grid = OnGrid(QAT(cache="q8_0"), record, empty_model(config))
+    trained = on_grid.attach(model)(IDS).logits
+    settled = on_grid.settle(model)
+    assert settled.cache == "q8_0"
+    plain = model(IDS).logits
+    assert (plain - trained).abs().max() > 1e-4
+    with on_grid.served(model):
+        assert torch.equal(model(IDS).logits, trained)
+    assert torch.equal(model(IDS).logits, plain)
+
+
 # --- the stage -------------------------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,62 @@
+"""Keys and values as a cache of 8 bits gives them back: llama.cpp's q8_0 (--cache-type-k q8_0 --cache-type-v q8_0)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from models.errors import Refusal
+from models.quantization.straight_through import straight_through
+from models.representations import projection_widths
+
+CACHES = ("q8_0",)
+_BLOCK = 32  # neighbours in a head that share a scale
+
+# B sequences, H key or value heads, T tokens, D width of a head
+
+
+def rounded(heads_BHTD: Tensor) -> Tensor:
+    """d = max |x| / 127 of each block, held in fp16; q = round(x / d), halves away from zero (ggml's
+    quantize_row_q8_0_ref). In the dtype of what is given; to the backward it is what is given."""
+    exact = heads_BHTD.detach().float().unflatten(-1, (-1, _BLOCK))
+    scale = exact.abs().amax(-1, keepdim=True) / 127
+    integers = exact * torch.where(scale == 0, 0.0, 1 / scale)
+    integers = integers.sign() * (integers.abs() + 0.5).floor()
+    found = (integers * scale.half().float()).flatten(-2).to(heads_BHTD)
+    return straight_through(heads_BHTD, found)
+
+
+def check(config: Any, cache: str, setting: str) -> None:
+    """Raises Refusal where a head is not made of whole blocks."""
+    if cache not in CACHES:
+        raise Refusal(f"{setting}={cache}: need one of {', '.join(CACHES)}, or null")
+    queries, _, _ = projection_widths(config)
+    width = queries // config.num_attention_heads
+    if width % _BLOCK:
+        raise Refusal(f"{setting}={cache}: heads are {width} wide, and a block is {_BLOCK}; set {setting}=null")
+
+
+def attach(model: Any) -> str:
+    """From now on attention reads keys and values so rounded, behind their rotation, as they would lie in the cache.
+    The name of the attention that did before, for `detach`. Raises Refusal for attention that cannot be taken apart."""
+    before: str = model.config._attn_implementation
+    if before not in ALL_ATTENTION_FUNCTIONS:
+        raise Refusal(f"trainer.attention={before}: it gives no way to keys and values; use sdpa or flash_attention_2")
+    name, whole = f"{before}_q8_0_cache", ALL_ATTENTION_FUNCTIONS[before]
+
+    def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, *positional: Any, **words: Any) -> Any:
+        return whole(module, query, rounded(key), rounded(value), *positional, **words)
+
+    AttentionInterface.register(name, attention)
+    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[before])
+    model.config._attn_implementation = name
+    return before
+
+
+def detach(model: Any, before: str) -> None:
+    model.config._attn_implementation = before
