@@ -105,6 +105,13 @@ def test_every_grid_can_be_rounded_to_by_every_method(grid: str, method: str) ->
     assert grid.startswith(f"int{made.grid.bits}_{made.grid.granularity}")
 
 
+@pytest.mark.parametrize("scales", sorted(p.stem for p in (CONF / "qat").glob("*.yaml")))
+def test_every_kind_of_scale_can_be_trained_with(scales: str) -> None:
+    made = build(composed("+experiment=quantize_aware", f"qat@stages.qat.qat={scales}"), "qat")
+    assert made.qat.scales == scales
+    assert made.teacher.path == "runs/quantize_aware/pretrain"  # the float parent
+
+
 @pytest.mark.parametrize("recorder", ["online", "sharded"])
 def test_a_cached_teacher_can_be_recorded_by(recorder: str) -> None:
     teacher = build(quickstart("teacher=cached", f"teacher@teacher.recorder={recorder}"), "record").teacher
