@@ -7,7 +7,7 @@ from torch import Tensor
 
 from models.errors import Refusal
 
-# N tokens, I what a matrix reads
+# N tokens, I what a matrix reads, O what it gives, G groups of I
 
 
 class Hessian:
@@ -24,6 +24,23 @@ class Hessian:
         self.tokens += len(read_NI)
         self.mean_II *= 1 - len(read_NI) / self.tokens
         self.mean_II.addmm_(read_NI.T, read_NI, alpha=2 / self.tokens)
+
+    def divided(self, scale_I: Tensor) -> Hessian:
+        """Of what is read where each input is divided by its scale."""
+        assert self.mean_II is not None
+        other = Hessian(self.width)
+        other.tokens = self.tokens
+        other.mean_II = self.mean_II / (scale_I[:, None] * scale_I).to(self.mean_II)
+        return other
+
+    def cost(self, error_OI: Tensor, groups: int = 1) -> Tensor:
+        """Float32[O, G]: what errors of a matrix's weights cost, twice the mean squared error of what each group of
+        inputs by itself adds to what the matrix gives."""
+        assert self.mean_II is not None
+        error_GOS = error_OI.unflatten(1, (groups, -1)).transpose(0, 1)
+        inside_GSS = self.mean_II.to(error_OI).unflatten(0, (groups, -1)).unflatten(2, (groups, -1))
+        inside_GSS = inside_GSS.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+        return (error_GOS @ inside_GSS * error_GOS).sum(-1).T
 
 
 def inverse_factor(hessian_II: Tensor, damping: float, setting: str) -> tuple[Tensor, Tensor]:

@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from models.errors import Refusal
+from models.heads import head_of, hidden_states
 from models.layerwise import Matrix, Turn, check_read, chosen, in_turn
 from models.load import DTYPES, parameter_count, save_model
+from models.objectives.chunked import objective_sum
+from models.objectives.forward_kl import ForwardKL
+from models.objectives.signal import Dense
+from models.pruning.groups import Anatomy, anatomy_of
+from models.quantization.activations import Activations, Largest, attach, round_inputs
+from models.quantization.folding import fold
 from models.quantization.grid import Grid, Quantized
 from models.quantization.method import Method
 from models.quantization.record import Record, read_record
@@ -33,6 +42,7 @@ class Quantize:
     data: RowSource  # of whose training split some text is the calibration
     grid: Grid
     method: Method
+    activations: Activations | None = None  # of what the matrices read; None: as it is
     skip: Sequence[str] = ()
     calibration_rows: int = 128
     calibration_tokens: int = 256  # of each row
@@ -49,7 +59,7 @@ class Quantize:
             "quantize",
             self.model,
             self.data,
-            self.method.reading is not None,
+            self.method.reading is not None or self.activations is not None,
             self.calibration_rows,
             self.calibration_tokens,
             self.dtype,
@@ -79,18 +89,26 @@ class Quantize:
         dtype = DTYPES[self.dtype]
         tokenizer, model, batches = self._walk.open(context)
         taken = self._chosen(model)
+        anatomy = None if self.method.scales is None else anatomy_of(model)
         made: dict[Matrix, Quantized] = {}
+        input_scales: dict[str, Tensor] = {}
         for turn in shown(in_turn(model, batches), len(decoder_layers(model)), context.stage):
-            made |= self._take(context, model, turn, [matrix for matrix in taken if matrix.layer == turn.number])
+            mine = [matrix for matrix in taken if matrix.layer == turn.number]
+            of_layer = self._take(context, model, turn, mine, anatomy)
+            made |= {matrix: of_layer.matrices[str(matrix)] for matrix in mine}
+            input_scales |= of_layer.input_scales
+        record = self._record(made, input_scales)
         manifest = context.manifest("model")
         bits = _bits_per_weight(model, made, self.grid, dtype)
 
         def build(folder: Path) -> None:
             save_model(model, tokenizer, folder, model.state_dict(), dtype)
-            self._record(made).write(folder / artifact.GRID)
+            record.write(folder / artifact.GRID)
             again = self._walk.load(str(folder))
             manifest["certificates"] = {"weights_bit_equal": _bit_equal(context, again, folder, dtype)}
             manifest["metrics"] = {"parameters": parameter_count(again), "bits_per_weight": bits}
+            if self.activations is not None:
+                manifest["metrics"] |= self._price(context, again, read_record(folder / artifact.GRID), batches)
             manifest["seconds"] = round(time.monotonic() - begin, 3)
 
         artifact.publish(context.out, build, manifest)
@@ -103,37 +121,103 @@ class Quantize:
             check_read(
                 taken, f"quantize.method={type(self.method).__name__}", "quantizer@stages.quantize.method=nearest"
             )
+        if self.activations is not None:
+            check_read(taken, "quantize.activations", "stages.quantize.activations=null")
+        if self.method.scales is not None:
+            try:
+                anatomy_of(model)
+            except Refusal as problem:
+                raise Refusal(
+                    f"quantize.method={type(self.method).__name__}: which parts its scales could be folded into is not "
+                    f"known ({problem}); use quantizer@stages.quantize.method=gptq"
+                ) from None
         for matrix in taken:
             self.grid.check(str(matrix), matrix.of(model.get_parameter(matrix.parameter)).shape[-1])
         return taken
 
-    def _record(self, made: dict[Matrix, Quantized]) -> Record:
-        return Record(self.grid, {str(matrix): quantized for matrix, quantized in made.items()})
+    def _record(self, made: dict[Matrix, Quantized], input_scales: dict[str, Tensor]) -> Record:
+        by_name = {str(matrix): quantized for matrix, quantized in made.items()}
+        return Record(self.grid, by_name, self.activations, input_scales)
 
     @torch.no_grad()
-    def _take(self, context: Context, model: Any, turn: Turn, taken: Sequence[Matrix]) -> dict[Matrix, Quantized]:
+    def _take(
+        self, context: Context, model: Any, turn: Turn, taken: Sequence[Matrix], anatomy: Anatomy | None
+    ) -> Record:
         """Quantize one layer; or, where a run that was killed had done so, take what it left."""
         path = context.work / f"layer-{turn.number:05d}.safetensors"
+        beside = context.work / f"folded-{turn.number:05d}.safetensors"
         if not path.exists():
-            read = {} if self.method.reading is None else turn.read(self.method.reading)
+            read: dict[str, Any] = {} if self.method.reading is None else turn.read(self.method.reading)
+            if self.method.reading is not None:
+                _check_reached(context, taken, read)
+            if anatomy is not None and self.method.scales is not None:
+                read, changed = fold(anatomy, turn, taken, read, self.method.scales, self.grid)
+                _write(beside, {name: turn.layer.get_parameter(name).detach().contiguous() for name in changed})
             made = {}
             for matrix in taken:
-                if self.method.reading is not None and matrix.name not in read:
-                    raise Refusal(
-                        f"{context.stage}: no calibration token reaches {matrix}; take more rows, or "
-                        f"skip=[{matrix.name}]"
-                    )
                 weight_OI = matrix.of(model.get_parameter(matrix.parameter))
                 made[matrix] = self.method.quantized(weight_OI, self.grid, read.get(matrix.name))
+            _put(model, self._record(made, {}), taken)
             aside = path.with_suffix(".partial")
-            self._record(made).write(aside)
+            self._record(made, self._input_scales(context, turn, taken)).write(aside)
             os.replace(aside, path)
-        found = read_record(path).matrices
-        kept = {matrix: found[str(matrix)] for matrix in taken}
-        for matrix, quantized in kept.items():
-            weight_OI = matrix.of(model.get_parameter(matrix.parameter))
-            weight_OI.copy_(quantized.dequantized().to(weight_OI))
-        return kept
+        elif beside.exists():
+            for name, tensor in load_file(beside).items():
+                turn.layer.get_parameter(name).copy_(tensor)
+        found = read_record(path)
+        _put(model, found, taken)
+        if self.activations is not None:  # what comes after reads what these give then
+            for matrix in taken:
+                module: nn.Module = turn.layer.get_submodule(matrix.name)
+                round_inputs(module, self.activations, found.input_scales.get(str(matrix)))
+        return found
+
+    def _input_scales(self, context: Context, turn: Turn, taken: Sequence[Matrix]) -> dict[str, Tensor]:
+        """Of a layer whose weights are on the grid; matrices that read the same tensor have the same."""
+        if self.activations is None or self.activations.dynamic:
+            return {}
+        read = turn.read(Largest)
+        _check_reached(context, taken, read)
+        return {str(matrix): self.activations.scale(read[matrix.name].largest_I.amax()) for matrix in taken}
+
+    @torch.no_grad()
+    def _price(self, context: Context, model: Any, record: Record, batches: Sequence[Tensor]) -> dict[str, float]:
+        """KL of the model's next tokens from its parent's, nats a token of the calibration rows: with the weights
+        rounded, and with what they read rounded too."""
+        parent, model = (each.to(context.device).eval() for each in (self._walk.load(self.model), model))
+        sums = {"kl_of_weights": 0.0, "kl_with_activations": 0.0}
+        for ids in batches:
+            positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+            signal = Dense(hidden_states(parent, ids, positions), head_of(parent))
+            for name in sums:
+                handles = attach(model, record) if name == "kl_with_activations" else []
+                hidden = hidden_states(model, ids, positions)
+                kl, _ = objective_sum(ForwardKL(temperature=1.0), hidden, head_of(model), ids, signal)
+                sums[name] += float(kl)
+                for handle in handles:
+                    handle.remove()
+        tokens = sum(ids.numel() for ids in batches)
+        return {name: total / tokens for name, total in sums.items()}
+
+
+def _check_reached(context: Context, taken: Sequence[Matrix], read: Mapping[str, Any]) -> None:
+    for matrix in taken:
+        if matrix.name not in read:
+            raise Refusal(
+                f"{context.stage}: no calibration token reaches {matrix}; take more rows, or skip=[{matrix.name}]"
+            )
+
+
+def _put(model: Any, record: Record, taken: Sequence[Matrix]) -> None:
+    for matrix in taken:
+        weight_OI = matrix.of(model.get_parameter(matrix.parameter))
+        weight_OI.copy_(record.matrices[str(matrix)].dequantized().to(weight_OI))
+
+
+def _write(path: Path, tensors: dict[str, Tensor]) -> None:
+    aside = path.with_suffix(".partial")
+    save_file(tensors, aside)
+    os.replace(aside, path)
 
 
 def _bits_per_weight(model: Any, made: dict[Matrix, Quantized], grid: Grid, dtype: torch.dtype) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,6 +12,9 @@ from torch import Tensor
 from models.errors import Refusal
 from models.quantization.grid import Grid, Quantized
 
+# O what a matrix gives, I what it reads, G groups of I
+Cost = Callable[[Tensor, int], Tensor]  # of errors [O, I] in so many groups: Float[O, G]
+
 
 @dataclass(frozen=True)
 class Clipped:
@@ -19,6 +23,7 @@ class Clipped:
     steps: int = 40
     smallest: float = 0.4
     reading: ClassVar[None] = None
+    scales: ClassVar[None] = None
 
     def __post_init__(self) -> None:
         if self.steps < 2:
@@ -29,24 +34,28 @@ class Clipped:
     def quantized(self, weight_OI: Tensor, grid: Grid, read: Any) -> Quantized:
         return grid.nearest(weight_OI, *self.fitted(weight_OI, grid))
 
-    def fitted(self, weight_OI: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-        """(scale, zero_point)."""
+    def fitted(self, weight_OI: Tensor, grid: Grid, cost: Cost | None = None) -> tuple[Tensor, Tensor]:
+        """(scale, zero_point). `cost` of errors, where it is not their squares' sum."""
+        cost = cost or _squares
         low, high = grid.ranges(weight_OI)
         scale, zero_point = grid.of_range(low, high)
-        best = _error(weight_OI, grid.nearest(weight_OI, scale, zero_point))
+        best = _cost(cost, weight_OI, grid.nearest(weight_OI, scale, zero_point))
         for share in torch.linspace(1, self.smallest, self.steps)[1:].tolist():
             tried = grid.of_range(share * low, share * high)
-            error = _error(weight_OI, grid.nearest(weight_OI, *tried))
-            better = error < best
-            best = torch.where(better, error, best)
+            found = _cost(cost, weight_OI, grid.nearest(weight_OI, *tried))
+            better = found < best
+            best = torch.where(better, found, best)
             scale, zero_point = (
                 torch.where(better, new, old) for new, old in zip(tried, (scale, zero_point), strict=True)
             )
         return scale, zero_point
 
 
-def _error(weight_OI: Tensor, made: Quantized) -> Tensor:
-    """Float[O | 1, G]: the squared error of all weights that share a scale."""
-    groups_OGS = (weight_OI.float() - made.dequantized()).square().unflatten(1, (made.scale.shape[1], -1))
-    found = groups_OGS.sum(-1)
-    return found.sum(0, keepdim=True) if len(made.scale) == 1 else found
+def _cost(cost: Cost, weight_OI: Tensor, made: Quantized) -> Tensor:
+    """Float[O | 1, G]: of all weights that share a scale."""
+    found_OG = cost(weight_OI.float() - made.dequantized(), made.scale.shape[1])
+    return found_OG.sum(0, keepdim=True) if len(made.scale) == 1 else found_OG
+
+
+def _squares(error_OI: Tensor, groups: int) -> Tensor:
+    return error_OI.square().unflatten(1, (groups, -1)).sum(-1)

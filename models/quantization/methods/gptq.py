@@ -29,6 +29,7 @@ class GPTQ:
     act_order: bool = True
     clip: bool = False
     reading: ClassVar[type[Hessian]] = Hessian
+    scales: ClassVar[None] = None
 
     def __post_init__(self) -> None:
         if not self.damping > 0:

@@ -13,6 +13,7 @@ from models.quantization.grid import Grid, Quantized
 @dataclass(frozen=True)
 class Nearest:
     reading: ClassVar[None] = None
+    scales: ClassVar[None] = None
 
     def quantized(self, weight_OI: Tensor, grid: Grid, read: Any) -> Quantized:
         return grid.nearest(weight_OI, *grid.of_range(*grid.ranges(weight_OI)))

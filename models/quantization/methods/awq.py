@@ -1,0 +1,92 @@
+"""Weights that meet large inputs are made larger before they are rounded: activation-aware weight quantization."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from models.errors import Refusal
+from models.hessian import Hessian
+from models.quantization.grid import Grid, Quantized
+from models.quantization.methods.clipped import Clipped
+
+# N tokens, O what a matrix gives, I what it reads, K channels of which several inputs may be one
+
+
+class Magnitudes:
+    """What a matrix reads: its second moments, and the mean of |x|, Float32[I]."""
+
+    def __init__(self, width: int) -> None:
+        self.hessian = Hessian(width)
+        self.mean_I = torch.zeros(width)
+
+    def add(self, read_NI: Tensor) -> None:
+        self.hessian.add(read_NI)
+        found_I = read_NI.abs().mean(0, dtype=torch.float32)
+        self.mean_I = self.mean_I.to(found_I)
+        self.mean_I += (found_I - self.mean_I) * len(read_NI) / self.hessian.tokens
+
+    def divided(self, scale_I: Tensor) -> Magnitudes:
+        other = Magnitudes(len(self.mean_I))
+        other.hessian = self.hessian.divided(scale_I)
+        other.mean_I = self.mean_I / scale_I
+        return other
+
+
+@dataclass(frozen=True)
+class AWQ:
+    """Activation-aware weight quantization (arXiv:2306.00978): inputs are scaled by (mean |x|)^ratio, normed to
+    √(largest · smallest) = 1, weights the other way round.
+
+    Of `ratios` ratios, 0 to below 1, the one with the least squared error of what the matrices give that read the same,
+    over all calibration tokens: with their second moments H that of an error E of the weights is tr(E H Eᵀ), and no
+    token need be kept. `clip`: then the ranges with the least error of what each group adds, down to half of it.
+    """
+
+    ratios: int = 20
+    clip: bool = True
+    reading: ClassVar[type[Magnitudes]] = Magnitudes
+
+    def __post_init__(self) -> None:
+        if self.ratios < 1:
+            raise Refusal(f"quantizer.ratios={self.ratios}: need at least 1; 20 is usual")
+
+    def scales(self, readers: Sequence[tuple[Tensor, Any]], channel_I: Tensor, grid: Grid) -> Tensor:
+        """Float32[K]. Channels that nothing is read of keep 1."""
+        mean_I = readers[0][1].mean_I
+        channel_I = channel_I.to(mean_I.device)
+        number_K = channel_I.bincount()
+        mean_K = torch.zeros(len(number_K), device=mean_I.device).index_add(0, channel_I, mean_I) / number_K
+        best, least = torch.ones_like(mean_K), None
+        for ratio in torch.arange(self.ratios) / self.ratios:
+            tried_K = _scale(mean_K, float(ratio))
+            tried_I = tried_K[channel_I]
+            cost = sum(_cost(weight_OI, tried_I, grid, read.hessian) for weight_OI, read in readers)
+            if least is None or cost < least:
+                best, least = tried_K, cost
+        return best
+
+    def quantized(self, weight_OI: Tensor, grid: Grid, read: Any) -> Quantized:
+        if not self.clip:
+            return grid.nearest(weight_OI, *grid.of_range(*grid.ranges(weight_OI)))
+        fitted = Clipped(steps=21, smallest=0.5).fitted(weight_OI, grid, read.hessian.cost)
+        return grid.nearest(weight_OI, *fitted)
+
+
+def _scale(mean_K: Tensor, ratio: float) -> Tensor:
+    live_K = mean_K > 0
+    if not live_K.any():
+        return torch.ones_like(mean_K)
+    scale_K = mean_K.pow(ratio).clamp(min=1e-4)
+    middle = (scale_K[live_K].max() * scale_K[live_K].min()).sqrt()
+    return torch.where(live_K, scale_K / middle, 1.0)
+
+
+def _cost(weight_OI: Tensor, scale_I: Tensor, grid: Grid, hessian: Hessian) -> float:
+    scaled_OI = weight_OI.float() * scale_I
+    made = grid.nearest(scaled_OI, *grid.of_range(*grid.ranges(scaled_OI)))
+    return float(hessian.cost(made.dequantized() / scale_I - weight_OI.float()).sum())
