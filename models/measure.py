@@ -219,3 +219,14 @@ def measure_folder(
 def _synchronise(tensor: Tensor) -> None:
     if tensor.device.type == "cuda":
         torch.cuda.synchronize()
+
+
+def documents(batch: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """(input_ids, targets) of each document with something to predict, Int64[T] each, without padding."""
+    found = []
+    for ids_T, positions_T, targets_T in zip(batch["input_ids"], batch["position_ids"], batch["targets"], strict=True):
+        begins = [*(positions_T == 0).nonzero()[:, 0].tolist(), len(ids_T)]
+        for begin, end in zip(begins, begins[1:], strict=False):  # padding is a document of its own, without targets
+            if bool((targets_T[begin:end] >= 0).any()):
+                found.append((ids_T[begin:end], targets_T[begin:end]))
+    return found

@@ -53,6 +53,7 @@ class Walk:
             check(config, self.tokens, self.stage)
         whole = empty_model(config)
         fits(whole)
+        config.dtype = DTYPES[self.dtype]
         context.plan_model(config)
         return {
             "model": config.model_type,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,15 @@ class Quantize:
         return source_key(self.data)
 
     def check(self, context: Context) -> dict[str, Any]:
-        return self._walk.check(context, self._chosen)
+        taken: dict[str, list[int]] = {}
+
+        def fits(model: Any) -> None:
+            for matrix in self._chosen(model):
+                taken[str(matrix)] = list(matrix.of(model.get_parameter(matrix.parameter)).shape)
+
+        told = self._walk.check(context, fits)
+        context.plan_grid(asdict(self.grid), None, taken)
+        return told
 
     def prepare(self, context: Context) -> None:
         """Nothing to share: one process does it all."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -61,6 +61,52 @@ def read_record(path: Path) -> Record:
         raise Refusal(f"{path}: no record of a quantized model ({problem}); run the stage quantize again") from None
     inputs = {key.removesuffix(".input_scale"): t for key, t in tensors.items() if key.endswith(".input_scale")}
     return Record(grid, made, activations, inputs)
+
+
+class _OnDisk(Mapping[str, Quantized]):
+    """The matrices of a record, each read when it is asked for: the integers of a whole model are four times its
+    packed size."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = safe_open(path, "pt")
+        self._keys = frozenset(self._file.keys())
+
+    def __getitem__(self, name: str) -> Quantized:
+        if f"{name}.integers" not in self._keys:
+            raise KeyError(name)
+        scale = self._file.get_tensor(f"{name}.scale").float()
+        zero = f"{name}.zero_point"
+        zero_point = self._file.get_tensor(zero).int() if zero in self._keys else torch.zeros_like(scale).int()
+        return Quantized(self._file.get_tensor(f"{name}.integers").int(), scale, zero_point)
+
+    def __iter__(self) -> Iterator[str]:
+        return (key.removesuffix(".integers") for key in sorted(self._keys) if key.endswith(".integers"))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def input_scales(self) -> dict[str, Tensor]:
+        found = [key for key in self._keys if key.endswith(".input_scale")]
+        return {key.removesuffix(".input_scale"): self._file.get_tensor(key) for key in sorted(found)}
+
+
+def open_record(path: Path) -> Record:
+    """As read_record, with matrices that are read one at a time. Raises Refusal where the file is no record."""
+    grid, activations = read_grid(path)
+    matrices = _OnDisk(path)
+    return Record(grid, matrices, activations, matrices.input_scales())
+
+
+def read_shapes(path: Path) -> dict[str, tuple[int, int]]:
+    """[O, I] of the matrices, without their integers. Raises Refusal where the file is no record."""
+    read_grid(path)
+    found = {}
+    with safe_open(path, "pt") as file:
+        for key in file.keys():
+            if key.endswith(".integers"):
+                outputs, inputs = file.get_slice(key).get_shape()
+                found[key.removesuffix(".integers")] = (outputs, inputs)
+    return found
 
 
 def read_grid(path: Path) -> tuple[Grid, Activations | None]:
