@@ -23,6 +23,7 @@ SCORES = "scores.safetensors"  # of a cut: what calibration text had to say
 METRICS = "metrics.jsonl"  # of a training: it tells the time
 GRID = "grid.safetensors"  # of a quantized model: its integers and scales
 PLANNED_GRID = "grid.json"  # of a model that is still to be quantized: what its grid will be
+CARD = "README.md"  # of an export
 BESIDE = (PLAN, SCORES, METRICS)  # they lie beside a model, and are not of it
 _PARTIAL = ".partial"
 

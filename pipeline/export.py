@@ -11,8 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
-from importlib import metadata
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +20,11 @@ from torch import Tensor
 
 from models.errors import Refusal
 from models.formats.certificate import certify, refer
-from models.formats.checkpoint import dtype_of
-from models.formats.format import Finished, Format, Plan, Written
+from models.formats.checkpoint import add_tokenizer, dtype_of
+from models.formats.container import check_installed
+from models.formats.format import Finished, Format, Plan
 from models.layerwise import matrices
-from models.load import DTYPES, empty_model, load_config, parameter_count
+from models.load import DTYPES, empty_model, parameter_count
 from models.measure import documents
 from models.quantization.activations import Activations
 from models.quantization.grid import Grid
@@ -37,8 +37,6 @@ from pipeline.data.batch import collate, pad_token
 from pipeline.data.rows import RowSource, check_source, rows_of, source_key
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.progress import shown
-
-CARD = "README.md"
 
 
 @dataclass(frozen=True)
@@ -95,7 +93,7 @@ class Export:
         if limit and limit < self.tokens:
             raise Refusal(f"export.tokens={self.tokens}: the model reads at most {limit} (max_position_embeddings)")
         for name, form in self._formats.items():
-            check_installed(name, form)
+            check_installed(f"stages.{context.stage}.formats.{name}", form)
             form.check(plan)
         return {
             "model": plan.config.model_type,
@@ -137,7 +135,9 @@ class Export:
         record = grid if grid.is_file() else None
         rows = self._rows(context, folder)
         processes = multiprocessing.get_context("forkserver")
-        processes.set_forkserver_preload(["models.formats.certificate"])
+        # What is imported once is there in every process; a package that is missing is none of these formats' needs.
+        quantizers = ["transformers.quantizers.auto", "torchao.quantization", "compressed_tensors"]
+        processes.set_forkserver_preload(["models.formats.certificate", *quantizers])
         references = context.work / "references"
         for name in shown(list(self._formats), len(self._formats), context.stage):
             if (context.work / name / artifact.MANIFEST).exists():
@@ -148,7 +148,8 @@ class Export:
                 words = (str(folder), record, dtype, rows, references, context.device)
                 _alone(processes, refer, words, f"{context.stage}: the model itself")
                 (references / "done").touch()
-            self._make(context, name, Finished(folder, None, dtype), record, rows, references, processes)
+            finished = Finished(folder, open_record(record) if record else None, dtype)
+            self._make(context, name, finished, record, rows, references, processes)
         manifests = {name: json.loads((context.work / name / artifact.MANIFEST).read_text()) for name in self._formats}
         manifest = context.manifest("exports")
         manifest["certificates"] = {name: told["certificates"] for name, told in manifests.items()}
@@ -197,13 +198,13 @@ class Export:
         aside = context.work / f".{name}.partial"
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir()
-        words = (form, finished, record, aside)
         try:
-            written: Written = _alone(processes, write, words, f"{context.stage}: {name}")
+            written = form.write(finished, aside)
+            add_tokenizer(finished.folder, aside)
             told = _alone(
                 processes,
                 certify,
-                (form, aside, finished, record, rows, references, context.device),
+                (form, aside, replace(finished, record=None), record, rows, references, context.device),
                 f"{context.stage}: {name}",
             )
             self._judge(context, name, told, record)
@@ -227,7 +228,7 @@ class Export:
             },
             "seconds": round(time.monotonic() - begin, 3),
         }
-        (aside / CARD).write_text(self._card(context, name, manifest, aside))
+        (aside / artifact.CARD).write_text(self._card(context, name, manifest, aside))
         artifact.write_json(aside / artifact.MANIFEST, manifest)
         os.rename(aside, context.work / name)
         rounded = "" if odd is None else ", which rounds anew what is on no grid"
@@ -282,12 +283,6 @@ class Export:
         )
 
 
-def write(form: Format, finished: Finished, record: Path | None, folder: Path) -> Written:
-    """In a process of its own, so that its memory is given back."""
-    known = Finished(finished.folder, open_record(record) if record else None, finished.dtype)
-    return form.write(known, folder)
-
-
 def _alone(processes: Any, work: Callable[..., Any], words: tuple[Any, ...], what: str) -> Any:
     """`work(*words)` in a fresh process."""
     with ProcessPoolExecutor(1, mp_context=processes) as pool:
@@ -295,17 +290,6 @@ def _alone(processes: Any, work: Callable[..., Any], words: tuple[Any, ...], wha
             return pool.submit(work, *words).result()
         except BrokenProcessPool:
             raise Refusal(f"{what} was killed, most likely for lack of memory; take a smaller export.tokens") from None
-
-
-def check_installed(name: str, form: Format) -> None:
-    for package in form.needs:
-        try:
-            metadata.version(package)
-        except metadata.PackageNotFoundError:
-            raise Refusal(
-                f"export.formats.{name} needs {package}, which is not installed; pip install {package}, or leave the "
-                f"format out: stages.export.formats.{name}=null"
-            ) from None
 
 
 def _grid_beside(folder: Path) -> tuple[Grid | None, Activations | None, dict[str, tuple[int, int]]]:
@@ -371,4 +355,3 @@ def _linked(source: str, target: str) -> str:
     except OSError:
         shutil.copyfile(source, target)
     return target
-

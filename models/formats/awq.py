@@ -1,8 +1,8 @@
 """AutoAWQ's file layout for matrix products (GEMM): 4 bits from 0 up, a zero point for each group.
 
-    qweight  Int32[I, O/8]   eight outputs in a word, from the lowest bits up: 0, 2, 4, 6, 1, 3, 5, 7
-    qzeros   Int32[G, O/8]   likewise
-    scales   Float16[G, O]
+qweight  Int32[I, O/8]   eight outputs in a word, from the lowest bits up: 0, 2, 4, 6, 1, 3, 5, 7
+qzeros   Int32[G, O/8]   likewise
+scales   Float16[G, O]
 """
 
 from __future__ import annotations

@@ -18,8 +18,7 @@ from models.load import DTYPES, empty_model, load_config, parameter_count
 
 INDEX = "model.safetensors.index.json"
 # What belongs to a model beside its weights: never what a stage has left there too.
-_BESIDE = (
-    "generation_config.json",
+_TOKENIZER = (
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -28,8 +27,8 @@ _BESIDE = (
     "chat_template*",
     "additional_chat_templates/*",
     "*.model",
-    "*.py",  # of families that come with code; it runs where a person asks for it only
 )
+_OTHERS = ("generation_config.json", "*.py")  # code of families that come with it; it runs only where it is asked for
 
 
 def shards(folder: Path) -> list[Path]:
@@ -87,14 +86,24 @@ def rewritten(
 
 def beside(source: Path, target: Path, said: Mapping[str, Any]) -> None:
     """Tokenizer, generation config and config; `said` is added to the config."""
-    for pattern in _BESIDE:
-        for path in sorted(source.glob(pattern)):
-            to = target / path.relative_to(source)
-            to.parent.mkdir(exist_ok=True)
-            shutil.copyfile(path, to)
+    _copy(source, target, _TOKENIZER + _OTHERS)
     config = json.loads((source / "config.json").read_text())
     config.pop("torch_dtype", None)  # the older word for dtype
     (target / "config.json").write_text(json.dumps({**config, **said}, indent=2) + "\n")
+
+
+def add_tokenizer(source: Path, target: Path) -> None:
+    """The tokenizer's files that are not there yet: some containers need none of them."""
+    _copy(source, target, _TOKENIZER)
+
+
+def _copy(source: Path, target: Path, patterns: tuple[str, ...]) -> None:
+    for pattern in patterns:
+        for path in sorted(source.glob(pattern)):
+            to = target / path.relative_to(source)
+            if path.is_file() and not to.exists():
+                to.parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, to)
 
 
 def in_dtype(tensor: Tensor, dtype: str) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
+from importlib import metadata
 from typing import Any
 
 import torch
@@ -10,12 +11,24 @@ from torch import Tensor, nn
 
 from models.errors import Refusal
 from models.formats.checkpoint import dtype_of, in_dtype
-from models.formats.format import Finished, Plan
+from models.formats.format import Finished, Format, Plan
 from models.layerwise import matrices
 from models.load import empty_model
 from models.quantization.grid import SCALE_DTYPES, Grid, Quantized
 
 # O what a matrix gives, I what it reads, G groups of I
+
+
+def check_installed(setting: str, form: Format) -> None:
+    """`setting`: the format, as the config names it."""
+    for package in form.needs:
+        try:
+            metadata.version(package)
+        except metadata.PackageNotFoundError:
+            raise Refusal(
+                f"{setting} needs {package}, which is not installed; pip install {package}, or leave the format out: "
+                f"{setting}=null"
+            ) from None
 
 
 def grid_of(plan: Plan, name: str) -> Grid:
@@ -114,4 +127,3 @@ def scales_OG(quantized: Quantized, dtype: str) -> Tensor:
     if not torch.equal(found.float(), quantized.scale):
         raise Refusal(f"a scale is no number of {dtype}; run the stage quantize again")
     return found.expand(outputs, -1).contiguous()
-

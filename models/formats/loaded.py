@@ -51,7 +51,8 @@ class Loaded:
 class Unpacked(Loaded):
     """Files whose own runtime cannot be had here, unpacked by the rules that are published for them."""
 
-    name: ClassVar[str] = "transformers, after unpacking by the layout's rules"
+    name: ClassVar[str] = "transformers, unpacked by the layout's rules"
+    serves: ClassVar[bool] = False  # speed and memory are those of floats
 
 
 def loaded(folder: Path, device: str, dense: Callable[[Tensor], Tensor] = lambda held: held) -> Loaded:
