@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -219,3 +220,56 @@ def measure_folder(
 def _synchronise(tensor: Tensor) -> None:
     if tensor.device.type == "cuda":
         torch.cuda.synchronize()
+
+
+def documents(batch: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """(input_ids, targets) of each document with something to predict, Int64[T] each, without padding."""
+    found = []
+    for ids_T, positions_T, targets_T in zip(batch["input_ids"], batch["position_ids"], batch["targets"], strict=True):
+        begins = [*(positions_T == 0).nonzero()[:, 0].tolist(), len(ids_T)]
+        for begin, end in pairwise(begins):  # padding is a document of its own, without targets
+            if bool((targets_T[begin:end] >= 0).any()):
+                found.append((ids_T[begin:end], targets_T[begin:end]))
+    return found
+
+
+def scored(runtime: Any, batches: Iterable[dict[str, Tensor]]) -> tuple[float, int]:
+    """(nats, tokens) as negative_log_likelihood, of an export as its runtime reads it: a document at a time."""
+    nats, tokens = 0.0, 0
+    for batch in batches:
+        for ids_T, targets_T in documents(batch):
+            real_T = targets_T >= 0
+            logits_TV = runtime.logits(ids_T[None])[0][real_T]
+            nats += float(torch.nn.functional.cross_entropy(logits_TV.float(), targets_T[real_T], reduction="sum"))
+            tokens += int(real_T.sum())
+    return nats, tokens
+
+
+def measure_export(
+    form: Any,  # models.formats.format.Format
+    folder: str,
+    batches: list[dict[str, Tensor]],
+    text_bytes: int,
+    prompt: Tensor,
+    device: str,
+    settings: Speed,
+) -> dict[str, Any]:
+    """One row of the report, of a folder that `form` has written. Where its own runtime cannot be had here, speed and
+    memory would be another one's: they are left out."""
+    if device == "cpu":
+        runtime = form.open(Path(folder), device)  # once for nothing, as in measure_folder
+        runtime.speed(prompt[:, :2], Speed(new_tokens=2, repeats=1))
+        del runtime
+    memory = PeakMemory(device)
+    runtime = form.open(Path(folder), device)
+    quick: dict[str, float] = {}
+    if getattr(runtime, "serves", True):
+        quick = runtime.speed(prompt, settings)
+        quick["peak_memory_bytes"] = memory.bytes()
+    nats, tokens = scored(runtime, batches)
+    return {
+        "perplexity": float(torch.tensor(nats / tokens, dtype=torch.float64).exp()),
+        "bits_per_byte": nats / 0.6931471805599453 / text_bytes,
+        **quick,
+        "runtime": runtime.name,
+    }

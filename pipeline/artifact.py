@@ -22,6 +22,8 @@ PLAN = "plan.json"  # of a cut: which units it keeps
 SCORES = "scores.safetensors"  # of a cut: what calibration text had to say
 METRICS = "metrics.jsonl"  # of a training: it tells the time
 GRID = "grid.safetensors"  # of a quantized model: its integers and scales
+PLANNED_GRID = "grid.json"  # of a model that is still to be quantized: what its grid will be
+CARD = "README.md"  # of an export
 BESIDE = (PLAN, SCORES, METRICS)  # they lie beside a model, and are not of it
 _PARTIAL = ".partial"
 
@@ -104,8 +106,9 @@ def content_hash(path: Path, cache: Path | None = None) -> str:
 
 
 def _beside(name: str) -> bool:
-    """Whether a file of an artifact is not of the model. An adapter is merged, and what lies there names its folder."""
-    return name in BESIDE or name.startswith("adapter/")
+    """Whether a file of an artifact is not of the model. An adapter is merged, and what lies there names its folder;
+    the manifest of an export tells the time."""
+    return name in BESIDE or name.startswith("adapter/") or name.endswith(f"/{MANIFEST}")
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,10 @@ from torch import Tensor
 
 from models.errors import Refusal
 from models.load import DTYPES, check_folder, empty_model, load_config, load_model, parameter_count
+from models.quantization.activations import Activations
+from models.quantization.grid import Grid
+from models.quantization.record import read_grid, read_shapes
+from pipeline import artifact
 from pipeline.context import Context
 from pipeline.data import packing
 from pipeline.data.rows import RowSource, check_source, rows_of
@@ -53,6 +58,7 @@ class Walk:
             check(config, self.tokens, self.stage)
         whole = empty_model(config)
         fits(whole)
+        config.dtype = DTYPES[self.dtype]
         context.plan_model(config)
         return {
             "model": config.model_type,
@@ -89,6 +95,19 @@ def config_of(context: Context, model: str, trust_remote_code: bool) -> Any:
     if getattr(config, "quantization_config", None):
         raise Refusal(f"stages.{context.stage}.model={model}: its weights are packed; give the model it was made of")
     return config
+
+
+def grid_of(folder: Path) -> tuple[Grid | None, Activations | None, dict[str, tuple[int, int]]]:
+    """What is known before a weight is read of the grid of a model that is there, or that a stage before plans, and of
+    its matrices' [O, I]; None where it is on none."""
+    if (folder / artifact.GRID).is_file():
+        return *read_grid(folder / artifact.GRID), read_shapes(folder / artifact.GRID)
+    if (folder / artifact.PLANNED_GRID).is_file():
+        said = json.loads((folder / artifact.PLANNED_GRID).read_text())
+        activations = Activations(**said["activations"]) if said["activations"] else None
+        shapes = {name: (outputs, inputs) for name, (outputs, inputs) in said["matrices"].items()}
+        return Grid(**said["grid"]), activations, shapes
+    return None, None, {}
 
 
 def check(config: Any, tokens: int, stage: str) -> None:

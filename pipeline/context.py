@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from models.errors import Refusal
-from pipeline.artifact import git_commit, read_manifest, versions
+from pipeline.artifact import PLANNED_GRID, git_commit, read_manifest, versions, write_json
 
 
 @dataclass
@@ -85,7 +85,7 @@ class Context:
         return self.devices * int(self.config["trainer"]["nodes"])
 
     def manifest(self, kind: str) -> dict[str, Any]:
-        """What every manifest says; kind is `model` or `results`."""
+        """What every manifest says; kind is `model`, `exports` or `results`."""
         return {
             "stage": self.stage,
             "kind": kind,
@@ -118,3 +118,11 @@ class Context:
         """In the check process: what this stage will make, for the stages after it."""
         assert self.plans is not None
         hf_config.save_pretrained(self.plans / self.stage)
+
+    def plan_grid(
+        self, grid: dict[str, Any], activations: dict[str, Any] | None, matrices: dict[str, list[int]]
+    ) -> None:
+        """In the check process, of a planned model: the grid it will be on, and its matrices' [O, I]."""
+        assert self.plans is not None
+        said = {"grid": grid, "activations": activations, "matrices": matrices}
+        write_json(self.plans / self.stage / PLANNED_GRID, said)

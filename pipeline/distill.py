@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,11 @@ from models.objectives.term import Objective, needs_teacher
 from models.on_policy import OnPolicy
 from models.quantization import cache
 from models.quantization.qat import QAT, OnGrid
-from models.quantization.record import read_grid, read_record
+from models.quantization.record import read_record
 from models.student import Start
 from models.teachers.teacher import Source
 from pipeline import artifact, fit
+from pipeline.calibration import grid_of
 from pipeline.context import Context
 from pipeline.data import packing
 from pipeline.data.alignment import vocabulary_pairs
@@ -104,6 +105,8 @@ class Distill:
         if self.on_policy is not None:
             self._check_on_policy(context, self.on_policy, {"teacher": teacher, "student": student})
         context.plan_model(student)
+        if self.qat is not None:
+            self._plan_grid(context)
         fit.check_disk(context, sizes["student"])
         if sizes["student"] > sizes["teacher"]:
             warnings.append(
@@ -180,13 +183,17 @@ class Distill:
                 f"stages.{context.stage}: {what} with qat and lora: what is trained is fq(W + BA), a whole matrix in "
                 f"full precision; set lora.base=null, lora.dropout=0, keep_zeros=false"
             )
-        if not self._to_be_made(context):
-            if not (Path(path) / artifact.GRID).is_file():
-                raise Refusal(
-                    f"student.path={path}: no {artifact.GRID} in it, and so no grid to train on; run the stage "
-                    f"quantize on it first"
-                )
-            read_grid(Path(path) / artifact.GRID)
+
+    def _plan_grid(self, context: Context) -> None:
+        """The start's is the result's."""
+        grid, activations, shapes = grid_of(Path(context.config_folder(str(self.student.path))))
+        if grid is None:
+            raise Refusal(
+                f"stages.{context.stage}.student.path={self.student.path}: it is on no grid; give what the stage "
+                f"quantize makes"
+            )
+        taken = {name: list(shape) for name, shape in shapes.items()}
+        context.plan_grid(asdict(grid), None if activations is None else asdict(activations), taken)
 
     def _check_tokenizers(self, context: Context, teacher: Any, student: Any, chat: bool) -> None:
         tokenizer = load_tokenizer(self.teacher.path, self.teacher.trust_remote_code)

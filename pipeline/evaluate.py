@@ -9,6 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import tempfile
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -16,11 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from hydra.utils import instantiate
 
 from models.cache import HEADER
 from models.errors import Refusal
+from models.formats.container import check_installed
 from models.load import DTYPES, check_folder, load_config
-from models.measure import Quiz, Speed, measure_folder
+from models.measure import Quiz, Speed, measure_export, measure_folder
 from models.questions import PER, Question
 from models.student import Start
 from models.teachers.teacher import Source
@@ -32,7 +35,8 @@ from pipeline.data.tasks import Task
 from pipeline.data.tokenizer import load_tokenizer
 
 BEFORE = "student before"
-NO_MODEL = ("pipeline.record.Record", "pipeline.generate.Generate")  # stages that make something else
+EXPORT = "pipeline.export.Export"
+NO_MODEL = ("pipeline.record.Record", "pipeline.generate.Generate", EXPORT)  # stages that make something else
 UNSEEN, SEEN = "unseen", "seen"  # queries held out, and trained on
 SHOWN, SHOWN_SEEN = "unseen, shown", "seen, shown"  # the same behind demonstrations
 RESAMPLES = 2000
@@ -72,15 +76,36 @@ class Evaluate:
         return 1
 
     def parents(self, context: Context) -> dict[str, str]:
-        return {**self._models(context), **self.data.made_by_stages}
+        exports = {name: str(context.run_dir / name) for name, _ in self._exports(context).values()}
+        return {**self._models(context), **exports, **self.data.made_by_stages}
+
+    def _exports(self, context: Context) -> dict[str, tuple[str, dict[str, Any]]]:
+        """Role (stage/format) → stage and the format's node, of every export that will be measured.
+
+        Formats are built from the run's own config: a manifest could name any class.
+        """
+        order, stages = context.config["order"], context.config["stages"]
+        found = {}
+        for name in order[: order.index(context.stage)]:
+            if stages[name]["_target_"] != EXPORT:
+                continue
+            if name not in context.planned and artifact.read_manifest(context.run_dir / name) is None:
+                continue
+            for form, node in stages[name]["formats"].items():
+                role = f"{name}/{form}"
+                if node is not None and (self.models is None or {name, role} & set(self.models)):
+                    found[role] = (name, node)
+        return found
 
     def _models(self, context: Context) -> dict[str, str]:
         """Role → folder of every model that will be measured."""
         if self.models is not None:
-            names = [Path(m).name for m in self.models]
-            if twice := [m for m, name in zip(self.models, names, strict=True) if names.count(name) > 1]:
+            exports = self._exports(context)
+            wanted = [m for m in self.models if m not in exports and m not in {name for name, _ in exports.values()}]
+            names = [Path(m).name for m in wanted]
+            if twice := [m for m, name in zip(wanted, names, strict=True) if names.count(name) > 1]:
                 raise Refusal(f"evaluate.models: {', '.join(twice)} would bear one name in the report; rename a folder")
-            return {Path(m).name: m if "/" in m else str(context.run_dir / m) for m in self.models}
+            return {Path(m).name: m if "/" in m else str(context.run_dir / m) for m in wanted}
         order, stages = context.config["order"], context.config["stages"]
         found = {
             name: str(context.run_dir / name)
@@ -109,8 +134,10 @@ class Evaluate:
             raise Refusal(
                 f"{node}.holdout={self.data.holdout}: nothing falls to test; give {node}.test, or hold out more"
             )
-        parents = self._models(context)
-        if not parents:
+        parents, exports = self._models(context), self._exports(context)
+        for role, (stage, form) in exports.items():
+            check_installed(f"stages.{stage}.formats.{role.partition('/')[2]}", instantiate(form, _convert_="all"))
+        if not {**parents, **exports}:
             raise Refusal(
                 f"{context.stage} has no model to measure; run a training stage first or name folders in "
                 f"stages.{context.stage}.models"
@@ -130,7 +157,7 @@ class Evaluate:
                 )
             for role, path in parents.items():
                 self._check_room(role, context.config_folder(path), shown=role == self._teacher_role(context))
-        return {"model": f"{len(parents)} models", "data": corpus}
+        return {"model": f"{len(parents) + len(exports)} models", "data": corpus}
 
     def prepare(self, context: Context) -> None:
         """Nothing to share: one process does it all."""
@@ -164,6 +191,7 @@ class Evaluate:
                     }
                 )
                 print(f"{role}: perplexity {measured['perplexity']:.2f}", flush=True)
+        rows += [self._export_row(context, role, *found, processes) for role, found in self._exports(context).items()]
         if self.task is not None:
             rows = self._with_accuracy(rows, right, self._teacher_role(context))
         artifact.publish(
@@ -176,8 +204,28 @@ class Evaluate:
             },
         )
 
-    def _measured(self, context: Context, role: str, folder: str, processes: Any) -> dict[str, Any]:
-        tokenizer = load_tokenizer(folder, self._trusted)
+    def _export_row(
+        self, context: Context, role: str, stage: str, node: dict[str, Any], processes: Any
+    ) -> dict[str, Any]:
+        folder, name = context.run_dir / role, role.partition("/")[2]
+        tokenizer = load_tokenizer(str(folder), self._trusted)
+        batches, text_bytes, prompt = self._text(context, tokenizer)
+        form = instantiate(node, _convert_="all")
+        words = (form, str(folder), batches, text_bytes, prompt, context.device, self.speed)
+        measured = _alone(processes, role, measure_export, *words)
+        manifest = artifact.read_manifest(context.run_dir / stage) or {"metrics": {"formats": {}}}
+        print(f"{role}: perplexity {measured['perplexity']:.2f}", flush=True)
+        return {
+            "stage": role,
+            "path": str(folder.resolve()),
+            "parameters": manifest["metrics"].get("parameters"),
+            "bytes": bytes_on_disk(str(folder)),
+            "bits_per_weight": manifest["metrics"]["formats"].get(name, {}).get("bits_per_weight"),
+            **measured,
+        }
+
+    def _text(self, context: Context, tokenizer: Any) -> tuple[list[dict[str, Any]], int, Any]:
+        """(batches of the test split, bytes of their text, a prompt)."""
         packed, statistics, _ = rows_of(self.data, "test", tokenizer, context.data_folder)
         if not len(packed):
             raise Refusal("data.test: no text to measure on; give data.test or a data.holdout above 0")
@@ -188,33 +236,18 @@ class Evaluate:
             )
             for at in range(0, len(packed), self.batch_rows)
         ]
-        prompt = batches[0]["input_ids"][:1, : self.speed.prompt_tokens]
+        return batches, statistics["bytes"], batches[0]["input_ids"][:1, : self.speed.prompt_tokens]
+
+    def _measured(self, context: Context, role: str, folder: str, processes: Any) -> dict[str, Any]:
+        tokenizer = load_tokenizer(folder, self._trusted)
+        batches, text_bytes, prompt = self._text(context, tokenizer)
         quiz, left_out = self._quiz(tokenizer, shown=role == self._teacher_role(context))
         if told := ", ".join(
             f"{name.replace('_', ' ')} {n:,}" for name, n in left_out.items() if n and name in LEFT_OUT
         ):
             print(f"{role}: of the task's queries: {told}", flush=True)
-        with ProcessPoolExecutor(1, mp_context=processes) as pool:
-            work = pool.submit(
-                measure_folder,
-                folder,
-                batches,
-                statistics["bytes"],
-                prompt,
-                context.device,
-                self.dtype,
-                self.speed,
-                self.data.packing,
-                self._trusted,
-                quiz,
-            )
-            try:
-                return work.result()
-            except BrokenProcessPool:
-                raise Refusal(
-                    f"measuring {role} was killed, most likely for lack of memory; try "
-                    f"stages.{context.stage}.dtype=bfloat16 or a smaller batch_rows"
-                ) from None
+        words = (folder, batches, text_bytes, prompt, context.device, self.dtype, self.speed)
+        return _alone(processes, role, measure_folder, *words, self.data.packing, self._trusted, quiz)
 
     def _teacher_role(self, context: Context) -> str | None:
         path = self.teacher.path if self.teacher is not None else None
@@ -285,6 +318,18 @@ class Evaluate:
         ]
 
 
+def _alone(processes: Any, role: str, work: Callable[..., dict[str, Any]], *words: Any) -> dict[str, Any]:
+    """`work(*words)` in a fresh process, whose memory is no other model's."""
+    with ProcessPoolExecutor(1, mp_context=processes) as pool:
+        try:
+            return pool.submit(work, *words).result()
+        except BrokenProcessPool:
+            raise Refusal(
+                f"measuring {role} was killed, most likely for lack of memory; try stages.evaluate.dtype=bfloat16 or a "
+                f"smaller batch_rows"
+            ) from None
+
+
 def gap_closed(student: dict[str, bool], without: dict[str, bool], shown: dict[str, bool]) -> dict[str, float | None]:
     """The student's share of what demonstrations add to the teacher's accuracy, with its 95 % bootstrap interval.
 
@@ -315,5 +360,5 @@ def bytes_on_disk(folder: str) -> int | None:
     path = Path(folder)
     if not path.is_dir():
         return None
-    beside = (artifact.MANIFEST, *artifact.BESIDE)  # and folders: adapters that are merged already
+    beside = (artifact.MANIFEST, artifact.CARD, *artifact.BESIDE)  # and folders: adapters that are merged already
     return sum(p.stat().st_size for p in path.glob("*") if p.is_file() and p.name not in beside)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import load_from_disk
+from hydra.utils import instantiate
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
@@ -54,7 +56,7 @@ class Prune:
     per: str = "parameter"
     protect_first: int = 0
     protect_last: int = 0
-    multiple_of: int = 1
+    multiple_of: int | str = 1  # auto: what the grid and the formats of later stages need
     plan: str | None = None  # a plan.json, as it was written or edited: nothing is scored
     scores: Sequence[str] | None = None  # scores.safetensors of earlier cuts, added up: no text is read for them
     steps: int = 1  # the cut is taken in so many, the units scored anew before each
@@ -86,11 +88,12 @@ class Prune:
             raise Refusal("prune.scores with a plan: nothing is scored for a plan; leave one of them null")
         if self.scores is not None and self.steps > 1:
             raise Refusal(f"prune.scores with steps={self.steps}: they are of the whole model; use steps=1")
+        if isinstance(self.multiple_of, str) and self.multiple_of != "auto":
+            raise Refusal(f"prune.multiple_of={self.multiple_of}: need a whole number, or auto")
         if self.scores == []:
             raise Refusal(f"prune.scores=[]: name some {artifact.SCORES}, or null")
 
-    @property
-    def _wish(self) -> Wish:
+    def _wish(self, context: Context) -> Wish:
         return Wish(
             tuple(self.kinds),
             self.kept_fraction,
@@ -100,8 +103,22 @@ class Prune:
             self.per,
             self.protect_first,
             self.protect_last,
-            self.multiple_of,
+            self._multiple(context),
         )
+
+    def _multiple(self, context: Context) -> int:
+        """Where it is `auto`, the least that the grids and the formats of this run's later stages divide."""
+        if self.multiple_of != "auto":
+            return self.multiple_of  # type: ignore[return-value]
+        order, stages = context.config["order"], context.config["stages"]
+        needed = 1
+        for name in order[order.index(context.stage) + 1 :]:
+            if (grid := stages[name].get("grid")) is not None:
+                needed = math.lcm(needed, instantiate(grid, _convert_="all").group_size or 1)
+            for node in (stages[name].get("formats") or {}).values():
+                if node is not None:
+                    needed = math.lcm(needed, getattr(instantiate(node, _convert_="all"), "multiple", 1))
+        return needed
 
     @property
     def _files(self) -> list[Path]:
@@ -143,8 +160,8 @@ class Prune:
             # As if all scores were known: what cannot be met or said is refused before a weight is read. How units of
             # several groups compare is not known, so that later stages are checked with every group's own share.
             scores = {group.name: np.arange(group.units, dtype=float) for group in anatomy.groups.values()}
-            choose(shapes, scores, self._wish)
-            kept, _ = self._said(config, shapes, scores, replace(self._wish, ranking="layer"))
+            choose(shapes, scores, self._wish(context))
+            kept, _ = self._said(config, shapes, scores, replace(self._wish(context), ranking="layer"))
         smaller, note = smaller_config(config, anatomy, kept)
         context.plan_model(smaller)
         return {
@@ -252,7 +269,7 @@ class Prune:
             scores = self.importance.scores(model, anatomy, self.kinds, statistics)
             for name, units in kept.items():  # what went in an earlier step is below all that is there
                 scores[name] = np.where(np.isin(np.arange(len(scores[name])), units), scores[name], -1.0)
-            wish = self._wish.after(step, self.steps, shapes.size({}).parameters)
+            wish = self._wish(context).after(step, self.steps, shapes.size({}).parameters)
             kept, note = self._said(load_config(self.model, "model", self.trust_remote_code), shapes, scores, wish)
             if step < self.steps:
                 silence(model, anatomy, kept)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from models.quantization.activations import Activations, Largest, attach, round_
 from models.quantization.folding import fold
 from models.quantization.grid import Grid, Quantized
 from models.quantization.method import Method
+from models.quantization.proof import bits_per_weight, check_held
 from models.quantization.record import Record, read_record
 from models.representations import decoder_layers
 from pipeline import artifact
@@ -78,7 +79,15 @@ class Quantize:
         return source_key(self.data)
 
     def check(self, context: Context) -> dict[str, Any]:
-        return self._walk.check(context, self._chosen)
+        taken: dict[str, list[int]] = {}
+
+        def fits(model: Any) -> None:
+            for matrix in self._chosen(model):
+                taken[str(matrix)] = list(matrix.of(model.get_parameter(matrix.parameter)).shape)
+
+        told = self._walk.check(context, fits)
+        context.plan_grid(asdict(self.grid), None if self.activations is None else asdict(self.activations), taken)
+        return told
 
     def prepare(self, context: Context) -> None:
         """Nothing to share: one process does it all."""
@@ -99,13 +108,14 @@ class Quantize:
             input_scales |= of_layer.input_scales
         record = self._record(made, input_scales)
         manifest = context.manifest("model")
-        bits = _bits_per_weight(model, made, self.grid, dtype)
+        bits = bits_per_weight(model, record, dtype)
 
         def build(folder: Path) -> None:
             save_model(model, tokenizer, folder, model.state_dict(), dtype)
             record.write(folder / artifact.GRID)
             again = self._walk.load(str(folder))
-            manifest["certificates"] = {"weights_bit_equal": _bit_equal(context, again, folder, dtype)}
+            check_held(again, read_record(folder / artifact.GRID), dtype, context.stage)
+            manifest["certificates"] = {"weights_bit_equal": True}
             manifest["metrics"] = {"parameters": parameter_count(again), "bits_per_weight": bits}
             if self.activations is not None:
                 manifest["metrics"] |= self._price(context, again, read_record(folder / artifact.GRID), batches)
@@ -218,23 +228,3 @@ def _write(path: Path, tensors: dict[str, Tensor]) -> None:
     aside = path.with_suffix(".partial")
     save_file(tensors, aside)
     os.replace(aside, path)
-
-
-def _bits_per_weight(model: Any, made: dict[Matrix, Quantized], grid: Grid, dtype: torch.dtype) -> float:
-    """Of all parameters: those on the grid by their integers and scales, the others by the dtype."""
-    numbers = parameter_count(model)
-    on_grid = sum(quantized.integers.numel() for quantized in made.values())
-    shapes = [tuple(quantized.integers.shape) for quantized in made.values()]
-    bits = sum(grid.bits_per_weight((shape[0], shape[1])) * shape[0] * shape[1] for shape in shapes)
-    return (bits + (numbers - on_grid) * torch.finfo(dtype).bits) / numbers
-
-
-def _bit_equal(context: Context, model: Any, folder: Path, dtype: torch.dtype) -> bool:
-    """Whether every weight that is opened from the folder is the number that the integers beside it say."""
-    by_name = {str(matrix): matrix for matrix in chosen(model, (), "")}
-    for name, quantized in read_record(folder / artifact.GRID).matrices.items():
-        matrix = by_name[name]
-        weight_OI = matrix.of(model.get_parameter(matrix.parameter))
-        if not torch.equal(weight_OI, quantized.dequantized().to(dtype)):
-            raise Refusal(f"{context.stage}: {name} is not on its grid once reloaded; nothing was written")
-    return True

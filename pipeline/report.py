@@ -61,6 +61,7 @@ TASK_COLUMNS = (
 )
 # What a terminal has no room for beside a task's figures; the page has all.
 _ASIDE = {"bits_per_byte", "prefill_tokens_per_second", "first_token_ms", "peak_memory_bytes", "tokens"}
+_ASIDE |= {"runtime"}
 _ASIDE |= {"accuracy_on_training_queries", "gap_closed_on_training_queries"}
 # Of zeros in place (stage sparsify), where a model has some; and what they are good for.
 ZEROS = Column("zeros", "zeros in matrices", "zeros", lambda v: units.NOTHING if v is None else f"{100 * v:.1f} %")
@@ -71,6 +72,9 @@ ZEROS_NOTE = (
 )
 # Of keys and values, where it differs between models.
 CACHE = Column("cache_bytes_per_token", "cache bytes per token", "cache\nB/tok", units.si)
+# Of exports: what a weight takes with its scales, and what the figures were measured by.
+BITS = Column("bits_per_weight", "bits per weight", "bits/\nweight", _fixed(2))
+RUNTIME = Column("runtime", "measured by", "by", lambda value: units.NOTHING if value is None else str(value))
 FIELDS = ("stage", "path", *(column.key for column in COLUMNS))
 
 
@@ -103,7 +107,7 @@ def write_report(run_dir: Path) -> Json:
 def table(report: Json) -> Table:
     """The rows for a terminal, the comparisons below them."""
     columns = _columns(report["rows"])
-    if any(column in (*TASK_COLUMNS, ZEROS, CACHE) for column in columns):
+    if any(column in (*TASK_COLUMNS, ZEROS, CACHE, BITS) for column in columns):
         columns = [column for column in columns if column.key not in _ASIDE]
     result = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False, caption_justify="left")
     result.add_column("stage", style="bold", overflow="fold")
@@ -174,8 +178,9 @@ def _report(artifacts: Sequence[Artifact]) -> Json:
     for results in (a.manifest for a in artifacts if a.manifest["kind"] == "results"):
         parents, replaced = _parents(results), set()
         for row in results["metrics"]["rows"]:
-            artifact = by_name.get(row["stage"])
-            measured = parents.get(row["stage"], {}).get("content_hash")
+            owner = row["stage"].partition("/")[0]  # export/gptq is of the stage export
+            artifact = by_name.get(owner)
+            measured = parents.get(owner, {}).get("content_hash")
             if artifact and measured and measured != artifact.manifest["content_hash"]:
                 replaced.add(row["stage"])
                 continue
@@ -191,6 +196,17 @@ def _report(artifacts: Sequence[Artifact]) -> Json:
     for artifact in artifacts:
         if artifact.manifest["kind"] == "model" and artifact.name not in measured_stages:
             rows[artifact.name, str(artifact.folder)] = _unmeasured(artifact)
+        for form, told in (
+            artifact.manifest["metrics"]["formats"].items() if artifact.manifest["kind"] == "exports" else ()
+        ):
+            if (name := f"{artifact.name}/{form}") not in measured_stages:
+                rows[name, str(artifact.folder / form)] = dict.fromkeys(FIELDS) | {
+                    "stage": name,
+                    "path": str((artifact.folder / form).resolve()),
+                    "parameters": artifact.manifest["metrics"]["parameters"],
+                    "bytes": told["bytes"],
+                    BITS.key: told[BITS.key],
+                }
     return {"rows": _finite(list(rows.values())), "comparisons": _finite(comparisons)}
 
 
@@ -223,11 +239,12 @@ def _columns(rows: Sequence[Json]) -> list[Column]:
     """The report's own columns, then whatever else the rows bring (accuracy, bits_per_weight, ...)."""
     extra = dict.fromkeys(key for row in rows for key in row if key not in FIELDS)
     task = [column for column in TASK_COLUMNS if extra.pop(column.key, 0) is None]
-    extra.pop(ZEROS.key, None), extra.pop(CACHE.key, None)
+    own = {column.key: column for column in (ZEROS, CACHE, BITS, RUNTIME) if extra.pop(column.key, 0) is None}
     return [
         *COLUMNS,
         *([CACHE] if len({row[CACHE.key] for row in rows if row.get(CACHE.key)}) > 1 else []),
         *([ZEROS] if _notes(rows) else []),
+        *(column for column in (BITS, RUNTIME) if column.key in own),
         *task,
         *(Column(key, key.replace("_", " "), key.replace("_", " "), _plain) for key in extra),
     ]

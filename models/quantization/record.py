@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,30 +48,69 @@ class Record:
         save_file(tensors, path, metadata={"quantization": json.dumps(said)})
 
 
+class _OnDisk(Mapping[str, Quantized]):
+    """The matrices of a record, each read when it is asked for: the integers of a whole model are four times its
+    packed size."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = safe_open(path, "pt")
+        self._keys = frozenset(self._file.keys())
+
+    def __getitem__(self, name: str) -> Quantized:
+        if f"{name}.integers" not in self._keys:
+            raise KeyError(name)
+        scale = self._file.get_tensor(f"{name}.scale").float()
+        zero = f"{name}.zero_point"
+        zero_point = self._file.get_tensor(zero).int() if zero in self._keys else torch.zeros_like(scale).int()
+        return Quantized(self._file.get_tensor(f"{name}.integers").int(), scale, zero_point)
+
+    def __iter__(self) -> Iterator[str]:
+        return (key.removesuffix(".integers") for key in sorted(self._keys) if key.endswith(".integers"))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def input_scales(self) -> dict[str, Tensor]:
+        found = [key for key in self._keys if key.endswith(".input_scale")]
+        return {key.removesuffix(".input_scale"): self._file.get_tensor(key) for key in sorted(found)}
+
+
 def read_record(path: Path) -> Record:
-    """Raises Refusal where the file is not such a record."""
-    try:
-        with safe_open(path, "pt") as file:
-            said = json.loads(file.metadata()["quantization"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-        grid = Grid(**said["grid"])
-        activations = Activations(**said["activations"]) if "activations" in said else None
-        made = {}
-        for name in [key.removesuffix(".integers") for key in tensors if key.endswith(".integers")]:
-            scale = tensors[f"{name}.scale"].float()
-            zero_point = tensors.get(f"{name}.zero_point", torch.zeros(scale.shape, dtype=torch.int32))
-            made[name] = Quantized(tensors[f"{name}.integers"].int(), scale, zero_point.int())
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as problem:
-        raise Refusal(f"{path}: no record of a quantized model ({problem}); run the stage quantize again") from None
-    inputs = {key.removesuffix(".input_scale"): t for key, t in tensors.items() if key.endswith(".input_scale")}
-    return Record(grid, made, activations, inputs, said.get("cache"))
+    """Its matrices are read one at a time, when they are asked for. Raises Refusal where the file is no record."""
+    grid, activations = read_grid(path)
+    matrices = _OnDisk(path)
+    return Record(grid, matrices, activations, matrices.input_scales(), _said(path).get("cache"))
+
+
+def read_shapes(path: Path) -> dict[str, tuple[int, int]]:
+    """[O, I] of the matrices, without their integers. Raises Refusal where the file is no record."""
+    read_grid(path)
+    found = {}
+    with safe_open(path, "pt") as file:
+        for key in file.keys():
+            if key.endswith(".integers"):
+                outputs, inputs = file.get_slice(key).get_shape()
+                found[key.removesuffix(".integers")] = (outputs, inputs)
+    return found
 
 
 def read_grid(path: Path) -> tuple[Grid, Activations | None]:
-    """Without the integers. Raises Refusal where the file is not such a record."""
+    """Without the integers. Raises Refusal where the file is no record."""
+    said = _said(path)
+    try:
+        return Grid(**said["grid"]), Activations(**said["activations"]) if "activations" in said else None
+    except (KeyError, TypeError) as problem:
+        raise _no_record(path, problem) from None
+
+
+def _said(path: Path) -> dict[str, Any]:
     try:
         with safe_open(path, "pt") as file:
-            said = json.loads(file.metadata()["quantization"])
-        return Grid(**said["grid"]), Activations(**said["activations"]) if "activations" in said else None
+            said: dict[str, Any] = json.loads(file.metadata()["quantization"])
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as problem:
-        raise Refusal(f"{path}: no record of a quantized model ({problem}); run the stage quantize again") from None
+        raise _no_record(path, problem) from None
+    return said
+
+
+def _no_record(path: Path, problem: Exception) -> Refusal:
+    return Refusal(f"{path}: no record of a quantized model ({problem}); run the stage quantize again")

@@ -1,0 +1,144 @@
+"""What an export is worth against the model that it was made of: measured in fresh processes, on what was written.
+
+`refer` lets the plain model speak, `certify` the export. Each is called in a process of its own: nothing but files
+passes between them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from models.formats.format import Finished, Format, Runtime
+from models.formats.loaded import Loaded
+from models.layerwise import matrices
+from models.load import DTYPES, empty_model, load_config, load_model
+from models.quantization.record import Record, read_record
+
+# T tokens of a row, V vocabulary, O what a matrix gives, I what it reads
+
+_AT_ONCE = 64  # tokens whose distributions are compared at once
+
+
+@torch.no_grad()
+def refer(folder: str, record: Path | None, dtype: str, rows: Sequence[Tensor], out: Path, device: str) -> None:
+    """The plain model's logits of each row (Int64[T]), a file each. Where a record has activations on a grid, its
+    matrices read them so."""
+    model = load_model(folder, dtype=DTYPES[dtype]).to(device).eval()
+    with _rounded(model, read_record(record) if record else None):
+        for number, ids_T in enumerate(rows):
+            logits_TV = model(input_ids=ids_T[None].to(device), use_cache=False).logits[0]
+            save_file({"logits": logits_TV.float().cpu().contiguous()}, reference(out, number))
+
+
+def reference(folder: Path, number: int) -> Path:
+    return folder / f"logits-{number:05d}.safetensors"
+
+
+def certify(
+    form: Format,
+    folder: Path,
+    finished: Finished,
+    record: Path | None,
+    rows: Sequence[Tensor],
+    references: Path,
+    device: str,
+) -> dict[str, Any]:
+    """The figures of an export's certificate, and by what they were measured.
+
+    Weights are compared as the numbers that the plain model is made of, in the export's dtype: what the record says
+    where there is one, else the plain checkpoint.
+    """
+    runtime = form.open(folder, device)
+    odd = _odd(runtime, finished, record)
+    told = _Compared()
+    for number, ids_T in enumerate(rows):
+        told.add(load_file(reference(references, number))["logits"], runtime.logits(ids_T[None])[0], ids_T)
+    return {"weights_bit_equal": odd is None, "first_odd_weight": odd, **told.figures(), "runtime": runtime.name}
+
+
+def _odd(runtime: Runtime, finished: Finished, record: Path | None) -> str | None:
+    """The first matrix that is another one once reopened."""
+    kind = DTYPES[finished.dtype]
+    for name, want_OI in _truth(finished, record):
+        if not torch.equal(runtime.weight(name).cpu().to(kind), want_OI.to(kind)):
+            return name
+    return None
+
+
+def _truth(finished: Finished, record: Path | None) -> Iterator[tuple[str, Tensor]]:
+    if record is not None:
+        for name, quantized in read_record(record).matrices.items():
+            yield name, quantized.dequantized()
+        return
+    plain = Loaded(load_model(str(finished.folder), dtype=DTYPES[finished.dtype]))
+    for matrix in matrices(empty_model(load_config(str(finished.folder)))):
+        yield str(matrix), plain.weight(str(matrix))
+
+
+class _Compared:
+    """Sums over rows."""
+
+    def __init__(self) -> None:
+        self.apart = self.largest = self.kl = 0.0
+        self.nats = {"reference": 0.0, "reloaded": 0.0}
+        self.tokens = self.targets = 0
+
+    def add(self, want_TV: Tensor, got_TV: Tensor, ids_T: Tensor) -> None:
+        got_TV = got_TV[:, : want_TV.shape[1]]  # some runtimes fill up the vocabulary
+        self.apart = max(self.apart, float((want_TV - got_TV).abs().max()))
+        if not math.isfinite(float(got_TV.sum())):
+            self.apart = math.inf
+        self.largest = max(self.largest, float(want_TV.abs().max()))
+        for begin in range(0, len(ids_T), _AT_ONCE):
+            logp, logq = (each[begin : begin + _AT_ONCE].double().log_softmax(-1) for each in (want_TV, got_TV))
+            self.kl += float((logp.exp() * (logp - logq)).sum())
+            after = ids_T[begin + 1 : begin + 1 + _AT_ONCE, None]
+            for name, log in (("reference", logp), ("reloaded", logq)):
+                self.nats[name] -= float(log[: len(after)].gather(1, after).sum())
+            self.targets += len(after)
+        self.tokens += len(ids_T)
+
+    def figures(self) -> dict[str, Any]:
+        return {
+            "logits_max_difference": self.apart,
+            "largest_logit": self.largest,
+            "kl": max(self.kl / self.tokens, 0.0),  # rounding alone can bring it below
+            "perplexity_reloaded": math.exp(self.nats["reloaded"] / self.targets),
+            "perplexity_before": math.exp(self.nats["reference"] / self.targets),
+            "tokens": self.tokens,
+        }
+
+
+@contextmanager
+def _rounded(model: Any, record: Record | None) -> Iterator[None]:
+    """The record's matrices read on the activations' grid."""
+    if record is None or record.activations is None:
+        yield
+        return
+    activations, scales = record.activations, record.input_scales
+    taken: Mapping[str, Any] = {str(matrix): matrix for matrix in matrices(model)}
+
+    def hook_of(scale: Tensor | None) -> Any:
+        def hook(module: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            return activations.rounded(inputs[0], scale), *inputs[1:]
+
+        return hook
+
+    handles = []
+    for name in record.matrices:
+        module = model.get_submodule(taken[name].parameter.removesuffix(".weight"))
+        scale = scales[name].to(next(model.parameters()).device) if not activations.dynamic else None
+        handles.append(module.register_forward_pre_hook(hook_of(scale)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

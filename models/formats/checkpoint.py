@@ -1,0 +1,116 @@
+"""A plain checkpoint's files on their way into an export: tensors shard by shard, and what lies beside them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from models.errors import Refusal
+from models.load import DTYPES, empty_model, load_config, parameter_count
+
+INDEX = "model.safetensors.index.json"
+# What belongs to a model beside its weights: never what a stage has left there too.
+_TOKENIZER = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "chat_template*",
+    "additional_chat_templates/*",
+    "*.model",
+)
+_OTHERS = ("generation_config.json", "*.py")  # code of families that come with it; it runs only where it is asked for
+
+
+def shards(folder: Path) -> list[Path]:
+    """The files that hold the weights, in one order always."""
+    if (folder / INDEX).is_file():
+        names = set(json.loads((folder / INDEX).read_text())["weight_map"].values())
+        return [folder / name for name in sorted(names)]
+    return sorted(path for path in folder.glob("model*.safetensors"))
+
+
+def tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+    with safe_open(path, "pt") as file:
+        for name in file.keys():
+            yield name, file.get_tensor(name)
+
+
+def names(folder: Path) -> list[str]:
+    """Of all tensors; their numbers are not read."""
+    found: list[str] = []
+    for path in shards(folder):
+        with safe_open(path, "pt") as file:
+            found += file.keys()
+    return found
+
+
+def rewritten(
+    source: Path,
+    target: Path,
+    change: Callable[[str, Tensor], Mapping[str, Tensor]],
+    said: Mapping[str, Any],
+    metadata: Mapping[str, str] | None = None,
+) -> float:
+    """A checkpoint with other tensors: what `change` makes of each, shard by shard. `said` goes into its config.
+
+    Gives the bits of all tensors, for each of the model's parameters (tied ones count once).
+    """
+    weight_map: dict[str, str] = {}
+    total = 0
+    paths = shards(source)
+    if not paths:
+        raise Refusal(f"{source}: no model*.safetensors in it; the weights are missing")
+    for path in paths:
+        changed = {
+            new: value.contiguous() for name, tensor in tensors(path) for new, value in change(name, tensor).items()
+        }
+        total += sum(value.numel() * value.element_size() for value in changed.values())
+        weight_map |= dict.fromkeys(changed, path.name)
+        save_file(changed, target / path.name, metadata={"format": "pt", **(metadata or {})})
+    if len(paths) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        (target / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    beside(source, target, said)
+    return 8 * total / parameter_count(empty_model(load_config(str(source))))
+
+
+def beside(source: Path, target: Path, said: Mapping[str, Any]) -> None:
+    """Tokenizer, generation config and config; `said` is added to the config."""
+    _copy(source, target, _TOKENIZER + _OTHERS)
+    config = json.loads((source / "config.json").read_text())
+    config.pop("torch_dtype", None)  # the older word for dtype
+    (target / "config.json").write_text(json.dumps({**config, **said}, indent=2) + "\n")
+
+
+def add_tokenizer(source: Path, target: Path) -> None:
+    """The tokenizer's files that are not there yet: some containers need none of them."""
+    _copy(source, target, _TOKENIZER)
+
+
+def _copy(source: Path, target: Path, patterns: tuple[str, ...]) -> None:
+    for pattern in patterns:
+        for path in sorted(source.glob(pattern)):
+            to = target / path.relative_to(source)
+            if path.is_file() and not to.exists():
+                to.parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, to)
+
+
+def in_dtype(tensor: Tensor, dtype: str) -> Tensor:
+    return tensor.to(DTYPES[dtype]) if tensor.is_floating_point() else tensor
+
+
+def dtype_of(config: PretrainedConfig) -> str:
+    """The dtype that a checkpoint says it is in."""
+    said = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
+    return said if said in DTYPES else "float32"

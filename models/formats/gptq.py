@@ -1,0 +1,143 @@
+"""GPTQ's file layout as AutoGPTQ wrote it first (v1), which transformers, vLLM, TGI and TensorRT-LLM read.
+
+Of a matrix with O outputs, I inputs and b bits, all integers from 0 up, symmetric ones with the zero point 2^(b−1):
+
+    qweight  Int32[I·b/32, O]   bit k of column o's integers, laid end to end, is bit k % 32 of word k / 32
+    qzeros   Int32[G, O·b/32]   zero points less one, packed likewise along the outputs
+    scales   Float16[G, O]
+    g_idx    Int32[I]           the group of each input; neighbours, as no order of columns is needed (desc_act false)
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from models.errors import Refusal
+from models.formats.checkpoint import names, rewritten
+from models.formats.container import changed, check_divides, check_there, grid_of, left_out, scales_OG
+from models.formats.format import Finished, Plan, Runtime, Written
+from models.formats.unpacked import unpacked
+from models.load import load_config
+from models.quantization.grid import Quantized
+
+_NAME = "gptq"
+_BITS = (2, 3, 4, 8)
+_KERNELS = (32, 64, 128)  # group sizes that vLLM's Marlin kernels take
+
+# O what a matrix gives, I what it reads, G groups of I, W words of 32 bits
+
+
+@dataclass(frozen=True)
+class GPTQ:
+    needs: ClassVar[tuple[str, ...]] = ()
+    multiple: ClassVar[int] = 32  # integers of any width fill whole words then
+
+    def check(self, plan: Plan) -> None:
+        grid = grid_of(plan, _NAME)
+        if grid.bits not in _BITS:
+            raise Refusal(f"format={_NAME}: grid.bits={grid.bits}; need one of {', '.join(map(str, _BITS))}")
+        if not grid.symmetric:
+            raise Refusal(
+                f"format={_NAME}: grid.symmetric=false, and a zero point of 0 cannot be said there; use format=awq, or "
+                f"quantize with grid.symmetric=true"
+            )
+        if grid.scale_dtype != "float16":
+            raise Refusal(f"format={_NAME}: grid.scale_dtype={grid.scale_dtype}; scales are float16 there")
+        if plan.activations is not None:
+            raise Refusal(f"format={_NAME}: it has no activations of few bits; use format=compressed_tensors")
+        word = 32 if grid.bits == 3 else 32 // grid.bits
+        check_divides(plan, _NAME, word, word)
+
+    def write(self, finished: Finished, folder: Path) -> Written:
+        record = finished.record
+        assert record is not None
+        check_there(finished, names(finished.folder))
+        grid = record.grid
+
+        def packed(name: str, quantized: Quantized) -> dict[str, Tensor]:
+            zero = 2 ** (grid.bits - 1)
+            scales_GO = scales_OG(quantized, "float16").T.contiguous()
+            inputs = quantized.integers.shape[1]
+            return {
+                "qweight": _words(quantized.integers.T + zero, grid.bits),
+                "qzeros": _words(torch.full_like(scales_GO.T, zero - 1, dtype=torch.int32), grid.bits).T.contiguous(),
+                "scales": scales_GO,
+                "g_idx": torch.arange(inputs, dtype=torch.int32) // (inputs // len(scales_GO)),
+            }
+
+        config = {
+            "quant_method": "gptq",
+            "bits": grid.bits,
+            "group_size": grid.group_size or -1,
+            "sym": True,
+            "desc_act": False,
+            "static_groups": True,
+            "true_sequential": True,
+            "damp_percent": 0.01,
+            "lm_head": False,
+            "checkpoint_format": "gptq",
+            "pack_dtype": "int32",
+        }
+        plain = load_config(str(finished.folder))
+        if skipped := [name for name in left_out(plain, record.matrices) if _in_layers(name, record.matrices)]:
+            # GPTQModel and vLLM leave out what these expressions match; others know no such thing (see serving)
+            config["dynamic"] = {f"-:^{name.replace('.', chr(92) + '.')}$": {} for name in skipped}
+        said = {"dtype": finished.dtype, "quantization_config": config}
+        bits = rewritten(finished.folder, folder, changed(finished, packed), said)
+        (folder / "quantize_config.json").write_text(json.dumps(config, indent=2) + "\n")  # AutoGPTQ's own name for it
+        return Written(bits)
+
+    def open(self, folder: Path, device: str) -> Runtime:
+        return unpacked(folder, device, "qweight", _weight)
+
+    def serving(self, folder: str) -> list[tuple[str, str]]:
+        said = load_config(folder).quantization_config
+        whole = "dynamic" not in said
+        told = []
+        if said["bits"] in (4, 8) and said["group_size"] in (-1, *_KERNELS):
+            told.append(("vLLM", f"vllm serve {folder} --dtype float16"))
+            if whole:
+                told.append(("TGI", f"text-generation-launcher --model-id {folder} --quantize gptq"))
+        told.append(("transformers, with pip install gptqmodel", f"transformers serve {folder}"))
+        return told
+
+
+def _in_layers(name: str, matrices: Any) -> bool:
+    """Whether a module lies among those on the grid: the head does not, and GPTQ never takes it."""
+    return name.split(".")[0] in {each.split(".")[0] for each in matrices}
+
+
+def _words(integers_NC: Tensor, bits: int) -> Tensor:
+    """Int32[N·bits/32, C]: each column's integers end to end, the lowest bit first."""
+    places = torch.arange(len(integers_NC)) * bits
+    words_WC = torch.zeros(len(integers_NC) * bits // 32, integers_NC.shape[1], dtype=torch.int64)
+    for shift in range(bits):  # bit by bit: an integer of 3 bits may lie in two words
+        bit_NC = (integers_NC.long() >> shift) & 1
+        at = places + shift
+        words_WC.index_add_(0, at // 32, bit_NC << (at % 32)[:, None])
+    return torch.where(words_WC >= 2**31, words_WC - 2**32, words_WC).int()
+
+
+def _weight(parts: dict[str, Tensor], said: dict[str, Any]) -> Tensor:
+    """Float32[O, I], by the layout alone: nothing of how it was written is used."""
+    bits, scales_GO = int(said["bits"]), parts["scales"].float().numpy()
+    inputs = parts["g_idx"].shape[0]
+
+    def integers(words_WC: np.ndarray, count: int) -> np.ndarray:
+        """Int[count, C]."""
+        lines = np.ascontiguousarray(words_WC.T).astype("<i4").view(np.uint8)
+        stream = np.unpackbits(lines, axis=1, bitorder="little")[:, : count * bits].reshape(len(lines), count, bits)
+        found: np.ndarray = (stream.astype(np.int64) @ (1 << np.arange(bits))).T
+        return found
+
+    weight_IO = integers(parts["qweight"].numpy(), inputs)
+    zero_GO = integers(parts["qzeros"].numpy().T, scales_GO.shape[1]).T + 1
+    group_I = parts["g_idx"].numpy()
+    return torch.from_numpy((scales_GO[group_I] * (weight_IO - zero_GO[group_I]).astype(np.float32)).T.copy())

@@ -1,0 +1,104 @@
+"""torchao's integers of 2 to 8 bits, each held in a byte: smaller than floats on disk, and open to its kernels."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from models.errors import Refusal
+from models.formats.checkpoint import beside, in_dtype, names, shards, tensors
+from models.formats.container import check_scales, check_there, grid_of, left_out, scales_OG
+from models.formats.format import Finished, Plan, Runtime, Written
+from models.formats.loaded import loaded
+from models.load import DTYPES, empty_model, load_config, parameter_count
+from models.quantization.grid import Grid, Quantized
+
+_NAME = "torchao"
+
+
+@dataclass(frozen=True)
+class TorchAO:
+    """IntxUnpackedToInt8Tensor, the one class of torchao 0.18 that takes integers and scales of others as they are,
+    on any device, and that transformers saves and opens as safetensors."""
+
+    needs: ClassVar[tuple[str, ...]] = ("torchao",)
+
+    def check(self, plan: Plan) -> None:
+        grid = grid_of(plan, _NAME)
+        check_scales(plan, grid, _NAME)
+        if plan.activations is not None:
+            raise Refusal(
+                f"format={_NAME}: it rounds activations by another rule than they were quantized by; use "
+                f"format=compressed_tensors"
+            )
+
+    def write(self, finished: Finished, folder: Path) -> Written:
+        from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
+
+        record = finished.record
+        assert record is not None
+        check_there(finished, names(finished.folder))
+        grid, state = record.grid, {}
+        for path in shards(finished.folder):
+            for name, tensor in tensors(path):
+                held = name in record.matrices
+                state[name] = (
+                    _tensor(record.matrices[name], grid, finished.dtype) if held else in_dtype(tensor, finished.dtype)
+                )
+        data, metadata = flatten_tensor_state_dict(state)
+        data = {name: tensor.contiguous() for name, tensor in data.items()}
+        save_file(data, folder / "model.safetensors", metadata={"format": "pt", **metadata})
+        beside(finished.folder, folder, {"dtype": finished.dtype, "quantization_config": self._said(finished)})
+        total = sum(tensor.numel() * tensor.element_size() for tensor in data.values())
+        return Written(8 * total / parameter_count(empty_model(load_config(str(finished.folder)))))
+
+    def _said(self, finished: Finished) -> dict[str, Any]:
+        from torchao.quantization import IntxWeightOnlyConfig, MappingType, PerAxis, PerGroup
+        from transformers import TorchAoConfig
+
+        record = finished.record
+        assert record is not None
+        grid = record.grid
+        config = TorchAoConfig(
+            IntxWeightOnlyConfig(
+                weight_dtype=getattr(torch, f"int{grid.bits}"),
+                granularity=PerGroup(grid.group_size) if grid.granularity == "group" else PerAxis(0),
+                mapping_type=MappingType.SYMMETRIC if grid.symmetric else MappingType.ASYMMETRIC,
+            ),
+            modules_to_not_convert=left_out(load_config(str(finished.folder)), record.matrices),
+        )
+        found: dict[str, Any] = json.loads(json.dumps(config.to_dict()))
+        return found
+
+    def open(self, folder: Path, device: str) -> Runtime:
+        def dense(held: Tensor) -> Tensor:
+            return held.dequantize() if hasattr(held, "qdata") else held
+
+        return loaded(folder, device, dense)
+
+    def serving(self, folder: str) -> list[tuple[str, str]]:
+        return [("transformers", f"transformers serve {folder}")]
+
+
+def _tensor(quantized: Quantized, grid: Grid, dtype: str) -> Any:
+    """Its integers are always around zero: of an asymmetric grid, both they and the zero points are moved down."""
+    from torchao.quantization import IntxUnpackedToInt8Tensor
+
+    moved = 0 if grid.symmetric else 2 ** (grid.bits - 1)
+    scale = scales_OG(quantized, grid.scale_dtype).to(DTYPES[dtype])
+    zero = (quantized.zero_point - moved).to(torch.int8).expand(scale.shape).contiguous()
+    return IntxUnpackedToInt8Tensor(
+        qdata=(quantized.integers - moved).to(torch.int8),
+        scale=scale,
+        zero_point=zero,
+        target_dtype=getattr(torch, f"int{grid.bits}"),
+        block_size=[1, quantized.integers.shape[1] // scale.shape[1]],
+        dtype=DTYPES[dtype],
+        activation_quantization=None,
+    )

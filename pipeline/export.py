@@ -1,0 +1,343 @@
+"""Write a finished model in the containers that others serve, and show on the files what each is worth."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from torch import Tensor
+
+from models.errors import Refusal
+from models.formats.certificate import certify, refer
+from models.formats.checkpoint import add_tokenizer, dtype_of
+from models.formats.container import check_installed
+from models.formats.format import Finished, Format, Plan
+from models.layerwise import matrices
+from models.load import DTYPES, empty_model, parameter_count
+from models.measure import documents
+from models.quantization.record import read_record
+from pipeline import artifact, units
+from pipeline.calibration import config_of, grid_of
+from pipeline.context import Context
+from pipeline.data import packing
+from pipeline.data.batch import collate, pad_token
+from pipeline.data.rows import RowSource, check_source, rows_of, source_key
+from pipeline.data.tokenizer import load_tokenizer
+from pipeline.progress import shown
+
+
+@dataclass(frozen=True)
+class Export:
+    """One folder for each format, complete in itself. Where integers lie beside the model, they are packed as they
+    are."""
+
+    model: str  # folder or hub id
+    data: RowSource  # text that the certificates are measured on
+    formats: Mapping[str, Format | None]  # folder → what is written there; None: nothing
+    rows: int = 8
+    tokens: int = 128  # of each row, at most
+    dtype: str | None = None  # of what is on no grid; None: the model's
+    logits_tolerance: float = 0.05  # as a share of the largest logit
+    kl_tolerance: float = 1e-3  # nats for each token
+    trust_remote_code: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("rows", 1), ("tokens", 2)):
+            if getattr(self, name) < least:
+                raise Refusal(f"export.{name}={getattr(self, name)}: need at least {least}")
+        for name in ("logits_tolerance", "kl_tolerance"):
+            if not getattr(self, name) > 0:
+                raise Refusal(f"export.{name}={getattr(self, name)}: need a number above 0")
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise Refusal(f"export.dtype={self.dtype}: need one of {', '.join(DTYPES)}, or null for the model's")
+        if not self._formats:
+            raise Refusal("export.formats: none is left; add one, e.g. +format@stages.export.formats.gptq=gptq")
+        for name, form in self._formats.items():
+            if not isinstance(form, Format):
+                raise Refusal(f"export.formats.{name}: {type(form).__name__} is no format; name one of conf/format")
+            if not re.fullmatch(r"\w[\w.-]*", name):
+                raise Refusal(f"export.formats.{name}: it names a folder; use letters, digits, _, - and .")
+
+    @property
+    def _formats(self) -> dict[str, Format]:
+        return {name: form for name, form in self.formats.items() if form is not None}
+
+    def ranks(self, context: Context) -> int:
+        return 1
+
+    def parents(self, context: Context) -> dict[str, str]:
+        return {"model": self.model, **self.data.made_by_stages}
+
+    def content(self) -> str:
+        """Hash of the text it reads."""
+        return source_key(self.data)
+
+    def check(self, context: Context) -> dict[str, Any]:
+        corpus = check_source(context, self.data)
+        plan = self._plan(context)
+        limit = getattr(plan.config, "max_position_embeddings", None)
+        if limit and limit < self.tokens:
+            raise Refusal(f"export.tokens={self.tokens}: the model reads at most {limit} (max_position_embeddings)")
+        for name, form in self._formats.items():
+            check_installed(f"stages.{context.stage}.formats.{name}", form)
+            form.check(plan)
+        return {
+            "model": plan.config.model_type,
+            "parameters": parameter_count(empty_model(plan.config)),
+            "data": corpus,
+            "length": ", ".join(self._formats),
+            "commits": {"model": getattr(plan.config, "_commit_hash", None)},
+        }
+
+    def _plan(self, context: Context) -> Plan:
+        """What is known before a weight is read, in the check or later."""
+        config = config_of(context, self.model, self.trust_remote_code)
+        folder = Path(context.config_folder(self.model))
+        grid, activations, shapes = grid_of(folder)
+        own = dtype_of(config)
+        if self.dtype not in (None, own) and own != "float32":
+            raise Refusal(
+                f"stages.{context.stage}.dtype={self.dtype}: the model is {own}, which no other dtype makes exact; "
+                f"leave it null"
+            )
+        config.dtype = DTYPES[self.dtype or own]
+        if grid is None:
+            whole = empty_model(config)
+            for matrix in matrices(whole):
+                outputs, inputs = matrix.of(whole.get_parameter(matrix.parameter)).shape
+                shapes[str(matrix)] = (outputs, inputs)
+        return Plan(config, shapes, grid, activations)
+
+    def prepare(self, context: Context) -> None:
+        """Nothing to share: one process does it all."""
+        context.work.mkdir(parents=True, exist_ok=True)
+
+    def run(self, context: Context) -> None:
+        begin = time.monotonic()
+        folder = local_folder(self.model)
+        plan = self._plan(context)
+        dtype = dtype_of(plan.config)
+        grid = folder / artifact.GRID
+        record = grid if grid.is_file() else None
+        rows = self._rows(context, folder)
+        processes = multiprocessing.get_context("forkserver")
+        # What is imported once is there in every process; a package that is missing is none of these formats' needs.
+        quantizers = ["transformers.quantizers.auto", "torchao.quantization", "compressed_tensors"]
+        processes.set_forkserver_preload(["models.formats.certificate", *quantizers])
+        references = context.work / "references"
+        for name in shown(list(self._formats), len(self._formats), context.stage):
+            if (context.work / name / artifact.MANIFEST).exists():
+                continue  # a run that was killed had got so far
+            if not (references / "done").exists():
+                shutil.rmtree(references, ignore_errors=True)
+                references.mkdir()
+                words = (str(folder), record, dtype, rows, references, context.device)
+                _alone(processes, refer, words, f"{context.stage}: the model itself")
+                (references / "done").touch()
+            finished = Finished(folder, read_record(record) if record else None, dtype)
+            self._make(context, name, finished, record, rows, references, processes)
+        manifests = {name: json.loads((context.work / name / artifact.MANIFEST).read_text()) for name in self._formats}
+        manifest = context.manifest("exports")
+        manifest["certificates"] = {name: told["certificates"] for name, told in manifests.items()}
+        manifest["metrics"] = {
+            "parameters": parameter_count(empty_model(plan.config)),
+            "formats": {name: told["metrics"] for name, told in manifests.items()},
+        }
+
+        def build(out: Path) -> None:
+            for name in self._formats:
+                shutil.copytree(context.work / name, out / name, copy_function=_linked)
+            manifest["seconds"] = round(time.monotonic() - begin, 3)
+
+        artifact.publish(context.out, build, manifest)
+
+    def _rows(self, context: Context, folder: Path) -> list[Tensor]:
+        """Int64[T] each: the beginnings of documents, of the test split where there is one."""
+        tokenizer = load_tokenizer(str(folder), self.trust_remote_code)
+        if self.data.chat_template is not None:
+            tokenizer.chat_template = packing.chat_template(tokenizer, self.data)
+        splits = [split for split in ("test", "validation") if self.data.holds(split)]
+        found: list[Tensor] = []
+        for split in [*splits, "train"]:
+            rows, _, _ = rows_of(self.data, split, tokenizer, context.data_folder)
+            for number in range(len(rows)):
+                batch = collate([rows[number]], pad_token=pad_token(tokenizer))
+                found += [ids[: self.tokens] for ids, _ in documents(batch) if len(ids) > 1]
+                if len(found) >= self.rows:
+                    return found[: self.rows]
+            if found:
+                return found
+        raise Refusal(f"{context.stage}: no text of two tokens in data; give more")
+
+    def _make(
+        self,
+        context: Context,
+        name: str,
+        finished: Finished,
+        record: Path | None,
+        rows: list[Tensor],
+        references: Path,
+        processes: Any,
+    ) -> None:
+        """One export under work/, certified; nothing where it is not."""
+        begin, form = time.monotonic(), self._formats[name]
+        aside = context.work / f".{name}.partial"
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()
+        try:
+            written = form.write(finished, aside)
+            add_tokenizer(finished.folder, aside)
+            told = _alone(
+                processes,
+                certify,
+                (form, aside, replace(finished, record=None), record, rows, references, context.device),
+                f"{context.stage}: {name}",
+            )
+            self._judge(context, name, told, record)
+        except BaseException:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
+        manifest = context.manifest("export")
+        del manifest["run_config"]  # the stage's manifest has it
+        odd = told.pop("first_odd_weight")
+        manifest |= {
+            "format": context.config["stages"][context.stage]["formats"][name],
+            "certificates": {
+                **told,
+                "bits_per_weight": written.bits_per_weight,
+                "fallbacks": dict(written.fallbacks),
+            },
+            "metrics": {
+                "bits_per_weight": written.bits_per_weight,
+                "perplexity_reloaded": told["perplexity_reloaded"],
+                "bytes": sum(path.stat().st_size for path in aside.rglob("*") if path.is_file()),
+            },
+            "seconds": round(time.monotonic() - begin, 3),
+        }
+        (aside / artifact.CARD).write_text(self._card(context, name, manifest, aside))
+        artifact.write_json(aside / artifact.MANIFEST, manifest)
+        os.rename(aside, context.work / name)
+        rounded = "" if odd is None else ", which rounds anew what is on no grid"
+        print(
+            f"{context.stage}: {name}{rounded}: {written.bits_per_weight:.2f} bits per weight, "
+            f"{units.size(manifest['metrics']['bytes'])}, KL {told['kl']:.1e}, perplexity "
+            f"{told['perplexity_before']:.3f} → {told['perplexity_reloaded']:.3f}",
+            flush=True,
+        )
+
+    def _judge(self, context: Context, name: str, told: dict[str, Any], record: Path | None) -> None:
+        """A container that rounds a model that is on no grid says so; everything else has to be the same model."""
+        if not told["weights_bit_equal"]:
+            if record is None:
+                return
+            raise Refusal(
+                f"{context.stage}: {name}: {told['first_odd_weight']} is not on its grid once reloaded; nothing was "
+                f"written"
+            )
+        allowed = self.logits_tolerance * max(told["largest_logit"], 1e-9)
+        for what, value, most, setting in (
+            ("its logits differ by", told["logits_max_difference"], allowed, "logits_tolerance"),
+            ("its divergence is", told["kl"], self.kl_tolerance, "kl_tolerance"),
+        ):
+            if not value <= most:
+                raise Refusal(
+                    f"{context.stage}: {name}: {what} {value:.1e} from the model's, and {most:.1e} is allowed "
+                    f"(stages.{context.stage}.{setting}); nothing was written"
+                )
+
+    def _card(self, context: Context, name: str, manifest: dict[str, Any], aside: Path) -> str:
+        templates = Environment(
+            loader=FileSystemLoader(Path(__file__).parent),
+            autoescape=False,  # Markdown
+            undefined=StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
+            keep_trailing_newline=True,
+        )
+        told = manifest["certificates"]
+        commands = self._formats[name].serving(str(aside))
+        return templates.get_template("card.md.j2").render(
+            run=context.run_dir.name,
+            format=name,
+            lineage=lineage(self.model),
+            told=told,
+            runtime=told["runtime"],
+            metrics=manifest["metrics"],
+            size=units.size(manifest["metrics"]["bytes"]),
+            serving=[(runtime, line.replace(str(aside), str(context.out / name))) for runtime, line in commands],
+            versions=manifest["versions"],
+        )
+
+
+def _alone(processes: Any, work: Callable[..., Any], words: tuple[Any, ...], what: str) -> Any:
+    """`work(*words)` in a fresh process."""
+    with ProcessPoolExecutor(1, mp_context=processes) as pool:
+        try:
+            return pool.submit(work, *words).result()
+        except BrokenProcessPool:
+            raise Refusal(f"{what} was killed, most likely for lack of memory; take a smaller export.tokens") from None
+
+
+def local_folder(model: str) -> Path:
+    """A hub id's files, brought here."""
+    if Path(model).is_dir():
+        return Path(model)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]))
+
+
+def lineage(path: str) -> list[dict[str, Any]]:
+    """The model's own stage first, then its parents, each once."""
+    found: dict[str, dict[str, Any]] = {}
+
+    def walk(role: str, at: str, said: str | None, deep: int) -> None:
+        if at in found or deep > 32:
+            return
+        manifest = artifact.read_manifest(Path(at))
+        found[at] = {
+            "role": role,
+            "stage": manifest["stage"] if manifest else Path(at).name,
+            "hash": ((manifest or {}).get("content_hash") or said or "").removeprefix("sha256:")[:12],
+            "recipe": _recipe(manifest) if manifest else "",
+        }
+        for name, parent in ((manifest or {}).get("parents") or {}).items():
+            if name != "data":
+                walk(name, parent["path"], parent.get("content_hash"), deep + 1)
+
+    walk("model", path, None, 0)
+    return list(found.values())
+
+
+def _recipe(manifest: dict[str, Any]) -> str:
+    """A stage's own choices in short: plain values, and the classes of the others."""
+    parts = []
+    for key, value in (manifest.get("config") or {}).items():
+        if isinstance(value, dict) and "_target_" in value:
+            plain = {k: v for k, v in value.items() if k != "_target_" and isinstance(v, int | float | str | bool)}
+            inner = ", ".join(f"{k} {v}" for k, v in list(plain.items())[:5])
+            parts.append(f"{key} {value['_target_'].rpartition('.')[2]}" + (f" ({inner})" if inner else ""))
+        elif isinstance(value, int | float | str) and not key.startswith("_") and key != "trust_remote_code":
+            parts.append(f"{key} {value}")
+    return "; ".join(parts)
+
+
+def _linked(source: str, target: str) -> str:
+    """A second name for the file where the file system has such, a copy where not."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+    return target
