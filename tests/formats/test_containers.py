@@ -159,7 +159,7 @@ def test_activations_are_read_on_their_grid(dynamic: bool, tmp_path: Path) -> No
     folder = written(form, source, tmp_path / "ct")
     told = certified(form, source, folder, tmp_path)
     assert told["weights_bit_equal"]
-    # compressed-tensors divides a token's largest number by 127.5, vLLM and the grid by 127: other halves are rounded up
+    # compressed-tensors divides a token's largest number by 127.5; vLLM and the grid by 127
     assert told["kl"] < (1e-3 if dynamic else 1e-9)
     assert dynamic or told["logits_max_difference"] < 1e-5
     plain = HuggingFace().open(source, "cpu").logits(ROWS[0][None])
