@@ -112,6 +112,16 @@ def test_every_kind_of_scale_can_be_trained_with(scales: str) -> None:
     assert made.teacher.path == "runs/quantize_aware/pretrain"  # the float parent
 
 
+@pytest.mark.parametrize("name", sorted(p.stem for p in (CONF / "format").glob("*.yaml")))
+def test_every_format_can_be_exported_to_beside_others(name: str) -> None:
+    words = ["+experiment=quantize_export", "teacher.path=some/folder", "data=stdlib"]
+    words += [f"+format@stages.export.formats.one={name}", "stages.export.formats.compressed_tensors=null"]
+    made = build(composed(*words), "export")
+    assert type(made.formats["one"]).__module__.endswith(name)
+    assert made.formats["compressed_tensors"] is None
+    assert list(made._formats) == ["huggingface", "one"]
+
+
 @pytest.mark.parametrize("recorder", ["online", "sharded"])
 def test_a_cached_teacher_can_be_recorded_by(recorder: str) -> None:
     teacher = build(quickstart("teacher=cached", f"teacher@teacher.recorder={recorder}"), "record").teacher
@@ -139,7 +149,7 @@ def test_a_stage_that_records_runs_only_where_its_record_is_read(words: list[str
 @pytest.mark.parametrize("scale", [None, *sorted(p.stem for p in (CONF / "scale").glob("*.yaml"))])
 def test_every_experiment_composes_and_builds_all_its_stages(experiment: str, scale: str | None) -> None:
     words = [f"+experiment={experiment}"]
-    if experiment in ("distill", "quantize_only"):
+    if experiment in ("distill", "quantize_only", "quantize_export"):
         words += ["teacher.path=some/folder", "data.train=stdlib"]
     if scale is not None:
         if experiment != "distill_7b_to_1b":
@@ -178,6 +188,7 @@ def test_every_yaml_is_met_by_one_of_these_tests() -> None:
         "lora",
         "grid",
         "quantizer",
+        "format",
     }
     assert {p.stem for p in (CONF / "stage").glob("*.yaml")} == {
         "pretrain",
@@ -191,6 +202,7 @@ def test_every_yaml_is_met_by_one_of_these_tests() -> None:
         "sparsify",
         "recover",
         "quantize",
+        "export",
     }
 
 

@@ -6,14 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from models.errors import Refusal
 from models.formats.checkpoint import shards, tensors
 from models.formats.loaded import Unpacked
-from models.load import DTYPES, load_config
+from models.load import DTYPES, empty_model, load_config
 
 
 def unpacked(
@@ -31,13 +29,12 @@ def unpacked(
         parts = {kind: held.pop(f"{module}.{kind}") for kind in kinds if f"{module}.{kind}" in held}
         state[f"{module}.weight"] = weight(parts, said)
     state |= {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in held.items()}
-    model = AutoModelForCausalLM.from_config(config, dtype=DTYPES["float32"])
-    result = model.load_state_dict(state, strict=False)
-    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
-    if missing := [name for name in result.missing_keys if name not in tied]:
-        raise Refusal(f"{folder}: {missing[0]} is missing; nothing was written")
-    if result.unexpected_keys:
-        raise Refusal(f"{folder}: {result.unexpected_keys[0]} belongs to nothing; nothing was written")
-    model.tie_weights()
-    with torch.no_grad():
-        return Unpacked(model.to(device))
+    kind: Any = type(empty_model(config))
+    # As from a folder: families rename tensors on their way in.
+    model, told = kind.from_pretrained(
+        None, config=config, state_dict=state, dtype=DTYPES["float32"], output_loading_info=True
+    )
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if told[what]:
+            raise Refusal(f"{folder}: {what.replace('_', ' ')} {sorted(told[what])[0]}; nothing was written")
+    return Unpacked(model.to(device))

@@ -1,0 +1,379 @@
+"""What is written is what was quantized: integers as they were, opened by others as the same numbers."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from models.errors import Refusal
+from models.formats.awq import AWQ
+from models.formats.certificate import certify, refer
+from models.formats.checkpoint import INDEX
+from models.formats.compressed_tensors import CompressedTensors
+from models.formats.container import check_installed
+from models.formats.format import Finished, Format
+from models.formats.gptq import GPTQ
+from models.formats.huggingface import HuggingFace
+from models.formats.torchao import TorchAO
+from models.load import empty_model, load_config, parameter_count
+from models.quantization.activations import Activations
+from models.quantization.grid import Grid
+from models.quantization.record import open_record, read_record
+from tests.formats.quantized import plan_of, quantized
+
+ALL: dict[str, Format] = {
+    "huggingface": HuggingFace(),
+    "compressed_tensors": CompressedTensors(),
+    "gptq": GPTQ(),
+    "awq": AWQ(),
+    "torchao": TorchAO(),
+}
+WIDE = {"intermediate_size": 64, "num_key_value_heads": 4, "num_hidden_layers": 2}
+GROUP = Grid(4, "group", 16)
+GRIDS = {
+    "int4": GROUP,
+    "int4_asymmetric": Grid(4, "group", 16, symmetric=False),
+    "int4_channel": Grid(4, "channel", None),
+    "int8": Grid(8, "channel", None),
+    "int8_tensor": Grid(8, "tensor", None),
+    "int8_asymmetric": Grid(8, "channel", None, symmetric=False),
+    "int3": Grid(3, "group", 32),
+    "int2": Grid(2, "group", 16),
+    "int5": Grid(5, "group", 16),
+}
+HELD = {
+    "huggingface": list(GRIDS),
+    "compressed_tensors": ["int4", "int4_channel", "int8", "int8_tensor", "int3", "int2", "int5"],
+    "gptq": ["int4", "int4_channel", "int8", "int8_tensor", "int3", "int2"],
+    "awq": ["int4", "int4_asymmetric", "int4_channel"],
+    "torchao": list(GRIDS),
+}
+ROWS = [torch.randint(3, 300, (n,), generator=torch.Generator().manual_seed(n)) for n in (23, 40)]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """By name of the grid, each made once."""
+    made: dict[str, Path] = {}
+
+    def model(grid: str) -> Path:
+        if grid not in made:
+            made[grid] = quantized(tmp_path_factory.mktemp(grid), GRIDS[grid], **WIDE)
+        return made[grid]
+
+    return model
+
+
+def written(form: Format, source: Path, folder: Path, dtype: str = "float32") -> Path:
+    folder.mkdir(parents=True)
+    form.write(Finished(source, open_record(source / "grid.safetensors"), dtype), folder)
+    return folder
+
+
+def certified(form: Format, source: Path, folder: Path, tmp_path: Path, dtype: str = "float32") -> dict[str, Any]:
+    record, references = source / "grid.safetensors", tmp_path / "references"
+    references.mkdir(exist_ok=True)
+    refer(str(source), record, dtype, ROWS, references, "cpu")
+    return certify(form, folder, Finished(source, None, dtype), record, ROWS, references, "cpu")
+
+
+@pytest.mark.parametrize(("name", "grid"), [(name, grid) for name, grids in HELD.items() for grid in grids])
+def test_every_container_gives_back_the_very_numbers_of_the_grids_it_holds(
+    name: str, grid: str, models: Any, tmp_path: Path
+) -> None:
+    source, form = models(grid), ALL[name]
+    form.check(plan_of(source, GRIDS[grid]))
+    runtime = form.open(written(form, source, tmp_path / name), "cpu")
+    for matrix, made in read_record(source / "grid.safetensors").matrices.items():
+        assert torch.equal(runtime.weight(matrix), made.dequantized()), matrix
+    want = HuggingFace().open(source, "cpu").logits(ROWS[0][None])
+    assert float((runtime.logits(ROWS[0][None]) - want).abs().max()) < 1e-4
+    assert want.abs().max() > 0.1
+
+
+@pytest.mark.parametrize(("name", "grid"), [(name, grid) for name, grids in HELD.items() for grid in GRIDS
+                                            if grid not in grids])  # fmt: skip
+def test_a_grid_that_a_container_cannot_hold_is_refused_with_what_it_could(name: str, grid: str, models: Any) -> None:
+    with pytest.raises(Refusal, match=r"need|use format=") as refused:
+        ALL[name].check(plan_of(models(grid), GRIDS[grid]))
+    assert "\n" not in str(refused.value)
+
+
+def bits(words: np.ndarray, count: int, width: int) -> np.ndarray:
+    """`count` integers of `width` bits from a row of words, one after another, by arithmetic on one long number."""
+    rows = []
+    for row in words.reshape(len(words), -1).tolist():
+        whole = sum((word % 2**32) << (32 * place) for place, word in enumerate(row))
+        rows.append([(whole >> (width * at)) % 2**width for at in range(count)])
+    return np.array(rows)
+
+
+@pytest.mark.parametrize("grid", ["int4", "int3", "int8"])
+def test_integers_in_the_files_of_one_model_are_those_of_its_record(grid: str, models: Any, tmp_path: Path) -> None:
+    source, width = models(grid), GRIDS[grid].bits
+    record = read_record(source / "grid.safetensors")
+    packed = load_file(written(CompressedTensors(), source, tmp_path / "ct") / "model.safetensors")
+    gptq = load_file(written(GPTQ(), source, tmp_path / "gptq") / "model.safetensors")
+    up = 2 ** (width - 1)
+    for name, made in list(record.matrices.items())[:4]:
+        module, want = name.removesuffix(".weight"), made.integers.numpy()
+        outputs, inputs = want.shape
+        assert np.array_equal(bits(packed[f"{module}.weight_packed"].numpy(), inputs, width) - up, want)
+        assert torch.equal(packed[f"{module}.weight_scale"], made.scale.half())
+        assert np.array_equal(bits(gptq[f"{module}.qweight"].numpy().T, inputs, width) - up, want)
+        assert set(bits(gptq[f"{module}.qzeros"].numpy(), outputs, width).flatten()) == {up - 1}
+        assert torch.equal(gptq[f"{module}.scales"].T, made.scale.half())
+        assert gptq[f"{module}.g_idx"].tolist() == [at // (inputs // made.scale.shape[1]) for at in range(inputs)]
+    assert packed["lm_head.weight"].dtype == gptq["lm_head.weight"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("grid", ["int4", "int4_asymmetric"])
+def test_awq_files_hold_eight_outputs_in_a_word_in_their_own_order(grid: str, models: Any, tmp_path: Path) -> None:
+    source = models(grid)
+    held = load_file(written(AWQ(), source, tmp_path / "awq") / "model.safetensors")
+    up = 8 if GRIDS[grid].symmetric else 0
+    for name, made in list(read_record(source / "grid.safetensors").matrices.items())[:3]:
+        module = name.removesuffix(".weight")
+        for part, want in (("qweight", made.integers.T + up), ("qzeros", made.zero_point.T + up)):
+            words = held[f"{module}.{part}"].numpy()
+            for place, output in enumerate((0, 2, 4, 6, 1, 3, 5, 7)):
+                assert np.array_equal((words >> (4 * place)) & 15, want[:, output::8].numpy()), (part, place)
+        assert torch.equal(held[f"{module}.scales"], made.scale.T.half())
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_activations_are_read_on_their_grid(dynamic: bool, tmp_path: Path) -> None:
+    activations = Activations(8, dynamic)
+    source = quantized(tmp_path / "model", GRIDS["int8"], activations, **WIDE)
+    form = CompressedTensors()
+    form.check(plan_of(source, GRIDS["int8"], activations))
+    folder = written(form, source, tmp_path / "ct")
+    told = certified(form, source, folder, tmp_path)
+    assert told["weights_bit_equal"]
+    # compressed-tensors divides a token's largest number by 127.5; vLLM and the grid by 127
+    assert told["kl"] < (1e-3 if dynamic else 1e-9)
+    assert dynamic or told["logits_max_difference"] < 1e-5
+    plain = HuggingFace().open(source, "cpu").logits(ROWS[0][None])
+    rounded = form.open(folder, "cpu").logits(ROWS[0][None])
+    assert float((plain - rounded).abs().max()) > 1e-3  # so that the certificate is not of a model without them
+    for name, other in ALL.items():
+        if name not in ("huggingface", "compressed_tensors"):
+            with pytest.raises(Refusal, match="use format=compressed_tensors"):
+                other.check(plan_of(source, GROUP, activations))
+
+
+@pytest.mark.parametrize("name", ["huggingface", "compressed_tensors", "torchao"])
+def test_a_model_of_16_bits_is_the_same_to_the_bit(name: str, tmp_path: Path) -> None:
+    grid = Grid(4, "group", 16, scale_dtype="bfloat16")
+    source = quantized(tmp_path / "model", grid, dtype=torch.bfloat16, **WIDE)
+    form = ALL[name]
+    form.check(plan_of(source, grid))
+    told = certified(form, source, written(form, source, tmp_path / name, "bfloat16"), tmp_path, "bfloat16")
+    assert told["weights_bit_equal"]
+    assert told["logits_max_difference"] == 0
+
+
+@pytest.mark.parametrize("name", ["compressed_tensors", "torchao"])
+def test_scales_that_the_models_dtype_rounds_are_refused(name: str, tmp_path: Path) -> None:
+    source = quantized(tmp_path / "model", GROUP, dtype=torch.bfloat16, **WIDE)
+    with pytest.raises(Refusal, match=r"rounds scales of grid\.scale_dtype=float16; quantize with .*=bfloat16"):
+        ALL[name].check(plan_of(source, GROUP))
+
+
+class Requantized(CompressedTensors):
+    """Finds a grid anew in weights that are on one: the usual route."""
+
+    def write(self, finished: Finished, folder: Path) -> Any:
+        record = finished.record
+        assert record is not None
+        anew = {}
+        for name, made in record.matrices.items():
+            weight = made.dequantized()
+            anew[name] = record.grid.nearest(weight, *record.grid.of_range(*record.grid.ranges(weight)))
+        return super().write(Finished(finished.folder, type(record)(record.grid, anew), finished.dtype), folder)
+
+
+class Mixed(GPTQ):
+    """One matrix by the scales of another scheme."""
+
+    def write(self, finished: Finished, folder: Path) -> Any:
+        found = super().write(finished, folder)
+        held = load_file(folder / "model.safetensors")
+        scales = held["model.layers.1.mlp.up_proj.scales"]
+        scales[:] = scales.amax(0)  # by channel, where groups were
+        save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
+        return found
+
+
+class OtherScales(CompressedTensors):
+    """Scales in another 16 bits than those that weights were rounded with."""
+
+    def write(self, finished: Finished, folder: Path) -> Any:
+        found = super().write(finished, folder)
+        held = load_file(folder / "model.safetensors")
+        held = {name: t.bfloat16() if name.endswith("weight_scale") else t for name, t in held.items()}
+        save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
+        return found
+
+
+@pytest.mark.parametrize("wrong", [Requantized, Mixed, OtherScales])
+def test_the_certificate_trips_over_weights_of_another_grid(wrong: Any, models: Any, tmp_path: Path) -> None:
+    source = models("int4")
+    told = certified(wrong(), source, written(wrong(), source, tmp_path / "wrong"), tmp_path)
+    assert not told["weights_bit_equal"]
+    assert told["first_odd_weight"].startswith("model.layers.")
+    right = wrong.__mro__[1]()
+    assert certified(right, source, written(right, source, tmp_path / "right"), tmp_path)["weights_bit_equal"]
+
+
+def test_the_figures_are_those_of_the_dense_formulas(models: Any, tmp_path: Path) -> None:
+    """Of an export that really differs: the other grid's weights."""
+    source, other = models("int4"), models("int2")
+    folder = written(HuggingFace(), other, tmp_path / "other")
+    told = certified(HuggingFace(), source, folder, tmp_path)
+    p, q = (HuggingFace().open(at, "cpu") for at in (source, folder))
+    want, apart, nats, targets = 0.0, 0.0, 0.0, 0
+    for ids in ROWS:
+        a, b = p.logits(ids[None])[0].double(), q.logits(ids[None])[0].double()
+        want += float(torch.nn.functional.kl_div(b.log_softmax(-1), a.softmax(-1), reduction="sum"))
+        nats += float(torch.nn.functional.cross_entropy(b[:-1], ids[1:], reduction="sum"))
+        apart, targets = max(apart, float((a - b).abs().max())), targets + len(ids) - 1
+    assert told["kl"] == pytest.approx(want / sum(map(len, ROWS)), rel=1e-6)
+    assert told["kl"] > 1e-3
+    assert told["logits_max_difference"] == pytest.approx(apart, rel=1e-6)
+    assert told["perplexity_reloaded"] == pytest.approx(float(np.exp(nats / targets)), rel=1e-6)
+    assert not told["weights_bit_equal"]
+
+
+def test_transformers_opens_it_in_a_process_that_knows_nothing_of_this_project(models: Any, tmp_path: Path) -> None:
+    source = models("int4")
+    folders = [written(ALL[name], source, tmp_path / name) for name in ("huggingface", "compressed_tensors", "torchao")]
+    code = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+ids = torch.arange(3, 40)[None]
+want, *others = (AutoModelForCausalLM.from_pretrained(at).eval()(ids).logits for at in sys.argv[1:])
+print(*[(want - other).abs().max().item() < 1e-5 for other in others], "models" in sys.modules)
+"""
+    words = [sys.executable, "-P", "-c", code, str(source), *map(str, folders)]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.split()[-4:] == ["True", "True", "True", "False"], done.stderr
+
+
+def test_bits_per_weight_count_all_that_is_stored(models: Any, tmp_path: Path) -> None:
+    source = models("int4")
+    folder = tmp_path / "gptq"
+    folder.mkdir()
+    told = GPTQ().write(Finished(source, open_record(source / "grid.safetensors"), "float16"), folder)
+    held = load_file(folder / "model.safetensors").values()
+    stored = sum(8 * tensor.numel() * tensor.element_size() for tensor in held)
+    numbers = parameter_count(empty_model(load_config(str(source))))
+    assert told.bits_per_weight == pytest.approx(stored / numbers)
+    assert told.fallbacks == {}
+
+
+@pytest.mark.parametrize("name", list(ALL))
+def test_a_checkpoint_of_several_files_and_tied_tables(name: str, tmp_path: Path) -> None:
+    source = quantized(tmp_path / "one", GROUP, tie_word_embeddings=True, **WIDE)
+    held = load_file(source / "model.safetensors")
+    assert "lm_head.weight" not in held
+    names = sorted(held)
+    files = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
+    (source / "model.safetensors").unlink()
+    for file, part in files.items():
+        save_file({each: held[each] for each in part}, source / file, metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": {each: file for file, part in files.items() for each in part}}
+    (source / INDEX).write_text(json.dumps(index))
+    form = ALL[name]
+    told = certified(form, source, written(form, source, tmp_path / name), tmp_path)
+    assert told["weights_bit_equal"]
+    assert told["logits_max_difference"] < 1e-4
+
+
+def test_what_was_skipped_is_named_in_the_config_and_stays_as_it_is(tmp_path: Path) -> None:
+    source = quantized(tmp_path / "model", GROUP, **WIDE)
+    record = read_record(source / "grid.safetensors")
+    left = {name: made for name, made in record.matrices.items() if name != "model.layers.1.mlp.down_proj.weight"}
+    type(record)(record.grid, left).write(source / "grid.safetensors")
+    for name, form in ALL.items():
+        folder = written(form, source, tmp_path / name)
+        assert certified(form, source, folder, tmp_path)["logits_max_difference"] < 1e-4, name
+        said = json.loads((folder / "config.json").read_text()).get("quantization_config", {})
+        if name == "gptq":
+            assert list(said["dynamic"]) == [r"-:^model\.layers\.1\.mlp\.down_proj$"]
+            assert [runtime for runtime, _ in form.serving(str(folder))] == ["transformers, with pip install gptqmodel"]
+        elif name != "huggingface":
+            key = "ignore" if name == "compressed_tensors" else "modules_to_not_convert"
+            assert sorted(said[key]) == ["lm_head", "model.layers.1.mlp.down_proj"]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "mixtral"])
+def test_matrices_that_are_no_linear_modules_are_refused_where_containers_hold_nothing_else(
+    family: str, tmp_path: Path
+) -> None:
+    grid = Grid(4, "channel", None)
+    source = quantized(tmp_path / "model", grid, family=family)
+    for name in ("compressed_tensors", "gptq", "awq", "torchao"):
+        with pytest.raises(Refusal, match=r"Conv1D|other experts") as refused:
+            ALL[name].check(plan_of(source, grid))
+        assert "use format=huggingface" in str(refused.value)
+    folder = written(HuggingFace(), source, tmp_path / "plain")
+    assert certified(HuggingFace(), source, folder, tmp_path)["weights_bit_equal"]
+
+
+@pytest.mark.parametrize("family", ["phi3", "gpt_neox", "opt", "gemma2"])
+def test_fused_projections_and_biases_come_back(family: str, tmp_path: Path) -> None:
+    more = {"ffn_dim": 64} if family == "opt" else {"intermediate_size": 64}
+    source = quantized(tmp_path / "model", GROUP, family=family, **more)
+    for name, form in ALL.items():
+        form.check(plan_of(source, GROUP))
+        told = certified(form, source, written(form, source, tmp_path / name), tmp_path)
+        assert told["weights_bit_equal"], name
+        assert told["logits_max_difference"] < 1e-4, name
+
+
+def test_widths_that_words_do_not_hold_are_refused_with_those_that_fit(tmp_path: Path) -> None:
+    grid = Grid(4, "channel", None)
+    source = quantized(tmp_path / "model", grid, intermediate_size=44)
+    for form in (GPTQ(), AWQ()):
+        with pytest.raises(Refusal, match=r"44 numbers, and the container packs 8 at once; cut to .*multiple_of=8"):
+            form.check(plan_of(source, grid))
+    CompressedTensors().check(plan_of(source, grid))
+    form = CompressedTensors()
+    assert certified(form, source, written(form, source, tmp_path / "ct"), tmp_path)["weights_bit_equal"]
+
+
+def test_a_model_on_no_grid_goes_into_plain_files_only(models: Any) -> None:
+    plan = plan_of(models("int4"), None)
+    HuggingFace().check(plan)
+    for name in ("compressed_tensors", "gptq", "awq", "torchao"):
+        with pytest.raises(Refusal, match="on no grid; run the stage quantize"):
+            ALL[name].check(plan)
+
+
+def test_a_missing_package_is_named_with_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", none)
+    with pytest.raises(Refusal, match=r"not installed; pip install compressed-tensors, or .*formats\.a=null"):
+        check_installed("stages.export.formats.a", CompressedTensors())
+
+
+@pytest.mark.parametrize("name", list(ALL))
+def test_every_format_says_how_it_is_served(name: str, models: Any, tmp_path: Path) -> None:
+    folder = written(ALL[name], models("int4"), tmp_path / name)
+    told = ALL[name].serving(str(folder))
+    assert told
+    assert all(str(folder) in command for _, command in told)
+    runtimes = {runtime for runtime, _ in told}
+    assert ("vLLM" in runtimes) == (name == "huggingface")  # no kernel of vLLM's takes groups of 16
