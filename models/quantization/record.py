@@ -14,6 +14,7 @@ from torch import Tensor
 
 from models.errors import Refusal
 from models.quantization.activations import Activations
+from models.quantization.ggml import Blocks
 from models.quantization.grid import SCALE_DTYPES, Grid, Quantized
 
 
@@ -69,5 +70,38 @@ def read_grid(path: Path) -> tuple[Grid, Activations | None]:
         with safe_open(path, "pt") as file:
             said = json.loads(file.metadata()["quantization"])
         return Grid(**said["grid"]), Activations(**said["activations"]) if "activations" in said else None
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as problem:
+        raise Refusal(f"{path}: no record of a quantized model ({problem}); run the stage quantize again") from None
+
+
+@dataclass(frozen=True)
+class BlockRecord:
+    """The other kind of record: matrices in blocks that ggml itself has made (models.quantization.ggml), by the same
+    names."""
+
+    matrices: Mapping[str, Blocks]
+
+    def write(self, path: Path) -> None:
+        """The same record always gives the same bytes."""
+        tensors = {f"{name}.blocks": blocks.bytes.cpu().contiguous() for name, blocks in self.matrices.items()}
+        types = {name: blocks.type for name, blocks in sorted(self.matrices.items())}
+        save_file(tensors, path, metadata={"quantization": json.dumps({"ggml": types})})
+
+
+def read_blocks(path: Path) -> BlockRecord:
+    """Raises Refusal where the file is not such a record."""
+    try:
+        with safe_open(path, "pt") as file:
+            types = json.loads(file.metadata()["quantization"])["ggml"]
+            return BlockRecord({name: Blocks(types[name], file.get_tensor(f"{name}.blocks")) for name in types})
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as problem:
+        raise Refusal(f"{path}: no record of ggml's blocks ({problem}); run the stage quantize again") from None
+
+
+def is_blocks(path: Path) -> bool:
+    """Whether a record is of ggml's blocks. Raises Refusal where the file is no record at all."""
+    try:
+        with safe_open(path, "pt") as file:
+            return "ggml" in json.loads(file.metadata()["quantization"])
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as problem:
         raise Refusal(f"{path}: no record of a quantized model ({problem}); run the stage quantize again") from None
