@@ -22,7 +22,7 @@ from models.teachers.teacher import Teacher, capturing
 
 if TYPE_CHECKING:
     from models.on_policy import Rollouts
-    from models.quantization.qat import OnGrid
+    from models.quantization.aware import Rounding
 
 
 class LanguageModel(pl.LightningModule):
@@ -56,7 +56,7 @@ class LanguageModel(pl.LightningModule):
         memory_bytes: int | None = None,
         compiled: bool = False,
         on_policy: Rollouts | None = None,
-        on_grid: OnGrid | None = None,
+        rounding: Rounding | None = None,
     ) -> None:
         """`configs`: student's and teacher's, where the objective compares layers. The two after it: of the engine."""
         super().__init__()
@@ -66,7 +66,7 @@ class LanguageModel(pl.LightningModule):
         self.packed = packed
         self.seed, self.log_every_steps, self.activation_checkpointing = seed, log_every_steps, activation_checkpointing
         self.configs, self.memory_bytes, self.compiled = configs, memory_bytes, compiled
-        self.on_policy, self.on_grid = on_policy, on_grid
+        self.on_policy, self.rounding = on_policy, rounding
         self.student: Any = None
         self.teacher: Any = None
         self.comparisons = nn.ModuleDict()  # of layers, with what they learn: in checkpoints, and not in the result
@@ -111,8 +111,8 @@ class LanguageModel(pl.LightningModule):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         # Not in the step itself: there ZeRO-3 may be gathering ahead for the forward.
         step = self.trainer.global_step
-        if self.on_grid is not None:
-            self.on_grid.step = step
+        if self.rounding is not None:
+            self.rounding.rule.step = step
         if batch_idx % self.trainer.accumulate_grad_batches or self.on_policy is None or not self.on_policy.due(step):
             return
         with self.trainer.precision_plugin.forward_context():

@@ -14,9 +14,7 @@ from torch import Tensor
 
 from models.errors import Refusal
 from models.load import DTYPES, check_folder, empty_model, load_config, load_model, parameter_count
-from models.quantization.activations import Activations
-from models.quantization.grid import Grid
-from models.quantization.record import read_grid, read_shapes
+from models.quantization.record import Known, known, read_known
 from pipeline import artifact
 from pipeline.context import Context
 from pipeline.data import packing
@@ -97,17 +95,14 @@ def config_of(context: Context, model: str, trust_remote_code: bool) -> Any:
     return config
 
 
-def grid_of(folder: Path) -> tuple[Grid | None, Activations | None, dict[str, tuple[int, int]]]:
-    """What is known before a weight is read of the grid of a model that is there, or that a stage before plans, and of
-    its matrices' [O, I]; None where it is on none."""
+def known_of(folder: Path) -> Known | None:
+    """What is known before a weight is read of what a model that is there is made of, or one that a stage before plans;
+    None where it is on no grid."""
     if (folder / artifact.GRID).is_file():
-        return *read_grid(folder / artifact.GRID), read_shapes(folder / artifact.GRID)
+        return read_known(folder / artifact.GRID)
     if (folder / artifact.PLANNED_GRID).is_file():
-        said = json.loads((folder / artifact.PLANNED_GRID).read_text())
-        activations = Activations(**said["activations"]) if said["activations"] else None
-        shapes = {name: (outputs, inputs) for name, (outputs, inputs) in said["matrices"].items()}
-        return Grid(**said["grid"]), activations, shapes
-    return None, None, {}
+        return known(json.loads((folder / artifact.PLANNED_GRID).read_text()))
+    return None
 
 
 def check(config: Any, tokens: int, stage: str) -> None:

@@ -119,10 +119,7 @@ class Context:
         assert self.plans is not None
         hf_config.save_pretrained(self.plans / self.stage)
 
-    def plan_grid(
-        self, grid: dict[str, Any], activations: dict[str, Any] | None, matrices: dict[str, list[int]]
-    ) -> None:
-        """In the check process, of a planned model: the grid it will be on, and its matrices' [O, I]."""
+    def plan_grid(self, said: dict[str, Any]) -> None:
+        """In the check process, of a planned model: what is known of what it will be made of."""
         assert self.plans is not None
-        said = {"grid": grid, "activations": activations, "matrices": matrices}
         write_json(self.plans / self.stage / PLANNED_GRID, said)

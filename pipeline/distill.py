@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, replace
+import shutil
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +12,16 @@ from datasets import load_from_disk
 
 from models.cache import HEADER, Cache, read_header
 from models.errors import Refusal
-from models.load import check_folder, empty_model, load_config, parameter_count
+from models.load import check_folder, empty_model, parameter_count
 from models.lora import Lora
 from models.objectives.term import Objective, needs_teacher
 from models.on_policy import OnPolicy
 from models.quantization import cache
-from models.quantization.qat import QAT, OnGrid
-from models.quantization.record import read_record
+from models.quantization.aware import Aware
 from models.student import Start
 from models.teachers.teacher import Source
 from pipeline import artifact, fit
-from pipeline.calibration import grid_of
+from pipeline.calibration import known_of
 from pipeline.context import Context
 from pipeline.data import packing
 from pipeline.data.alignment import vocabulary_pairs
@@ -43,7 +43,7 @@ class Distill:
     on_policy: OnPolicy | None = None  # some of the steps on what the student writes itself
     lora: Lora | None = None  # adapters are trained and merged, and not the student's own weights
     keep_zeros: bool = False  # weights of the start that are zero stay zero
-    qat: QAT | None = None  # the start's weights are on a grid (stage quantize), and stay on it
+    qat: Aware | None = None  # the start's weights are on a grid (stage quantize), and stay on it
 
     @property
     def _taught(self) -> bool:
@@ -106,7 +106,8 @@ class Distill:
             self._check_on_policy(context, self.on_policy, {"teacher": teacher, "student": student})
         context.plan_model(student)
         if self.qat is not None:
-            self._plan_grid(context)
+            folder = Path(context.config_folder(str(self.student.path)))
+            context.plan_grid(self.qat.known(empty_model(student), known_of(folder)).said())
         fit.check_disk(context, sizes["student"])
         if sizes["student"] > sizes["teacher"]:
             warnings.append(
@@ -183,17 +184,6 @@ class Distill:
                 f"stages.{context.stage}: {what} with qat and lora: what is trained is fq(W + BA), a whole matrix in "
                 f"full precision; set lora.base=null, lora.dropout=0, keep_zeros=false"
             )
-
-    def _plan_grid(self, context: Context) -> None:
-        """The start's is the result's."""
-        grid, activations, shapes = grid_of(Path(context.config_folder(str(self.student.path))))
-        if grid is None:
-            raise Refusal(
-                f"stages.{context.stage}.student.path={self.student.path}: it is on no grid; give what the stage "
-                f"quantize makes"
-            )
-        taken = {name: list(shape) for name, shape in shapes.items()}
-        context.plan_grid(asdict(grid), None if activations is None else asdict(activations), taken)
 
     def _check_tokenizers(self, context: Context, teacher: Any, student: Any, chat: bool) -> None:
         tokenizer = load_tokenizer(self.teacher.path, self.teacher.trust_remote_code)
@@ -320,10 +310,8 @@ class Distill:
 
     def _write_start(self, tokenizer: Any, folder: Path) -> None:
         self.student.materialise(self.teacher.path, tokenizer, folder, self.seed)
-        if self.qat is not None:
-            record = read_record(Path(str(self.student.path)) / artifact.GRID)
-            OnGrid(self.qat, record, empty_model(load_config(str(folder))))
-            record.write(folder / artifact.GRID)
+        if self.qat is not None and self.qat.needs_record:
+            shutil.copy(Path(str(self.student.path)) / artifact.GRID, folder)
 
     def _check_recorded(self, context: Context) -> None:
         """Whether the cache is of this very teacher; of one that is served, the model's name is all there is."""

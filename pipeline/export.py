@@ -27,9 +27,9 @@ from models.formats.format import Finished, Format, Plan
 from models.layerwise import matrices
 from models.load import DTYPES, empty_model, parameter_count
 from models.measure import documents
-from models.quantization.record import read_record
+from models.quantization.record import BlockRecord, open_record, read_known
 from pipeline import artifact, units
-from pipeline.calibration import config_of, grid_of
+from pipeline.calibration import config_of, known_of
 from pipeline.context import Context
 from pipeline.data import packing
 from pipeline.data.batch import collate, pad_token
@@ -106,7 +106,8 @@ class Export:
         """What is known before a weight is read, in the check or later."""
         config = config_of(context, self.model, self.trust_remote_code)
         folder = Path(context.config_folder(self.model))
-        grid, activations, shapes = grid_of(folder)
+        known = known_of(folder)
+        shapes = {} if known is None else dict(known.shapes)
         own = dtype_of(config)
         if self.dtype not in (None, own) and own != "float32":
             raise Refusal(
@@ -114,12 +115,13 @@ class Export:
                 f"leave it null"
             )
         config.dtype = DTYPES[self.dtype or own]
-        if grid is None:
+        if known is None:
             whole = empty_model(config)
             for matrix in matrices(whole):
                 outputs, inputs = matrix.of(whole.get_parameter(matrix.parameter)).shape
                 shapes[str(matrix)] = (outputs, inputs)
-        return Plan(config, shapes, grid, activations)
+            return Plan(config, shapes, None)
+        return Plan(config, shapes, known.grid, known.activations, known.ggml)
 
     def prepare(self, context: Context) -> None:
         """Nothing to share: one process does it all."""
@@ -147,7 +149,11 @@ class Export:
                 words = (str(folder), record, dtype, rows, references, context.device)
                 _alone(processes, refer, words, f"{context.stage}: the model itself")
                 (references / "done").touch()
-            finished = Finished(folder, read_record(record) if record else None, dtype)
+            held = open_record(record) if record else None
+            if isinstance(held, BlockRecord):
+                finished = Finished(folder, None, dtype, held)
+            else:
+                finished = Finished(folder, held, dtype)
             self._make(context, name, finished, record, rows, references, processes)
         manifests = {name: json.loads((context.work / name / artifact.MANIFEST).read_text()) for name in self._formats}
         manifest = context.manifest("exports")
@@ -203,7 +209,7 @@ class Export:
             told = _alone(
                 processes,
                 certify,
-                (form, aside, replace(finished, record=None), record, rows, references, context.device),
+                (form, aside, replace(finished, record=None, blocks=None), record, rows, references, context.device),
                 f"{context.stage}: {name}",
             )
             self._judge(context, name, told, record)
@@ -251,7 +257,7 @@ class Export:
                 f"{context.stage}: {name}: {told['first_odd_weight']} is not on its grid once reloaded; nothing was "
                 f"written"
             )
-        rounded = record is not None and read_grid(record)[1] is not None
+        rounded = record is not None and read_known(record).activations is not None
         allowed = math.inf if rounded else self.logits_tolerance * max(told["largest_logit"], 1e-9)
         for what, value, most, setting in (
             ("its logits differ by", told["logits_max_difference"], allowed, "logits_tolerance"),

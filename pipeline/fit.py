@@ -34,9 +34,9 @@ from models.load import (
 from models.lora import Lora, merge, write_adapter
 from models.objectives.term import Objective
 from models.on_policy import OnPolicy, Rollouts, ends_of
+from models.quantization.aware import Aware
 from models.quantization.proof import bits_per_weight, check_held
-from models.quantization.qat import OWN, QAT, OnGrid
-from models.quantization.record import Record, read_record
+from models.quantization.record import BlockRecord, Record, open_record
 from models.sharding import gather_state, unsharded
 from models.sparsity import zeros
 from models.teachers.teacher import Opening, Source
@@ -218,7 +218,7 @@ def train(
     on_policy: OnPolicy | None = None,
     lora: Lora | None = None,
     keep_zeros: bool = False,
-    qat: QAT | None = None,
+    qat: Aware | None = None,
     extra: dict[str, Any] | None = None,
 ) -> None:
     """Fit `<work>/start` on the prepared rows and publish `<run_dir>/<stage>/`. Runs on every rank.
@@ -270,12 +270,12 @@ def train(
         load_model, prepared["start"], dtype=torch.float32, attention=attention, role="student"
     )
 
-    on_grid = None if qat is None else OnGrid(qat, read_record(Path(prepared["start"]) / artifact.GRID), empty)
+    rounding = None if qat is None else qat.open(Path(prepared["start"]) / artifact.GRID, empty)
 
     def load_student() -> Any:
         student = load_plain() if lora is None else lora.attach(load_plain(), context.seed, _SAVED[precision])
         student = zeros.keep(student) if keep_zeros else student
-        return student if on_grid is None else on_grid.attach(student)
+        return student if rounding is None else rounding.attach(student)
 
     rollouts = None
     if on_policy is not None:
@@ -309,7 +309,7 @@ def train(
         memory_bytes=None if budget is None else budget * 2**20,
         compiled=settings["compile"],
         on_policy=rollouts,
-        on_grid=on_grid,
+        rounding=rounding,
     )
     micro_batches = accumulation(training.global_batch, training.micro_batch, context.world)
     checkpoint = last_checkpoint(context.work / "checkpoints", context.config["strategy"], context.world)
@@ -347,34 +347,36 @@ def train(
     also: list[Callable[[Path], None]] = []
     certificates: dict[str, Any] = {}
     measured: dict[str, Any] = {}
-    if trainer.is_global_zero and (lora is not None or on_grid is not None):
+    if trainer.is_global_zero and (lora is not None or rounding is not None):
         with unsharded():
             model = load_plain(attention=None)  # on the CPU, where FlashAttention cannot run
             model = model if lora is None else lora.attach(model, context.seed, compute=None)
         model = zeros.keep(model) if keep_zeros else model
-        model = model if on_grid is None else on_grid.attach(model)
+        model = model if rounding is None else rounding.attach(model)
         learnt = {
             name: tensor
             for name, tensor in state.items()
-            if lora is None or "lora_" in name or name.rpartition(".")[2] in OWN
+            if lora is None
+            or "lora_" in name
+            or (rounding is not None and name.rpartition(".")[2] in rounding.rule.own)
         }
         assert learnt.keys() == {name for name in model.state_dict() if name in learnt or "lora_" in name}
         model.load_state_dict(learnt, strict=False)
-        if lora is not None and on_grid is None and not keep_zeros:
+        if lora is not None and rounding is None and not keep_zeros:
             folder = str(context.parents["student"]["path"]) if "student" in context.parents else prepared["start"]
             also.append(lambda out: write_adapter(adapter, folder, state, out / "adapter"))
-        if on_grid is None:
+        if rounding is None:
             certificates["merged_equals_adapter"] = _unchanged(context, model, rows, merge, _SAVED[precision])
         else:
-            on_grid.step = steps  # also where a restart has found no step left
-            records: list[Record] = []
+            rounding.rule.step = steps  # also where a restart has found no step left
+            records: list[Record | BlockRecord] = []
             certificates["trained_equals_frozen"] = _unchanged(
                 context,
                 model,
                 rows,
-                lambda model: records.append(on_grid.settle(model)),
+                lambda model: records.append(rounding.settle(model)),
                 _SAVED[precision],
-                on_grid.served,
+                rounding.served,
             )
             also.append(functools.partial(_write_record, context, records[0], _SAVED[precision]))
             certificates["weights_bit_equal"] = True  # or `also` raises
@@ -408,11 +410,11 @@ def train(
     trainer.strategy.barrier()
 
 
-def _write_record(context: Context, record: Record, saved: torch.dtype, folder: Path) -> None:
+def _write_record(context: Context, record: Record | BlockRecord, saved: torch.dtype, folder: Path) -> None:
     """Beside a model that was written; its weights are read again, and held against it."""
     record.write(folder / artifact.GRID)
     with unsharded():
-        check_held(load_model(str(folder), dtype=saved), read_record(folder / artifact.GRID), saved, context.stage)
+        check_held(load_model(str(folder), dtype=saved), open_record(folder / artifact.GRID), saved, context.stage)
 
 
 @torch.no_grad()

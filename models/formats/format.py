@@ -12,7 +12,7 @@ from torch import Tensor
 from models.measure import Speed
 from models.quantization.activations import Activations
 from models.quantization.grid import Grid
-from models.quantization.record import Record
+from models.quantization.record import BlockRecord, Record
 
 # B sequences, T tokens, V vocabulary, O what a matrix gives, I what it reads
 
@@ -25,6 +25,7 @@ class Plan:
     shapes: Mapping[str, tuple[int, int]]  # [O, I] of the matrices that are on the grid, or could be
     grid: Grid | None  # None: the model is not quantized
     activations: Activations | None = None
+    blocks: str | None = None  # of models.quantization.ggml.TYPES: the model is on these
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Finished:
     folder: Path  # an ordinary checkpoint with its tokenizer
     record: Record | None
     dtype: str  # of what is not on the grid
+    blocks: BlockRecord | None = None  # in place of a record
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,10 @@ class Quantized:
     scale: Tensor  # Float32, each a number of the grid's scale_dtype
     zero_point: Tensor  # Int32; 0 on a symmetric grid
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.integers.shape[0], self.integers.shape[1]
+
     def dequantized(self) -> Tensor:
         """Float32[O, I]: scale · (integer − zero_point)."""
         width = self.integers.shape[1] // self.scale.shape[1]

@@ -9,10 +9,10 @@ import torch
 from models.errors import Refusal
 from models.layerwise import matrices
 from models.load import parameter_count
-from models.quantization.record import Record
+from models.quantization.record import BlockRecord, Record
 
 
-def check_held(model: Any, record: Record, dtype: torch.dtype, stage: str) -> None:
+def check_held(model: Any, record: Record | BlockRecord, dtype: torch.dtype, stage: str) -> None:
     """`model`: as it was reloaded. Raises Refusal where a weight is not the number that its integers say."""
     by_name = {str(matrix): matrix for matrix in matrices(model)}
     for name, quantized in record.matrices.items():
@@ -21,10 +21,10 @@ def check_held(model: Any, record: Record, dtype: torch.dtype, stage: str) -> No
             raise Refusal(f"{stage}: {name} is not on its grid once reloaded; nothing was written")
 
 
-def bits_per_weight(model: Any, record: Record, dtype: torch.dtype) -> float:
-    """Of all parameters: those on the grid by their integers and scales, the others by the dtype."""
+def bits_per_weight(model: Any, record: Record | BlockRecord, dtype: torch.dtype) -> float:
+    """Of all parameters: those of the record by what it holds of them, the others by the dtype."""
     numbers = parameter_count(model)
-    shapes = [(quantized.integers.shape[0], quantized.integers.shape[1]) for quantized in record.matrices.values()]
-    on_grid = sum(outputs * inputs for outputs, inputs in shapes)
-    bits = sum(record.grid.bits_per_weight(shape) * shape[0] * shape[1] for shape in shapes)
-    return (bits + (numbers - on_grid) * torch.finfo(dtype).bits) / numbers
+    held = [matrix for matrix in matrices(model) if str(matrix) in record.matrices]
+    on_it = sum(matrix.of(model.get_parameter(matrix.parameter)).numel() for matrix in held)
+    bits = sum(record.bits(str(matrix)) for matrix in held)
+    return (bits + (numbers - on_it) * torch.finfo(dtype).bits) / numbers

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from models.errors import Refusal
 from models.quantization.activations import Activations
+from models.quantization.ggml import Blocks
 from models.quantization.grid import SCALE_DTYPES, Grid, Quantized
 
 
@@ -46,6 +47,11 @@ class Record:
             said["cache"] = self.cache
         # One string: safetensors writes several metadata keys in an order of its own.
         save_file(tensors, path, metadata={"quantization": json.dumps(said)})
+
+    def bits(self, name: str) -> float:
+        """What a matrix takes, in all: integers, scales and zero points."""
+        shape = self.matrices[name].shape
+        return self.grid.bits_per_weight(shape) * shape[0] * shape[1]
 
 
 class _OnDisk(Mapping[str, Quantized]):
@@ -82,16 +88,51 @@ def read_record(path: Path) -> Record:
     return Record(grid, matrices, activations, matrices.input_scales(), _said(path).get("cache"))
 
 
-def read_shapes(path: Path) -> dict[str, tuple[int, int]]:
-    """[O, I] of the matrices, without their integers. Raises Refusal where the file is no record."""
-    read_grid(path)
+@dataclass(frozen=True)
+class Known:
+    """What there is to know of a record before its integers are read, or before there are any."""
+
+    shapes: Mapping[str, tuple[int, int]]  # [O, I] of its matrices
+    grid: Grid | None = None
+    activations: Activations | None = None
+    ggml: str | None = None  # of models.quantization.ggml.TYPES, in place of a grid
+
+    def said(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        return {
+            "matrices": {name: list(shape) for name, shape in self.shapes.items()},
+            "grid": None if self.grid is None else asdict(self.grid),
+            "activations": None if self.activations is None else asdict(self.activations),
+            "ggml": self.ggml,
+        }
+
+
+def known(said: Mapping[str, Any]) -> Known:
+    """Of what `Known.said` said."""
+    return Known(
+        {name: (outputs, inputs) for name, (outputs, inputs) in said["matrices"].items()},
+        Grid(**said["grid"]) if said["grid"] else None,
+        Activations(**said["activations"]) if said["activations"] else None,
+        said["ggml"],
+    )
+
+
+def read_known(path: Path) -> Known:
+    """Of a record, without its integers. Raises Refusal where the file is none."""
+    said = _said(path)
+    if "ggml" in said:
+        blocks = open_record(path)
+        shapes = {name: each.shape for name, each in blocks.matrices.items()}
+        types = sorted(set(said["ggml"].values()))
+        return Known(shapes, ggml=types[0])
+    grid, activations = read_grid(path)
     found = {}
     with safe_open(path, "pt") as file:
         for key in file.keys():
             if key.endswith(".integers"):
                 outputs, inputs = file.get_slice(key).get_shape()
                 found[key.removesuffix(".integers")] = (outputs, inputs)
-    return found
+    return Known(found, grid, activations)
 
 
 def read_grid(path: Path) -> tuple[Grid, Activations | None]:
@@ -114,3 +155,37 @@ def _said(path: Path) -> dict[str, Any]:
 
 def _no_record(path: Path, problem: Exception) -> Refusal:
     return Refusal(f"{path}: no record of a quantized model ({problem}); run the stage quantize again")
+
+
+@dataclass(frozen=True)
+class BlockRecord:
+    """The other kind of record: matrices in blocks that ggml itself has made (models.quantization.ggml), by the same
+    names."""
+
+    matrices: Mapping[str, Blocks]
+    cache: str | None = None
+
+    def write(self, path: Path) -> None:
+        """The same record always gives the same bytes."""
+        tensors = {f"{name}.blocks": blocks.bytes.cpu().contiguous() for name, blocks in self.matrices.items()}
+        said: dict[str, Any] = {"ggml": {name: blocks.type for name, blocks in sorted(self.matrices.items())}}
+        if self.cache is not None:
+            said["cache"] = self.cache
+        save_file(tensors, path, metadata={"quantization": json.dumps(said)})
+
+    def bits(self, name: str) -> float:
+        """What a matrix takes, in all."""
+        return self.matrices[name].bits()
+
+
+def open_record(path: Path) -> Record | BlockRecord:
+    """Of either kind. Raises Refusal where the file is no record."""
+    said = _said(path)
+    if "ggml" not in said:
+        return read_record(path)
+    try:
+        with safe_open(path, "pt") as file:
+            made = {name: Blocks(kind, file.get_tensor(f"{name}.blocks")) for name, kind in said["ggml"].items()}
+    except (SafetensorError, AttributeError) as problem:
+        raise _no_record(path, problem) from None
+    return BlockRecord(made, said.get("cache"))

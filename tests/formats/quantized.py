@@ -12,7 +12,7 @@ from models.layerwise import matrices
 from models.quantization.activations import Activations
 from models.quantization.grid import Grid
 from models.quantization.methods.clipped import Clipped
-from models.quantization.record import Record, read_shapes
+from models.quantization.record import Record, read_known
 from tests.pruning.families import model_of
 
 
@@ -45,5 +45,5 @@ def quantized(
 def plan_of(folder: Path, grid: Grid | None, activations: Activations | None = None) -> Plan:
     from models.load import load_config
 
-    shapes = read_shapes(folder / "grid.safetensors")
+    shapes = read_known(folder / "grid.safetensors").shapes
     return Plan(load_config(str(folder)), shapes, grid, activations)

@@ -18,7 +18,7 @@ from models.quantization.activations import Activations
 from models.quantization.grid import Grid
 from models.quantization.methods.clipped import Clipped
 from models.quantization.methods.nearest import Nearest
-from models.quantization.qat import QAT, OnGrid, rounded
+from models.quantization.qat import QAT, on_grid, rounded
 from models.quantization.record import Record, read_record
 from models.quantization.straight_through import straight_through
 from pipeline.worker import check
@@ -149,11 +149,11 @@ IDS = torch.arange(24).view(2, 12)
 def test_a_model_on_its_grid_gives_what_the_plain_model_of_rounded_weights_gives(family: str, grid: Grid) -> None:
     model = model_of(family, dtype=torch.float32, vocab_size=300).eval()
     record = record_of(model, grid if grid.group_size is None else Grid(grid.bits, "group", 4, grid.symmetric))
-    on_grid = OnGrid(QAT(), record, empty_model(model.config))
+    rounding = on_grid(QAT(), record, empty_model(model.config))
     plain = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    attached = on_grid.attach(model)
+    attached = rounding.attach(model)
     got = attached(IDS).logits
-    settled = on_grid.settle(attached)
+    settled = rounding.settle(attached)
     assert model.state_dict().keys() == plain.keys()
     assert torch.equal(attached(IDS).logits, got)
     assert settled.matrices.keys() == record.matrices.keys()
@@ -166,23 +166,23 @@ def test_a_model_on_its_grid_gives_what_the_plain_model_of_rounded_weights_gives
 
 def test_adapters_are_on_the_grid_with_the_weight_they_are_added_to() -> None:
     model, grid = tiny(), Grid(3, "group", 16)
-    on_grid = OnGrid(QAT("frozen"), record_of(model, grid), empty_model(model.config))
-    adapted = on_grid.attach(Lora(r=2, dropout=0.0).attach(model, 0))
+    rounding = on_grid(QAT("frozen"), record_of(model, grid), empty_model(model.config))
+    adapted = rounding.attach(Lora(r=2, dropout=0.0).attach(model, 0))
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.05)
     module = adapted.model.layers[0].mlp.up_proj
     read = torch.randn(5, 32)
     whole = module.base_layer.weight + module.get_delta_weight("default")
-    scale = on_grid.record.matrices["model.layers.0.mlp.up_proj.weight"].scale
+    scale = rounding.rule.start.matrices["model.layers.0.mlp.up_proj.weight"].scale
     wanted = grid.nearest(whole, scale, torch.zeros_like(scale, dtype=torch.int32)).dequantized()
     torch.testing.assert_close(module(read), read @ wanted.T)
-    beside = read @ on_grid.record.matrices["model.layers.0.mlp.up_proj.weight"].dequantized().T + (
+    beside = read @ rounding.rule.start.matrices["model.layers.0.mlp.up_proj.weight"].dequantized().T + (
         read @ module.get_delta_weight("default").T
     )
     assert (module(read) - beside).abs().max() > 0.01  # fq(W) + BA is another model
     got = adapted(IDS).logits
-    on_grid.settle(adapted)
+    rounding.settle(adapted)
     torch.testing.assert_close(adapted(IDS).logits, got, atol=1e-5, rtol=1e-5)
     assert torch.equal(adapted.model.layers[0].mlp.up_proj.weight, wanted)
 
@@ -190,8 +190,8 @@ def test_adapters_are_on_the_grid_with_the_weight_they_are_added_to() -> None:
 def test_scales_that_follow_the_weights_stop_when_they_are_frozen() -> None:
     model, grid = tiny(), Grid(4, "group", 16)
     name = "model.layers.1.self_attn.q_proj.weight"
-    on_grid = OnGrid(QAT("min_max", freeze_step=5), record_of(model, grid), empty_model(model.config))
-    on_grid.attach(model)
+    rounding = on_grid(QAT("min_max", freeze_step=5), record_of(model, grid), empty_model(model.config))
+    rounding.attach(model)
     module = model.model.layers[1].self_attn.q_proj
     read = torch.randn(3, 32)
 
@@ -200,21 +200,21 @@ def test_scales_that_follow_the_weights_stop_when_they_are_frozen() -> None:
 
     with torch.no_grad():
         module.weight.mul_(1.7)
-        on_grid.step = 4
+        rounding.rule.step = 4
         assert torch.equal(module(read), nearest())
-        on_grid.step = 5
+        rounding.rule.step = 5
         module.weight.mul_(3)
         kept = module(read)
         assert (kept - nearest()).abs().max() > 0.1
-    settled = on_grid.settle(model).matrices[name]
+    settled = rounding.settle(model).matrices[name]
     assert torch.equal(read @ settled.dequantized().T, kept)
 
 
 def test_least_squared_scales_are_those_of_the_method() -> None:
     model, grid = tiny(), Grid(3, "group", 16)
-    on_grid = OnGrid(QAT("mse"), record_of(model, grid), empty_model(model.config))
-    on_grid.attach(model)
-    on_grid.step = 0
+    rounding = on_grid(QAT("mse"), record_of(model, grid), empty_model(model.config))
+    rounding.attach(model)
+    rounding.rule.step = 0
     module, read = model.model.layers[0].mlp.gate_proj, torch.randn(3, 32)
     wanted = Clipped().quantized(module.weight.detach(), grid, None).dequantized()
     torch.testing.assert_close(module(read), read @ wanted.T)
@@ -225,8 +225,8 @@ def test_static_and_dynamic_activations_are_rounded_while_it_trains() -> None:
         model = tiny()
         plain = record_of(model, Grid(8, "channel", None))
         inputs = {name: torch.tensor(scales) for name in plain.matrices} if scales else {}
-        on_grid = OnGrid(QAT(), Record(plain.grid, plain.matrices, activations, inputs), empty_model(model.config))
-        on_grid.attach(model)
+        rounding = on_grid(QAT(), Record(plain.grid, plain.matrices, activations, inputs), empty_model(model.config))
+        rounding.attach(model)
         module, read = model.model.layers[0].mlp.up_proj, torch.randn(4, 32)
         scale = read.abs().amax(-1, keepdim=True) / 127 if activations.dynamic else 0.02
         seen = scale * (read / scale).round().clamp(-128, 127)
@@ -242,13 +242,13 @@ def test_a_settled_model_as_it_is_served_is_the_one_that_was_trained() -> None:
     )  # fmt: skip
     model = LlamaForCausalLM(config).eval()
     record = record_of(model, Grid(4, "group", 16), activations=Activations())
-    on_grid = OnGrid(QAT(cache="q8_0"), record, empty_model(config))
-    trained = on_grid.attach(model)(IDS).logits
-    settled = on_grid.settle(model)
+    rounding = on_grid(QAT(cache="q8_0"), record, empty_model(config))
+    trained = rounding.attach(model)(IDS).logits
+    settled = rounding.settle(model)
     assert settled.cache == "q8_0"
     plain = model(IDS).logits
     assert (plain - trained).abs().max() > 1e-4
-    with on_grid.served(model):
+    with rounding.served(model):
         assert torch.equal(model(IDS).logits, trained)
     assert torch.equal(model(IDS).logits, plain)
 
@@ -274,9 +274,9 @@ def test_training_begins_as_the_post_training_result_and_ends_on_its_grid(made: 
     assert moved > 0
     assert rescaled > 0
     model = load_model(str(made / "quantize"), dtype=torch.float32)
-    on_grid = OnGrid(QAT(), start, empty_model(model.config))
+    rounding = on_grid(QAT(), start, empty_model(model.config))
     before = model(IDS).logits
-    torch.testing.assert_close(on_grid.attach(model)(IDS).logits, before, atol=1e-5, rtol=0)
+    torch.testing.assert_close(rounding.attach(model)(IDS).logits, before, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -374,7 +374,7 @@ def test_what_cannot_be_trained_is_refused_before_a_weight_is_read(
 
 def test_a_start_without_a_grid_is_refused(made: Path, tmp_path: Path) -> None:
     words = [f"teacher.path={made / 'pretrain'}", f"stages.qat.student.path={made / 'pretrain'}"]
-    with pytest.raises(Refusal, match="it is on no grid; give what the stage quantize makes"):
+    with pytest.raises(Refusal, match="is on no grid; give what the stage quantize makes"):
         check({"config": EXPERIMENT.composed(tmp_path, *words), "stages": ["qat"]})
 
 
@@ -383,7 +383,7 @@ def test_experts_and_other_models_are_refused() -> None:
     record = record_of(model, Grid(4, "group", 16))
     strange = Record(record.grid, {"model.layers.9.mlp.up_proj.weight": next(iter(record.matrices.values()))})
     with pytest.raises(Refusal, match=r"the model has no matrix model\.layers\.9"):
-        OnGrid(QAT(), strange, empty_model(model.config))
+        on_grid(QAT(), strange, empty_model(model.config))
     experts = model_of("mixtral", dtype=torch.float32, vocab_size=300)
     with pytest.raises(Refusal, match="train as one operation"):
-        OnGrid(QAT(), record_of(experts, Grid(4, "group", 4)), empty_model(experts.config))
+        on_grid(QAT(), record_of(experts, Grid(4, "group", 4)), empty_model(experts.config))

@@ -1,0 +1,77 @@
+"""Training with ggml's own rounding in the loop, for its K-quants, whose scales no gradient reaches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from models.errors import Refusal
+from models.layerwise import Matrix, chosen
+from models.quantization.aware import Rounding, check_trainable
+from models.quantization.ggml import Blocks, GgmlType
+from models.quantization.record import BlockRecord, Known
+from models.quantization.straight_through import straight_through
+
+
+@dataclass(frozen=True)
+class BlockQAT:
+    """Every forward has ggml quantize the present weights and multiplies with what it reads back. It starts from any
+    model; the blocks of the last step are what a GGUF file then holds."""
+
+    type: str = "q4_k"  # of models.quantization.ggml.TYPES
+    skip: Sequence[str] = ()
+    cache: str | None = None
+    needs_record: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        GgmlType(self.type)
+
+    def known(self, plain: Any, start: Known | None) -> Known:
+        if start is not None:
+            raise Refusal(
+                f"qat.type={self.type}: the student is on a grid already and would be rounded twice; give the model "
+                f"before the stage quantize"
+            )
+        shapes = {}
+        for matrix in self._taken(plain):
+            outputs, inputs = matrix.of(plain.get_parameter(matrix.parameter)).shape
+            GgmlType(self.type).check(str(matrix), inputs)
+            shapes[str(matrix)] = (outputs, inputs)
+        return Known(shapes, ggml=self.type)
+
+    def open(self, record: Path, plain: Any) -> Rounding:
+        return Rounding(OnBlocks(GgmlType(self.type)), self._taken(plain), self.cache)
+
+    def _taken(self, plain: Any) -> list[Matrix]:
+        taken = chosen(plain, self.skip, "qat.skip")
+        check_trainable(taken)
+        return taken
+
+
+class OnBlocks:
+    """A models.quantization.aware.Rule."""
+
+    own: Sequence[str] = ()
+
+    def __init__(self, kind: GgmlType) -> None:
+        self.kind = kind
+        self.step: int | None = None
+
+    def give(self, module: Any, base: Any, matrix: Matrix) -> None:
+        """Blocks hold their own scales."""
+
+    def rounded(self, module: Any, weight_OI: Tensor, matrix: Matrix) -> Tensor:
+        return straight_through(weight_OI, self.kind.rounded(weight_OI))
+
+    def reading(self, matrix: Matrix) -> Callable[[Tensor], Tensor]:
+        return lambda hidden: hidden
+
+    def held(self, weight_OI: Tensor, matrix: Matrix, owned: Mapping[str, Tensor | None]) -> Blocks:
+        return self.kind.pack(weight_OI)
+
+    def record(self, made: Mapping[str, Any], cache: str | None) -> BlockRecord:
+        return BlockRecord(made, cache)
