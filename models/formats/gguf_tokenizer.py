@@ -1,7 +1,7 @@
 """A tokenizer as GGUF tells it, where llama.cpp then makes the same tokens of a text; that it does is tried out.
 
-llama.cpp's own converter (conversion/base.py) knows tokenizers by a list of hashes. Here the way in which llama.cpp splits
-text before merging (its `pre`) is the first that gives this tokenizer's ids on PROBE.
+llama.cpp's own converter (conversion/base.py) knows tokenizers by a list of hashes. Here the way in which llama.cpp
+splits text before merging (its `pre`) is the first that gives this tokenizer's ids on PROBE.
 """
 
 from __future__ import annotations
