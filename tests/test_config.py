@@ -105,6 +105,17 @@ def test_every_grid_can_be_rounded_to_by_every_method(grid: str, method: str) ->
     assert grid.startswith(f"int{made.grid.bits}_{made.grid.granularity}")
 
 
+@pytest.mark.parametrize("choice", sorted(p.stem for p in (CONF / "format").glob("*.yaml")))
+def test_every_format_is_what_it_names(choice: str) -> None:
+    from omegaconf import OmegaConf
+
+    from models.formats.format import Format
+
+    made = instantiate(OmegaConf.load(CONF / "format" / f"{choice}.yaml"))
+    assert isinstance(made, Format)
+    assert type(made).__module__ == f"models.formats.{choice}"
+
+
 @pytest.mark.parametrize("recorder", ["online", "sharded"])
 def test_a_cached_teacher_can_be_recorded_by(recorder: str) -> None:
     teacher = build(quickstart("teacher=cached", f"teacher@teacher.recorder={recorder}"), "record").teacher
@@ -171,6 +182,7 @@ def test_every_yaml_is_met_by_one_of_these_tests() -> None:
         "lora",
         "grid",
         "quantizer",
+        "format",
     }
     assert {p.stem for p in (CONF / "stage").glob("*.yaml")} == {
         "pretrain",

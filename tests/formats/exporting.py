@@ -30,9 +30,7 @@ WIDTHS: dict[str, dict[str, Any]] = {
 
 
 def small(family: str, **values: Any) -> Any:
-    return model_of(
-        family, dtype=torch.float32, **{**WIDTHS[family], "bos_token_id": 1, "eos_token_id": 2, **values}
-    )
+    return model_of(family, dtype=torch.float32, **{**WIDTHS[family], "bos_token_id": 1, "eos_token_id": 2, **values})
 
 
 def as_folder(model: Any, folder: Path) -> Finished:
