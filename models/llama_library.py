@@ -123,7 +123,7 @@ def llama() -> Any:
         if written != size or found != {field: default for field, (_, default) in fields.items()}:
             raise Refusal(
                 "gguf: this version of xllamacpp lays its parameters out in another way than the one that is known "
-                "here; pip install {PINNED}"
+                f"here; pip install {PINNED}"
             )
     lib.llama_log_set(_hearing, None)
     lib.llama_backend_init()

@@ -50,6 +50,7 @@ ALWAYS_F32 = ("position_embd", "ffn_gate_inp")  # as llama.cpp's own converter h
 _FILE_TYPES = {
     "f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7, "q5_0": 8, "q5_1": 9, "q2_k": 10, "q3_k_m": 12, "q4_k_s": 14,
     "q4_k_m": 15, "q5_k_s": 16, "q5_k_m": 17, "q6_k": 18, "bf16": 32,
+    "q3_k": 11, "q4_k": 14, "q5_k": 16,
 }  # fmt: skip
 
 
@@ -152,12 +153,14 @@ class Gguf:
                 if tensor.asked != tensor.kind:
                     fallbacks[tensor.parameter] = tensor.kind
         folder.mkdir(parents=True, exist_ok=True)
-        writer.write_header_to_file(folder / FILE)
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        for tensor in tensors:
-            writer.write_tensor_data(tensor.bytes().numpy())
-        writer.close()
+        try:
+            writer.write_header_to_file(folder / FILE)
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            for tensor in tensors:
+                writer.write_tensor_data(tensor.bytes().numpy())
+        finally:
+            writer.close()
         return Written(8 * size / numbers, fallbacks)
 
     def open(self, folder: Path, device: str) -> LlamaCpp:
