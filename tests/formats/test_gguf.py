@@ -384,9 +384,9 @@ def test_the_way_to_split_is_found(pattern: str, split: str, quickstarts: Path, 
     from tokenizers import Regex, pre_tokenizers
 
     tokenizer = AutoTokenizer.from_pretrained(quickstarts)
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(pattern), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])  # fmt: skip
+    split_first = pre_tokenizers.Split(Regex(pattern), "isolated")
+    bytes_then = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split_first, bytes_then])
     with_tokenizer(tokenizer, tmp_path / "m", num_hidden_layers=1)
     assert Gguf().write(Finished(tmp_path / "m", None, "float32"), tmp_path / "g").fallbacks == {}
     assert said(tmp_path / "g", "tokenizer.ggml.pre") == split
