@@ -47,7 +47,7 @@ EXPECTED: dict[str, dict[str, tuple[str, ...]]] = {
     "gpt2": {"ln_1": ("c_attn",), "ln_2": ("c_fc",), "c_attn": ("c_proj",)},
     "gpt_neox": NEOX,
     "opt": OPT,
-    **dict.fromkeys(MOE, {"input_layernorm": QKV, "v_proj": ("o_proj",)}),  # experts and their router read the other
+    **{name: {"input_layernorm": QKV, "v_proj": ("o_proj",)} for name in MOE},  # the other is read by experts
 }  # fmt: skip
 OTHERS: dict[str, tuple[str, dict[str, Any], dict[str, tuple[str, ...]]]] = {
     "one after the other": ("gpt_neox", {"use_parallel_residual": False}, NEOX),
