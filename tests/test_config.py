@@ -122,6 +122,14 @@ def test_every_format_can_be_exported_to_beside_others(name: str) -> None:
     assert list(made._formats) == ["huggingface", "one"]
 
 
+@pytest.mark.parametrize("choice", sorted(p.stem for p in (CONF / "activations").glob("*.yaml")))
+def test_what_matrices_read_can_be_rounded_too(choice: str) -> None:
+    words = ["+experiment=quantize_only", "teacher.path=some/folder", "data=stdlib"]
+    assert build(composed(*words), "quantize").activations is None
+    made = build(composed(*words, f"activations@stages.quantize.activations={choice}"), "quantize").activations
+    assert (choice == "int8_token") == made.dynamic
+
+
 @pytest.mark.parametrize("recorder", ["online", "sharded"])
 def test_a_cached_teacher_can_be_recorded_by(recorder: str) -> None:
     teacher = build(quickstart("teacher=cached", f"teacher@teacher.recorder={recorder}"), "record").teacher

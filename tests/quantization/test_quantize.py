@@ -17,36 +17,13 @@ from models.errors import Refusal
 from models.quantization.methods.gptq import GPTQ
 from pipeline.worker import check
 from tests.command import weights
-from tests.pruning.families import model_of
-from tests.staged import Experiment, manifest
-
-LITTLE = [
-    "data=stdlib",
-    "data.max_documents=60",
-    "data.max_length=48",
-    "stages.quantize.calibration_rows=12",
-    "stages.quantize.calibration_tokens=32",
-    "stages.quantize.grid.group_size=16",
-    "trainer.accelerator=cpu",
-    "logger=none",
-]
-PRETRAIN = [
-    "data.max_documents=60",
-    "stages.pretrain.tokenizer.vocab_size=300",
-    "stages.pretrain.model.hidden_size=32",
-    "stages.pretrain.model.intermediate_size=48",
-    "stages.pretrain.model.num_hidden_layers=2",
-    "stages.pretrain.training.max_steps=6",
-    "stages.pretrain.training.validate_every_steps=6",
-    "trainer.accelerator=cpu",
-    "logger=none",
-]
-EXPERIMENT = Experiment("quantize_only", LITTLE)
+from tests.quantization.little import EXPERIMENT, activations, folder_of, teacher_in
+from tests.staged import manifest
 
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return Experiment("prune_recover", PRETRAIN).make(tmp_path_factory.mktemp("quantize") / "run", "pretrain")
+    return teacher_in(tmp_path_factory.mktemp("quantize") / "run")
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +94,7 @@ def test_a_run_that_was_killed_between_layers_lands_on_the_same_bytes(
 @pytest.mark.parametrize(
     "grid", ["int8_channel", "int8_tensor", "int4_group32", "int4_group128_asymmetric", "int2_group32"]
 )
-@pytest.mark.parametrize("method", ["nearest", "clipped", "gptq"])
+@pytest.mark.parametrize("method", ["nearest", "clipped", "gptq", "awq", "smoothquant"])
 def test_every_grid_and_method_is_held_on_disk(teacher: Path, tmp_path: Path, grid: str, method: str) -> None:
     words = [
         f"teacher.path={teacher}", f"quantizer@stages.quantize.method={method}", f"grid@stages.quantize.grid={grid}",
@@ -130,13 +107,15 @@ def test_every_grid_and_method_is_held_on_disk(teacher: Path, tmp_path: Path, gr
     assert weights(folder)["model.layers.0.mlp.up_proj.weight"].dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("method", ["gptq", "awq"])
 @pytest.mark.parametrize("family", ["gpt2", "phi3", "gpt_neox", "opt", "gemma2"])
-def test_families_of_other_layouts_are_quantized_where_they_read(family: str, teacher: Path, tmp_path: Path) -> None:
-    folder = tmp_path / family
-    model_of(family, dtype=torch.float32, vocab_size=300).save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (folder / name).write_bytes((teacher / name).read_bytes())
-    words = [f"teacher.path={folder}", "stages.quantize.grid.group_size=4"]
+def test_families_of_other_layouts_are_quantized_where_they_read(
+    family: str, method: str, teacher: Path, tmp_path: Path
+) -> None:
+    folder = folder_of(family, teacher, tmp_path)
+    words = [
+        f"teacher.path={folder}", "stages.quantize.grid.group_size=4", f"quantizer@stages.quantize.method={method}",
+    ]  # fmt: skip
     made = EXPERIMENT.make(tmp_path / "run", "quantize", *words)
     with safe_open(made / "grid.safetensors", "pt") as file:
         for name in [key.removesuffix(".integers") for key in file.keys() if key.endswith(".integers")]:
@@ -155,6 +134,8 @@ def test_families_of_other_layouts_are_quantized_where_they_read(family: str, te
         (["stages.quantize.calibration_tokens=5000"], "the model reads at most 512 tokens"),
         (["stages.quantize.calibration_rows=0"], "need at least 1"),
         (["stages.quantize.dtype=int8"], "need one of float32"),
+        ([activations("int8_token"), "stages.quantize.activations.bits=3"], r"activations\.bits=3: need 4 to 8"),
+        (["quantizer@stages.quantize.method=awq", "stages.quantize.method.ratios=0"], r"quantizer\.ratios=0"),
     ],
 )
 def test_what_cannot_be_is_refused_before_a_weight_is_read(

@@ -1,0 +1,50 @@
+"""The stage quantize on a model of a few thousand parameters, which takes a second."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from tests.pruning.families import model_of
+from tests.staged import Experiment
+
+LITTLE = [
+    "data=stdlib",
+    "data.max_documents=60",
+    "data.max_length=48",
+    "stages.quantize.calibration_rows=12",
+    "stages.quantize.calibration_tokens=32",
+    "stages.quantize.grid.group_size=16",
+    "trainer.accelerator=cpu",
+    "logger=none",
+]
+PRETRAIN = [
+    "data.max_documents=60",
+    "stages.pretrain.tokenizer.vocab_size=300",
+    "stages.pretrain.model.hidden_size=32",
+    "stages.pretrain.model.intermediate_size=48",
+    "stages.pretrain.model.num_hidden_layers=2",
+    "stages.pretrain.training.max_steps=6",
+    "stages.pretrain.training.validate_every_steps=6",
+    "trainer.accelerator=cpu",
+    "logger=none",
+]
+EXPERIMENT = Experiment("quantize_only", LITTLE)
+
+
+def teacher_in(run_dir: Path) -> Path:
+    return Experiment("prune_recover", PRETRAIN).make(run_dir, "pretrain")
+
+
+def folder_of(family: str, teacher: Path, tmp_path: Path) -> Path:
+    """Random weights of a family, with the teacher's tokenizer."""
+    folder = tmp_path / family
+    model_of(family, dtype=torch.float32, vocab_size=300).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((teacher / name).read_bytes())
+    return folder
+
+
+def activations(choice: str) -> str:
+    return f"activations@stages.quantize.activations={choice}"

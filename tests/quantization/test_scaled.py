@@ -1,0 +1,179 @@
+"""The stage quantize where weights are scaled first, and where what they read is rounded too."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from models.errors import Refusal
+from models.quantization.activations import Activations, attach
+from models.quantization.record import read_record
+from pipeline.worker import check
+from tests.command import weights
+from tests.quantization.little import EXPERIMENT, activations, folder_of, teacher_in
+from tests.staged import manifest
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return teacher_in(tmp_path_factory.mktemp("quantize") / "run")
+
+
+def logits(folder: Path, rounded: bool = False) -> torch.Tensor:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    if rounded:
+        attach(model, read_record(folder / "grid.safetensors"))
+    with torch.no_grad():
+        return model(torch.arange(3, 43)[None]).logits
+
+
+@pytest.mark.parametrize("method", ["awq", "smoothquant"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "opt"])
+def test_scaled_weights_of_eight_bits_and_their_folded_norms_are_nearly_the_model_that_was(
+    family: str, method: str, teacher: Path, tmp_path: Path
+) -> None:
+    folder = folder_of(family, teacher, tmp_path)
+    words = [
+        f"teacher.path={folder}", f"quantizer@stages.quantize.method={method}", "stages.quantize.grid.bits=8",
+        "stages.quantize.grid.group_size=4",
+    ]  # fmt: skip
+    made = EXPERIMENT.make(tmp_path / "run", "quantize", *words)
+    whole, quantized = weights(folder), weights(made)
+    changed = {n for n in whole if whole[n].ndim == 1 and not torch.equal(whole[n], quantized[n])}
+    assert any("norm" in name or ".ln_" in name for name in changed)
+    want = logits(folder)
+    assert (logits(made) - want).norm() < 0.03 * want.norm()
+
+
+@pytest.mark.parametrize("choice", ["int8_token", "int8_tensor"])
+@pytest.mark.parametrize("method", ["nearest", "smoothquant"])
+def test_activations_are_rounded_as_the_record_says(method: str, choice: str, teacher: Path, tmp_path: Path) -> None:
+    words = [
+        f"teacher.path={teacher}", activations(choice), f"quantizer@stages.quantize.method={method}",
+        "stages.quantize.grid.bits=8",
+    ]  # fmt: skip
+    made = EXPERIMENT.make(tmp_path / "run", "quantize", *words)
+    record = read_record(made / "grid.safetensors")
+    assert record.activations == Activations(8, dynamic=choice == "int8_token")
+    prefix = "model.layers.1.self_attn."
+    if choice == "int8_token":
+        assert not record.input_scales
+    else:
+        assert record.input_scales.keys() == record.matrices.keys()
+        shared = {float(record.input_scales[f"{prefix}{name}_proj.weight"]) for name in ("q", "k", "v")}
+        assert len(shared) == 1
+        assert shared != {float(record.input_scales[f"{prefix}o_proj.weight"])}
+    figures = manifest(made)["metrics"]
+    plain, rounded, want = logits(made), logits(made, rounded=True), logits(teacher)
+    assert 0 < (rounded - plain).norm() < 0.05 * want.norm()
+    assert 0 <= figures["kl_of_weights"] < 1e-3
+    assert 0 < figures["kl_with_activations"] < 1e-2
+
+
+def test_the_price_is_the_mean_divergence_from_the_parent_over_the_calibration_rows(
+    teacher: Path, tmp_path: Path
+) -> None:
+    teacher = folder_of("llama", teacher, tmp_path)
+    words = [f"teacher.path={teacher}", activations("int8_token"), "stages.quantize.activations.bits=4"]
+    words.append("stages.quantize.grid.group_size=4")
+    stage, context = EXPERIMENT.begin(tmp_path / "run", "quantize", *words)
+    stage.prepare(context)
+    stage.run(context)
+    _, _, batches = stage._walk.open(context)
+    model, parent = (AutoModelForCausalLM.from_pretrained(path).eval() for path in (context.out, teacher))
+    figures = manifest(context.out)["metrics"]
+    for name in ("kl_of_weights", "kl_with_activations"):
+        with torch.no_grad():
+            p, q = (torch.cat([each(ids).logits for ids in batches]).log_softmax(-1) for each in (parent, model))
+        assert figures[name] == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-3)
+        attach(model, read_record(context.out / "grid.safetensors"))
+    assert figures["kl_with_activations"] > 1.1 * figures["kl_of_weights"]
+
+
+def test_a_static_scale_holds_what_the_quantized_layers_before_it_give(teacher: Path, tmp_path: Path) -> None:
+    words = [f"teacher.path={teacher}", activations("int8_tensor"), "quantizer@stages.quantize.method=nearest"]
+    stage, context = EXPERIMENT.begin(tmp_path / "run", "quantize", *words)
+    stage.prepare(context)
+    stage.run(context)
+    _, _, batches = stage._walk.open(context)
+    record = read_record(context.out / "grid.safetensors")
+    model = AutoModelForCausalLM.from_pretrained(context.out).eval()
+    # The second layer reads what the first one gives with its activations rounded, as it will be.
+    first = {name: made for name, made in record.matrices.items() if ".layers.0." in name}
+    attach(model, replace(record, matrices=first))
+    seen: list[torch.Tensor] = []
+    name = "model.layers.1.self_attn.q_proj"
+    model.get_submodule(name).register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].abs().max()))
+    with torch.no_grad():
+        for ids in batches:
+            model(ids)
+    assert float(record.input_scales[f"{name}.weight"]) == pytest.approx(float(max(seen)) / 127, rel=1e-5)
+
+
+@pytest.mark.parametrize("method", ["awq", "smoothquant"])
+def test_what_was_folded_before_a_kill_is_there_after_it(
+    method: str, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [f"teacher.path={teacher}", activations("int8_tensor"), f"quantizer@stages.quantize.method={method}"]
+    uninterrupted = EXPERIMENT.make(tmp_path / "whole", "quantize", *words)
+    stage, context = EXPERIMENT.begin(tmp_path / "run", "quantize", *words)
+    stage.prepare(context)
+    kind = type(stage.method)
+    plain, count = kind.quantized, [0]
+
+    def dies(self: Any, *given: Any) -> Any:
+        count[0] += 1
+        if count[0] == 10:
+            raise KeyboardInterrupt
+        return plain(self, *given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kind, "quantized", dies)
+        with pytest.raises(KeyboardInterrupt):
+            stage.run(context)
+        stage.run(context)
+    assert count[0] == 10 + 7  # the first layer was kept
+    for name in ("model.safetensors", "grid.safetensors"):
+        assert (context.out / name).read_bytes() == (uninterrupted / name).read_bytes()
+    norms = [w["model.layers.0.input_layernorm.weight"] for w in (weights(context.out), weights(teacher))]
+    assert not torch.equal(*norms)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["quantizer@stages.quantize.method=awq"], "AWQ: what .*experts.* reads is not seen"),
+        (["quantizer@stages.quantize.method=smoothquant"], "SmoothQuant: what .*experts.* reads is not seen"),
+        (
+            ["quantizer@stages.quantize.method=nearest", activations("int8_token")],
+            r"quantize\.activations: what .*experts.* reads is not seen.*activations=null",
+        ),
+    ],
+)
+def test_what_experts_read_is_neither_scaled_by_nor_rounded(
+    words: list[str], said: str, teacher: Path, tmp_path: Path
+) -> None:
+    folder = folder_of("mixtral", teacher, tmp_path)
+    words = [f"teacher.path={folder}", "stages.quantize.grid.group_size=4", *words]
+    with pytest.raises(Refusal, match=said):
+        check({"config": EXPERIMENT.composed(tmp_path, *words), "stages": ["quantize"]})
+    skip = "stages.quantize.skip=[mlp.experts.gate_up_proj,mlp.experts.down_proj]"
+    made = EXPERIMENT.make(tmp_path / "run", "quantize", *words, skip)
+    assert manifest(made)["certificates"] == {"weights_bit_equal": True}
+
+
+def test_a_family_whose_parts_are_not_known_is_refused_by_methods_that_scale(teacher: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "olmo2"
+    shutil.copytree(teacher, folder)
+    AutoConfig.for_model(
+        "olmo2", vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
+    ).save_pretrained(folder)
+    config = EXPERIMENT.composed(tmp_path, f"teacher.path={folder}", "quantizer@stages.quantize.method=awq")
+    with pytest.raises(Refusal, match=r"method=AWQ: .*q_norm.*use quantizer@stages\.quantize\.method=gptq"):
+        check({"config": config, "stages": ["quantize"]})
