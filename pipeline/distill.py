@@ -104,6 +104,7 @@ class Distill:
             self._check_qat(context, student)
         if self.on_policy is not None:
             self._check_on_policy(context, self.on_policy, {"teacher": teacher, "student": student})
+        student.dtype = fit.SAVED[self.precision]
         context.plan_model(student)
         if self.qat is not None:
             folder = Path(context.config_folder(str(self.student.path)))

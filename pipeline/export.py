@@ -109,10 +109,9 @@ class Export:
         known = known_of(folder)
         shapes = {} if known is None else dict(known.shapes)
         own = dtype_of(config)
-        if self.dtype not in (None, own) and own != "float32":
+        if (own, self.dtype) == ("float16", "bfloat16"):
             raise Refusal(
-                f"stages.{context.stage}.dtype={self.dtype}: the model is {own}, which no other dtype makes exact; "
-                f"leave it null"
+                f"stages.{context.stage}.dtype={self.dtype}: the model is {own}, which it would round; leave it null"
             )
         config.dtype = DTYPES[self.dtype or own]
         if known is None:

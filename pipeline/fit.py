@@ -53,7 +53,7 @@ from pipeline.strategy import prepare_environment
 
 _LEFT_OUT = ("held_out", "truncated", "too_long", "demonstrations_left_out", "across")  # of the text, and worth a line
 _PROOF_ROWS, _MERGED_TOLERANCE = 4, 1e-4  # of the largest logit
-_SAVED = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16}
+SAVED = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -110,8 +110,8 @@ def check(context: Context, training: Training, precision: Any) -> None:
         raise Refusal(f"trainer.attention={trainer['attention']}: need auto, sdpa, eager or flash_attention_2")
     if trainer["attention"] == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
         raise Refusal("trainer.attention=flash_attention_2: the package flash_attn is not installed; use auto")
-    if precision not in _SAVED:
-        raise Refusal(f"trainer.precision={precision}: need {' or '.join(_SAVED)}")
+    if precision not in SAVED:
+        raise Refusal(f"trainer.precision={precision}: need {' or '.join(SAVED)}")
     device = context.device
     if precision == "bf16-mixed" and device == "cuda" and not torch.cuda.is_bf16_supported():
         raise Refusal(f"trainer.precision=bf16-mixed: {torch.cuda.get_device_name()} has no bf16; use 32-true")
@@ -235,7 +235,7 @@ def train(
     prepare_environment(device)
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)  # it sets itself to INFO when imported
     tokenizer = load_tokenizer(prepared["start"])
-    attention = attention_for(settings["attention"], device, _SAVED[precision])
+    attention = attention_for(settings["attention"], device, SAVED[precision])
     validation = load_from_disk(prepared["validation"]) if prepared["validation"] else None
     if validation is not None and data.validation_rows is not None and len(validation) > data.validation_rows:
         validation = validation.select(np.linspace(0, len(validation) - 1, data.validation_rows, dtype=int))
@@ -273,7 +273,7 @@ def train(
     rounding = None if qat is None else qat.open(Path(prepared["start"]) / artifact.GRID, empty)
 
     def load_student() -> Any:
-        student = load_plain() if lora is None else lora.attach(load_plain(), context.seed, _SAVED[precision])
+        student = load_plain() if lora is None else lora.attach(load_plain(), context.seed, SAVED[precision])
         student = zeros.keep(student) if keep_zeros else student
         return student if rounding is None else rounding.attach(student)
 
@@ -366,7 +366,7 @@ def train(
             folder = str(context.parents["student"]["path"]) if "student" in context.parents else prepared["start"]
             also.append(lambda out: write_adapter(adapter, folder, state, out / "adapter"))
         if rounding is None:
-            certificates["merged_equals_adapter"] = _unchanged(context, model, rows, merge, _SAVED[precision])
+            certificates["merged_equals_adapter"] = _unchanged(context, model, rows, merge, SAVED[precision])
         else:
             rounding.rule.step = steps  # also where a restart has found no step left
             records: list[Record | BlockRecord] = []
@@ -375,12 +375,12 @@ def train(
                 model,
                 rows,
                 lambda model: records.append(rounding.settle(model)),
-                _SAVED[precision],
+                SAVED[precision],
                 rounding.served,
             )
-            also.append(functools.partial(_write_record, context, records[0], _SAVED[precision]))
+            also.append(functools.partial(_write_record, context, records[0], SAVED[precision]))
             certificates["weights_bit_equal"] = True  # or `also` raises
-            measured["bits_per_weight"] = bits_per_weight(model, records[0], _SAVED[precision])
+            measured["bits_per_weight"] = bits_per_weight(model, records[0], SAVED[precision])
         state = model.state_dict()
     if trainer.is_global_zero and keep_zeros:
         with unsharded():
@@ -399,7 +399,7 @@ def train(
             model,
             tokenizer,
             state,
-            _SAVED[precision],
+            SAVED[precision],
             metrics,
             tokens=module.tokens_seen,
             steps=steps,

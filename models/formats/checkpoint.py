@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -107,7 +108,11 @@ def _copy(source: Path, target: Path, patterns: tuple[str, ...]) -> None:
 
 
 def in_dtype(tensor: Tensor, dtype: str) -> Tensor:
-    return tensor.to(DTYPES[dtype]) if tensor.is_floating_point() else tensor
+    """Raises Refusal for numbers that are beyond it."""
+    found = tensor.to(DTYPES[dtype]) if tensor.is_floating_point() else tensor
+    if not bool(torch.isfinite(found).all()):
+        raise Refusal(f"export.dtype={dtype}: a weight is no number, or beyond it; use float32 or bfloat16")
+    return found
 
 
 def dtype_of(config: PretrainedConfig) -> str:
