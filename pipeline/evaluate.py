@@ -178,6 +178,9 @@ class Evaluate:
                 measured = self._measured(context, role, folder, processes)
                 right[role] = measured.pop("right", {})
                 manifest = artifact.read_manifest(Path(folder)) or {}
+                if (bits := (manifest.get("metrics") or {}).get("bits_per_weight")) is not None:
+                    measured["bits_per_weight"] = bits  # as a container will hold it
+                    measured.pop("zeros", None)  # a grid has a zero, and nothing is sparse for it
                 path = None if role == BEFORE else str(Path(folder).resolve()) if Path(folder).exists() else folder
                 rows.append(
                     {

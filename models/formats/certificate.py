@@ -33,6 +33,10 @@ def refer(folder: str, record: Path | None, dtype: str, rows: Sequence[Tensor], 
     matrices read them so."""
     model = load_model(folder, dtype=DTYPES[dtype]).to(device).eval()
     held = open_record(record) if record else None
+    made = held.matrices if held else {}
+    for matrix in matrices(model) if held else ():
+        if str(matrix) in made:  # the checkpoint may have rounded it to its dtype
+            matrix.of(model.get_parameter(matrix.parameter)).copy_(made[str(matrix)].dequantized())
     if isinstance(held, Record):
         attach(model, held)
     for number, ids_T in enumerate(rows):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -11,6 +12,8 @@ from torch import Tensor
 from models.formats.checkpoint import in_dtype, rewritten
 from models.formats.format import Finished, Plan, Runtime, Written
 from models.formats.loaded import loaded
+from models.layerwise import Matrix, matrices
+from models.load import empty_model, load_config
 
 
 @dataclass(frozen=True)
@@ -23,8 +26,19 @@ class HuggingFace:
         """Any model."""
 
     def write(self, finished: Finished, folder: Path) -> Written:
+        record = finished.record or finished.blocks
+        held = record.matrices if record else {}
+        taken: dict[str, list[Matrix]] = defaultdict(list)
+        for matrix in matrices(empty_model(load_config(str(finished.folder)))) if held else ():
+            if str(matrix) in held:
+                taken[matrix.parameter].append(matrix)
+
         def change(name: str, tensor: Tensor) -> dict[str, Tensor]:
-            return {name: in_dtype(tensor, finished.dtype)}
+            # Of the integers: the checkpoint has rounded what they stand for to a dtype of its own.
+            exact = tensor.float() if taken[name] else tensor
+            for matrix in taken[name]:
+                matrix.of(exact).copy_(held[str(matrix)].dequantized())
+            return {name: in_dtype(exact, finished.dtype)}
 
         return Written(rewritten(finished.folder, folder, change, {"dtype": finished.dtype}))
 
