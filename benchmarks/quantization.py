@@ -31,6 +31,7 @@ class Settings:
     model: str = ""  # a folder; without one the stage `pretrain` makes one
     text: str = "stdlib"  # or a file: .txt, .jsonl, …
     documents: int = 20000  # of it, at most
+    skip: str = ""  # kinds of matrices that stay float on all sides: gate_proj,up_proj
     calibration_rows: int = 128
     calibration_tokens: int = 256
     held_out_rows: int = 128  # of as many tokens each
@@ -96,7 +97,7 @@ def ours(side: str, grid: str, folder: Path, settings: Settings, repeat: int) ->
     from models.load import load_model
     from models.quantization.record import read_record
 
-    made, context = stage(side, grid, left_out(settings.model, grid), folder / f"{side}-{grid}", settings, repeat)
+    made, context = stage(side, grid, left_out(settings, grid), folder / f"{side}-{grid}", settings, repeat)
     begin = time.perf_counter()
     made.prepare(context)
     made.run(context)
@@ -115,7 +116,7 @@ def peer(side: str, grid: str, folder: Path, settings: Settings, repeat: int) ->
     skipped = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and name.endswith(tuple(left_out(settings.model, grid)) or "\n")
+        if isinstance(module, torch.nn.Linear) and name.endswith(tuple(left_out(settings, grid)))
     ]
     rows = torch.load(folder / "tokens.pt")["calibration"][repeat]
     begin = time.perf_counter()
@@ -147,18 +148,14 @@ def peer(side: str, grid: str, folder: Path, settings: Settings, repeat: int) ->
     return made.float(), names, seconds
 
 
-def left_out(folder: str, grid: str) -> list[str]:
-    """Kinds of matrices whose inputs the groups do not divide; on all sides alike."""
-    config = json.loads(Path(folder, "config.json").read_text())
-    _, group = GRIDS[grid]
-    found = []
-    heads = config["num_attention_heads"]
-    attention = heads * (config.get("head_dim") or config["hidden_size"] // heads)
-    widths = {"o_proj": attention, "down_proj": config["intermediate_size"]}
-    for name, width in {"q_proj": 0, "k_proj": 0, "v_proj": 0, "gate_proj": 0, "up_proj": 0, **widths}.items():
-        if group and (width or config["hidden_size"]) % group:
-            found.append(name)
-    return found
+def left_out(settings: Settings, grid: str) -> list[str]:
+    """Kinds of matrices that stay float on all sides: those named, and those whose inputs the groups do not divide."""
+    config = json.loads(Path(settings.model, "config.json").read_text())
+    heads, hidden = config["num_attention_heads"], config["hidden_size"]
+    attention = heads * (config.get("head_dim") or hidden // heads)
+    widths = dict.fromkeys(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), hidden)
+    widths |= {"o_proj": attention, "down_proj": config["intermediate_size"]}
+    return [name for name, width in widths.items() if name in settings.skip.split(",") or width % (GRIDS[grid][1] or 1)]
 
 
 def worth(model: Any, folder: Path, settings: Settings) -> dict[str, float]:
@@ -225,15 +222,15 @@ def write_tokens(folder: Path, settings: Settings) -> None:
     """The rows that our stage calibrates with, for the peer too; and rows of text that was held out."""
     import torch
 
-    from pipeline.data.rows import rows_of
+    from pipeline.data.corpora import documents
 
     calibration = []
     for repeat in range(settings.repeats):
         made, context = stage("gptq", "int8_channel", [], folder / f"rows-{repeat}", settings, repeat)
         tokenizer, _, batches = made._walk.open(context)
         calibration.append(torch.cat(batches))
-    rows, _, _ = rows_of(made.data, "test", tokenizer, context.data_folder)
-    tokens = [token for number in range(len(rows)) for token in rows[number]["input_ids"]]
+    texts = documents(made.data, "test")["text"][:]
+    tokens = [token for text in texts for token in tokenizer(text, verbose=False)["input_ids"]]
     length = settings.calibration_tokens
     count = min(settings.held_out_rows, len(tokens) // length)
     if not count:
@@ -394,12 +391,12 @@ def main() -> None:
 
     settings = replace(settings, model=settings.model or teacher(settings, say))
     for grid in list(grids):
-        skipped = left_out(settings.model, grid)
+        skipped = left_out(settings, grid)
         if len(skipped) == 7:
-            say(f"left out: {grid}, which divides no width of the model")
+            say(f"left out: {grid}, whose groups divide no width of the model")
             grids.remove(grid)
         elif skipped:
-            say(f"{grid}: {', '.join(skipped)} stay float, as its groups do not divide what they read")
+            say(f"{grid}: {', '.join(skipped)} stay float")
     found = measure(sides, grids, also, settings, words.peer_python, say)
     console.print(table(found))
     for name, each in found["ratio"].items():

@@ -179,6 +179,7 @@ def test_every_yaml_is_met_by_one_of_these_tests() -> None:
         "lora",
         "grid",
         "quantizer",
+        "activations",
     }
     assert {p.stem for p in (CONF / "stage").glob("*.yaml")} == {
         "pretrain",
