@@ -363,5 +363,10 @@ def bytes_on_disk(folder: str) -> int | None:
     path = Path(folder)
     if not path.is_dir():
         return None
-    beside = (artifact.MANIFEST, artifact.CARD, *artifact.BESIDE)  # and folders: adapters that are merged already
+    beside = (
+        artifact.MANIFEST,
+        artifact.CARD,
+        artifact.GRID,
+        *artifact.BESIDE,
+    )  # and folders: adapters that are merged already
     return sum(p.stat().st_size for p in path.glob("*") if p.is_file() and p.name not in beside)

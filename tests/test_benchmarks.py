@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+from tests.pruning.families import model_of
 
 ROOT = Path(__file__).resolve().parent.parent
 PEER_PYTHON = Path(os.environ.get("RETORT_PEER_PYTHON", ROOT / ".venv-peers/bin/python"))
@@ -205,3 +208,73 @@ def test_llm_pruners_algorithm_removes_the_same_units() -> None:
     ratio = figures(pruning("--sides=ours,llm_pruner"))["ratio"]["ours ÷ llm_pruner"]
     assert ratio["same_removed"] == 1
     assert ratio["perplexity"] == 1
+
+
+TINY_QUANTIZATION = [
+    "--calibration-rows=4",
+    "--calibration-tokens=32",
+    "--held-out-rows=4",
+    "--documents=200",
+    "--repeats=1",
+    "--threads=1",
+]
+AUTO_ROUND_PYTHON = Path(os.environ.get("RETORT_AUTO_ROUND_PYTHON", ROOT / ".venv-auto-round/bin/python"))
+
+
+def quantization(*words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, ROOT / "benchmarks/quantization.py", *TINY_QUANTIZATION, *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=600)
+
+
+@pytest.fixture
+def tiny_llama(tmp_path: Path) -> Path:
+    from pipeline.data.tokenizer import load_tokenizer, train_tokenizer
+
+    words = ["the cat sat on the mat, and nobody said a word about it " * 9]
+    model_of("llama", dtype=torch.float32, vocab_size=300).save_pretrained(tmp_path / "model")
+    train_tokenizer(words, 270, tmp_path / "tokenizer")
+    load_tokenizer(tmp_path / "tokenizer").save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_a_grid_is_measured_by_method_and_beside_models_that_were_made_already(tiny_llama: Path) -> None:
+    found = figures(
+        quantization(
+            f"--model={tiny_llama}", "--sides=awq", f"--also=itself={tiny_llama}",
+            "--grids=int3_group32,int3_group128",
+        )
+    )  # fmt: skip
+    assert found["also"]["itself"] == found["float"]
+    assert found["float"]["kl"] == 0
+    assert set(found["grids"]) == {"int3_group32"}  # 128 divides nothing here
+    of_grid = found["grids"]["int3_group32"]
+    assert of_grid["awq"]["matrices"] == 3 * 6  # down_proj reads 20
+    assert of_grid["awq"]["kl"] > 0
+    assert of_grid["awq"]["increase"] == pytest.approx(of_grid["awq"]["perplexity"] / found["float"]["perplexity"] - 1)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not AUTO_ROUND_PYTHON.is_file(), reason="no environment with auto-round; see benchmarks/README.md")
+def test_auto_round_puts_the_same_matrices_on_the_grid(tiny_llama: Path) -> None:
+    words = [f"--model={tiny_llama}", "--sides=awq,auto_round_awq", "--grids=int8_channel"]
+    found = figures(quantization(*words, f"--peer-python={AUTO_ROUND_PYTHON}"))
+    of_grid = found["grids"]["int8_channel"]
+    assert of_grid["awq"]["matrices"] == 3 * 7
+    # It leaves widths alone that 32 does not divide.
+    assert of_grid["auto_round_awq"]["matrices"] < 3 * 7
+    assert found["ratio"] == {}
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("--peer-python=/nowhere/python", "leave auto-round out with --sides ours"),
+        ("--grids=int5", "need some of int8_channel"),
+        ("--also=/some/folder", "need NAME=FOLDER"),
+        ("--also=qat=/nowhere", "give a model folder"),
+    ],
+)
+def test_what_cannot_be_measured_is_said_in_one_line(word: str, said: str) -> None:
+    done = quantization("--sides=auto_round" if "peer" in word else "--sides=ours", word)
+    assert done.returncode == 2
+    assert said in done.stderr.splitlines()[-1]

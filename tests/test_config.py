@@ -197,6 +197,8 @@ def test_every_yaml_is_met_by_one_of_these_tests() -> None:
         "grid",
         "quantizer",
         "format",
+        "activations",
+        "qat",
     }
     assert {p.stem for p in (CONF / "stage").glob("*.yaml")} == {
         "pretrain",
@@ -210,6 +212,7 @@ def test_every_yaml_is_met_by_one_of_these_tests() -> None:
         "sparsify",
         "recover",
         "quantize",
+        "qat",
         "export",
     }
 

@@ -38,11 +38,25 @@ print(model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=3, do_sample=Fals
     assert done.returncode == 0, done.stderr
 
 
-def test_the_report_has_teacher_and_student(run_dir: Path) -> None:
+def test_the_report_has_every_model_and_export(run_dir: Path) -> None:
     rows = json.loads((run_dir / "report.json").read_text())["rows"]
-    assert [row["stage"] for row in rows] == ["pretrain", "distill"]
-    assert rows[1]["parameters"] < rows[0]["parameters"]
+    models = ["pretrain", "distill", "prune", "recover", "quantize", "qat"]
+    exports = ["export/huggingface", "export/compressed_tensors", "export/gguf"]
+    assert [row["stage"] for row in rows] == models + exports
+    assert rows[3]["parameters"] < rows[1]["parameters"] < rows[0]["parameters"]
     assert all(row["perplexity"] < 512 for row in rows)  # better than knowing nothing of 512 tokens
+
+
+def test_every_export_is_the_model_that_was_trained_on_the_grid(run_dir: Path) -> None:
+    told = json.loads((run_dir / "export" / "manifest.json").read_text())["certificates"]
+    assert list(told) == ["huggingface", "compressed_tensors", "gguf"]
+    for name, certificate in told.items():
+        assert certificate["weights_bit_equal"] is True, name
+        assert certificate["kl"] < 1e-4, name
+        own = json.loads((run_dir / "export" / name / "manifest.json").read_text())["certificates"]
+        assert own["perplexity_reloaded"] == pytest.approx(own["perplexity_before"], rel=1e-3)
+        assert (run_dir / "export" / name / "README.md").read_text().count("vllm serve") == (name != "gguf")
+    assert told["gguf"]["runtime"] == "llama.cpp"
 
 
 def test_the_student_learnt(run_dir: Path) -> None:
@@ -52,5 +66,5 @@ def test_the_student_learnt(run_dir: Path) -> None:
 
 
 def test_tracking_went_offline_by_itself(run_dir: Path) -> None:
-    for stage in ("pretrain", "distill"):
+    for stage in ("pretrain", "distill", "recover", "qat"):
         assert list((run_dir / "logs" / stage).rglob("*.wandb")), stage
