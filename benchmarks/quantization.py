@@ -75,7 +75,7 @@ def stage(side: str, grid: str, skip: list[str], folder: Path, settings: Setting
     bits, group = GRIDS[grid]
     data = ["data=stdlib"] if settings.text == "stdlib" else ["data=files", f"data.train={settings.text}"]
     words = [
-        "+experiment=quantize_only", f"run_dir={folder}", f"teacher.path={settings.model}", *data, "data.holdout=0.2",
+        "+experiment=quantize_only", f"run_dir={folder}", f"model.path={settings.model}", *data, "data.holdout=0.2",
         f"data.max_documents={settings.documents}", f"data.max_length={settings.calibration_tokens}", "logger=none",
         f"quantizer@stages.quantize.method={side.removesuffix('_clip')}", f"stages.quantize.grid.bits={bits}",
         f"stages.quantize.grid.granularity={'group' if group else 'channel'}",

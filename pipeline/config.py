@@ -62,6 +62,7 @@ class Config:
     data: Any = None
     task: Any = None
     answers: Any = None  # what a stage `generate` writes, as data
+    model: Any = None  # of experiments that change one
     teacher: Any = None
     student: Any = None
     objective: Any = None

@@ -100,7 +100,7 @@ def test_every_method_can_decide_what_becomes_zero(method: str) -> None:
 @pytest.mark.parametrize("method", sorted(p.stem for p in (CONF / "quantizer").glob("*.yaml")))
 def test_every_grid_can_be_rounded_to_by_every_method(grid: str, method: str) -> None:
     words = [f"grid@stages.quantize.grid={grid}", f"quantizer@stages.quantize.method={method}"]
-    made = build(composed("+experiment=quantize_only", "teacher.path=some/folder", "data=stdlib", *words), "quantize")
+    made = build(composed("+experiment=quantize_only", "model.path=some/folder", "data=stdlib", *words), "quantize")
     assert type(made.method).__module__.endswith(method)
     assert grid.startswith(f"int{made.grid.bits}_{made.grid.granularity}")
 
@@ -114,7 +114,7 @@ def test_every_kind_of_scale_can_be_trained_with(scales: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(p.stem for p in (CONF / "format").glob("*.yaml")))
 def test_every_format_can_be_exported_to_beside_others(name: str) -> None:
-    words = ["+experiment=quantize_export", "teacher.path=some/folder", "data=stdlib"]
+    words = ["+experiment=quantize_export", "model.path=some/folder", "data=stdlib"]
     words += [f"+format@stages.export.formats.one={name}", "stages.export.formats.compressed_tensors=null"]
     made = build(composed(*words), "export")
     assert type(made.formats["one"]).__module__.endswith(name)
@@ -124,7 +124,7 @@ def test_every_format_can_be_exported_to_beside_others(name: str) -> None:
 
 @pytest.mark.parametrize("choice", sorted(p.stem for p in (CONF / "activations").glob("*.yaml")))
 def test_what_matrices_read_can_be_rounded_too(choice: str) -> None:
-    words = ["+experiment=quantize_only", "teacher.path=some/folder", "data=stdlib"]
+    words = ["+experiment=quantize_only", "model.path=some/folder", "data=stdlib"]
     assert build(composed(*words), "quantize").activations is None
     made = build(composed(*words, f"activations@stages.quantize.activations={choice}"), "quantize").activations
     assert (choice == "int8_token") == made.dynamic
@@ -158,7 +158,8 @@ def test_a_stage_that_records_runs_only_where_its_record_is_read(words: list[str
 def test_every_experiment_composes_and_builds_all_its_stages(experiment: str, scale: str | None) -> None:
     words = [f"+experiment={experiment}"]
     if experiment in ("distill", "quantize_only", "quantize_export"):
-        words += ["teacher.path=some/folder", "data.train=stdlib"]
+        whose = "teacher" if experiment == "distill" else "model"
+        words += [f"{whose}.path=some/folder", "data.train=stdlib"]
     if scale is not None:
         if experiment != "distill_7b_to_1b":
             pytest.skip("scales belong to the production run")

@@ -51,13 +51,13 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
     other = quantized(root / "other", Grid(8, "channel", None), intermediate_size=48, num_hidden_layers=2)
     for name in ("config.json", "generation_config.json", "model.safetensors"):
         shutil.copyfile(other / name, root / "teacher" / name)
-    EXPERIMENT.make(root / "run", "quantize", f"teacher.path={root}/teacher")
+    EXPERIMENT.make(root / "run", "quantize", f"model.path={root}/teacher")
     return root
 
 
 @pytest.fixture(scope="module")
 def exported(start: Path) -> Path:
-    return EXPERIMENT.make(start / "run", "export", f"teacher.path={start}/teacher", WITH_GPTQ)
+    return EXPERIMENT.make(start / "run", "export", f"model.path={start}/teacher", WITH_GPTQ)
 
 
 def run_of(start: Path, tmp_path: Path) -> Path:
@@ -124,7 +124,7 @@ def test_a_run_that_was_killed_goes_on_behind_the_formats_that_are_done(
     start: Path, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_dir = run_of(start, tmp_path)
-    stage, context = EXPERIMENT.begin(run_dir, "export", f"teacher.path={start}/teacher", WITH_GPTQ)
+    stage, context = EXPERIMENT.begin(run_dir, "export", f"model.path={start}/teacher", WITH_GPTQ)
     stage.prepare(context)
 
     def dies(self: Any, finished: Finished, folder: Path) -> Any:
@@ -150,7 +150,7 @@ def test_a_failed_certificate_is_one_line_and_leaves_nothing(
     start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_dir = run_of(start, tmp_path)
-    words = [f"teacher.path={start}/teacher", WITH_GPTQ, "stages.export.formats.huggingface=null"]
+    words = [f"model.path={start}/teacher", WITH_GPTQ, "stages.export.formats.huggingface=null"]
     words += ["stages.export.formats.compressed_tensors=null"]
     stage, context = EXPERIMENT.begin(run_dir, "export", *words)
     stage.prepare(context)
@@ -174,7 +174,7 @@ def test_a_failed_certificate_is_one_line_and_leaves_nothing(
 def test_tolerances_are_held(start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights of the grid, and norms of another model."""
     run_dir = run_of(start, tmp_path)
-    words = [f"teacher.path={start}/teacher", "stages.export.formats.huggingface=null"]
+    words = [f"model.path={start}/teacher", "stages.export.formats.huggingface=null"]
     stage, context = EXPERIMENT.begin(run_dir, "export", *words)
     stage.prepare(context)
     plain = CompressedTensors.write
@@ -193,7 +193,7 @@ def test_tolerances_are_held(start: Path, tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_every_export_is_measured_and_reported(start: Path, exported: Path) -> None:
-    words = [f"teacher.path={start}/teacher", WITH_GPTQ, "stages.evaluate.models=[quantize,export]"]
+    words = [f"model.path={start}/teacher", WITH_GPTQ, "stages.evaluate.models=[quantize,export]"]
     results = manifest(EXPERIMENT.make(start / "run", "evaluate", *words))
     assert set(results["parents"]) == {"quantize", "export"}
     rows = {row["stage"]: row for row in results["metrics"]["rows"]}
@@ -277,7 +277,7 @@ REFUSED = {
 def test_what_no_container_holds_is_refused_before_a_model_is_quantized(
     words: str, start: Path, tmp_path: Path
 ) -> None:
-    config = EXPERIMENT.composed(tmp_path / "run", f"teacher.path={start}/teacher", *words.split())
+    config = EXPERIMENT.composed(tmp_path / "run", f"model.path={start}/teacher", *words.split())
     with pytest.raises(Refusal) as refused:
         check({"config": config, "stages": ["quantize", "export"]})
     assert "\n" not in str(refused.value)
@@ -287,7 +287,7 @@ def test_what_no_container_holds_is_refused_before_a_model_is_quantized(
 
 
 def test_the_plan_of_the_whole_chain_passes_where_all_fits(start: Path, tmp_path: Path) -> None:
-    config = EXPERIMENT.composed(tmp_path / "run", f"teacher.path={start}/teacher", WITH_GPTQ)
+    config = EXPERIMENT.composed(tmp_path / "run", f"model.path={start}/teacher", WITH_GPTQ)
     plan = check({"config": config, "stages": ["quantize", "export", "evaluate"]})["plan"]
     assert plan[1]["length"] == "huggingface, compressed_tensors, gptq"
     assert plan[1]["parents"] == {"model": str(tmp_path / "run" / "quantize")}
@@ -296,14 +296,14 @@ def test_the_plan_of_the_whole_chain_passes_where_all_fits(start: Path, tmp_path
 
 
 def test_an_export_is_no_model_to_export(exported: Path) -> None:
-    words = [f"stages.export.model={exported}/gptq", f"teacher.path={exported}"]
+    words = [f"stages.export.model={exported}/gptq", f"model.path={exported}"]
     with pytest.raises(Refusal, match="its weights are packed; give the model it was made of"):
         check({"config": EXPERIMENT.composed(exported.parent / "again", *words), "stages": ["export"]})
 
 
 def test_widths_are_rounded_to_what_grids_and_formats_of_later_stages_need(start: Path, tmp_path: Path) -> None:
     words = ["+stage@stages.prune=prune", "stages.prune.multiple_of=auto", "order=[prune,quantize,export]"]
-    words += [f"teacher.path={start}/teacher", "~stages.evaluate"]
+    words += [f"model.path={start}/teacher", "~stages.evaluate"]
     for more, want in (([], 16), ([WITH_GPTQ], 32), (["stages.quantize.grid.group_size=24", WITH_GPTQ], 96)):
         config = EXPERIMENT.composed(tmp_path, *words, *more)
         stage, context = EXPERIMENT.begin(tmp_path, "prune", *words, *more)

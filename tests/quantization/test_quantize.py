@@ -28,7 +28,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def made(teacher: Path) -> Path:
-    return EXPERIMENT.make(teacher.parent, "quantize", f"teacher.path={teacher}")
+    return EXPERIMENT.make(teacher.parent, "quantize", f"model.path={teacher}")
 
 
 def test_every_matrix_is_integers_times_the_scales_beside_them(teacher: Path, made: Path) -> None:
@@ -71,7 +71,7 @@ print(torch.isfinite(model(torch.arange(3, 30)[None]).logits).all().item(), "pip
 def test_a_run_that_was_killed_between_layers_lands_on_the_same_bytes(
     teacher: Path, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stage, context = EXPERIMENT.begin(tmp_path / "run", "quantize", f"teacher.path={teacher}")
+    stage, context = EXPERIMENT.begin(tmp_path / "run", "quantize", f"model.path={teacher}")
     stage.prepare(context)
     plain, count = GPTQ.quantized, [0]
 
@@ -97,7 +97,7 @@ def test_a_run_that_was_killed_between_layers_lands_on_the_same_bytes(
 @pytest.mark.parametrize("method", ["nearest", "clipped", "gptq", "awq", "smoothquant"])
 def test_every_grid_and_method_is_held_on_disk(teacher: Path, tmp_path: Path, grid: str, method: str) -> None:
     words = [
-        f"teacher.path={teacher}", f"quantizer@stages.quantize.method={method}", f"grid@stages.quantize.grid={grid}",
+        f"model.path={teacher}", f"quantizer@stages.quantize.method={method}", f"grid@stages.quantize.grid={grid}",
         "stages.quantize.dtype=bfloat16",
     ]  # fmt: skip
     if "group" not in grid:
@@ -114,7 +114,7 @@ def test_families_of_other_layouts_are_quantized_where_they_read(
 ) -> None:
     folder = folder_of(family, teacher, tmp_path)
     words = [
-        f"teacher.path={folder}", "stages.quantize.grid.group_size=4", f"quantizer@stages.quantize.method={method}",
+        f"model.path={folder}", "stages.quantize.grid.group_size=4", f"quantizer@stages.quantize.method={method}",
     ]  # fmt: skip
     made = EXPERIMENT.make(tmp_path / "run", "quantize", *words)
     with safe_open(made / "grid.safetensors", "pt") as file:
@@ -141,7 +141,7 @@ def test_families_of_other_layouts_are_quantized_where_they_read(
 def test_what_cannot_be_is_refused_before_a_weight_is_read(
     teacher: Path, tmp_path: Path, words: list[str], said: str
 ) -> None:
-    config = EXPERIMENT.composed(tmp_path, f"teacher.path={teacher}", *words)
+    config = EXPERIMENT.composed(tmp_path, f"model.path={teacher}", *words)
     with pytest.raises(Refusal, match=said) as refused:
         check({"config": config, "stages": ["quantize"]})
     assert "\n" not in str(refused.value)
@@ -149,7 +149,7 @@ def test_what_cannot_be_is_refused_before_a_weight_is_read(
 
 def test_too_little_text_is_refused(teacher: Path, tmp_path: Path) -> None:
     with pytest.raises(Refusal, match=r"need 25,600,000 tokens, and data\.train has"):
-        EXPERIMENT.make(tmp_path, "quantize", f"teacher.path={teacher}", "stages.quantize.calibration_rows=800000")
+        EXPERIMENT.make(tmp_path, "quantize", f"model.path={teacher}", "stages.quantize.calibration_rows=800000")
 
 
 def test_a_model_that_is_packed_already_is_refused(teacher: Path, tmp_path: Path) -> None:
@@ -159,4 +159,4 @@ def test_a_model_that_is_packed_already_is_refused(teacher: Path, tmp_path: Path
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(Refusal, match="its weights are packed; give the model it was made of"):
-        check({"config": EXPERIMENT.composed(tmp_path, f"teacher.path={folder}"), "stages": ["quantize"]})
+        check({"config": EXPERIMENT.composed(tmp_path, f"model.path={folder}"), "stages": ["quantize"]})

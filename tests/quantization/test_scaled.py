@@ -40,7 +40,7 @@ def test_scaled_weights_of_eight_bits_and_their_folded_norms_are_nearly_the_mode
 ) -> None:
     folder = folder_of(family, teacher, tmp_path)
     words = [
-        f"teacher.path={folder}", f"quantizer@stages.quantize.method={method}", "stages.quantize.grid.bits=8",
+        f"model.path={folder}", f"quantizer@stages.quantize.method={method}", "stages.quantize.grid.bits=8",
         "stages.quantize.grid.group_size=4",
     ]  # fmt: skip
     made = EXPERIMENT.make(tmp_path / "run", "quantize", *words)
@@ -55,7 +55,7 @@ def test_scaled_weights_of_eight_bits_and_their_folded_norms_are_nearly_the_mode
 @pytest.mark.parametrize("method", ["nearest", "smoothquant"])
 def test_activations_are_rounded_as_the_record_says(method: str, choice: str, teacher: Path, tmp_path: Path) -> None:
     words = [
-        f"teacher.path={teacher}", activations(choice), f"quantizer@stages.quantize.method={method}",
+        f"model.path={teacher}", activations(choice), f"quantizer@stages.quantize.method={method}",
         "stages.quantize.grid.bits=8",
     ]  # fmt: skip
     made = EXPERIMENT.make(tmp_path / "run", "quantize", *words)
@@ -80,7 +80,7 @@ def test_the_price_is_the_mean_divergence_from_the_parent_over_the_calibration_r
     teacher: Path, tmp_path: Path
 ) -> None:
     teacher = folder_of("llama", teacher, tmp_path)
-    words = [f"teacher.path={teacher}", activations("int8_token"), "stages.quantize.activations.bits=4"]
+    words = [f"model.path={teacher}", activations("int8_token"), "stages.quantize.activations.bits=4"]
     words.append("stages.quantize.grid.group_size=4")
     stage, context = EXPERIMENT.begin(tmp_path / "run", "quantize", *words)
     stage.prepare(context)
@@ -97,7 +97,7 @@ def test_the_price_is_the_mean_divergence_from_the_parent_over_the_calibration_r
 
 
 def test_a_static_scale_holds_what_the_quantized_layers_before_it_give(teacher: Path, tmp_path: Path) -> None:
-    words = [f"teacher.path={teacher}", activations("int8_tensor"), "quantizer@stages.quantize.method=nearest"]
+    words = [f"model.path={teacher}", activations("int8_tensor"), "quantizer@stages.quantize.method=nearest"]
     stage, context = EXPERIMENT.begin(tmp_path / "run", "quantize", *words)
     stage.prepare(context)
     stage.run(context)
@@ -120,7 +120,7 @@ def test_a_static_scale_holds_what_the_quantized_layers_before_it_give(teacher: 
 def test_what_was_folded_before_a_kill_is_there_after_it(
     method: str, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = [f"teacher.path={teacher}", activations("int8_tensor"), f"quantizer@stages.quantize.method={method}"]
+    words = [f"model.path={teacher}", activations("int8_tensor"), f"quantizer@stages.quantize.method={method}"]
     uninterrupted = EXPERIMENT.make(tmp_path / "whole", "quantize", *words)
     stage, context = EXPERIMENT.begin(tmp_path / "run", "quantize", *words)
     stage.prepare(context)
@@ -160,7 +160,7 @@ def test_what_experts_read_is_neither_scaled_by_nor_rounded(
     words: list[str], said: str, teacher: Path, tmp_path: Path
 ) -> None:
     folder = folder_of("mixtral", teacher, tmp_path)
-    words = [f"teacher.path={folder}", "stages.quantize.grid.group_size=4", *words]
+    words = [f"model.path={folder}", "stages.quantize.grid.group_size=4", *words]
     with pytest.raises(Refusal, match=said):
         check({"config": EXPERIMENT.composed(tmp_path, *words), "stages": ["quantize"]})
     skip = "stages.quantize.skip=[mlp.experts.gate_up_proj,mlp.experts.down_proj]"
@@ -174,6 +174,6 @@ def test_a_family_whose_parts_are_not_known_is_refused_by_methods_that_scale(tea
     AutoConfig.for_model(
         "olmo2", vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
     ).save_pretrained(folder)
-    config = EXPERIMENT.composed(tmp_path, f"teacher.path={folder}", "quantizer@stages.quantize.method=awq")
+    config = EXPERIMENT.composed(tmp_path, f"model.path={folder}", "quantizer@stages.quantize.method=awq")
     with pytest.raises(Refusal, match=r"method=AWQ: .*q_norm.*use quantizer@stages\.quantize\.method=gptq"):
         check({"config": config, "stages": ["quantize"]})
