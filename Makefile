@@ -5,8 +5,8 @@ BIN := $(VENV)/bin
 
 .PHONY: demo test setup lint test-slow test-slurm clean
 
-demo: setup  ## run the quickstart: corpus, teacher, student, control, report
-	@echo "==> running the quickstart: about 4 minutes on 2 cores; results in runs/quickstart"
+demo: setup  ## run the quickstart: corpus, teacher, student, control, cut, healed, 4 bits, exports, report
+	@echo "==> running the quickstart: about 8 minutes on 2 cores; results in runs/quickstart"
 	$(BIN)/python train.py
 
 test: setup lint  ## what CI runs
