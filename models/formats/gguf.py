@@ -137,6 +137,9 @@ class Gguf:
         fallbacks = {}
         if (problem := context_length(config)[1]) is not None:
             fallbacks["context"] = problem
+        held = finished.record or finished.blocks
+        if held is not None and held.cache not in (None, self.cache):
+            fallbacks["cache"] = f"the model was trained with keys and values in {held.cache}: say cache={held.cache}"
         if (problem := _add_tokenizer(writer, finished.folder, config.vocab_size)) is not None:
             fallbacks["tokenizer"] = problem
         # What the tensors are and how large is written before them; then they are made and written one by one.
@@ -146,10 +149,10 @@ class Gguf:
             code = gguf.GGMLQuantizationType[tensor.kind.upper()]
             width, width_bytes = gguf.GGML_QUANT_SIZES[code]
             count = math.prod(tensor.shape)
-            held = count // width * width_bytes
-            writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), held, raw_dtype=code)
+            taken = count // width * width_bytes
+            writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), taken, raw_dtype=code)
             if tensor.parameter is not None:
-                numbers, size = numbers + count, size + held
+                numbers, size = numbers + count, size + taken
                 if tensor.asked != tensor.kind:
                     fallbacks[tensor.parameter] = tensor.kind
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""GPTQ's file layout as AutoGPTQ wrote it first (v1), which transformers, vLLM, TGI and TensorRT-LLM read.
+"""GPTQ's file layout as AutoGPTQ wrote it first (v1), which transformers, vLLM and TGI read.
 
 Of a matrix with O outputs, I inputs and b bits, all integers from 0 up, symmetric ones with the zero point 2^(b−1):
 
