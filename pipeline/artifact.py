@@ -43,6 +43,10 @@ def publish(folder: Path, build: Callable[[Path], None], manifest: dict[str, Any
     except BaseException:  # a failed certificate leaves nothing behind
         shutil.rmtree(aside, ignore_errors=True)
         raise
+    mask = os.umask(0o022)
+    os.umask(mask)
+    for path in _files(aside):  # some libraries write for the owner alone, and servers run as others
+        path.chmod(0o666 & ~mask)
     files = {str(p.relative_to(aside)): {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in _files(aside)}
     manifest = {
         **manifest,

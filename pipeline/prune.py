@@ -115,7 +115,7 @@ class Prune:
         for name in order[order.index(context.stage) + 1 :]:
             if (grid := stages[name].get("grid")) is not None:
                 needed = math.lcm(needed, instantiate(grid, _convert_="all").group_size or 1)
-            for node in (stages[name].get("formats") or {}).values():
+            for node in [stages[name].get("qat"), *(stages[name].get("formats") or {}).values()]:
                 if node is not None:
                     needed = math.lcm(needed, getattr(instantiate(node, _convert_="all"), "multiple", 1))
         return needed

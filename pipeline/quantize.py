@@ -29,7 +29,7 @@ from models.quantization.proof import bits_per_weight, check_held
 from models.quantization.record import Known, Record, read_record
 from models.representations import decoder_layers
 from pipeline import artifact
-from pipeline.calibration import Walk
+from pipeline.calibration import Walk, known_of
 from pipeline.context import Context
 from pipeline.data.rows import RowSource, source_key
 from pipeline.progress import shown
@@ -79,6 +79,11 @@ class Quantize:
         return source_key(self.data)
 
     def check(self, context: Context) -> dict[str, Any]:
+        if known_of(Path(context.config_folder(self.model))) is not None:
+            raise Refusal(
+                f"stages.{context.stage}.model={self.model}: its weights are on a grid already; give the model it was "
+                f"made of"
+            )
         taken: dict[str, tuple[int, int]] = {}
 
         def fits(model: Any) -> None:

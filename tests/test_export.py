@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from models.errors import Refusal
 from models.formats.compressed_tensors import CompressedTensors
-from models.formats.format import Finished
+from models.formats.format import Finished, Written
 from models.formats.gptq import GPTQ
+from models.formats.huggingface import HuggingFace
 from models.measure import documents, negative_log_likelihood, open_for_inference, scored
 from models.quantization.grid import Grid
 from pipeline.artifact import content_hash, read_manifest
@@ -164,7 +165,7 @@ def test_a_failed_certificate_is_one_line_and_leaves_nothing(
         return found
 
     monkeypatch.setattr(GPTQ, "write", other)
-    with pytest.raises(Refusal, match=r"gptq: model\.layers\.1\.mlp\.up_proj\.weight is not on its grid") as refused:
+    with pytest.raises(Refusal, match=r"gptq: model\.layers\.1\.mlp\.up_proj\.weight is another matrix") as refused:
         stage.run(context)
     assert "\n" not in str(refused.value)
     assert not context.out.exists()
@@ -312,3 +313,23 @@ def test_widths_are_rounded_to_what_grids_and_formats_of_later_stages_need(start
     assert stage._multiple(context) == 64
     with pytest.raises(Refusal, match="need a whole number, or auto"):
         build(EXPERIMENT.composed(tmp_path, *words[:1], "stages.prune.multiple_of=most", *words[2:]), "prune")
+
+
+def test_a_model_on_no_grid_that_comes_out_as_another_fails_the_stage(
+    start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = HuggingFace.write
+
+    def other(self: HuggingFace, finished: Finished, folder: Path) -> Written:
+        written = plain(self, finished, folder)
+        held = load_file(folder / "model.safetensors")
+        held["model.layers.0.mlp.up_proj.weight"] *= -7
+        save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
+        return written
+
+    monkeypatch.setattr(HuggingFace, "write", other)
+    words = [f"model.path={start}/teacher", f"stages.export.model={start}/teacher"]
+    words += ["stages.export.formats.compressed_tensors=null"]
+    with pytest.raises(Refusal, match=r"up_proj\.weight is another matrix once reloaded; nothing was written"):
+        EXPERIMENT.make(tmp_path / "run", "export", *words)
+    assert not (tmp_path / "run" / "export").exists()

@@ -19,6 +19,7 @@ from models.formats.format import Finished, Format, Runtime
 from models.formats.loaded import Loaded
 from models.layerwise import matrices
 from models.load import DTYPES, empty_model, load_config, load_model
+from models.quantization import cache as caches
 from models.quantization.activations import attach
 from models.quantization.record import Record, open_record
 
@@ -39,6 +40,8 @@ def refer(folder: str, record: Path | None, dtype: str, rows: Sequence[Tensor], 
             matrix.of(model.get_parameter(matrix.parameter)).copy_(made[str(matrix)].dequantized())
     if isinstance(held, Record):
         attach(model, held)
+    if held and held.cache:
+        caches.attach(model)
     for number, ids_T in enumerate(rows):
         logits_TV = model(input_ids=ids_T[None].to(device), use_cache=False).logits[0]
         save_file({"logits": logits_TV.float().cpu().contiguous()}, reference(out, number))

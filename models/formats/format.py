@@ -42,6 +42,7 @@ class Finished:
 class Written:
     bits_per_weight: float  # of all parameters, scales and padding counted
     fallbacks: Mapping[str, str] = field(default_factory=dict)  # parameter → what it is held in, not being as asked
+    rounded: bool = False  # whether weights that are on no grid were put into fewer bits, as was asked
 
 
 class Runtime(Protocol):

@@ -78,6 +78,13 @@ class Gguf:
         if self.cache is not None and self.cache not in CACHES:
             raise Refusal(f"format.cache={self.cache}: need one of {', '.join(CACHES)}, or null")
 
+    @property
+    def multiple(self) -> int:
+        """What widths have to be multiples of."""
+        if self.type in FLOATS:
+            return 1
+        return TYPES[MIXTURES[self.type]].width if self.type in MIXTURES else 32
+
     def check(self, plan: Plan) -> None:
         check_family(plan.config)
         width = head_width(plan.config)
@@ -138,6 +145,8 @@ class Gguf:
         if (problem := context_length(config)[1]) is not None:
             fallbacks["context"] = problem
         held = finished.record or finished.blocks
+        if writing.others != "mixture" and FLOATS.get(writing.others) != DTYPES[finished.dtype]:
+            fallbacks["others"] = f"embeddings, head and matrices on no grid are {writing.others}"
         if held is not None and held.cache not in (None, self.cache):
             fallbacks["cache"] = f"the model was trained with keys and values in {held.cache}: say cache={held.cache}"
         if (problem := _add_tokenizer(writer, finished.folder, config.vocab_size)) is not None:
@@ -164,7 +173,8 @@ class Gguf:
                 writer.write_tensor_data(tensor.bytes().numpy())
         finally:
             writer.close()
-        return Written(8 * size / numbers, fallbacks)
+        rounded = held is None and (writing.type not in FLOATS or FLOATS[writing.type] != DTYPES[finished.dtype])
+        return Written(8 * size / numbers, fallbacks, rounded)
 
     def open(self, folder: Path, device: str) -> LlamaCpp:
         return LlamaCpp(folder, device, self.cache or "f16")
@@ -255,7 +265,8 @@ class _Writing:
         return self.mixture.type_of(part, layer) if self.type in MIXTURES else self.type
 
     def _recorded(self, parameter: str) -> Quantized | Blocks | None:
-        return self.matrices.get(parameter, self.matrices.get(f"{parameter}[0]"))
+        name = parameter if parameter in self.matrices else f"{parameter}[0]"
+        return self.matrices.get(name)
 
     def _bytes(self, parameter: str, piece: Piece, whole: Tensor, kind: str) -> Tensor:
         if self._recorded(parameter) is not None:

@@ -128,15 +128,14 @@ class LlamaCpp:
     def _decode(self, row: list[int]) -> Tensor:
         self._make_place(len(row))
         self._forget()
-        parts = [self._step(row[at : at + _AT_ONCE], at, True) for at in range(0, len(row), _AT_ONCE)]
+        parts = [self._step(row[at : at + _AT_ONCE], every=True) for at in range(0, len(row), _AT_ONCE)]
         return torch.cat(parts)
 
-    def _step(self, row: list[int], at: int | None = None, every: bool = False) -> Tensor:
-        """Float32[tokens | 1, V]: logits of every token or of the last one. `at`: the place of the first in its text;
-        None goes on where the cache ends."""
+    def _step(self, row: list[int], every: bool = False) -> Tensor:
+        """Float32[tokens | 1, V]: logits of every token or of the last one. It goes on where the cache ends."""
         if not every and len(row) > _AT_ONCE:  # only the last part's are wanted
-            for first in range(0, len(row) - 1, _AT_ONCE):
-                last = self._step(row[first : first + _AT_ONCE], first)
+            for first in range(0, len(row), _AT_ONCE):
+                last = self._step(row[first : first + _AT_ONCE])
             return last
         lib, count = llama(), len(row)
         tokens = (ctypes.c_int32 * count)(*row)

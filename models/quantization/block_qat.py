@@ -30,6 +30,11 @@ class BlockQAT:
     def __post_init__(self) -> None:
         GgmlType(self.type)
 
+    @property
+    def multiple(self) -> int:
+        """What widths have to be multiples of."""
+        return GgmlType(self.type).width
+
     def known(self, plain: Any, start: Known | None) -> Known:
         if start is not None:
             raise Refusal(

@@ -17,6 +17,8 @@ from models.representations import projection_widths
 CACHES = ("q8_0",)
 _BLOCK = 32  # neighbours in a head that share a scale
 
+_TURNED = ("llama", "mistral", "mixtral")  # in GGUF their rotary pairs are neighbours, here half a head apart
+
 # B sequences, H key or value heads, T tokens, D width of a head
 
 
@@ -29,6 +31,34 @@ def rounded(heads_BHTD: Tensor) -> Tensor:
     integers = integers.sign() * (integers.abs() + 0.5).floor()
     found = (integers * scale.half().float()).flatten(-2).to(heads_BHTD)
     return straight_through(heads_BHTD, found)
+
+
+def keys_as_cached(keys_BHTD: Tensor, turned: bool) -> Tensor:
+    """As llama.cpp keeps keys: in its own order of channels, and where heads are a multiple of 64 wide spread over the
+    head by a Hadamard rotation (its attn_rot), which queries get too, before they are rounded."""
+    width = keys_BHTD.shape[-1]
+    order_D = torch.arange(width).view(2, -1).T.flatten() if turned else torch.arange(width)
+    found = _rounded_rotated(keys_BHTD[..., order_D], width & -width)
+    return found[..., order_D.argsort()]
+
+
+def values_as_cached(values_BHTD: Tensor) -> Tensor:
+    return _rounded_rotated(values_BHTD, 64)
+
+
+def _rounded_rotated(heads_BHTD: Tensor, size: int) -> Tensor:
+    """Rounded behind a rotation of `size` neighbours each, and turned back; without one where heads are narrow."""
+    if heads_BHTD.shape[-1] % 64:
+        return rounded(heads_BHTD)
+    matrix = torch.ones(1, 1)
+    while len(matrix) < size:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    matrix = (matrix / size**0.5).to(heads_BHTD)
+
+    def turned(heads: Tensor) -> Tensor:
+        return (heads.unflatten(-1, (-1, size)) @ matrix).flatten(-2)
+
+    return turned(rounded(turned(heads_BHTD)))  # the matrix is its own inverse
 
 
 def check(config: Any, cache: str, setting: str) -> None:
@@ -47,10 +77,11 @@ def attach(model: Any) -> str:
     before: str = model.config._attn_implementation
     if before not in ALL_ATTENTION_FUNCTIONS:
         raise Refusal(f"trainer.attention={before}: it gives no way to keys and values; use sdpa or flash_attention_2")
-    name, whole = f"{before}_q8_0_cache", ALL_ATTENTION_FUNCTIONS[before]
+    turned = model.config.model_type in _TURNED
+    name, whole = f"{before}_q8_0_cache{'_turned' if turned else ''}", ALL_ATTENTION_FUNCTIONS[before]
 
     def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, *positional: Any, **words: Any) -> Any:
-        return whole(module, query, rounded(key), rounded(value), *positional, **words)
+        return whole(module, query, keys_as_cached(key, turned), values_as_cached(value), *positional, **words)
 
     AttentionInterface.register(name, attention)
     AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[before])

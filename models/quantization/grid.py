@@ -94,11 +94,16 @@ class Grid:
     def check(self, name: str, inputs: int) -> None:
         """Raises Refusal where groups do not divide what a matrix reads."""
         if inputs % self.width(inputs):
-            fit = [str(size) for size in (256, 128, 64, 32, 16) if inputs % size == 0]
+            fit = [str(size) for size in (256, 128, 64, 32, 16, 8, 4) if inputs % size == 0]
+            cut = (
+                f", cut the width with stages.prune.multiple_of={self.group_size}"
+                if self.width(inputs) < inputs
+                else ""
+            )
             raise Refusal(
                 f"grid.group_size={self.group_size}: {name} reads {inputs} inputs, which it does not divide; need "
-                f"{' or '.join(fit) or 'granularity=channel'}, or cut the width with stages.prune.multiple_of="
-                f"{self.group_size}"
+                f"{' or '.join([*fit, 'granularity=channel with group_size=null'])}{cut}, or leave it out with "
+                f"stages.quantize.skip"
             )
 
     def of_range(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from models.errors import Refusal
 from models.layerwise import Matrix, matrices
-from models.quantization.aware import Rounding
+from models.quantization.aware import Rounding, check_trainable
 from models.quantization.grid import SCALE_DTYPES, Grid, Quantized
 from models.quantization.methods.clipped import Clipped
 from models.quantization.record import Known, Record, read_record
@@ -56,6 +56,7 @@ class QAT:
             raise Refusal(
                 "qat: the student that training starts from is on no grid; give what the stage quantize makes"
             )
+        check_trainable([matrix for matrix in matrices(plain) if str(matrix) in start.shapes])
         return start
 
     def open(self, record: Path, plain: Any) -> Rounding:
@@ -92,7 +93,7 @@ class OnGrid:
     def rounded(self, module: Any, weight_OI: Tensor, matrix: Matrix) -> Tensor:
         owned = {name: getattr(module, name, None) for name in self.own}
         scale, zero_point = self._grid_of(weight_OI, owned)
-        if self.settings.follows(self.step):
+        if self.settings.follows(self.step) and module.training:  # validation comes after the step it belongs to
             module.scale_bits.copy_(scale.view(torch.int32))
             module.zero_point.copy_(zero_point)
         return rounded(weight_OI, scale, zero_point, self.start.grid)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from models.errors import Refusal
 from models.quantization.activations import Activations
-from models.quantization.ggml import Blocks
+from models.quantization.ggml import TYPES, Blocks
 from models.quantization.grid import SCALE_DTYPES, Grid, Quantized
 
 
@@ -69,6 +69,9 @@ class _OnDisk(Mapping[str, Quantized]):
         zero = f"{name}.zero_point"
         zero_point = self._file.get_tensor(zero).int() if zero in self._keys else torch.zeros_like(scale).int()
         return Quantized(self._file.get_tensor(f"{name}.integers").int(), scale, zero_point)
+
+    def __contains__(self, name: object) -> bool:
+        return f"{name}.integers" in self._keys
 
     def __iter__(self) -> Iterator[str]:
         return (key.removesuffix(".integers") for key in sorted(self._keys) if key.endswith(".integers"))
@@ -188,4 +191,6 @@ def open_record(path: Path) -> Record | BlockRecord:
             made = {name: Blocks(kind, file.get_tensor(f"{name}.blocks")) for name, kind in said["ggml"].items()}
     except (SafetensorError, AttributeError) as problem:
         raise _no_record(path, problem) from None
+    if odd := [blocks.type for blocks in made.values() if blocks.type not in TYPES]:
+        raise _no_record(path, ValueError(f"ggml has no type {odd[0]}"))
     return BlockRecord(made, said.get("cache"))

@@ -187,8 +187,11 @@ def test_inputs_that_are_always_zero_cost_nothing() -> None:
         (lambda: Grid(group_size=None), "a group needs a size"),
         (lambda: Grid(granularity="channel"), "nothing else has one"),
         (lambda: Grid(scale_dtype="float8"), "need one of float32"),
-        (lambda: Grid(group_size=128).check("q_proj", 172), r"q_proj reads 172 inputs, .* need granularity=channel"),
-        (lambda: Grid(group_size=128).check("q_proj", 96), r"need 32 or 16, or cut the width"),
+        (lambda: Grid(group_size=128).check("q_proj", 172), r"reads 172 inputs, .* need 4 or granularity=channel"),
+        (
+            lambda: Grid(group_size=128).check("q_proj", 96),
+            r"need 32 or 16 or 8 or 4 or granularity=channel with group_size=null, or leave it out",
+        ),
         (lambda: Clipped(steps=1), "need at least 2"),
         (lambda: GPTQ(damping=0.0), "need a number above 0"),
     ],

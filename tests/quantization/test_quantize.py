@@ -129,7 +129,7 @@ def test_families_of_other_layouts_are_quantized_where_they_read(
     ("words", "said"),
     [
         (["stages.quantize.grid.bits=9"], r"grid\.bits=9: need 2 to 8"),
-        (["stages.quantize.grid.group_size=128"], r"reads 32 inputs, which it does not divide; need 32 or 16"),
+        (["stages.quantize.grid.group_size=128"], r"reads 32 inputs, which it does not divide; need 32 or 16 or"),
         (["stages.quantize.skip=[w_proj]"], "the layers have no matrix w_proj"),
         (["stages.quantize.calibration_tokens=5000"], "the model reads at most 512 tokens"),
         (["stages.quantize.calibration_rows=0"], "need at least 1"),
@@ -160,3 +160,8 @@ def test_a_model_that_is_packed_already_is_refused(teacher: Path, tmp_path: Path
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(Refusal, match="its weights are packed; give the model it was made of"):
         check({"config": EXPERIMENT.composed(tmp_path, f"model.path={folder}"), "stages": ["quantize"]})
+
+
+def test_a_model_on_a_grid_is_not_rounded_twice(made: Path, tmp_path: Path) -> None:
+    with pytest.raises(Refusal, match="its weights are on a grid already; give the model it was made of"):
+        check({"config": EXPERIMENT.composed(tmp_path, f"model.path={made}"), "stages": ["quantize"]})
