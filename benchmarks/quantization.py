@@ -138,7 +138,7 @@ def peer(side: str, grid: str, folder: Path, settings: Settings, repeat: int) ->
         amp=False,  # or it would tune, and round, in bf16
         seed=repeat,
     )
-    made, _ = tuner.quantize()  # in memory: what it saves as `fake` has the old weights
+    made, _ = tuner.quantize()  # rounded weights in plain modules
     seconds = time.perf_counter() - begin
     names = [
         name
