@@ -180,8 +180,10 @@ def measure_folder(
     packed: bool,
     trust_remote_code: bool = False,
     quiz: Quiz | None = None,
+    record: Path | None = None,
 ) -> dict[str, Any]:
-    """One row of the report. `text_bytes`: UTF-8 bytes of the text that the batches' targets stand for.
+    """One row of the report. `text_bytes`: UTF-8 bytes of the text that the batches' targets stand for. `record`: of a
+    quantized model, which is scored with activations and cache rounded as that says; its speed is the plain model's.
 
     With a `quiz` also `right`: for each of its sets, whether each question was answered right, by its text.
     """
@@ -198,6 +200,11 @@ def measure_folder(
     quick = speed(model, prompt, settings)
     peak = memory.bytes()  # what serving one request takes; scoring long texts below is another matter
     check_split(model, model.config.vocab_size, packed)
+    if record is not None:
+        from models.quantization.proof import read_as_recorded
+        from models.quantization.record import open_record
+
+        read_as_recorded(model, open_record(record))
     nats, tokens = negative_log_likelihood(model, batches)
     right = {}
     for name, questions in (quiz.questions if quiz else {}).items():

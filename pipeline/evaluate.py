@@ -250,7 +250,9 @@ class Evaluate:
         ):
             print(f"{role}: of the task's queries: {told}", flush=True)
         words = (folder, batches, text_bytes, prompt, context.device, self.dtype, self.speed)
-        return _alone(processes, role, measure_folder, *words, self.data.packing, self._trusted, quiz)
+        grid = Path(folder) / artifact.GRID
+        record = grid if grid.is_file() else None
+        return _alone(processes, role, measure_folder, *words, self.data.packing, self._trusted, quiz, record)
 
     def _teacher_role(self, context: Context) -> str | None:
         path = self.teacher.path if self.teacher is not None else None

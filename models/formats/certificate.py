@@ -19,9 +19,8 @@ from models.formats.format import Finished, Format, Runtime
 from models.formats.loaded import Loaded
 from models.layerwise import matrices
 from models.load import DTYPES, empty_model, load_config, load_model
-from models.quantization import cache as caches
-from models.quantization.activations import attach
-from models.quantization.record import Record, open_record
+from models.quantization.proof import read_as_recorded
+from models.quantization.record import open_record
 
 # T tokens of a row, V vocabulary, O what a matrix gives, I what it reads
 
@@ -38,10 +37,8 @@ def refer(folder: str, record: Path | None, dtype: str, rows: Sequence[Tensor], 
     for matrix in matrices(model) if held else ():
         if str(matrix) in made:  # the checkpoint may have rounded it to its dtype
             matrix.of(model.get_parameter(matrix.parameter)).copy_(made[str(matrix)].dequantized())
-    if isinstance(held, Record):
-        attach(model, held)
-    if held and held.cache:
-        caches.attach(model)
+    if held:
+        read_as_recorded(model, held)
     for number, ids_T in enumerate(rows):
         logits_TV = model(input_ids=ids_T[None].to(device), use_cache=False).logits[0]
         save_file({"logits": logits_TV.float().cpu().contiguous()}, reference(out, number))

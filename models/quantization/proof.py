@@ -9,7 +9,17 @@ import torch
 from models.errors import Refusal
 from models.layerwise import matrices
 from models.load import parameter_count
+from models.quantization import cache
+from models.quantization.activations import attach
 from models.quantization.record import BlockRecord, Record
+
+
+def read_as_recorded(model: Any, record: Record | BlockRecord) -> None:
+    """From now on a plain model rounds what its matrices read, and its keys and values, as the record says."""
+    if isinstance(record, Record):
+        attach(model, record)
+    if record.cache is not None:
+        cache.attach(model)
 
 
 def check_held(model: Any, record: Record | BlockRecord, dtype: torch.dtype, stage: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -12,9 +13,14 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from models.errors import Refusal
+from models.load import load_model
+from models.measure import negative_log_likelihood
 from models.quantization.activations import Activations, attach
 from models.quantization.record import read_record
-from pipeline.worker import check
+from pipeline.data.batch import collate
+from pipeline.data.rows import rows_of
+from pipeline.data.tokenizer import load_tokenizer
+from pipeline.worker import build, check
 from tests.command import weights
 from tests.quantization.little import EXPERIMENT, activations, folder_of, teacher_in
 from tests.staged import manifest
@@ -177,3 +183,23 @@ def test_a_family_whose_parts_are_not_known_is_refused_by_methods_that_scale(tea
     config = EXPERIMENT.composed(tmp_path, f"model.path={folder}", "quantizer@stages.quantize.method=awq")
     with pytest.raises(Refusal, match=r"method=AWQ: .*q_norm.*use quantizer@stages\.quantize\.method=gptq"):
         check({"config": config, "stages": ["quantize"]})
+
+
+def test_the_report_scores_it_with_its_activations_rounded(teacher: Path, tmp_path: Path) -> None:
+    words = [f"model.path={teacher}", activations("int8_token"), "stages.quantize.activations.bits=4"]
+    run = tmp_path / "run"
+    made = EXPERIMENT.make(run, "quantize", *words)
+    speed = "stages.evaluate.speed={_target_: models.measure.Speed, prompt_tokens: 8, new_tokens: 4, repeats: 1}"
+    EXPERIMENT.make(run, "evaluate", *words, speed, "stages.evaluate.models=[quantize]")
+    (row,) = manifest(run / "evaluate")["metrics"]["rows"]
+    shutil.move(made / "grid.safetensors", tmp_path / "grid.safetensors")
+    shutil.rmtree(run / "evaluate")
+    EXPERIMENT.make(run, "evaluate", *words, speed, "stages.evaluate.models=[quantize]")
+    (plain,) = manifest(run / "evaluate")["metrics"]["rows"]
+    assert abs(row["perplexity"] / plain["perplexity"] - 1) > 1e-5  # so little it has learnt
+    model = load_model(str(made), dtype=torch.float32).eval()
+    attach(model, read_record(tmp_path / "grid.safetensors"))
+    config = EXPERIMENT.composed(run, *words)
+    rows, _, _ = rows_of(build(config, "evaluate").data, "test", load_tokenizer(str(made)), tmp_path / "rows")
+    nats, tokens = negative_log_likelihood(model, [collate([rows[n]], pad_token=0) for n in range(len(rows))])
+    assert row["perplexity"] == pytest.approx(math.exp(nats / tokens), rel=1e-6)
