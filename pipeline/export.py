@@ -7,6 +7,7 @@ import math
 import multiprocessing
 import os
 import re
+import shlex
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -280,7 +281,11 @@ class Export:
             keep_trailing_newline=True,
         )
         told = manifest["certificates"]
-        commands = self._formats[name].serving(str(aside))
+        named = shlex.quote(str(aside))
+        commands = [
+            (runtime, line.replace(named, shlex.quote(str(context.out / name))))
+            for runtime, line in self._formats[name].serving(named)
+        ]
         return templates.get_template("card.md.j2").render(
             run=context.run_dir.name,
             format=name,
@@ -289,7 +294,7 @@ class Export:
             runtime=told["runtime"],
             metrics=manifest["metrics"],
             size=units.size(manifest["metrics"]["bytes"]),
-            serving=[(runtime, line.replace(str(aside), str(context.out / name))) for runtime, line in commands],
+            serving=commands,
             versions=manifest["versions"],
         )
 

@@ -106,9 +106,13 @@ class Prune:
             self._multiple(context),
         )
 
+    @property
+    def _automatic(self) -> bool:
+        return self.multiple_of == "auto"
+
     def _multiple(self, context: Context) -> int:
         """Where it is `auto`, the least that the grids and the formats of this run's later stages divide."""
-        if self.multiple_of != "auto":
+        if not self._automatic:
             return self.multiple_of  # type: ignore[return-value]
         order, stages = context.config["order"], context.config["stages"]
         needed = 1
@@ -171,6 +175,8 @@ class Prune:
             "length": "a plan" if self.plan else f"{self.calibration_rows} rows of calibration",
             "teacher": f"{self.model} ({parameter_count(whole):,})",
             "warnings": [note] if note else [],
+            # What `auto` comes to is of other stages' settings: a cut is made anew where they have changed.
+            **({"content": f"{self.content()} in multiples of {self._multiple(context)}"} if self._automatic else {}),
             "commits": {"model": getattr(config, "_commit_hash", None)},
         }
 

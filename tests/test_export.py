@@ -305,12 +305,26 @@ def test_an_export_is_no_model_to_export(exported: Path) -> None:
 def test_widths_are_rounded_to_what_grids_and_formats_of_later_stages_need(start: Path, tmp_path: Path) -> None:
     words = ["+stage@stages.prune=prune", "stages.prune.multiple_of=auto", "order=[prune,quantize,export]"]
     words += [f"model.path={start}/teacher", "~stages.evaluate"]
-    for more, want in (([], 16), ([WITH_GPTQ], 32), (["stages.quantize.grid.group_size=24", WITH_GPTQ], 96)):
+    gguf = "+format@stages.export.formats.gguf=gguf"
+    blocks = ["+stage@stages.qat=qat", "qat@stages.qat.qat=ggml", "order=[prune,quantize,qat,export]"]
+    for more, want in (
+        ([], 16),
+        ([WITH_GPTQ], 32),
+        (["stages.quantize.grid.group_size=24", WITH_GPTQ], 96),
+        ([gguf], 32),
+        ([gguf, "stages.export.formats.gguf.type=q4_k_m"], 256),
+        (blocks, 256),
+    ):
         config = EXPERIMENT.composed(tmp_path, *words, *more)
         stage, context = EXPERIMENT.begin(tmp_path, "prune", *words, *more)
         assert stage._multiple(context) == want, config["stages"]["export"]["formats"]
     stage = build(EXPERIMENT.composed(tmp_path, *words[:1], "stages.prune.multiple_of=64", *words[2:]), "prune")
     assert stage._multiple(context) == 64
+    told = set()
+    for size in (8, 16):
+        config = EXPERIMENT.composed(tmp_path, *words, f"stages.quantize.grid.group_size={size}")
+        told.add(check({"config": config, "stages": ["prune"]})["plan"][0]["content"])
+    assert len(told) == 2  # a finished cut is made anew where they need another number
     with pytest.raises(Refusal, match="need a whole number, or auto"):
         build(EXPERIMENT.composed(tmp_path, *words[:1], "stages.prune.multiple_of=most", *words[2:]), "prune")
 
