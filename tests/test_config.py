@@ -150,7 +150,7 @@ def test_a_cached_teacher_can_be_recorded_by(recorder: str) -> None:
 def test_a_stage_that_records_runs_only_where_its_record_is_read(words: list[str], stages: list[str]) -> None:
     from pipeline.run import needed
 
-    after = ["prune", "recover", "quantize", "qat", "export", "evaluate"]
+    after = ["prune", "recover", "quantize", "qat", "unquantized", "export", "evaluate"]
     assert needed(quickstart(*words)) == stages[:-1] + after
 
 
