@@ -1,7 +1,7 @@
 """Training with matrices rounded on the way: quantization-aware, by a straight-through estimator.
 
 The float weights stay where they are and are what is trained; every forward multiplies with what becomes of them in an
-export, to the bit. (Adapters under autocast are multiplied in bf16, so that a few of their integers may fall to the next.)
+export, to the bit. (Under autocast adapters are multiplied in bf16: a few of their integers may fall to the next.)
 """
 
 from __future__ import annotations
