@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # The quickstart up to its comparison, at a size of seconds.
 SMALL = [
     "order=[pretrain,record,distill,control,evaluate]",
+    *(f"~stages.{name}" for name in ("prune", "recover", "quantize", "qat", "unquantized", "export")),
     "data.max_documents=60",
     "data.max_length=64",
     "stages.pretrain.tokenizer.vocab_size=400",
