@@ -364,7 +364,7 @@ def train(
         model.load_state_dict(learnt, strict=False)
         if lora is not None and rounding is None and not keep_zeros:
             folder = str(context.parents["student"]["path"]) if "student" in context.parents else prepared["start"]
-            also.append(lambda out: write_adapter(adapter, folder, state, out / "adapter"))
+            also.append(lambda out: write_adapter(adapter, folder, learnt, out / "adapter"))
         if rounding is None:
             certificates["merged_equals_adapter"] = _unchanged(context, model, rows, merge, SAVED[precision])
         else:

@@ -11,7 +11,7 @@ import torch
 from models.errors import Refusal
 from models.quantization.ggml import TYPES, Blocks, GgmlType, Mixture, fitting, packed_grid, type_of_grid
 from models.quantization.grid import Grid
-from models.quantization.record import BlockRecord, Record, is_blocks, read_blocks, read_record
+from models.quantization.record import BlockRecord, Record, open_record, read_known, read_record
 
 gguf = pytest.importorskip("gguf")
 pytest.importorskip("xllamacpp")
@@ -171,13 +171,16 @@ def test_blocks_beside_a_model_are_read_back(weight: torch.Tensor, tmp_path: Pat
     record.write(tmp_path / "one")
     record.write(tmp_path / "two")
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
-    again = read_blocks(tmp_path / "one")
+    again = open_record(tmp_path / "one")
+    assert isinstance(again, BlockRecord)
     assert {name: blocks.type for name, blocks in again.matrices.items()} == {"a.weight": "q4_k", "b.weight": "q6_k"}
     for name, blocks in record.matrices.items():
         assert torch.equal(again.matrices[name].bytes, blocks.bytes)
     grid = Grid(4, "group", 32)
     Record(grid, {"a": grid.nearest(weight, *grid.of_range(*grid.ranges(weight)))}).write(tmp_path / "grid")
-    assert [is_blocks(tmp_path / name) for name in ("one", "grid")] == [True, False]
-    for read, name in ((read_blocks, "grid"), (read_record, "one")):
+    assert isinstance(open_record(tmp_path / "grid"), Record)
+    assert [read_known(tmp_path / name).ggml is None for name in ("one", "grid")] == [False, True]
+    (tmp_path / "odd").write_bytes(b"\x00" * 64)
+    for read, name in ((read_record, "one"), (open_record, "odd"), (read_known, "odd")):
         with pytest.raises(Refusal, match="run the stage quantize again"):
             read(tmp_path / name)
