@@ -12,7 +12,7 @@ import json
 import statistics
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -85,9 +85,7 @@ def speed(model: Any, prompt: Tensor, settings: Speed) -> dict[str, float]:
     """`prompt`: Int64[1, T]. Prefill is the forward over the prompt; generation is what comes after the first token."""
     prompt = prompt.to(next(model.parameters()).device)
 
-    def seconds(new_tokens: int) -> float:
-        _synchronise(prompt)
-        begin = time.perf_counter()
+    def generate(new_tokens: int) -> None:
         model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
@@ -99,21 +97,31 @@ def speed(model: Any, prompt: Tensor, settings: Speed) -> dict[str, float]:
             pad_token_id=model.generation_config.pad_token_id or 0,
         )
         _synchronise(prompt)
-        return time.perf_counter() - begin
 
-    def prefill() -> float:
-        _synchronise(prompt)
-        begin = time.perf_counter()
+    def prefill() -> None:
         model(input_ids=prompt, use_cache=True, logits_to_keep=1)
         _synchronise(prompt)
+
+    return rates(generate, prefill, prompt.shape[1], settings)
+
+
+def rates(
+    generate: Callable[[int], object], prefill: Callable[[], object], prompt_tokens: int, settings: Speed
+) -> dict[str, float]:
+    """Of a runtime that has done its work when these return: `generate(new_tokens)` from a prompt, and `prefill()`."""
+
+    def seconds(work: Callable[..., object], *words: int) -> float:
+        begin = time.perf_counter()
+        work(*words)
         return time.perf_counter() - begin
 
-    seconds(2), prefill()  # warm up
-    first = statistics.median(seconds(1) for _ in range(settings.repeats))
-    whole = statistics.median(seconds(settings.new_tokens) for _ in range(settings.repeats))
+    generate(2), prefill()  # warm up
+    first = statistics.median(seconds(generate, 1) for _ in range(settings.repeats))
+    whole = statistics.median(seconds(generate, settings.new_tokens) for _ in range(settings.repeats))
     return {
         "generate_tokens_per_second": (settings.new_tokens - 1) / max(whole - first, 1e-9),
-        "prefill_tokens_per_second": prompt.shape[1] / statistics.median(prefill() for _ in range(settings.repeats)),
+        "prefill_tokens_per_second": prompt_tokens
+        / statistics.median(seconds(prefill) for _ in range(settings.repeats)),
         "first_token_ms": 1000 * first,
     }
 
@@ -261,18 +269,8 @@ def measure_export(
     device: str,
     settings: Speed,
 ) -> dict[str, Any]:
-    """One row of the report, of a folder that `form` has written. Where its own runtime cannot be had here, speed and
-    memory would be another one's: they are left out."""
-    if device == "cpu":
-        runtime = form.open(Path(folder), device)  # once for nothing, as in measure_folder
-        runtime.speed(prompt[:, :2], Speed(new_tokens=2, repeats=1))
-        del runtime
-    memory = PeakMemory(device)
-    runtime = form.open(Path(folder), device)
-    quick: dict[str, float] = {}
-    if getattr(runtime, "serves", True):
-        quick = runtime.speed(prompt, settings)
-        quick["peak_memory_bytes"] = memory.bytes()
+    """One row of the report, of a folder that `form` has written."""
+    runtime, quick = served(form, Path(folder), prompt, device, settings)
     nats, tokens = scored(runtime, batches)
     return {
         "perplexity": float(torch.tensor(nats / tokens, dtype=torch.float64).exp()),
@@ -280,3 +278,24 @@ def measure_export(
         **quick,
         "runtime": runtime.name,
     }
+
+
+def served(
+    form: Any,  # models.formats.format.Format
+    folder: Path,
+    prompt: Tensor,
+    device: str,
+    settings: Speed,
+) -> tuple[Any, dict[str, float]]:
+    """(runtime, speed and memory of one request): nothing of the latter where the format's own runtime cannot be had
+    here, as they would be another one's. `prompt`: Int64[1, T]."""
+    if device == "cpu":
+        runtime = form.open(folder, device)  # once for nothing, as in measure_folder
+        runtime.speed(prompt[:, :2], Speed(new_tokens=2, repeats=1))
+        runtime.close()
+        del runtime
+    memory = PeakMemory(device)
+    runtime = form.open(folder, device)
+    if not runtime.serves:
+        return runtime, {}
+    return runtime, {**runtime.speed(prompt, settings), "peak_memory_bytes": memory.bytes()}

@@ -111,8 +111,8 @@ def content_hash(path: Path, cache: Path | None = None) -> str:
 
 def _beside(name: str) -> bool:
     """Whether a file of an artifact is not of the model. An adapter is merged, and what lies there names its folder;
-    the manifest of an export tells the time."""
-    return name in BESIDE or name.startswith("adapter/") or name.endswith(f"/{MANIFEST}")
+    the manifest of an export and its card tell the time."""
+    return name in BESIDE or name.startswith("adapter/") or name.endswith((f"/{MANIFEST}", f"/{CARD}"))
 
 
 def write_json(path: Path, value: Any) -> None:

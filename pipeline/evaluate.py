@@ -6,12 +6,8 @@ much of the gap between the teacher's two figures a student has closed.
 
 from __future__ import annotations
 
-import multiprocessing
 import tempfile
 from collections import Counter
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +24,7 @@ from models.questions import PER, Question
 from models.student import Start
 from models.teachers.teacher import Source
 from pipeline import artifact
+from pipeline.alone import Alone
 from pipeline.context import Context
 from pipeline.data.batch import collate, pad_token
 from pipeline.data.rows import RowSource, check_source, rows_of, source_key
@@ -41,6 +38,7 @@ UNSEEN, SEEN = "unseen", "seen"  # queries held out, and trained on
 SHOWN, SHOWN_SEEN = "unseen, shown", "seen, shown"  # the same behind demonstrations
 RESAMPLES = 2000
 LEFT_OUT = ("too_long", "demonstrations_left_out", "across")
+_KILLED = "measuring {} was killed, most likely for lack of memory; try stages.evaluate.dtype=bfloat16, batch_rows=1"
 
 
 @dataclass(frozen=True)
@@ -163,9 +161,7 @@ class Evaluate:
         """Nothing to share: one process does it all."""
 
     def run(self, context: Context) -> None:
-        # A server that has imported the libraries but run nothing: its children start clean and quickly.
-        processes = multiprocessing.get_context("forkserver")
-        processes.set_forkserver_preload(["models.measure"])
+        alone = Alone(["models.measure"])
         rows: list[dict[str, Any]] = []
         right: dict[str, dict[str, dict[str, bool]]] = {}
         with tempfile.TemporaryDirectory(prefix="retort-before-") as start:
@@ -175,7 +171,7 @@ class Evaluate:
                 self.before.materialise(self.teacher.path, tokenizer, Path(start) / "start", self.seed)
                 folders = {**folders, BEFORE: str(Path(start) / "start")}
             for role, folder in folders.items():
-                measured = self._measured(context, role, folder, processes)
+                measured = self._measured(context, role, folder, alone)
                 right[role] = measured.pop("right", {})
                 manifest = artifact.read_manifest(Path(folder)) or {}
                 if (bits := (manifest.get("metrics") or {}).get("bits_per_weight")) is not None:
@@ -194,7 +190,7 @@ class Evaluate:
                     }
                 )
                 print(f"{role}: perplexity {measured['perplexity']:.2f}", flush=True)
-        rows += [self._export_row(context, role, *found, processes) for role, found in self._exports(context).items()]
+        rows += [self._export_row(context, role, *found, alone) for role, found in self._exports(context).items()]
         if self.task is not None:
             rows = self._with_accuracy(rows, right, self._teacher_role(context))
         artifact.publish(
@@ -208,14 +204,14 @@ class Evaluate:
         )
 
     def _export_row(
-        self, context: Context, role: str, stage: str, node: dict[str, Any], processes: Any
+        self, context: Context, role: str, stage: str, node: dict[str, Any], alone: Alone
     ) -> dict[str, Any]:
         folder, name = context.run_dir / role, role.partition("/")[2]
         tokenizer = load_tokenizer(str(folder), self._trusted)
         batches, text_bytes, prompt = self._text(context, tokenizer)
         form = instantiate(node, _convert_="all")
         words = (form, str(folder), batches, text_bytes, prompt, context.device, self.speed)
-        measured = _alone(processes, role, measure_export, *words)
+        measured = alone(measure_export, *words, killed=_KILLED.format(role))
         manifest = artifact.read_manifest(context.run_dir / stage) or {"metrics": {"formats": {}}}
         print(f"{role}: perplexity {measured['perplexity']:.2f}", flush=True)
         return {
@@ -241,7 +237,7 @@ class Evaluate:
         ]
         return batches, statistics["bytes"], batches[0]["input_ids"][:1, : self.speed.prompt_tokens]
 
-    def _measured(self, context: Context, role: str, folder: str, processes: Any) -> dict[str, Any]:
+    def _measured(self, context: Context, role: str, folder: str, alone: Alone) -> dict[str, Any]:
         tokenizer = load_tokenizer(folder, self._trusted)
         batches, text_bytes, prompt = self._text(context, tokenizer)
         quiz, left_out = self._quiz(tokenizer, shown=role == self._teacher_role(context))
@@ -249,10 +245,12 @@ class Evaluate:
             f"{name.replace('_', ' ')} {n:,}" for name, n in left_out.items() if n and name in LEFT_OUT
         ):
             print(f"{role}: of the task's queries: {told}", flush=True)
-        words = (folder, batches, text_bytes, prompt, context.device, self.dtype, self.speed)
         grid = Path(folder) / artifact.GRID
         record = grid if grid.is_file() else None
-        return _alone(processes, role, measure_folder, *words, self.data.packing, self._trusted, quiz, record)
+        settings = (context.device, self.dtype, self.speed, self.data.packing, self._trusted)
+        words = (folder, batches, text_bytes, prompt, *settings, quiz, record)
+        measured: dict[str, Any] = alone(measure_folder, *words, killed=_KILLED.format(role))
+        return measured
 
     def _teacher_role(self, context: Context) -> str | None:
         path = self.teacher.path if self.teacher is not None else None
@@ -321,18 +319,6 @@ class Evaluate:
             for one, other in self.compare
             if one in by_stage and other in by_stage
         ]
-
-
-def _alone(processes: Any, role: str, work: Callable[..., dict[str, Any]], *words: Any) -> dict[str, Any]:
-    """`work(*words)` in a fresh process, whose memory is no other model's."""
-    with ProcessPoolExecutor(1, mp_context=processes) as pool:
-        try:
-            return pool.submit(work, *words).result()
-        except BrokenProcessPool:
-            raise Refusal(
-                f"measuring {role} was killed, most likely for lack of memory; try stages.evaluate.dtype=bfloat16 or a "
-                f"smaller batch_rows"
-            ) from None
 
 
 def gap_closed(student: dict[str, bool], without: dict[str, bool], shown: dict[str, bool]) -> dict[str, float | None]:

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-import multiprocessing
 import os
 import re
 import shlex
 import shutil
 import time
-from collections.abc import Callable, Mapping
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from torch import Tensor
 
@@ -26,10 +24,11 @@ from models.formats.checkpoint import add_tokenizer, dtype_of
 from models.formats.container import check_installed
 from models.formats.format import Finished, Format, Plan
 from models.layerwise import matrices
-from models.load import DTYPES, empty_model, parameter_count
-from models.measure import documents
+from models.load import DTYPES, empty_model, load_config, parameter_count
+from models.measure import Speed, documents
 from models.quantization.record import BlockRecord, open_record, read_known
 from pipeline import artifact, units
+from pipeline.alone import Alone
 from pipeline.calibration import config_of, known_of
 from pipeline.context import Context
 from pipeline.data import packing
@@ -37,6 +36,9 @@ from pipeline.data.batch import collate, pad_token
 from pipeline.data.rows import RowSource, check_source, rows_of, source_key
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.progress import shown
+from pipeline.report import BITS, COLUMNS
+
+_KILLED = "was killed, most likely for lack of memory; take a smaller export.tokens"
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class Export:
     logits_tolerance: float = 0.05  # as a share of the largest logit
     kl_tolerance: float = 1e-3  # nats for each token
     rounded_kl_tolerance: float = 0.5  # likewise, where a container was asked to round
+    speed: Speed = field(default_factory=Speed)  # as it is measured for the card
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -135,10 +138,9 @@ class Export:
         grid = folder / artifact.GRID
         record = grid if grid.is_file() else None
         rows = self._rows(context, folder)
-        processes = multiprocessing.get_context("forkserver")
-        # What is imported once is there in every process; a package that is missing is none of these formats' needs.
+        # A package that is missing is passed over, and is none of these formats' needs.
         quantizers = ["transformers.quantizers.auto", "torchao.quantization", "compressed_tensors"]
-        processes.set_forkserver_preload(["models.formats.certificate", *quantizers])
+        alone = Alone(["models.formats.certificate", *quantizers])
         references = context.work / ".references"
         for name in shown(list(self._formats), len(self._formats), context.stage):
             if (context.work / name / artifact.MANIFEST).exists():
@@ -147,14 +149,14 @@ class Export:
                 shutil.rmtree(references, ignore_errors=True)
                 references.mkdir()
                 words = (str(folder), record, dtype, rows, references, context.device)
-                _alone(processes, refer, words, f"{context.stage}: the model itself")
+                alone(refer, *words, killed=f"{context.stage}: the model itself {_KILLED}")
                 (references / "done").touch()
             held = open_record(record) if record else None
             if isinstance(held, BlockRecord):
                 finished = Finished(folder, None, dtype, held)
             else:
                 finished = Finished(folder, held, dtype)
-            self._make(context, name, finished, record, rows, references, processes)
+            self._make(context, name, finished, record, rows, references, alone)
         manifests = {name: json.loads((context.work / name / artifact.MANIFEST).read_text()) for name in self._formats}
         manifest = context.manifest("exports")
         manifest["certificates"] = {name: told["certificates"] for name, told in manifests.items()}
@@ -196,7 +198,7 @@ class Export:
         record: Path | None,
         rows: list[Tensor],
         references: Path,
-        processes: Any,
+        alone: Alone,
     ) -> None:
         """One export under work/, certified; nothing where it is not."""
         begin, form = time.monotonic(), self._formats[name]
@@ -206,11 +208,20 @@ class Export:
         try:
             written = form.write(finished, aside)
             add_tokenizer(finished.folder, aside)
-            told = _alone(
-                processes,
+            limit = getattr(load_config(str(finished.folder)), "max_position_embeddings", None)
+            most = self.speed.prompt_tokens
+            prompt_tokens = most if limit is None else max(1, min(most, limit - self.speed.new_tokens))
+            told = alone(
                 certify,
-                (form, aside, replace(finished, record=None, blocks=None), record, rows, references, context.device),
-                f"{context.stage}: {name}",
+                form,
+                aside,
+                replace(finished, record=None, blocks=None),
+                record,
+                rows,
+                references,
+                context.device,
+                replace(self.speed, prompt_tokens=prompt_tokens),
+                killed=f"{context.stage}: {name} {_KILLED}",
             )
             self._judge(context, name, told, record, written.rounded)
         except BaseException:
@@ -218,7 +229,7 @@ class Export:
             raise
         manifest = context.manifest("export")
         del manifest["run_config"]  # the stage's manifest has it
-        odd = told.pop("first_odd_weight")
+        odd, serving = told.pop("first_odd_weight"), told.pop("serving")
         manifest |= {
             "format": context.config["stages"][context.stage]["formats"][name],
             "certificates": {
@@ -230,6 +241,7 @@ class Export:
                 "bits_per_weight": written.bits_per_weight,
                 "perplexity_reloaded": told["perplexity_reloaded"],
                 "bytes": sum(path.stat().st_size for path in aside.rglob("*") if path.is_file()),
+                **serving,
             },
             "seconds": round(time.monotonic() - begin, 3),
         }
@@ -293,19 +305,19 @@ class Export:
             told=told,
             runtime=told["runtime"],
             metrics=manifest["metrics"],
-            size=units.size(manifest["metrics"]["bytes"]),
+            row=_row(manifest["metrics"]),
+            device=torch.cuda.get_device_name()
+            if context.device == "cuda"
+            else f"{torch.get_num_threads()} CPU threads",
             serving=commands,
             versions=manifest["versions"],
         )
 
 
-def _alone(processes: Any, work: Callable[..., Any], words: tuple[Any, ...], what: str) -> Any:
-    """`work(*words)` in a fresh process."""
-    with ProcessPoolExecutor(1, mp_context=processes) as pool:
-        try:
-            return pool.submit(work, *words).result()
-        except BrokenProcessPool:
-            raise Refusal(f"{what} was killed, most likely for lack of memory; take a smaller export.tokens") from None
+def _row(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(heading, figure) as the report has them; speed and memory where they were measured."""
+    shown = [column for column in (*COLUMNS, BITS) if metrics.get(column.key) is not None]
+    return [(column.heading, column.show(metrics[column.key])) for column in shown]
 
 
 def local_folder(model: str) -> Path:

@@ -204,8 +204,7 @@ def _report(artifacts: Sequence[Artifact]) -> Json:
                     "stage": name,
                     "path": str((artifact.folder / form).resolve()),
                     "parameters": artifact.manifest["metrics"]["parameters"],
-                    "bytes": told["bytes"],
-                    BITS.key: told[BITS.key],
+                    **{column.key: told[column.key] for column in (*COLUMNS, BITS) if column.key in told},
                 }
     return {"rows": _finite(list(rows.values())), "comparisons": _finite(comparisons)}
 

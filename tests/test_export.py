@@ -19,6 +19,7 @@ from models.formats.gptq import GPTQ
 from models.formats.huggingface import HuggingFace
 from models.measure import documents, negative_log_likelihood, open_for_inference, scored
 from models.quantization.grid import Grid
+from pipeline import units
 from pipeline.artifact import content_hash, read_manifest
 from pipeline.data.batch import collate
 from pipeline.data.tokenizer import train_tokenizer
@@ -100,6 +101,9 @@ def test_the_hash_is_of_what_was_exported_and_not_of_the_hour(exported: Path, tm
     later = json.loads((other / "gptq" / "manifest.json").read_text()) | {"seconds": 1e6}
     (other / "gptq" / "manifest.json").write_text(json.dumps(later))
     assert content_hash(other) == content_hash(exported)
+    card = other / "gptq" / "README.md"
+    card.write_text(card.read_text() + "at another speed")
+    assert content_hash(other) == content_hash(exported)
     (other / "gptq" / "quantize_config.json").write_text("{}")
     assert content_hash(other) != content_hash(exported)
 
@@ -109,7 +113,14 @@ def test_the_card_tells_where_it_comes_from_what_it_is_worth_and_how_it_is_serve
     for name in FORMATS:
         card = (exported / name / "README.md").read_text()
         certificate = manifest(exported / name)["certificates"]
-        assert f"{certificate['bits_per_weight']:.2f} bits per weight" in card
+        headings, _, figures = [line.strip("| ").split(" | ") for line in card.splitlines() if line[:1] == "|"][:3]
+        row, metrics = dict(zip(headings, figures, strict=True)), manifest(exported / name)["metrics"]
+        assert row["bits per weight"] == f"{certificate['bits_per_weight']:.2f}"
+        assert row["on disk"] == units.size(metrics["bytes"])
+        served = {"generate tokens/s": "generate_tokens_per_second", "peak memory": "peak_memory_bytes"}
+        for heading, key in served.items() if name != "gptq" else ():  # which is not opened by what serves it
+            assert row[heading] == (units.size if key.endswith("bytes") else units.si)(metrics[key])
+        assert (served.keys() <= row.keys()) == (name != "gptq") == ("CPU threads" in card)
         assert f"| {certificate['perplexity_reloaded']:.3f} |" in card
         assert certificate["runtime"] in card
         assert f"**quantize** `{quantize['content_hash'].removeprefix('sha256:')[:12]}`" in card

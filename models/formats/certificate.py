@@ -19,6 +19,7 @@ from models.formats.format import Finished, Format, Runtime
 from models.formats.loaded import Loaded
 from models.layerwise import matrices
 from models.load import DTYPES, empty_model, load_config, load_model
+from models.measure import Speed, served
 from models.quantization.proof import read_as_recorded
 from models.quantization.record import open_record
 
@@ -56,18 +57,25 @@ def certify(
     rows: Sequence[Tensor],
     references: Path,
     device: str,
+    settings: Speed,
 ) -> dict[str, Any]:
-    """The figures of an export's certificate, and by what they were measured.
+    """The figures of an export's certificate, by what they were measured, and what serving one request takes.
 
     Weights are compared as the numbers that the plain model is made of, in the export's dtype: what the record says
     where there is one, else the plain checkpoint.
     """
-    runtime = form.open(folder, device)
+    runtime, quick = served(form, folder, rows[0][None, : settings.prompt_tokens], device, settings)
     odd = _odd(runtime, finished, record)
     told = _Compared()
     for number, ids_T in enumerate(rows):
         told.add(load_file(reference(references, number))["logits"], runtime.logits(ids_T[None])[0], ids_T)
-    return {"weights_bit_equal": odd is None, "first_odd_weight": odd, **told.figures(), "runtime": runtime.name}
+    return {
+        "weights_bit_equal": odd is None,
+        "first_odd_weight": odd,
+        **told.figures(),
+        "runtime": runtime.name,
+        "serving": quick,
+    }
 
 
 def _odd(runtime: Runtime, finished: Finished, record: Path | None) -> str | None:

@@ -49,6 +49,7 @@ class Runtime(Protocol):
     """An export, opened by what will serve it."""
 
     name: ClassVar[str]  # transformers, llama.cpp
+    serves: ClassVar[bool]  # False: it only reads what another one serves, and its speed is none of the format's
 
     def weight(self, name: str) -> Tensor:
         """Float32[O, I]: the matrix of that name in the plain checkpoint, as it is multiplied with."""
@@ -60,6 +61,10 @@ class Runtime(Protocol):
 
     def speed(self, prompt: Tensor, settings: Speed) -> dict[str, float]:
         """As models.measure.speed; `prompt`: Int64[1, T]."""
+        ...
+
+    def close(self) -> None:
+        """Its memory is free again; nothing is asked of it afterwards."""
         ...
 
 

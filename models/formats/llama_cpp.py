@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import re
-import statistics
-import time
 from pathlib import Path
 from typing import ClassVar
 
@@ -16,7 +14,7 @@ from torch import Tensor
 from models.errors import Refusal
 from models.formats.gguf_layout import layout_of_file
 from models.llama_library import CONTEXT_FIELDS, Batch, field_at, forget_words, llama, load_file, reason, tokenized
-from models.measure import Speed
+from models.measure import Speed, rates
 
 # B sequences, T tokens, V vocabulary, O what a matrix gives, I what it reads
 
@@ -34,6 +32,7 @@ class LlamaCpp:
     """
 
     name: ClassVar[str] = "llama.cpp"
+    serves: ClassVar[bool] = True
 
     def __init__(self, folder: Path, device: str = "cpu", cache: str = "f16") -> None:
         from gguf import GGUFReader
@@ -94,25 +93,11 @@ class LlamaCpp:
         given = self._rows(prompt)[0]
         self._make_place(len(given) + settings.new_tokens)
 
-        def prefill() -> float:
+        def prefill() -> None:
             self._forget()
-            begin = time.perf_counter()
             self._step(given)
-            return time.perf_counter() - begin
 
-        def seconds(new_tokens: int) -> float:
-            begin = time.perf_counter()
-            self.generate(prompt, new_tokens)
-            return time.perf_counter() - begin
-
-        seconds(2), prefill()  # warm up
-        first = statistics.median(seconds(1) for _ in range(settings.repeats))
-        whole = statistics.median(seconds(settings.new_tokens) for _ in range(settings.repeats))
-        return {
-            "generate_tokens_per_second": (settings.new_tokens - 1) / max(whole - first, 1e-9),
-            "prefill_tokens_per_second": len(given) / statistics.median(prefill() for _ in range(settings.repeats)),
-            "first_token_ms": 1000 * first,
-        }
+        return rates(lambda new_tokens: self.generate(prompt, new_tokens), prefill, len(given), settings)
 
     def tokenize(self, text: str) -> list[int]:
         """As the file says: with the tokens it says begin or end a text, special tokens known by their names."""

@@ -23,6 +23,7 @@ class Loaded:
     """`dense`: what a parameter is multiplied as, where it is held as something else."""
 
     name: ClassVar[str] = "transformers"
+    serves: ClassVar[bool] = True
 
     def __init__(self, model: Any, dense: Callable[[Tensor], Tensor] = lambda held: held) -> None:
         self.model = model.eval()
@@ -46,6 +47,9 @@ class Loaded:
 
     def speed(self, prompt: Tensor, settings: Speed) -> dict[str, float]:
         return speed(self.model, prompt, settings)
+
+    def close(self) -> None:
+        del self.model
 
 
 class Unpacked(Loaded):

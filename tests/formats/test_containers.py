@@ -25,6 +25,7 @@ from models.formats.gptq import GPTQ
 from models.formats.huggingface import HuggingFace
 from models.formats.torchao import TorchAO
 from models.load import empty_model, load_config, parameter_count
+from models.measure import Speed
 from models.quantization.activations import Activations
 from models.quantization.grid import Grid
 from models.quantization.record import open_record, read_record
@@ -83,7 +84,7 @@ def certified(form: Format, source: Path, folder: Path, tmp_path: Path, dtype: s
     record, references = source / "grid.safetensors", tmp_path / "references"
     references.mkdir(exist_ok=True)
     refer(str(source), record, dtype, ROWS, references, "cpu")
-    return certify(form, folder, Finished(source, None, dtype), record, ROWS, references, "cpu")
+    return certify(form, folder, Finished(source, None, dtype), record, ROWS, references, "cpu", Speed(4, 2, 1))
 
 
 @pytest.mark.parametrize(("name", "grid"), [(name, grid) for name, grids in HELD.items() for grid in grids])
