@@ -308,7 +308,7 @@ class Export:
             row=_row(manifest["metrics"]),
             device=torch.cuda.get_device_name()
             if context.device == "cuda"
-            else f"{torch.get_num_threads()} CPU threads",
+            else f"{torch.get_num_threads()} threads of a CPU",
             serving=commands,
             versions=manifest["versions"],
         )

@@ -120,7 +120,7 @@ def test_the_card_tells_where_it_comes_from_what_it_is_worth_and_how_it_is_serve
         served = {"generate tokens/s": "generate_tokens_per_second", "peak memory": "peak_memory_bytes"}
         for heading, key in served.items() if name != "gptq" else ():  # which is not opened by what serves it
             assert row[heading] == (units.size if key.endswith("bytes") else units.si)(metrics[key])
-        assert (served.keys() <= row.keys()) == (name != "gptq") == ("CPU threads" in card)
+        assert (served.keys() <= row.keys()) == (name != "gptq") == ("threads of a CPU" in card)
         assert f"| {certificate['perplexity_reloaded']:.3f} |" in card
         assert certificate["runtime"] in card
         assert f"**quantize** `{quantize['content_hash'].removeprefix('sha256:')[:12]}`" in card

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from models.errors import Refusal
-from models.formats.checkpoint import names, rewritten
-from models.formats.container import changed, check_divides, check_there, grid_of, left_out, scales_OG
+from models.formats.checkpoint import rewritten
+from models.formats.container import changed, check_divides, grid_of, left_out, record_of, scales_OG
 from models.formats.format import Finished, Plan, Runtime, Written
 from models.formats.unpacked import unpacked
 from models.load import load_config
@@ -49,9 +49,7 @@ class AWQ:
         check_divides(plan, _NAME, 8, 1)
 
     def write(self, finished: Finished, folder: Path) -> Written:
-        record = finished.record
-        assert record is not None
-        check_there(finished, names(finished.folder))
+        record = record_of(finished)
         up = 8 if record.grid.symmetric else 0
 
         def packed(name: str, quantized: Quantized) -> dict[str, Tensor]:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from models.errors import Refusal
-from models.formats.checkpoint import names, rewritten
-from models.formats.container import changed, check_scales, check_there, grid_of, left_out, scales_OG
+from models.formats.checkpoint import rewritten
+from models.formats.container import changed, check_scales, grid_of, left_out, record_of, scales_OG
 from models.formats.format import Finished, Plan, Runtime, Written
 from models.formats.loaded import loaded
 from models.load import load_config
@@ -49,9 +49,7 @@ class CompressedTensors:
     def write(self, finished: Finished, folder: Path) -> Written:
         from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
-        record = finished.record
-        assert record is not None
-        check_there(finished, names(finished.folder))
+        record = record_of(finished)
         grid = record.grid
 
         def packed(name: str, quantized: Quantized) -> dict[str, Tensor]:

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from models.errors import Refusal
-from models.formats.checkpoint import dtype_of, in_dtype
+from models.formats.checkpoint import dtype_of, in_dtype, names
 from models.formats.format import Finished, Format, Plan
 from models.layerwise import matrices
 from models.load import empty_model
 from models.quantization.grid import SCALE_DTYPES, Grid, Quantized
+from models.quantization.record import Record
 
 # O what a matrix gives, I what it reads, G groups of I
 
@@ -113,11 +114,13 @@ def changed(
     return change
 
 
-def check_there(finished: Finished, present: Collection[str]) -> None:
-    """Refuse a checkpoint in which a matrix of the record is not found under its name."""
+def record_of(finished: Finished) -> Record:
+    """Raises Refusal for a checkpoint in which a matrix of the record is not found under its name."""
     assert finished.record is not None
+    present = names(finished.folder)
     if missing := [name for name in finished.record.matrices if name not in present]:
         raise Refusal(f"{finished.folder}: {missing[0]} is on the grid, and the checkpoint has no tensor of that name")
+    return finished.record
 
 
 def scales_OG(quantized: Quantized, dtype: str) -> Tensor:

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from models.errors import Refusal
-from models.formats.checkpoint import beside, in_dtype, names, shards, tensors
-from models.formats.container import check_scales, check_there, grid_of, left_out, scales_OG
+from models.formats.checkpoint import beside, in_dtype, shards, tensors
+from models.formats.container import check_scales, grid_of, left_out, record_of, scales_OG
 from models.formats.format import Finished, Plan, Runtime, Written
 from models.formats.loaded import loaded
 from models.load import DTYPES, empty_model, load_config, parameter_count
@@ -41,9 +41,7 @@ class TorchAO:
     def write(self, finished: Finished, folder: Path) -> Written:
         from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
 
-        record = finished.record
-        assert record is not None
-        check_there(finished, names(finished.folder))
+        record = record_of(finished)
         grid, state = record.grid, {}
         for path in shards(finished.folder):
             for name, tensor in tensors(path):
