@@ -37,6 +37,7 @@ class Settings:
     held_out_rows: int = 128  # of as many tokens each
     iterations: int = 200  # of auto-round's tuning
     train_steps: int = 1400  # of the model that is made
+    qat_steps: int = 200  # of training on the grid
     threads: int = 2
     repeats: int = 3  # each with other calibration rows
 
@@ -44,20 +45,25 @@ class Settings:
 SIDES = {
     "nearest": "quantizer=nearest",
     "clipped": "quantizer=clipped",
-    "gptq": "quantizer=gptq",
-    "gptq_clip": "quantizer=gptq, clip=true",
+    "gptq": "quantizer=gptq with clip: false",
+    "gptq_clip": "quantizer=gptq",
     "awq": "quantizer=awq",
+    "qat": "gptq_clip, then the stage qat by the objective of conf/, the float model teaching",
+    "trained": "the same training on no grid: what of it is the text's and not the grid's",
     "auto_round_rtn": "auto-round: rounding with searched scales, without tuning",
     "auto_round_awq": "auto-round's AWQ, then the same rounding",
     "auto_round": "auto-round: rounding and ranges tuned by signed gradients",
 }
 PEERS = [side for side in SIDES if side.startswith("auto_round")]
 PAIRS = {"clipped": "auto_round_rtn", "awq": "auto_round_awq", "gptq_clip": "auto_round"}  # ours ÷ theirs
+TRAINED = ("qat", "trained")
 NEEDS_NO_TEXT = ("nearest", "clipped")  # every repeat would be the same
 GRIDS = {  # bits, group; None: a channel
     "int8_channel": (8, None),
+    "int4_channel": (4, None),
     "int4_group32": (4, 32),
     "int4_group128": (4, 128),
+    "int3_channel": (3, None),
     "int3_group32": (3, 32),
     "int3_group128": (3, 128),
 }
@@ -72,22 +78,53 @@ def stage(side: str, grid: str, skip: list[str], folder: Path, settings: Setting
     from pipeline.context import Context
     from pipeline.worker import build
 
-    bits, group = GRIDS[grid]
-    data = ["data=stdlib"] if settings.text == "stdlib" else ["data=files", f"data.train={settings.text}"]
-    words = [
-        "+experiment=quantize_only", f"run_dir={folder}", f"model.path={settings.model}", *data, "data.holdout=0.2",
-        f"data.max_documents={settings.documents}", f"data.max_length={settings.calibration_tokens}", "logger=none",
-        f"quantizer@stages.quantize.method={side.removesuffix('_clip')}", f"stages.quantize.grid.bits={bits}",
-        f"stages.quantize.grid.granularity={'group' if group else 'channel'}",
-        f"stages.quantize.grid.group_size={group or 'null'}", f"stages.quantize.skip=[{','.join(skip)}]",
-        f"stages.quantize.calibration_rows={settings.calibration_rows}", f"stages.quantize.seed={seed}",
-        f"stages.quantize.calibration_tokens={settings.calibration_tokens}", "trainer.accelerator=cpu",
-        *(["stages.quantize.method.clip=true"] if side.endswith("_clip") else []),
-    ]  # fmt: skip
+    words = ["+experiment=quantize_only", f"model.path={settings.model}", *asked(side, grid, skip, settings, seed)]
+    words += [f"run_dir={folder}", *(["stages.quantize.method.clip=false"] if side == "gptq" else [])]
     ConfigStore.instance().store(name="schema", node=Config)
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         config = parse(compose("config", words))
     return build(config, "quantize"), Context(config, "quantize")
+
+
+def asked(side: str, grid: str, skip: list[str], settings: Settings, seed: int) -> list[str]:
+    """What every side says of text and grid."""
+    bits, group = GRIDS[grid]
+    return [
+        *(["data=stdlib"] if settings.text == "stdlib" else ["data=files", f"data.train={settings.text}"]),
+        "data.holdout=0.2", f"data.max_documents={settings.documents}",
+        f"data.max_length={settings.calibration_tokens}",
+        f"quantizer@stages.quantize.method={'gptq' if side in TRAINED else side.removesuffix('_clip')}",
+        f"stages.quantize.grid.bits={bits}", f"stages.quantize.grid.granularity={'group' if group else 'channel'}",
+        f"stages.quantize.grid.group_size={group or 'null'}", f"stages.quantize.skip=[{','.join(skip)}]",
+        f"stages.quantize.calibration_rows={settings.calibration_rows}", f"stages.quantize.seed={seed}",
+        f"stages.quantize.calibration_tokens={settings.calibration_tokens}", "trainer.accelerator=cpu", "logger=none",
+    ]  # fmt: skip
+
+
+def trained(side: str, grid: str, folder: Path, settings: Settings, repeat: int) -> tuple[Any, list[str], float]:
+    """As a user runs it; seconds are of both stages."""
+    import torch
+
+    from models.load import load_model
+    from models.quantization.record import read_record
+
+    words = ["+experiment=quantize_aware", "start=quantize", f"teacher.path={settings.model}"]
+    words += asked(side, grid, left_out(settings, grid), settings, repeat)
+    words += [f"run_dir={folder}/{side}-{grid}", f"stages.qat.training.max_steps={settings.qat_steps}"]
+    words += [f"stages.qat.seed={repeat}"]
+    if side == "trained":
+        words += ["stages=[qat]", "stages.qat.qat=null", f"stages.qat.student.path={settings.model}"]
+    else:
+        words += ["stages=[quantize,qat]"]
+    begin = time.perf_counter()
+    done = subprocess.run([sys.executable, ROOT / "train.py", *words], cwd=ROOT, capture_output=True, text=True)
+    seconds = time.perf_counter() - begin
+    if done.returncode:
+        sys.exit(f"{done.stdout[-2000:]}{done.stderr[-4000:]}\nerror: {side} failed")
+    out = folder / f"{side}-{grid}" / "qat"
+    grid_file = out / "grid.safetensors"
+    names = [each.removesuffix(".weight") for each in read_record(grid_file).matrices] if side == "qat" else []
+    return load_model(str(out), dtype=torch.float32), names, seconds
 
 
 def ours(side: str, grid: str, folder: Path, settings: Settings, repeat: int) -> tuple[Any, list[str], float]:
@@ -192,11 +229,11 @@ def run_child(side: str, folder: Path, settings: Settings, grids: list[str], als
         for name, path in {"float": settings.model, **also}.items():
             found[name] = worth(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), folder, settings)
     else:
-        run = peer if side in PEERS else ours
+        run = peer if side in PEERS else trained if side in TRAINED else ours
         for grid in grids:
             found[grid] = []
             for repeat in range(1 if side in NEEDS_NO_TEXT else settings.repeats):
-                place = folder / f"repeat-{repeat}" if run is ours else folder
+                place = folder / f"repeat-{repeat}" if run is not peer else folder
                 model, names, seconds = run(side, grid, place, settings, repeat)
                 found[grid].append({**worth(model, folder, settings), "matrices": sorted(names), "seconds": seconds})
     packages = ("torch", "transformers", *(("auto-round",) if side in PEERS else ()))
@@ -359,7 +396,7 @@ def main() -> None:
 
     settings, sides, grids = Settings(threads=os.cpu_count() or 1), list(SIDES), list(GRIDS)
     if words.quick:
-        settings = replace(settings, train_steps=150, repeats=1, calibration_rows=32, held_out_rows=32)
+        settings = replace(settings, train_steps=150, repeats=1, calibration_rows=32, held_out_rows=32, qat_steps=20)
         sides, grids = [side for side in SIDES if side not in PEERS], ["int4_group32"]
     settings = replace(
         settings, **{name: value for name in asdict(settings) if (value := getattr(words, name)) is not None}

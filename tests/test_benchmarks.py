@@ -254,6 +254,14 @@ def test_a_grid_is_measured_by_method_and_beside_models_that_were_made_already(t
 
 
 @pytest.mark.slow
+def test_training_on_the_grid_is_measured_beside_the_same_training_on_none(tiny_llama: Path) -> None:
+    words = [f"--model={tiny_llama}", "--sides=gptq,qat,trained", "--grids=int3_channel", "--qat-steps=4"]
+    of_grid = figures(quantization(*words))["grids"]["int3_channel"]
+    assert [of_grid[side]["matrices"] for side in ("gptq", "qat", "trained")] == [3 * 7, 3 * 7, 0]
+    assert of_grid["trained"]["kl"] < of_grid["qat"]["kl"]
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(not AUTO_ROUND_PYTHON.is_file(), reason="no environment with auto-round; see benchmarks/README.md")
 def test_auto_round_puts_the_same_matrices_on_the_grid(tiny_llama: Path) -> None:
     words = [f"--model={tiny_llama}", "--sides=awq,auto_round_awq", "--grids=int8_channel"]

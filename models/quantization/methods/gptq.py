@@ -27,7 +27,7 @@ class GPTQ:
     damping: float = 0.01  # added to the diagonal, as a share of its mean
     block: int = 128
     act_order: bool = True
-    clip: bool = False
+    clip: bool = True
     reading: ClassVar[type[Hessian]] = Hessian
     scales: ClassVar[None] = None
 
