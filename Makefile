@@ -11,7 +11,7 @@ demo: setup  ## run the quickstart: corpus, teacher, student, control, cut, heal
 
 test: setup lint  ## what CI runs
 	@echo "==> running the tests"
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m "not slow and not gpu and not slurm"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m "not slow and not gpu and not slurm"
 
 test-slow: setup
 	$(BIN)/python -m pytest -m "slow"

@@ -36,3 +36,18 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip("no shared/ folder beside the checkout")
     return folder
+
+
+_LONG = (
+    "test_run.py",
+    "test_record.py",
+    "test_other_tokenizer.py",
+    "test_on_policy.py",
+    "test_training.py",
+    "test_qat.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take minutes begin first, or one process would be left alone with them at the end."""
+    items.sort(key=lambda item: _LONG.index(item.path.name) if item.path.name in _LONG else len(_LONG))

@@ -141,6 +141,7 @@ TINY_CACHE = [
 ]
 
 
+@pytest.mark.slow
 def test_every_source_of_the_teacher_trains_on_the_same_rows_and_tells_its_cost() -> None:
     sides = ["cross_entropy", "online", "cached_top_k", "cached_hidden_bf16"]
     words = [sys.executable, ROOT / "benchmarks/teacher_cache.py", "--quick", f"--sides={','.join(sides)}", *TINY_CACHE]
@@ -171,6 +172,7 @@ TINY_GENERATION = [
 ]
 
 
+@pytest.mark.slow
 def test_generation_writes_the_same_text_with_and_without_the_cache_and_tells_its_bytes() -> None:
     words = [sys.executable, ROOT / "benchmarks/generation.py", *TINY_GENERATION]
     found = figures(subprocess.run(words, capture_output=True, text=True, timeout=600))
@@ -192,6 +194,7 @@ def pruning(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=600)
 
 
+@pytest.mark.slow
 def test_a_cut_is_measured_by_perplexity_seconds_and_memory() -> None:
     found = figures(pruning("--sides=ours,ours_random"))
     assert set(found) == {"sides", "ratio", "goals", "perplexity_uncut", "weights", "device", "settings"}
@@ -237,6 +240,7 @@ def tiny_llama(tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
+@pytest.mark.slow
 def test_a_grid_is_measured_by_method_and_beside_models_that_were_made_already(tiny_llama: Path) -> None:
     found = figures(
         quantization(

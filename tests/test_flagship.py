@@ -12,6 +12,8 @@ import pytest
 
 from tests.command import train
 
+pytestmark = pytest.mark.slow  # the whole chain on two ranks takes minutes
+
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
