@@ -54,6 +54,9 @@ class Walk:
         config = config_of(context, self.model, self.trust_remote_code)
         if self.reads:
             check(config, self.tokens, self.stage)
+            most = (corpus.get("train") or {}).get("tokens_at_most")
+            if most is not None and not corpus["chat"] and most < self.rows * self.tokens:
+                raise _too_short(self.stage, self.rows, self.tokens, f"{most:,} at most")
         whole = empty_model(config)
         fits(whole)
         config.dtype = DTYPES[self.dtype]
@@ -126,9 +129,13 @@ def batches(
         if len(tokens) >= count * length:
             break
     if len(tokens) < count * length:
-        raise Refusal(
-            f"{stage}.calibration_rows={count} of calibration_tokens={length}: need {count * length:,} tokens, and "
-            f"data.train has {len(tokens):,}; take fewer or shorter rows, or more text"
-        )
+        raise _too_short(stage, count, length, f"{len(tokens):,}")
     ids = torch.tensor(tokens[: count * length], device=context.device)
     return list(ids.view(count, length).split(_AT_ONCE))
+
+
+def _too_short(stage: str, rows: int, tokens: int, found: str) -> Refusal:
+    return Refusal(
+        f"{stage}.calibration_rows={rows} of calibration_tokens={tokens}: need {rows * tokens:,} tokens, and "
+        f"data.train has {found}; take fewer or shorter rows, or more text"
+    )

@@ -144,8 +144,8 @@ class _Tally:
 def check(data: Data) -> dict[str, Any]:
     """Refuse what can be refused without reading the corpus, and describe the rest for the printed plan.
 
-    Returns {"chat": bool, SPLIT: {"sources": [...], "bytes": int, "documents": int}}, with None for what only
-    reading would tell (a hub is not asked); a split to be taken out of train is {"holdout": fraction}.
+    Returns {"chat": bool, SPLIT: {"sources": [...], "bytes": int, "documents": int, "tokens_at_most": int}}, with None
+    for what only reading would tell (a hub is not asked); a split to be taken out of train is {"holdout": fraction}.
     """
     if data.max_length < 2:
         raise Refusal(f"data.max_length={data.max_length}: need 2 tokens or more, the second is predicted")
@@ -179,10 +179,14 @@ def check(data: Data) -> dict[str, Any]:
 def _described(sources: list[Source]) -> dict[str, Any]:
     files = [path for source in sources for path in source.files]
     readable = all(source.files for source in sources)
+    size = sum(path.stat().st_size for path in files) if readable else None
+    plain = not any(path.suffix == ".parquet" for path in files)  # the others are no smaller than their text
     return {
         "sources": [source.name for source in sources],
-        "bytes": sum(path.stat().st_size for path in files) if readable else None,
+        "bytes": size,
         "documents": _count(files) if readable else None,
+        # Whatever the tokenizer, unless a template adds to it: one a byte, and two at a document's ends.
+        "tokens_at_most": 2 * size if size is not None and plain else None,
     }
 
 

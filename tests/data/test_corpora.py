@@ -304,7 +304,10 @@ def test_a_hub_dataset_is_read_at_its_subset_revision_and_split(monkeypatch: pyt
     )
     assert check(data) == {
         "chat": None,
-        **{split: {"sources": ["acme/corpus"], "bytes": None, "documents": None} for split in corpora.SPLITS},
+        **{
+            split: {"sources": ["acme/corpus"], "bytes": None, "documents": None, "tokens_at_most": None}
+            for split in corpora.SPLITS
+        },
     }
     assert asked == []
     for split in corpora.SPLITS:

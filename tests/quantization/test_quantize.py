@@ -152,6 +152,15 @@ def test_too_little_text_is_refused(teacher: Path, tmp_path: Path) -> None:
         EXPERIMENT.make(tmp_path, "quantize", f"model.path={teacher}", "stages.quantize.calibration_rows=800000")
 
 
+def test_text_that_no_tokenizer_makes_enough_of_is_refused_before_a_weight_is_read(
+    teacher: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "few.txt").write_text("few words\n")
+    words = [f"model.path={teacher}", "data=files", f"data.train={tmp_path / 'few.txt'}", "data.holdout=0"]
+    with pytest.raises(Refusal, match=r"need 384 tokens, and data\.train has 20 at most; take fewer"):
+        check({"config": EXPERIMENT.composed(tmp_path, *words), "stages": ["quantize"]})
+
+
 def test_a_model_that_is_packed_already_is_refused(teacher: Path, tmp_path: Path) -> None:
     folder = tmp_path / "packed"
     shutil.copytree(teacher, folder)
