@@ -101,6 +101,7 @@ def llama() -> Any:
         "llama_memory_clear": (None, [pointer, ctypes.c_bool]),
         "llama_decode": (whole, [pointer, Batch]),
         "llama_get_logits": (ctypes.POINTER(ctypes.c_float), [pointer]),
+        "llama_model_n_ctx_train": (whole, [pointer]),
         "llama_model_get_vocab": (pointer, [pointer]),
         "llama_vocab_n_tokens": (whole, [pointer]),
         "llama_tokenize": (

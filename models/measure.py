@@ -202,10 +202,7 @@ def measure_folder(
         del model
     memory = PeakMemory(device)
     model = open_for_inference(folder, device, dtype, trust_remote_code)
-    limit = getattr(model.config, "max_position_embeddings", None)
-    if limit is not None:
-        prompt = prompt[:, : max(1, limit - settings.new_tokens)]
-    quick = speed(model, prompt, settings)
+    quick = speed(model, _within(prompt, getattr(model.config, "max_position_embeddings", None), settings), settings)
     peak = memory.bytes()  # what serving one request takes; scoring long texts below is another matter
     check_split(model, model.config.vocab_size, packed)
     if record is not None:
@@ -298,4 +295,10 @@ def served(
     runtime = form.open(folder, device)
     if not runtime.serves:
         return runtime, {}
+    prompt = _within(prompt, runtime.limit, settings)
     return runtime, {**runtime.speed(prompt, settings), "peak_memory_bytes": memory.bytes()}
+
+
+def _within(prompt: Tensor, limit: int | None, settings: Speed) -> Tensor:
+    """So much of Int64[1, T] that what is generated behind it has its places too."""
+    return prompt if limit is None else prompt[:, : max(1, limit - settings.new_tokens)]

@@ -24,7 +24,7 @@ from models.formats.checkpoint import add_tokenizer, dtype_of
 from models.formats.container import check_installed
 from models.formats.format import Finished, Format, Plan
 from models.layerwise import matrices
-from models.load import DTYPES, empty_model, load_config, parameter_count
+from models.load import DTYPES, empty_model, parameter_count
 from models.measure import Speed, documents
 from models.quantization.record import BlockRecord, open_record, read_known
 from pipeline import artifact, units
@@ -208,9 +208,6 @@ class Export:
         try:
             written = form.write(finished, aside)
             add_tokenizer(finished.folder, aside)
-            limit = getattr(load_config(str(finished.folder)), "max_position_embeddings", None)
-            most = self.speed.prompt_tokens
-            prompt_tokens = most if limit is None else max(1, min(most, limit - self.speed.new_tokens))
             told = alone(
                 certify,
                 form,
@@ -220,7 +217,7 @@ class Export:
                 rows,
                 references,
                 context.device,
-                replace(self.speed, prompt_tokens=prompt_tokens),
+                self.speed,
                 killed=f"{context.stage}: {name} {_KILLED}",
             )
             self._judge(context, name, told, record, written.rounded)

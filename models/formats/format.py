@@ -51,6 +51,11 @@ class Runtime(Protocol):
     name: ClassVar[str]  # transformers, llama.cpp
     serves: ClassVar[bool]  # False: it only reads what another one serves, and its speed is none of the format's
 
+    @property
+    def limit(self) -> int | None:
+        """Tokens that it reads at most, where the model says so."""
+        ...
+
     def weight(self, name: str) -> Tensor:
         """Float32[O, I]: the matrix of that name in the plain checkpoint, as it is multiplied with."""
         ...

@@ -55,6 +55,10 @@ class LlamaCpp:
             llama().llama_model_free(self._model)
         self._context, self._model = None, 0
 
+    @property
+    def limit(self) -> int:
+        return int(llama().llama_model_n_ctx_train(self._model))
+
     def weight(self, name: str) -> Tensor:
         """Read from the file by the gguf package, not by what has packed it."""
         from gguf.quants import dequantize

@@ -33,6 +33,10 @@ class Loaded:
         )
         self._matrices = {str(matrix): matrix for matrix in matrices(empty_model(config))}
 
+    @property
+    def limit(self) -> int | None:
+        return getattr(self.model.config, "max_position_embeddings", None)
+
     @torch.no_grad()
     def weight(self, name: str) -> Tensor:
         matrix = self._matrices.get(name)

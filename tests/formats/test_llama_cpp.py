@@ -16,7 +16,7 @@ from models.errors import Refusal
 from models.formats.format import Finished
 from models.formats.gguf import Gguf
 from models.formats.llama_cpp import LlamaCpp
-from models.measure import Speed
+from models.measure import Speed, served
 from models.quantization.ggml import GgmlType
 from models.quantization.grid import Grid
 from tests.command import ROOT
@@ -70,6 +70,15 @@ def test_the_cache_can_be_of_eight_bits(folder: Path, model: Any) -> None:
         kind: differences(LlamaCpp(folder, cache=kind).logits(tokens(2, 40)), truth) for kind in ("f32", "f16", "q8_0")
     }
     assert far["f32"][1] < far["f16"][1] < far["q8_0"][1] < 5e-3
+
+
+def test_a_prompt_leaves_what_is_generated_its_places(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert LlamaCpp(folder).limit == 2048
+    asked = []
+    monkeypatch.setattr(LlamaCpp, "limit", 30)
+    monkeypatch.setattr(LlamaCpp, "speed", lambda self, prompt, settings: asked.append(prompt.shape[1]) or {})
+    served(Gguf(type="f32"), folder, tokens(1, 64), "cpu", Speed(new_tokens=8, repeats=1))
+    assert asked == [2, 22]  # the first only loads
 
 
 def test_speed_says_what_transformers_speed_says(folder: Path) -> None:
