@@ -264,7 +264,7 @@ def train(
         pairs = (torch.from_numpy(students), torch.from_numpy(teachers))
     # Several prompts of the teacher's stand in one row, whatever the student's do.
     packed = data.packing or data.teacher_prompts > 1
-    opening = Opening(len(teacher_tokenizer or tokenizer), attention, packed, pairs, prepared["prefix"])
+    opening = Opening(len(teacher_tokenizer or tokenizer), attention, packed, pairs, prepared["prefix"], context.device)
     budget = settings["objective_memory_mb"]
     load_plain = functools.partial(
         load_model, prepared["start"], dtype=torch.float32, attention=attention, role="student"

@@ -301,7 +301,7 @@ class Generate:
             return 0
         attention = attention_for("auto", context.device, DTYPES[self.teacher.dtype])
         source: Source = getattr(self.teacher, "recorder", None) or self.teacher
-        teacher: Any = source.open(Opening(len(tokenizer), attention, packed=False))
+        teacher: Any = source.open(Opening(len(tokenizer), attention, packed=False, device=context.device))
         if isinstance(teacher, torch.nn.Module):
             teacher.to(place)
         units = self._units(prompts, asked)

@@ -195,7 +195,7 @@ class Record:
         place = join(context.device) if world > 1 else torch.device(context.device)
         attention = attention_for("auto", context.device, DTYPES[self.teacher.dtype])
         source: Source = self.teacher.recorder
-        teacher: Any = source.open(Opening(header.vocabulary, attention, self.data.packing))
+        teacher: Any = source.open(Opening(header.vocabulary, attention, self.data.packing, device=context.device))
         if isinstance(teacher, torch.nn.Module):
             teacher.to(place)
         known, measured = Known(shards, header), {}

@@ -56,7 +56,7 @@ class Online:
             attention=opening.attention,
             role="teacher",
             trust_remote_code=self.trust_remote_code,
-            **({} if self.weights is None else _packing(self.weights, DTYPES[self.dtype])),
+            **({} if self.weights is None else _packing(self.weights, DTYPES[self.dtype], opening.device)),
         )
         for module in model.modules():
             if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -65,7 +65,7 @@ class Online:
         return Resident(model.eval().requires_grad_(False), opening)
 
 
-def _packing(weights: str, compute: torch.dtype) -> dict[str, Any]:
+def _packing(weights: str, compute: torch.dtype, device: str) -> dict[str, Any]:
     """For from_pretrained: matrices are packed one by one as they are read, so that the whole model is never in memory
     (LLM.int8, arXiv:2208.07339; NF4, arXiv:2305.14314). Embeddings and head stay as they are."""
     from transformers import BitsAndBytesConfig
@@ -74,8 +74,8 @@ def _packing(weights: str, compute: torch.dtype) -> dict[str, Any]:
         config = BitsAndBytesConfig(load_in_8bit=True)
     else:
         config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
-    device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
-    return {"quantization_config": config, "device_map": {"": device}}
+    place = torch.cuda.current_device() if device == "cuda" else device
+    return {"quantization_config": config, "device_map": {"": place}}
 
 
 class Resident(nn.Module):

@@ -51,6 +51,7 @@ class Opening:
     packed: bool = True
     pairs: tuple[Int[Tensor, " C"], Int[Tensor, " C"]] | None = None  # (student's, teacher's) tokens of the same bytes
     prefix: Sequence[int] = ()  # what the teacher's side of every row begins with
+    device: str = "cpu"  # or "cuda": this process's own one
 
 
 @dataclass
