@@ -29,7 +29,7 @@ def library() -> Any:
     folders = [] if found is None else [Path(folder) for folder in found.submodule_search_locations or ()]
     files = sorted(file for folder in folders for file in folder.glob("xllamacpp*.so"))
     if not files:
-        raise Refusal(f"gguf: llama.cpp is not installed; pip install {PINNED}")
+        raise Refusal(f"format=gguf: llama.cpp is not installed; pip install {PINNED}")
     loaded = ctypes.CDLL(str(files[0]))
     pointer, long = ctypes.c_void_p, ctypes.c_int64
     loaded.ggml_quantize_chunk.restype = ctypes.c_size_t
@@ -123,8 +123,8 @@ def llama() -> Any:
         found = {field: field_at(defaults, offset).value for field, (offset, _) in fields.items()}
         if written != size or found != {field: default for field, (_, default) in fields.items()}:
             raise Refusal(
-                "gguf: this version of xllamacpp lays its parameters out in another way than the one that is known "
-                f"here; pip install {PINNED}"
+                "format=gguf: this version of xllamacpp lays its parameters out in another way than the one that is "
+                f"known here; pip install {PINNED}"
             )
     lib.llama_log_set(_hearing, None)
     lib.llama_backend_init()

@@ -106,8 +106,8 @@ def parse(composed: Any) -> dict[str, Any]:
             )
         if not isinstance(config["stages"][name], dict) or "_target_" not in config["stages"][name]:
             raise Refusal(
-                f"stages.{name} has no _target_; take one from conf/stage: "
-                f"`- /stage@stages.{name}: distill` in the experiment's defaults"
+                f"stages.{name} is no stage, having no _target_: select the others with stages=[…], or take one from "
+                f"conf/stage, as `- /stage@stages.{name}: NAME` in the experiment's defaults"
             )
     if unknown := [name for name in config["stages"] if name not in order]:
         raise Refusal(f"unknown stage stages.{unknown[0]}{nearest(unknown[0], order)}")

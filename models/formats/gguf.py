@@ -92,8 +92,8 @@ class Gguf:
             raise Refusal(f"format.cache=q8_0: blocks of 32 do not divide heads {width} wide; use cache=f16")
         if plan.activations is not None:
             raise Refusal(
-                "gguf: llama.cpp rounds what matrices read by a way of its own; export compressed_tensors, or quantize "
-                "without activations"
+                "format=gguf: llama.cpp rounds what matrices read by a way of its own; export compressed_tensors, or "
+                "quantize without activations"
             )
         if plan.blocks is not None:
             if self.type != "auto":
@@ -282,7 +282,9 @@ class _Writing:
         if kind not in FLOATS:
             return GgmlType(kind).pack(weight.flatten(0, -2)).bytes
         if kind == "f16" and not bool((weight.abs() <= LARGEST).all()):
-            raise Refusal(f"gguf: {parameter} has weights beyond {LARGEST:.0f}, where float16 ends; use others=bf16")
+            raise Refusal(
+                f"format=gguf: {parameter} has weights beyond {LARGEST:.0f}, where float16 ends; use others=bf16"
+            )
         held = weight.to(FLOATS[kind]).contiguous()
         return held.view(torch.int16) if kind == "bf16" else held  # numpy has no bfloat16
 

@@ -85,7 +85,7 @@ class Layout:
             return [Piece(f"blk.{parameter.split('.')[2]}.ffn_down_exps.weight")]
         known = _names(self.architecture, self.layers).get_name(stem)
         if known is None:
-            raise Refusal(f"gguf: {self.architecture} has no place for {parameter}; export it as huggingface")
+            raise Refusal(f"format=gguf: {self.architecture} has no place for {parameter}; export it as huggingface")
         rows_of: Tensor | None = None
         if self.turned and known.endswith((".attn_q", ".attn_k")):
             count = self.heads if known.endswith("attn_q") else self.key_heads
@@ -153,11 +153,13 @@ def check_family(config: Any) -> Family:
     kind = config.model_type
     family = FAMILIES.get(kind)
     if family is None:
-        raise Refusal(f"gguf: {kind} is none of the families that are written: {', '.join(FAMILIES)}; use huggingface")
+        raise Refusal(
+            f"format=gguf: {kind} is none of the families that are written: {', '.join(FAMILIES)}; use huggingface"
+        )
 
     def need(held: bool, what: str) -> None:
         if not held:
-            raise Refusal(f"gguf: llama.cpp's {family.architecture} {what}; export it as huggingface")
+            raise Refusal(f"format=gguf: llama.cpp's {family.architecture} {what}; export it as huggingface")
 
     act = next(
         (found for name in ("hidden_activation", "hidden_act", "activation_function")
