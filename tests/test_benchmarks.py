@@ -81,6 +81,7 @@ def objective(*words: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_our_losses_have_the_value_and_the_gradients_of_the_dense_formula() -> None:
     found = figures(objective("--sides=dense,bound,ours,ours_kl,ours_jsd,ours_top_k", *TINY_OBJECTIVE))
     assert set(found) == {"cases", "device", "settings"}
