@@ -366,7 +366,7 @@ def table(found: dict[str, Any]) -> Any:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--quick", action="store_true", help="about a minute on 2 cores: 150 steps, one grid, ours alone"
+        "--quick", action="store_true", help="two minutes on 2 cores: 150 steps, one grid, ours alone"
     )
     parser.add_argument(
         "--peer-python",
