@@ -134,7 +134,14 @@ class Evaluate:
             )
         parents, exports = self._models(context), self._exports(context)
         for role, (stage, form) in exports.items():
-            check_installed(f"stages.{stage}.formats.{role.partition('/')[2]}", instantiate(form, _convert_="all"))
+            name = role.partition("/")[2]
+            manifest = artifact.read_manifest(context.run_dir / stage) or {"metrics": {"formats": {}}}
+            if stage not in context.planned and name not in manifest["metrics"]["formats"]:
+                raise Refusal(
+                    f"{context.stage}: {stage} has made no {name}; add {stage} to stages, or say "
+                    f"stages.{stage}.formats.{name}=null"
+                )
+            check_installed(f"stages.{stage}.formats.{name}", instantiate(form, _convert_="all"))
         if not {**parents, **exports}:
             raise Refusal(
                 f"{context.stage} has no model to measure; run a training stage first or name folders in "

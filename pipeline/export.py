@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
 import re
-import shlex
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,12 @@ from models.errors import Refusal
 from models.formats.certificate import certify, refer
 from models.formats.checkpoint import add_tokenizer, dtype_of
 from models.formats.container import check_installed
-from models.formats.format import Finished, Format, Plan
+from models.formats.format import Finished, Format, Plan, Written
 from models.layerwise import matrices
 from models.load import DTYPES, empty_model, parameter_count
 from models.measure import Speed, documents
-from models.quantization.record import BlockRecord, open_record, read_known
+from models.quantization.activations import Activations
+from models.quantization.record import BlockRecord, open_record
 from pipeline import artifact, units
 from pipeline.alone import Alone
 from pipeline.calibration import config_of, known_of
@@ -56,7 +57,6 @@ class Export:
     kl_tolerance: float = 1e-3  # nats for each token
     rounded_kl_tolerance: float = 0.5  # likewise, where a container was asked to round
     speed: Speed = field(default_factory=Speed)  # as it is measured for the card
-    seed: int = 0
 
     def __post_init__(self) -> None:
         for name, least in (("rows", 1), ("tokens", 2)):
@@ -141,22 +141,17 @@ class Export:
         # A package that is missing is passed over, and is none of these formats' needs.
         quantizers = ["transformers.quantizers.auto", "torchao.quantization", "compressed_tensors"]
         alone = Alone(["models.formats.certificate", *quantizers])
-        references = context.work / ".references"
+        trained = known.activations if (known := known_of(folder)) else None
         for name in shown(list(self._formats), len(self._formats), context.stage):
             if (context.work / name / artifact.MANIFEST).exists():
                 continue  # a run that was killed had got so far
-            if not (references / "done").exists():
-                shutil.rmtree(references, ignore_errors=True)
-                references.mkdir()
-                words = (str(folder), record, dtype, rows, references, context.device)
-                alone(refer, *words, killed=f"{context.stage}: the model itself {_KILLED}")
-                (references / "done").touch()
             held = open_record(record) if record else None
             if isinstance(held, BlockRecord):
                 finished = Finished(folder, None, dtype, held)
             else:
                 finished = Finished(folder, held, dtype)
-            self._make(context, name, finished, record, rows, references, alone)
+            refer_as = functools.partial(self._references, context, alone, finished, record, rows)
+            self._make(context, name, finished, record, rows, refer_as, trained, alone)
         manifests = {name: json.loads((context.work / name / artifact.MANIFEST).read_text()) for name in self._formats}
         manifest = context.manifest("exports")
         manifest["certificates"] = {name: told["certificates"] for name, told in manifests.items()}
@@ -190,6 +185,25 @@ class Export:
                 return found
         raise Refusal(f"{context.stage}: no text of two tokens in data; give more")
 
+    def _references(
+        self,
+        context: Context,
+        alone: Alone,
+        finished: Finished,
+        record: Path | None,
+        rows: list[Tensor],
+        activations: Activations | None,
+    ) -> Path:
+        """What the model itself says of the rows, its matrices reading so; made once."""
+        folder = context.work / (".references" + re.sub(r"\W+", "-", repr(activations)))
+        if not (folder / "done").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            words = (str(finished.folder), record, finished.dtype, rows, folder, context.device, activations)
+            alone(refer, *words, killed=f"{context.stage}: the model itself {_KILLED}")
+            (folder / "done").touch()
+        return folder
+
     def _make(
         self,
         context: Context,
@@ -197,7 +211,8 @@ class Export:
         finished: Finished,
         record: Path | None,
         rows: list[Tensor],
-        references: Path,
+        refer_as: Callable[[Activations | None], Path],
+        trained: Activations | None,
         alone: Alone,
     ) -> None:
         """One export under work/, certified; nothing where it is not."""
@@ -215,24 +230,29 @@ class Export:
                 replace(finished, record=None, blocks=None),
                 record,
                 rows,
-                references,
+                refer_as(written.activations),
                 context.device,
                 self.speed,
+                written.otherwise,
+                None if written.activations == trained else refer_as(trained),
                 killed=f"{context.stage}: {name} {_KILLED}",
             )
-            self._judge(context, name, told, record, written.rounded)
+            self._judge(context, name, told, written)
         except BaseException:
             shutil.rmtree(aside, ignore_errors=True)
             raise
         manifest = context.manifest("export")
         del manifest["run_config"]  # the stage's manifest has it
+        fallbacks = dict(written.fallbacks)
+        if "kl_as_quantized" in told:
+            fallbacks["activations"] += f"; KL {told['kl_as_quantized']:.1e} from the model as it was quantized"
         odd, serving = told.pop("first_odd_weight"), told.pop("serving")
         manifest |= {
             "format": context.config["stages"][context.stage]["formats"][name],
             "certificates": {
                 **told,
                 "bits_per_weight": written.bits_per_weight,
-                "fallbacks": dict(written.fallbacks),
+                "fallbacks": fallbacks,
             },
             "metrics": {
                 "bits_per_weight": written.bits_per_weight,
@@ -253,22 +273,21 @@ class Export:
             flush=True,
         )
 
-    def _judge(self, context: Context, name: str, told: dict[str, Any], record: Path | None, fewer_bits: bool) -> None:
-        """A container that was asked to put a model that is on no grid in `fewer_bits` may be another model, within
+    def _judge(self, context: Context, name: str, told: dict[str, Any], written: Written) -> None:
+        """A container that was asked to put a model that is on no grid in fewer bits may be another model, within
         `rounded_kl_tolerance`; everything else has to be the same.
 
         Activations on a grid are rounded by runtimes' own scales, and a number that falls to the other side moves its
         logits: then the distributions count alone.
         """
-        if not told["weights_bit_equal"] and not fewer_bits:
+        if not told["weights_bit_equal"] and not written.rounded:
             raise Refusal(
-                f"{context.stage}: {name}: {told['first_odd_weight']} is another matrix once reloaded; nothing was "
-                f"written"
+                f"{context.stage}: {name}: {told['first_odd_weight']} is another one once reloaded; nothing was written"
             )
-        rounded = fewer_bits or (record is not None and read_known(record).activations is not None)
-        allowed = math.inf if rounded else self.logits_tolerance * max(told["largest_logit"], 1e-9)
+        moved = written.rounded or written.activations is not None
+        allowed = math.inf if moved else self.logits_tolerance * max(told["largest_logit"], 1e-9)
         most_kl = (self.kl_tolerance, "kl_tolerance")
-        if fewer_bits:
+        if written.rounded:
             most_kl = (self.rounded_kl_tolerance, "rounded_kl_tolerance")
         for what, value, most, setting in (
             ("its logits differ by", told["logits_max_difference"], allowed, "logits_tolerance"),
@@ -290,11 +309,6 @@ class Export:
             keep_trailing_newline=True,
         )
         told = manifest["certificates"]
-        named = shlex.quote(str(aside))
-        commands = [
-            (runtime, line.replace(named, shlex.quote(str(context.out / name))))
-            for runtime, line in self._formats[name].serving(named)
-        ]
         return templates.get_template("card.md.j2").render(
             run=context.run_dir.name,
             format=name,
@@ -306,7 +320,7 @@ class Export:
             device=torch.cuda.get_device_name()
             if context.device == "cuda"
             else f"{torch.get_num_threads()} threads of a CPU",
-            serving=commands,
+            serving=self._formats[name].serving(aside, str(context.out / name)),
             versions=manifest["versions"],
         )
 

@@ -147,8 +147,9 @@ class Quantize:
                     f"quantize.method={type(self.method).__name__}: which parts its scales could be folded into is not "
                     f"known ({problem}); use quantizer@stages.quantize.method=gptq"
                 ) from None
-        for matrix in taken:
-            self.grid.check(str(matrix), matrix.of(model.get_parameter(matrix.parameter)).shape[-1])
+        widths = {str(matrix): matrix.of(model.get_parameter(matrix.parameter)).shape[-1] for matrix in taken}
+        for name, inputs in widths.items():
+            self.grid.check(name, inputs, widths.values())
         return taken
 
     def _record(self, made: dict[Matrix, Quantized], input_scales: dict[str, Tensor]) -> Record:

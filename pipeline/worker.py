@@ -8,6 +8,7 @@ python -m pipeline.worker stage SPEC     both, in one process
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import json
 import os
@@ -15,7 +16,7 @@ import re
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -85,8 +86,42 @@ def build(config: dict[str, Any], name: str) -> Any:
     """A stage and everything below it."""
     from hydra.utils import instantiate
 
+    check_kinds(config["stages"][name], f"stages.{name}")
     with refusing(f"stages.{name}"):
         return instantiate(config["stages"][name], _convert_="all")
+
+
+_KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {  # annotation → what is needed, and whether it is
+    "int": ("a whole number", lambda value: isinstance(value, int) and not isinstance(value, bool)),
+    "float": ("a number", lambda value: isinstance(value, int | float) and not isinstance(value, bool)),
+    "bool": ("true or false", lambda value: isinstance(value, bool)),
+    "str": ("a word", lambda value: isinstance(value, str)),
+    "Sequence[str]": ("a list [a,b]", lambda value: isinstance(value, list) and all(isinstance(v, str) for v in value)),
+    "None": ("null", lambda value: value is None),
+}
+
+
+def check_kinds(node: Any, where: str) -> None:
+    """Refuse values of another kind than the fields of what they build, all the way down: before a number is compared,
+    or taken for another one much later."""
+    from hydra.utils import get_object
+
+    for key, value in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
+        check_kinds(value, f"{where}.{key}")
+    if not isinstance(node, dict) or not isinstance(node.get("_target_"), str):
+        return
+    try:
+        built = get_object(node["_target_"])
+    except (ImportError, ValueError):
+        return  # Hydra says so, in better words
+    for field in dataclasses.fields(built) if dataclasses.is_dataclass(built) else ():
+        kinds = str(field.type).split(" | ")
+        if field.name not in node or not set(kinds) <= set(_KINDS):
+            continue
+        value = node[field.name]
+        if not any(_KINDS[kind][1](value) for kind in kinds):
+            needed = " or ".join(_KINDS[kind][0] for kind in kinds)
+            raise Refusal(f"{where}.{field.name}={value}: need {needed}")
 
 
 @contextmanager

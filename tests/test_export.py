@@ -48,7 +48,7 @@ FORMATS = ("huggingface", "compressed_tensors", "gptq")
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `teacher`, on no grid, and a run in which it has been quantized."""
-    root = tmp_path_factory.mktemp("export")
+    root = tmp_path_factory.mktemp("export") / "my runs"  # which shells want quoted
     train_tokenizer(["pack my box with five dozen liquor jugs " * 9], 300, root / "teacher")
     other = quantized(root / "other", Grid(8, "channel", None), intermediate_size=48, num_hidden_layers=2)
     for name in ("config.json", "generation_config.json", "model.safetensors"):
@@ -126,7 +126,7 @@ def test_the_card_tells_where_it_comes_from_what_it_is_worth_and_how_it_is_serve
         assert f"**quantize** `{quantize['content_hash'].removeprefix('sha256:')[:12]}`" in card
         assert "group_size 16" in card
         assert "**teacher**" in card
-        assert f"transformers serve {exported / name}" in card
+        assert f"transformers serve '{exported / name}'" in card
         assert "partial" not in card
     assert "vllm serve" in (exported / "huggingface" / "README.md").read_text()
     assert "vllm" not in (exported / "gptq" / "README.md").read_text()  # groups of 16
@@ -176,15 +176,24 @@ def test_a_failed_certificate_is_one_line_and_leaves_nothing(
         return found
 
     monkeypatch.setattr(GPTQ, "write", other)
-    with pytest.raises(Refusal, match=r"gptq: model\.layers\.1\.mlp\.up_proj\.weight is another matrix") as refused:
+    with pytest.raises(Refusal, match=r"gptq: model\.layers\.1\.mlp\.up_proj\.weight is another one") as refused:
         stage.run(context)
     assert "\n" not in str(refused.value)
     assert not context.out.exists()
     assert not list(context.work.glob("*gptq*"))
 
 
-def test_tolerances_are_held(start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weights of the grid, and norms of another model."""
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("norm", r"compressed_tensors: model\.norm\.weight is another one once reloaded; nothing was written"),
+        ("skipped", r"compressed_tensors: model\.embed_tokens\.weight is another one once reloaded"),
+        ("epsilon", r"its logits differ by .* is allowed \(stages\.export\.logits_tolerance\)"),
+    ],
+)
+def test_what_is_on_no_grid_is_certified_too(
+    start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, said: str
+) -> None:
     run_dir = run_of(start, tmp_path)
     words = [f"model.path={start}/teacher", "stages.export.formats.huggingface=null"]
     stage, context = EXPERIMENT.begin(run_dir, "export", *words)
@@ -194,12 +203,19 @@ def test_tolerances_are_held(start: Path, tmp_path: Path, monkeypatch: pytest.Mo
     def other(self: Any, finished: Finished, folder: Path) -> Any:
         found = plain(self, finished, folder)
         held = load_file(folder / "model.safetensors")
-        held["model.norm.weight"] *= 1.2
+        if what == "norm":
+            held["model.norm.weight"] *= 1.001
+        elif what == "skipped":  # in eight bits, which hardly shows in what the model says
+            step = held["model.embed_tokens.weight"].abs().amax() / 127
+            held["model.embed_tokens.weight"] = (held["model.embed_tokens.weight"] / step).round() * step
+        else:
+            config = json.loads((folder / "config.json").read_text())
+            (folder / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
         save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
         return found
 
     monkeypatch.setattr(CompressedTensors, "write", other)
-    with pytest.raises(Refusal, match=r"its logits differ by .* is allowed \(stages\.export\.logits_tolerance\)"):
+    with pytest.raises(Refusal, match=said):
         stage.run(context)
     assert not context.out.exists()
 
@@ -225,6 +241,13 @@ def test_every_export_is_measured_and_reported(start: Path, exported: Path) -> N
     assert "bits per weight" in page
     assert "measured by" in page
     assert "bits/\nweight" in [column.header for column in table(report).columns]
+
+
+def test_a_format_that_was_not_made_is_refused_before_anything_is_measured(start: Path, exported: Path) -> None:
+    words = [f"model.path={start}/teacher", WITH_GPTQ, "+format@stages.export.formats.awq=awq"]
+    config = EXPERIMENT.composed(start / "run", *words)
+    with pytest.raises(Refusal, match=r"export has made no awq; add export to stages, or say .*formats\.awq=null"):
+        check({"config": config, "stages": ["evaluate"]})
 
 
 def test_figures_of_an_export_that_was_made_anew_are_not_passed_off_as_its_own(exported: Path, tmp_path: Path) -> None:
@@ -355,6 +378,6 @@ def test_a_model_on_no_grid_that_comes_out_as_another_fails_the_stage(
     monkeypatch.setattr(HuggingFace, "write", other)
     words = [f"model.path={start}/teacher", f"stages.export.model={start}/teacher"]
     words += ["stages.export.formats.compressed_tensors=null"]
-    with pytest.raises(Refusal, match=r"up_proj\.weight is another matrix once reloaded; nothing was written"):
+    with pytest.raises(Refusal, match=r"up_proj\.weight is another one once reloaded; nothing was written"):
         EXPERIMENT.make(tmp_path / "run", "export", *words)
     assert not (tmp_path / "run" / "export").exists()

@@ -7,6 +7,7 @@ scales   Float16[G, O]
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -75,12 +76,13 @@ class AWQ:
     def open(self, folder: Path, device: str) -> Runtime:
         return unpacked(folder, device, "qweight", _weight)
 
-    def serving(self, folder: str) -> list[tuple[str, str]]:
+    def serving(self, folder: Path, path: str) -> list[tuple[str, str]]:
+        named = shlex.quote(path)
         told = []
-        if load_config(folder).quantization_config["group_size"] in (32, 64, 128):
-            told.append(("vLLM", f"vllm serve {folder} --dtype float16"))
-            told.append(("TGI", f"text-generation-launcher --model-id {folder} --quantize awq"))
-        told.append(("transformers, with pip install gptqmodel", f"transformers serve {folder}"))
+        if load_config(str(folder)).quantization_config["group_size"] in (32, 64, 128):
+            told.append(("vLLM", f"vllm serve {named} --dtype float16"))
+            told.append(("TGI", f"text-generation-launcher --model-id {named} --quantize awq"))
+        told.append(("transformers, with pip install gptqmodel", f"transformers serve {named}"))
         return told
 
 

@@ -7,7 +7,8 @@ passes between them.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,13 @@ from torch import Tensor
 from models.formats.format import Finished, Format, Runtime
 from models.formats.loaded import Loaded
 from models.layerwise import matrices
-from models.load import DTYPES, empty_model, load_config, load_model
+from models.load import DTYPES, load_model
 from models.measure import Speed, served
+from models.quantization.activations import Activations
+from models.quantization.ggml import Blocks
+from models.quantization.grid import Quantized
 from models.quantization.proof import read_as_recorded
-from models.quantization.record import open_record
+from models.quantization.record import Record, open_record
 
 # T tokens of a row, V vocabulary, O what a matrix gives, I what it reads
 
@@ -29,9 +33,17 @@ _AT_ONCE = 64  # tokens whose distributions are compared at once
 
 
 @torch.no_grad()
-def refer(folder: str, record: Path | None, dtype: str, rows: Sequence[Tensor], out: Path, device: str) -> None:
-    """The plain model's logits of each row (Int64[T]), a file each. Where a record has activations on a grid, its
-    matrices read them so."""
+def refer(
+    folder: str,
+    record: Path | None,
+    dtype: str,
+    rows: Sequence[Tensor],
+    out: Path,
+    device: str,
+    activations: Activations | None = None,
+) -> None:
+    """The plain model's logits of each row (Int64[T]), a file each. `activations`: how the record's matrices round what
+    they read."""
     model = load_model(folder, dtype=DTYPES[dtype]).to(device).eval()
     held = open_record(record) if record else None
     made = held.matrices if held else {}
@@ -39,7 +51,7 @@ def refer(folder: str, record: Path | None, dtype: str, rows: Sequence[Tensor], 
         if str(matrix) in made:  # the checkpoint may have rounded it to its dtype
             matrix.of(model.get_parameter(matrix.parameter)).copy_(made[str(matrix)].dequantized())
     if held:
-        read_as_recorded(model, held)
+        read_as_recorded(model, replace(held, activations=activations) if isinstance(held, Record) else held)
     for number, ids_T in enumerate(rows):
         logits_TV = model(input_ids=ids_T[None].to(device), use_cache=False).logits[0]
         save_file({"logits": logits_TV.float().cpu().contiguous()}, reference(out, number))
@@ -58,43 +70,57 @@ def certify(
     references: Path,
     device: str,
     settings: Speed,
+    otherwise: Collection[str] = (),
+    as_quantized: Path | None = None,
 ) -> dict[str, Any]:
     """The figures of an export's certificate, by what they were measured, and what serving one request takes.
 
-    Weights are compared as the numbers that the plain model is made of, in the export's dtype: what the record says
-    where there is one, else the plain checkpoint.
+    Weights are compared as the numbers that the plain model is made of, in the export's dtype: what the record says of
+    its matrices, the plain checkpoint of all others. `otherwise`: parameters that the container holds in another way,
+    as it says. `references`: of a model that rounds what matrices read as the runtime does; `as_quantized`: as the
+    record has it, where that is another way.
     """
     runtime, quick = served(form, folder, rows[0][None, : settings.prompt_tokens], device, settings)
-    odd = _odd(runtime, finished, record)
-    told = _Compared()
+    odd = _odd(runtime, finished, record, set(otherwise))
+    told, other = _Compared(), _Compared()
     for number, ids_T in enumerate(rows):
-        told.add(load_file(reference(references, number))["logits"], runtime.logits(ids_T[None])[0], ids_T)
+        logits_TV = runtime.logits(ids_T[None])[0]
+        told.add(load_file(reference(references, number))["logits"], logits_TV, ids_T)
+        if as_quantized is not None:
+            other.add(load_file(reference(as_quantized, number))["logits"], logits_TV, ids_T)
     return {
         "weights_bit_equal": odd is None,
         "first_odd_weight": odd,
         **told.figures(),
+        **({} if as_quantized is None else {"kl_as_quantized": other.figures()["kl"]}),
         "runtime": runtime.name,
         "serving": quick,
     }
 
 
-def _odd(runtime: Runtime, finished: Finished, record: Path | None) -> str | None:
-    """The first matrix that is another one once reopened."""
+def _odd(runtime: Runtime, finished: Finished, record: Path | None, otherwise: Collection[str]) -> str | None:
+    """The first parameter that is another one once reopened."""
     kind = DTYPES[finished.dtype]
-    for name, want_OI in _truth(finished, record):
-        if not torch.equal(runtime.weight(name).cpu().to(kind), want_OI.to(kind)):
+    for name, want in _truth(finished, record, otherwise):
+        if not torch.equal(runtime.weight(name).cpu().to(kind), want.to(kind)):
             return name
     return None
 
 
-def _truth(finished: Finished, record: Path | None) -> Iterator[tuple[str, Tensor]]:
-    if record is not None:
-        for name, quantized in open_record(record).matrices.items():
-            yield name, quantized.dequantized()
-        return
+def _truth(finished: Finished, record: Path | None, otherwise: Collection[str]) -> Iterator[tuple[str, Tensor]]:
+    """(parameter, or slot of one; numbers): those on the grid first, and of a model on none the layers' matrices,
+    which it is asked for in any case."""
     plain = Loaded(load_model(str(finished.folder), dtype=DTYPES[finished.dtype]))
-    for matrix in matrices(empty_model(load_config(str(finished.folder)))):
-        yield str(matrix), plain.weight(str(matrix))
+    held: Mapping[str, Quantized | Blocks] = open_record(record).matrices if record is not None else {}
+    for name, quantized in held.items():
+        yield name, quantized.dequantized()
+    layers = {} if held else {str(matrix): matrix.parameter for matrix in matrices(plain.model)}
+    for name in layers:
+        yield name, plain.weight(name)
+    known = {name.partition("[")[0] for name in held} | set(layers.values()) | set(otherwise)
+    for name, _ in plain.model.named_parameters():
+        if name not in known:
+            yield name, plain.weight(name)
 
 
 class _Compared:

@@ -6,6 +6,7 @@ of every token or by static ones (int-quantized).
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,11 +20,22 @@ from models.formats.container import changed, check_scales, grid_of, left_out, r
 from models.formats.format import Finished, Plan, Runtime, Written
 from models.formats.loaded import loaded
 from models.load import load_config
+from models.quantization.activations import Activations
 from models.quantization.grid import Quantized
 
 _NAME = "compressed_tensors"
 
 # O what a matrix gives, I what it reads, G groups of I
+
+
+@dataclass(frozen=True)
+class _WholeRange(Activations):
+    """How the library under transformers scales a token: its largest number falls between the two ends, 2 max |x| /
+    255. vLLM's kernels have max |x| / 127, as here."""
+
+    def scale(self, largest: Tensor) -> Tensor:
+        scale = largest.float() * 2 / (2**self.bits - 1)
+        return torch.where(scale == 0, 1.0, scale)
 
 
 @dataclass(frozen=True)
@@ -67,7 +79,11 @@ class CompressedTensors:
             return held
 
         said = {"dtype": finished.dtype, "quantization_config": self._said(finished)}
-        return Written(rewritten(finished.folder, folder, changed(finished, packed), said))
+        bits, trained = rewritten(finished.folder, folder, changed(finished, packed), said), record.activations
+        if trained is None or not trained.dynamic:
+            return Written(bits, activations=trained)
+        other = "transformers has scales of 2 max |x| / 255 for each token that matrices read, vLLM max |x| / 127"
+        return Written(bits, {"activations": other}, activations=_WholeRange())
 
     def _said(self, finished: Finished) -> dict[str, Any]:
         from compressed_tensors.quantization import QuantizationConfig
@@ -99,10 +115,11 @@ class CompressedTensors:
     def open(self, folder: Path, device: str) -> Runtime:
         return loaded(folder, device)
 
-    def serving(self, folder: str) -> list[tuple[str, str]]:
-        scheme = load_config(folder).quantization_config["config_groups"]["group_0"]
+    def serving(self, folder: Path, path: str) -> list[tuple[str, str]]:
+        named = shlex.quote(path)
+        scheme = load_config(str(folder)).quantization_config["config_groups"]["group_0"]
         bits, group = scheme["weights"]["num_bits"], scheme["weights"].get("group_size")
-        told = [("transformers", f"transformers serve {folder}")]
+        told = [("transformers", f"transformers serve {named}")]
         if bits in (4, 8) and group in (None, 32, 64, 128):  # what vLLM's kernels take
-            told += [("vLLM", f"vllm serve {folder}"), ("TGI", f"text-generation-launcher --model-id {folder}")]
+            told += [("vLLM", f"vllm serve {named}"), ("TGI", f"text-generation-launcher --model-id {named}")]
         return told

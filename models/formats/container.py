@@ -7,6 +7,7 @@ from importlib import metadata
 from typing import Any
 
 import torch
+from packaging.requirements import Requirement
 from torch import Tensor, nn
 
 from models.errors import Refusal
@@ -22,13 +23,15 @@ from models.quantization.record import Record
 
 def check_installed(setting: str, form: Format) -> None:
     """`setting`: the format, as the config names it."""
-    for package in form.needs:
+    for package in map(Requirement, form.needs):
         try:
-            metadata.version(package)
+            found = metadata.version(package.name)
         except metadata.PackageNotFoundError:
+            found = None
+        if found is None or not package.specifier.contains(found, prereleases=True):
             raise Refusal(
-                f"{setting} needs {package}, which is not installed; pip install {package}, or leave the format out: "
-                f"{setting}=null"
+                f"{setting} needs {package}, and {found or 'none'} is installed; pip install '{package}', or leave the "
+                f"format out: {setting}=null"
             ) from None
 
 

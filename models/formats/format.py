@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
@@ -43,6 +43,8 @@ class Written:
     bits_per_weight: float  # of all parameters, scales and padding counted
     fallbacks: Mapping[str, str] = field(default_factory=dict)  # parameter → what it is held in, not being as asked
     rounded: bool = False  # whether weights that are on no grid were put into fewer bits, as was asked
+    activations: Activations | None = None  # how its runtime rounds what matrices read; None: not at all
+    otherwise: Collection[str] = ()  # parameters, on no grid, whose numbers are held in another way: fewer bits, moved
 
 
 class Runtime(Protocol):
@@ -57,7 +59,8 @@ class Runtime(Protocol):
         ...
 
     def weight(self, name: str) -> Tensor:
-        """Float32[O, I]: the matrix of that name in the plain checkpoint, as it is multiplied with."""
+        """Float32[O, I]: the matrix of that name in the plain checkpoint, as it is multiplied with; any other parameter
+        as it is."""
         ...
 
     def logits(self, input_ids: Tensor) -> Tensor:
@@ -89,6 +92,7 @@ class Format(Protocol):
         """Of what `write` has written; nothing but the folder is read."""
         ...
 
-    def serving(self, folder: str) -> list[tuple[str, str]]:
-        """(runtime, command) of those that load this format, for its model card."""
+    def serving(self, folder: Path, path: str) -> list[tuple[str, str]]:
+        """(runtime, shell command) of those that load this export, for its model card. It lies in `folder`, and will be
+        served from `path`."""
         ...

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import shlex
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,9 +27,10 @@ from models.formats.gguf_layout import (
     hyperparameters,
     layout_of_config,
 )
-from models.formats.gguf_tokenizer import add_none, add_tokenizer
+from models.formats.gguf_tokenizer import add_none, add_tokenizer, has_tokenizer
 from models.formats.llama_cpp import CACHES, FILE, LlamaCpp
 from models.layerwise import matrices
+from models.llama_library import PINNED
 from models.load import DTYPES, load_config, load_model
 from models.quantization.ggml import (
     FLOATS,
@@ -66,7 +68,7 @@ class Gguf:
     type: str = "auto"  # or one of f32, f16, bf16 and MIXTURES
     others: str | None = None  # what embeddings, head and skipped matrices are held in; "mixture": as llama-quantize
     cache: str | None = None  # what the runtime keeps keys and values in: f32, f16 (llama.cpp's default), q8_0
-    needs: ClassVar[tuple[str, ...]] = ("gguf", "xllamacpp")
+    needs: ClassVar[tuple[str, ...]] = ("gguf", PINNED)
 
     def __post_init__(self) -> None:
         types = ("auto", *FLOATS, *MIXTURES)
@@ -174,16 +176,20 @@ class Gguf:
         finally:
             writer.close()
         rounded = held is None and (writing.type not in FLOATS or FLOATS[writing.type] != DTYPES[finished.dtype])
-        return Written(8 * size / numbers, fallbacks, rounded)
+        otherwise = sorted({tensor.parameter for tensor in tensors if tensor.parameter and not tensor.same})
+        return Written(8 * size / numbers, fallbacks, rounded, otherwise=otherwise)
 
     def open(self, folder: Path, device: str) -> LlamaCpp:
         return LlamaCpp(folder, device, self.cache or "f16")
 
-    def serving(self, folder: str) -> list[tuple[str, str]]:
+    def serving(self, folder: Path, path: str) -> list[tuple[str, str]]:
+        if not has_tokenizer(folder / FILE):
+            return []  # nothing in a shell takes token ids
+        named = shlex.quote(f"{path}/{FILE}")
         cache = "" if self.cache is None else f" --cache-type-k {self.cache} --cache-type-v {self.cache}"
         return [
-            ("llama.cpp, OpenAI-compatible server", f"llama-server --model {folder}/{FILE} --port 8080{cache}"),
-            ("llama.cpp, command line", f"llama-cli --model {folder}/{FILE} --prompt 'Once upon a time'{cache}"),
+            ("llama.cpp, OpenAI-compatible server", f"llama-server --model {named} --port 8080{cache}"),
+            ("llama.cpp, command line", f"llama-cli --model {named} --prompt 'Once upon a time'{cache}"),
         ]
 
 
@@ -196,6 +202,7 @@ class _Tensor:
     kind: str  # what it is held in
     asked: str
     parameter: str | None  # whose it is; None: of none
+    same: bool  # whether it holds the parameter's own numbers
     bytes: Callable[[], Tensor]  # of any dtype, as many as the shape and kind take
 
 
@@ -210,6 +217,7 @@ class _Writing:
             self.matrices, self.exact = finished.record.matrices, chosen.exact_for(finished.record.grid)
         elif finished.blocks is not None:
             self.matrices = finished.blocks.matrices
+        self.dtype = DTYPES[finished.dtype]
         plain = {str(dtype).removeprefix("torch."): name for name, dtype in FLOATS.items()}[finished.dtype]
         self.quantized = bool(self.matrices)
         of_blocks = [held.type for held in self.matrices.values() if isinstance(held, Blocks)]
@@ -238,9 +246,12 @@ class _Writing:
                     shape[-2] = len(piece.rows)
                 asked, kind = self._kinds(parameter, piece, tuple(shape))
                 make = functools.partial(self._bytes, parameter, piece, whole, kind)
-                yield _Tensor(piece.name, tuple(shape), kind, asked, parameter, make)
+                moved = self.offset and piece.part.endswith("norm")
+                same = kind == "f32" or FLOATS.get(kind) == self.dtype
+                same = self._recorded(parameter) is not None or (same and not moved)
+                yield _Tensor(piece.name, tuple(shape), kind, asked, parameter, same, make)
         for name, values in extra_tensors(self.config).items():
-            yield _Tensor(name, tuple(values.shape), "f32", "f32", None, functools.partial(torch.clone, values))
+            yield _Tensor(name, tuple(values.shape), "f32", "f32", None, True, functools.partial(torch.clone, values))
 
     def _kinds(self, parameter: str, piece: Piece, shape: tuple[int, ...]) -> tuple[str, str]:
         """What was asked for, and what its width allows."""

@@ -34,6 +34,7 @@ SPLITS = (
 )  # fmt: skip
 _KNOWN_BY = {"llama-bpe": "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}{1,3}|"}
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # llama_token_type
+_NONE = "no_vocab"  # what a file without a tokenizer has for its kind
 
 
 class Unsaid(Exception):
@@ -72,7 +73,13 @@ def add_tokenizer(writer: Any, tokenizer: Any, vocabulary: int) -> str | None:
 
 def add_none(writer: Any) -> None:
     """llama.cpp then takes and gives token ids."""
-    writer.add_tokenizer_model("no_vocab")
+    writer.add_tokenizer_model(_NONE)
+
+
+def has_tokenizer(path: Path) -> bool:
+    from gguf import GGUFReader
+
+    return str(GGUFReader(path).fields["tokenizer.ggml.model"].contents()) != _NONE
 
 
 def _write(writer: Any, tokenizer: Any, told: Told, split: str) -> None:

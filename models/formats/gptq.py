@@ -11,6 +11,7 @@ Of a matrix with O outputs, I inputs and b bits, all integers from 0 up, symmetr
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -95,15 +96,16 @@ class GPTQ:
     def open(self, folder: Path, device: str) -> Runtime:
         return unpacked(folder, device, "qweight", _weight)
 
-    def serving(self, folder: str) -> list[tuple[str, str]]:
-        said = load_config(folder).quantization_config
+    def serving(self, folder: Path, path: str) -> list[tuple[str, str]]:
+        named = shlex.quote(path)
+        said = load_config(str(folder)).quantization_config
         whole = "dynamic" not in said
         told = []
         if said["bits"] in (4, 8) and said["group_size"] in (-1, *_KERNELS):
-            told.append(("vLLM", f"vllm serve {folder} --dtype float16"))
+            told.append(("vLLM", f"vllm serve {named} --dtype float16"))
             if whole:
-                told.append(("TGI", f"text-generation-launcher --model-id {folder} --quantize gptq"))
-        told.append(("transformers, with pip install gptqmodel", f"transformers serve {folder}"))
+                told.append(("TGI", f"text-generation-launcher --model-id {named} --quantize gptq"))
+        told.append(("transformers, with pip install gptqmodel", f"transformers serve {named}"))
         return told
 
 

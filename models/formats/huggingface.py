@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,23 +41,29 @@ class HuggingFace:
                 matrix.of(exact).copy_(held[str(matrix)].dequantized())
             return {name: in_dtype(exact, finished.dtype)}
 
-        return Written(rewritten(finished.folder, folder, change, {"dtype": finished.dtype}))
+        bits = rewritten(finished.folder, folder, change, {"dtype": finished.dtype})
+        if finished.record is None or finished.record.activations is None:
+            return Written(bits)
+        return Written(bits, {"activations": "what matrices read is not rounded by anything that opens this"})
 
     def open(self, folder: Path, device: str) -> Runtime:
         return loaded(folder, device)
 
-    def serving(self, folder: str) -> list[tuple[str, str]]:
+    def serving(self, folder: Path, path: str) -> list[tuple[str, str]]:
+        named = shlex.quote(path)
         return [
-            ("transformers", f"transformers serve {folder}"),
-            ("vLLM", f"vllm serve {folder}"),
-            ("TGI", f"text-generation-launcher --model-id {folder}"),
-            ("TensorRT-LLM", f"trtllm-serve {folder}"),
-            ("DeepSpeed-Inference", _deepspeed(folder)),
+            ("transformers", f"transformers serve {named}"),
+            ("vLLM", f"vllm serve {named}"),
+            ("TGI", f"text-generation-launcher --model-id {named}"),
+            ("TensorRT-LLM", f"trtllm-serve {named}"),
+            ("DeepSpeed-Inference, one answer", f"python -c {shlex.quote(_deepspeed(path))}"),
         ]
 
 
-def _deepspeed(folder: str) -> str:
+def _deepspeed(path: str) -> str:
     return (
-        "python -c \"import deepspeed, torch, transformers as t; m = t.AutoModelForCausalLM.from_pretrained('"
-        f"{folder}', dtype=torch.float16); deepspeed.init_inference(m, dtype=torch.float16)\""
+        f"import deepspeed, torch, transformers as t; path = {path!r}; k = t.AutoTokenizer.from_pretrained(path); "
+        "m = deepspeed.init_inference(t.AutoModelForCausalLM.from_pretrained(path), dtype=torch.float16).module; "
+        'x = k("Once upon a time", return_tensors="pt").to(m.device); '
+        "print(k.decode(m.generate(input_ids=x.input_ids, max_new_tokens=64)[0]))"
     )

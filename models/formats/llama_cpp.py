@@ -74,10 +74,13 @@ class LlamaCpp:
             parts.append((piece.rows, held if slot is None else held[int(slot)]))
         if parts[0][0] is None:
             return parts[0][1]
-        weight_OI = torch.empty(sum(len(part) for _, part in parts), *parts[0][1].shape[1:])
+        axis = max(parts[0][1].ndim - 2, 0)  # of outputs: a bias has them alone, experts have them inside
+        shape = list(parts[0][1].shape)
+        shape[axis] = sum(part.shape[axis] for _, part in parts)
+        whole = torch.empty(shape)
         for rows, part in parts:
-            weight_OI[rows] = part
-        return weight_OI
+            whole.index_copy_(axis, torch.as_tensor(rows), part)
+        return whole
 
     def logits(self, input_ids: Tensor) -> Tensor:
         return torch.stack([self._decode(row) for row in self._rows(input_ids)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -80,8 +81,8 @@ class TorchAO:
 
         return loaded(folder, device, dense)
 
-    def serving(self, folder: str) -> list[tuple[str, str]]:
-        return [("transformers", f"transformers serve {folder}")]
+    def serving(self, folder: Path, path: str) -> list[tuple[str, str]]:
+        return [("transformers", f"transformers serve {shlex.quote(path)}")]
 
 
 def _tensor(quantized: Quantized, grid: Grid, dtype: str) -> Any:

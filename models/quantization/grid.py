@@ -6,6 +6,7 @@ the export multiplies the same integers with the same scales.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -47,8 +48,9 @@ class Grid:
                      z = round(−min w / s)
 
     A range that leaves zero out is widened to hold it, as z has the integers' bits; then also a group of equal weights
-    is exact. A group of zeros has scale 1. `granularity`: one scale for a tensor, for each output (channel), or for
-    each `group_size` neighbours that an output reads. Halves are rounded to even.
+    is exact, but for the rounding of s to `scale_dtype`. A group of zeros has scale 1, and so has one so small (below
+    2e-7 in float16 at 4 bits) that its s is zero there. `granularity`: one scale for a tensor, for each output
+    (channel), or for each `group_size` neighbours that an output reads. Halves are rounded to even.
     """
 
     bits: int = 4
@@ -91,10 +93,10 @@ class Grid:
         own = torch.finfo(SCALE_DTYPES[self.scale_dtype]).bits + (0 if self.symmetric else self.bits)
         return self.bits + scales * own / (outputs * inputs)
 
-    def check(self, name: str, inputs: int) -> None:
-        """Raises Refusal where groups do not divide what a matrix reads."""
+    def check(self, name: str, inputs: int, widths: Collection[int] = ()) -> None:
+        """Raises Refusal where groups do not divide what a matrix reads, with those that divide all `widths` too."""
         if inputs % self.width(inputs):
-            fit = [str(size) for size in (256, 128, 64, 32, 16, 8, 4) if inputs % size == 0]
+            fit = [str(size) for size in (256, 128, 64, 32, 16, 8, 4) if not any(w % size for w in (inputs, *widths))]
             cut = (
                 f", cut the width with stages.prune.multiple_of={self.group_size}"
                 if self.width(inputs) < inputs

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import shlex
 import subprocess
 import sys
 from importlib import metadata
@@ -21,6 +23,7 @@ from models.formats.checkpoint import INDEX
 from models.formats.compressed_tensors import CompressedTensors
 from models.formats.container import check_installed
 from models.formats.format import Finished, Format
+from models.formats.gguf import Gguf
 from models.formats.gptq import GPTQ
 from models.formats.huggingface import HuggingFace
 from models.formats.torchao import TorchAO
@@ -80,10 +83,17 @@ def written(form: Format, source: Path, folder: Path, dtype: str = "float32") ->
     return folder
 
 
-def certified(form: Format, source: Path, folder: Path, tmp_path: Path, dtype: str = "float32") -> dict[str, Any]:
+def certified(
+    form: Format,
+    source: Path,
+    folder: Path,
+    tmp_path: Path,
+    dtype: str = "float32",
+    activations: Activations | None = None,
+) -> dict[str, Any]:
     record, references = source / "grid.safetensors", tmp_path / "references"
     references.mkdir(exist_ok=True)
-    refer(str(source), record, dtype, ROWS, references, "cpu")
+    refer(str(source), record, dtype, ROWS, references, "cpu", activations)
     return certify(form, folder, Finished(source, None, dtype), record, ROWS, references, "cpu", Speed(4, 2, 1))
 
 
@@ -157,12 +167,16 @@ def test_activations_are_read_on_their_grid(dynamic: bool, tmp_path: Path) -> No
     source = quantized(tmp_path / "model", GRIDS["int8"], activations, **WIDE)
     form = CompressedTensors()
     form.check(plan_of(source, GRIDS["int8"], activations))
-    folder = written(form, source, tmp_path / "ct")
-    told = certified(form, source, folder, tmp_path)
+    folder = tmp_path / "ct"
+    folder.mkdir()
+    made = form.write(Finished(source, read_record(source / "grid.safetensors"), "float32"), folder)
+    told = certified(form, source, folder, tmp_path, activations=made.activations)
     assert told["weights_bit_equal"]
-    # compressed-tensors divides a token's largest number by 127.5; vLLM and the grid by 127
-    assert told["kl"] < (1e-3 if dynamic else 1e-9)
-    assert dynamic or told["logits_max_difference"] < 1e-5
+    assert told["kl"] < 1e-9
+    assert told["logits_max_difference"] < 1e-5
+    # transformers divides a token's largest number by 127.5; vLLM and the grid by 127
+    assert (made.activations == activations) == ("activations" not in made.fallbacks) == (not dynamic)
+    assert 1e-9 < certified(form, source, folder, tmp_path, activations=activations)["kl"] < 1e-3 or not dynamic
     plain = HuggingFace().open(source, "cpu").logits(ROWS[0][None])
     rounded = form.open(folder, "cpu").logits(ROWS[0][None])
     assert float((plain - rounded).abs().max()) > 1e-3  # so that the certificate is not of a model without them
@@ -311,7 +325,7 @@ def test_what_was_skipped_is_named_in_the_config_and_stays_as_it_is(tmp_path: Pa
         said = json.loads((folder / "config.json").read_text()).get("quantization_config", {})
         if name == "gptq":
             assert list(said["dynamic"]) == [r"-:^model\.layers\.1\.mlp\.down_proj$"]
-            assert [runtime for runtime, _ in form.serving(str(folder))] == ["transformers, with pip install gptqmodel"]
+            assert [runtime for runtime, _ in form.serving(folder, "m")] == ["transformers, with pip install gptqmodel"]
         elif name != "huggingface":
             key = "ignore" if name == "compressed_tensors" else "modules_to_not_convert"
             assert sorted(said[key]) == ["lm_head", "model.layers.1.mlp.down_proj"]
@@ -366,15 +380,26 @@ def test_a_missing_package_is_named_with_how_to_get_it(monkeypatch: pytest.Monke
         raise metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(metadata, "version", none)
-    with pytest.raises(Refusal, match=r"not installed; pip install compressed-tensors, or .*formats\.a=null"):
+    with pytest.raises(Refusal, match=r"and none is installed; pip install 'compressed-tensors', or .*formats\.a=null"):
         check_installed("stages.export.formats.a", CompressedTensors())
+    monkeypatch.setattr(metadata, "version", lambda name: "2025.1.1")
+    with pytest.raises(Refusal, match=r"and 2025\.1\.1 is installed; pip install 'xllamacpp==2026"):
+        check_installed("stages.export.formats.a", Gguf())  # whose library is known by its binary interface
 
 
 @pytest.mark.parametrize("name", list(ALL))
 def test_every_format_says_how_it_is_served(name: str, models: Any, tmp_path: Path) -> None:
     folder = written(ALL[name], models("int4"), tmp_path / name)
-    told = ALL[name].serving(str(folder))
+    path = "/my models/café's"
+    told = ALL[name].serving(folder, path)
     assert told
-    assert all(str(folder) in command for _, command in told)
+    for runtime, command in told:
+        words = shlex.split(command)
+        if runtime.startswith("DeepSpeed"):
+            assert words[:2] == ["python", "-c"]
+            assert repr(path) in words[2]
+            ast.parse(words[2])
+        else:
+            assert path in words
     runtimes = {runtime for runtime, _ in told}
     assert ("vLLM" in runtimes) == (name == "huggingface")  # no kernel of vLLM's takes groups of 16

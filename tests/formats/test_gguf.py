@@ -17,11 +17,12 @@ from models.formats.format import Finished, Format, Plan
 from models.formats.gguf import Gguf
 from models.formats.gguf_layout import FAMILIES, check_family, context_length
 from models.formats.gguf_tokenizer import PROBE
+from models.formats.loaded import Loaded
 from models.layerwise import matrices
 from models.quantization.activations import Activations
 from models.quantization.ggml import MIXTURES, GgmlType
 from models.quantization.grid import Grid
-from tests.formats.exporting import as_folder, differences, on_blocks, on_grid, small
+from tests.formats.exporting import WIDTHS, as_folder, differences, on_blocks, on_grid, small
 from tests.pruning.families import config_of, tokens
 
 gguf = pytest.importorskip("gguf")
@@ -122,6 +123,23 @@ def reading_blocks(model: Any, width: int = 32) -> Iterator[None]:
     yield
     for hook in hooks:
         hook.remove()
+
+
+@pytest.mark.parametrize("family", list(WIDTHS))
+def test_a_parameter_has_its_own_numbers_or_is_said_to_be_held_otherwise(family: str, tmp_path: Path) -> None:
+    model = small(family)
+    finished, plain = as_folder(model, tmp_path / "m"), Loaded(model)
+    names = [name for name, _ in model.named_parameters()]
+    written = Gguf(type="f32").write(finished, tmp_path / "whole")
+    runtime = Gguf().open(tmp_path / "whole", "cpu")
+    for name in set(names) - set(written.otherwise):
+        assert torch.equal(runtime.weight(name), plain.weight(name)), name
+    norms = {name for name in names if name.endswith("norm.weight")}
+    assert set(written.otherwise) == (norms if family.startswith("gemma") else set())  # one more than they say
+    half = Gguf(type="f16").write(finished, tmp_path / "half")
+    large = {name for name in names if model.get_parameter(name).ndim > 1}
+    floats = {name for name in large if name.endswith(("mlp.gate.weight", "wpe.weight"))}  # always in float32
+    assert set(half.otherwise) == large - floats | set(written.otherwise)
 
 
 GRIDS = [
@@ -369,6 +387,7 @@ def test_the_quickstarts_tokenizer_gives_the_same_tokens_in_llama_cpp(quickstart
     for text in [*TEXTS, "one<|endoftext|>two <|endoftext|>"]:
         assert runtime.tokenize(text) == tokenizer(text)["input_ids"], text
     assert said(tmp_path / "g", "tokenizer.ggml.pre") == "gpt-2"
+    assert Gguf().serving(tmp_path / "g", "m")
     assert said(tmp_path / "g", "tokenizer.chat_template") == tokenizer.chat_template
     assert [said(tmp_path / "g", f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "padding")] == [0, 0, 0]
     assert said(tmp_path / "g", "tokenizer.ggml.add_bos_token") is False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -173,11 +174,13 @@ def test_a_library_that_ends_its_process_does_not_end_ours(folder: Path, tmp_pat
     assert "does not open it" in absent
 
 
-def test_the_commands_for_serving_name_the_file_and_the_cache(folder: Path) -> None:
-    told = dict(Gguf(cache="q8_0").serving("some/folder"))
-    assert all("some/folder/model.gguf" in command for command in told.values())
+def test_the_commands_for_serving_name_the_file_and_the_cache(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Gguf().serving(folder, "anywhere") == []  # it has no tokenizer, and texts are all that commands take
+    monkeypatch.setattr("models.formats.gguf.has_tokenizer", lambda path: True)
+    told = dict(Gguf(cache="q8_0").serving(folder, "some folder's"))
+    assert all("some folder's/model.gguf" in shlex.split(command) for command in told.values())
     assert all("--cache-type-k q8_0 --cache-type-v q8_0" in command for command in told.values())
-    assert all("cache" not in command for _, command in Gguf().serving("some/folder"))
+    assert all("cache" not in command for _, command in Gguf().serving(folder, "anywhere"))
 
 
 def test_nothing_is_read_of_the_folder_but_the_file(tmp_path: Path) -> None:

@@ -128,8 +128,14 @@ def test_families_of_other_layouts_are_quantized_where_they_read(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        (["stages.quantize.grid.bits=3.5"], r"stages\.quantize\.grid\.bits=3\.5: need a whole number"),
+        (["stages.quantize.grid.bits=true"], r"grid\.bits=True: need a whole number"),
+        (["stages.quantize.grid.group_size=32.0"], r"grid\.group_size=32\.0: need a whole number or null"),
+        (["stages.quantize.grid.symmetric=maybe"], r"grid\.symmetric=maybe: need true or false"),
+        (["stages.quantize.method.damping=much"], r"method\.damping=much: need a number"),
+        (["stages.quantize.skip=down_proj"], r"stages\.quantize\.skip=down_proj: need a list"),
         (["stages.quantize.grid.bits=9"], r"grid\.bits=9: need 2 to 8"),
-        (["stages.quantize.grid.group_size=128"], r"reads 32 inputs, which it does not divide; need 32 or 16 or"),
+        (["stages.quantize.grid.group_size=128"], r"reads 32 inputs, which it does not divide; need 16 or 8 or 4 or"),
         (["stages.quantize.skip=[w_proj]"], "the layers have no matrix w_proj"),
         (["stages.quantize.calibration_tokens=5000"], "the model reads at most 512 tokens"),
         (["stages.quantize.calibration_rows=0"], "need at least 1"),

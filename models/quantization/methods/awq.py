@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -66,6 +67,8 @@ class AWQ:
             tried_K = _scale(mean_K, float(ratio))
             tried_I = tried_K[channel_I]
             cost = sum(_cost(weight_OI, tried_I, grid, read.hessian) for weight_OI, read in readers)
+            if not math.isfinite(cost):
+                raise Refusal("quantizer=awq: what the matrices read is no number, or infinite; see to the model")
             if least is None or cost < least:
                 best, least = tried_K, cost
         return best
