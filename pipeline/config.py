@@ -111,6 +111,8 @@ def parse(composed: Any) -> dict[str, Any]:
             )
     if unknown := [name for name in config["stages"] if name not in order]:
         raise Refusal(f"unknown stage stages.{unknown[0]}{nearest(unknown[0], order)}")
+    if not config["run_dir"]:
+        raise Refusal("run_dir is empty; give run_dir=FOLDER")
     if config["resume"] not in ("continue", "overwrite"):
         raise Refusal(f"resume={config['resume']}: need continue or overwrite")
     for option in ("start", "stop"):

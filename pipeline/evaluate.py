@@ -89,7 +89,7 @@ class Evaluate:
                 continue
             if name not in context.planned and artifact.read_manifest(context.run_dir / name) is None:
                 continue
-            for form, node in stages[name]["formats"].items():
+            for form, node in (stages[name]["formats"] or {}).items():
                 role = f"{name}/{form}"
                 if node is not None and (self.models is None or {name, role} & set(self.models)):
                     found[role] = (name, node)
@@ -214,6 +214,9 @@ class Evaluate:
         self, context: Context, role: str, stage: str, node: dict[str, Any], alone: Alone
     ) -> dict[str, Any]:
         folder, name = context.run_dir / role, role.partition("/")[2]
+        certified = artifact.read_manifest(context.run_dir / stage)
+        if certified is None or artifact.content_hash(context.run_dir / stage) != certified["content_hash"]:
+            raise Refusal(f"{role}: its files have changed since they were certified; force=[{stage}] makes them anew")
         tokenizer = load_tokenizer(str(folder), self._trusted)
         batches, text_bytes, prompt = self._text(context, tokenizer)
         form = instantiate(node, _convert_="all")

@@ -24,7 +24,7 @@ from models.formats.checkpoint import add_tokenizer, dtype_of
 from models.formats.container import check_installed
 from models.formats.format import Finished, Format, Plan, Written
 from models.layerwise import matrices
-from models.load import DTYPES, empty_model, parameter_count
+from models.load import DTYPES, empty_model, load_config, parameter_count
 from models.measure import Speed, documents
 from models.quantization.activations import Activations
 from models.quantization.record import BlockRecord, open_record
@@ -49,7 +49,7 @@ class Export:
 
     model: str  # folder or hub id
     data: RowSource  # text that the certificates are measured on
-    formats: Mapping[str, Format | None]  # folder → what is written there; None: nothing
+    formats: Mapping[str, Format | None] | None  # folder → what is written there; None: nothing
     rows: int = 8
     tokens: int = 128  # of each row, at most
     dtype: str | None = None  # of what is on no grid; None: the model's
@@ -77,7 +77,7 @@ class Export:
 
     @property
     def _formats(self) -> dict[str, Format]:
-        return {name: form for name, form in self.formats.items() if form is not None}
+        return {name: form for name, form in (self.formats or {}).items() if form is not None}
 
     def ranks(self, context: Context) -> int:
         return 1
@@ -255,6 +255,7 @@ class Export:
                 "fallbacks": fallbacks,
             },
             "metrics": {
+                "parameters": parameter_count(empty_model(load_config(str(finished.folder)))),
                 "bits_per_weight": written.bits_per_weight,
                 "perplexity_reloaded": told["perplexity_reloaded"],
                 "bytes": sum(path.stat().st_size for path in aside.rglob("*") if path.is_file()),
@@ -285,7 +286,7 @@ class Export:
                 f"{context.stage}: {name}: {told['first_odd_weight']} is another one once reloaded; nothing was written"
             )
         moved = written.rounded or written.activations is not None
-        allowed = math.inf if moved else self.logits_tolerance * max(told["largest_logit"], 1e-9)
+        allowed = math.inf if moved else self.logits_tolerance * max(told["largest_logit"], 1.0)
         most_kl = (self.kl_tolerance, "kl_tolerance")
         if written.rounded:
             most_kl = (self.rounded_kl_tolerance, "rounded_kl_tolerance")

@@ -20,7 +20,7 @@ from rich.text import Text
 
 from models.errors import Refusal
 from pipeline import chart, units
-from pipeline.artifact import BESIDE, METRICS
+from pipeline.artifact import BESIDE, GRID, METRICS
 
 Json = dict[str, Any]
 
@@ -216,9 +216,10 @@ def _unmeasured(artifact: Artifact) -> Json:
         "stage": artifact.name,
         "path": str(artifact.folder.resolve()),
         "parameters": manifest.get("metrics", {}).get("parameters"),
-        "bytes": sum(file["bytes"] for name, file in files.items() if name not in BESIDE and "/" not in name),
+        "bytes": sum(file["bytes"] for name, file in files.items() if name not in (*BESIDE, GRID) and "/" not in name),
         "seconds": manifest.get("seconds"),
         "tokens": manifest.get("tokens"),
+        **({} if (bits := manifest.get("metrics", {}).get(BITS.key)) is None else {BITS.key: bits}),
     }
 
 

@@ -317,6 +317,7 @@ MISTAKES = {
     "+seeds=1": ["'seeds'", "did you mean seed?"],
     "+stages.distil.x=1": ["stages.distil", "did you mean distill?"],
     "trainer.devices=0": ["trainer.devices=0"],
+    "run_dir=": ["run_dir is empty; give run_dir=FOLDER"],
     "trainer.precision=fp16": ["trainer.precision=fp16", "bf16-mixed"],
     "trainer.accelerator=tpu": ["trainer.accelerator=tpu"],
     "trainer.accelerator=cuda": ["trainer.accelerator=cuda"],

@@ -243,6 +243,21 @@ def test_every_export_is_measured_and_reported(start: Path, exported: Path) -> N
     assert "bits/\nweight" in [column.header for column in table(report).columns]
 
 
+def test_a_file_that_was_damaged_since_is_not_measured_as_what_was_certified(
+    start: Path, exported: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(start / "run", run_dir)
+    path = run_dir / "export" / "compressed_tensors" / "model.safetensors"
+    held = bytearray(path.read_bytes())
+    held[-1] ^= 1
+    path.write_bytes(held)
+    with pytest.raises(Refusal, match=r"export/.*: its files have changed since they were certified; force=\[export\]"):
+        EXPERIMENT.make(
+            run_dir, "evaluate", f"model.path={start}/teacher", WITH_GPTQ, "stages.evaluate.models=[export]"
+        )
+
+
 def test_a_format_that_was_not_made_is_refused_before_anything_is_measured(start: Path, exported: Path) -> None:
     words = [f"model.path={start}/teacher", WITH_GPTQ, "+format@stages.export.formats.awq=awq"]
     config = EXPERIMENT.composed(start / "run", *words)
@@ -304,6 +319,7 @@ REFUSED = {
     "stages.export.tokens=100": ["export.tokens=100", "at most 64"],
     "stages.export.kl_tolerance=0": ["kl_tolerance=0", "above 0"],
     "stages.export.formats.huggingface=null stages.export.formats.compressed_tensors=null": ["none is left"],
+    "stages.export.formats=null": ["none is left"],
     "+grid@stages.export.formats.four=int4_group32": ["export.formats.four: Grid is no format"],
 }
 

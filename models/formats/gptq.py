@@ -105,7 +105,7 @@ class GPTQ:
             told.append(("vLLM", f"vllm serve {named} --dtype float16"))
             if whole:
                 told.append(("TGI", f"text-generation-launcher --model-id {named} --quantize gptq"))
-        told.append(("transformers, with pip install gptqmodel", f"transformers serve {named}"))
+        told.append(("transformers, with pip install optimum gptqmodel", f"transformers serve {named}"))
         return told
 
 

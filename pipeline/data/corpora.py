@@ -44,6 +44,7 @@ SPLITS = ("train", "validation", "test")
 SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
 SEPARATOR = "<|endoftext|>"
 _EMBEDDED = ("stdlib", "ciphers")
+_SOON_READ = 2**20  # bytes of files that a check may read to the end
 
 # How a .txt file becomes documents: one ends at the first blank line after so many characters, or at the
 # first line end after so many more. A speech or a paragraph alone is too little context to learn from, and a
@@ -107,7 +108,14 @@ class Data:
         return check(self)
 
     def holds(self, split: str) -> bool:
-        return True
+        sources = _sources(self, split) or _sources(self, "train")
+        size = sum(path.stat().st_size for source in sources for path in source.files)
+        if _sources(self, split) or not all(source.files for source in sources) or size > _SOON_READ:
+            return True
+        try:
+            return len(documents(self, split)) > 0
+        except Refusal:
+            return False
 
     def content_key(self) -> str:
         return content_key(self)

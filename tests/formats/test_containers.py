@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 from importlib import metadata
@@ -159,6 +160,15 @@ def test_awq_files_hold_eight_outputs_in_a_word_in_their_own_order(grid: str, mo
             for place, output in enumerate((0, 2, 4, 6, 1, 3, 5, 7)):
                 assert np.array_equal((words >> (4 * place)) & 15, want[:, output::8].numpy()), (part, place)
         assert torch.equal(held[f"{module}.scales"], made.scale.T.half())
+
+
+def test_weights_that_were_changed_after_they_were_put_on_the_grid_are_refused(models: Any, tmp_path: Path) -> None:
+    shutil.copytree(models("int4"), tmp_path / "model")
+    held = load_file(tmp_path / "model" / "model.safetensors")
+    held["model.layers.0.self_attn.q_proj.weight"][0, 0] += 0.01
+    save_file(held, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(Refusal, match=r"layers\.0\.self_attn\.q_proj\.weight is not what grid\.safetensors beside it"):
+        refer(str(tmp_path / "model"), tmp_path / "model" / "grid.safetensors", "float32", ROWS, tmp_path, "cpu")
 
 
 @pytest.mark.parametrize("dynamic", [True, False])
@@ -325,7 +335,9 @@ def test_what_was_skipped_is_named_in_the_config_and_stays_as_it_is(tmp_path: Pa
         said = json.loads((folder / "config.json").read_text()).get("quantization_config", {})
         if name == "gptq":
             assert list(said["dynamic"]) == [r"-:^model\.layers\.1\.mlp\.down_proj$"]
-            assert [runtime for runtime, _ in form.serving(folder, "m")] == ["transformers, with pip install gptqmodel"]
+            assert [runtime for runtime, _ in form.serving(folder, "m")] == [
+                "transformers, with pip install optimum gptqmodel"
+            ]
         elif name != "huggingface":
             key = "ignore" if name == "compressed_tensors" else "modules_to_not_convert"
             assert sorted(said[key]) == ["lm_head", "model.layers.1.mlp.down_proj"]

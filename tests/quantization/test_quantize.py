@@ -167,6 +167,15 @@ def test_text_that_no_tokenizer_makes_enough_of_is_refused_before_a_weight_is_re
         check({"config": EXPERIMENT.composed(tmp_path, *words), "stages": ["quantize"]})
 
 
+def test_one_document_leaves_nothing_to_measure_on_which_is_refused_before_a_weight_is_read(
+    teacher: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "one.jsonl").write_text(json.dumps({"text": "once upon a time " * 99}) + "\n")
+    words = [f"model.path={teacher}", "data=files", f"data.train={tmp_path / 'one.jsonl'}"]
+    with pytest.raises(Refusal, match=r"nothing falls to test; give data\.test, or hold out more"):
+        check({"config": EXPERIMENT.composed(tmp_path, *words), "stages": ["quantize", "evaluate"]})
+
+
 def test_a_model_that_is_packed_already_is_refused(teacher: Path, tmp_path: Path) -> None:
     folder = tmp_path / "packed"
     shutil.copytree(teacher, folder)
