@@ -365,9 +365,7 @@ def table(found: dict[str, Any]) -> Any:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--quick", action="store_true", help="two minutes on 2 cores: 150 steps, one grid, ours alone"
-    )
+    parser.add_argument("--quick", action="store_true", help="two minutes on 2 cores: 150 steps, one grid, ours alone")
     parser.add_argument(
         "--peer-python",
         help="has auto-round (default: $RETORT_AUTO_ROUND_PYTHON or .venv-auto-round/bin/python)",
