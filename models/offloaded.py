@@ -54,5 +54,7 @@ def load_offloaded(path: str, aside: Path, *, device: str, dtype: torch.dtype, t
     remove_hook_from_module(model, recurse=True)
     for module in model.modules():
         module.__dict__.pop("forward", None)  # which was put back as the module's own
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = buffer.to(device)  # and the layers' to where they were made
     del model.hf_device_map  # saving would take the weights from the hooks
     return Offloaded(model, weights)

@@ -105,10 +105,9 @@ class Finished:
         return self._path(turn.number).exists()
 
     def keep(self, turn: Turn) -> None:
-        path = self._path(turn.number)
-        state = {f"{self._name(turn.number)}.{name}": each for name, each in turn.layer.named_parameters()}
+        path, name = self._path(turn.number), f"{name_of_layers(self.model)}.{turn.number}"
         aside = path.with_suffix(".partial")
-        save_file({name: each.detach().contiguous() for name, each in state.items()}, aside)
+        save_file({own: each.detach().contiguous() for own, each in turn.layer.named_parameters(prefix=name)}, aside)
         os.replace(aside, path)
 
     @torch.no_grad()
@@ -125,9 +124,6 @@ class Finished:
 
     def _path(self, number: int) -> Path:
         return self.folder / f"layer-{number:05d}.safetensors"
-
-    def _name(self, number: int) -> str:
-        return f"{name_of_layers(self.model)}.{number}"
 
 
 def config_of(context: Context, model: str, trust_remote_code: bool) -> Any:

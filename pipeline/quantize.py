@@ -110,7 +110,7 @@ class Quantize:
         rounding: list[RemovableHandle] = []
         for turn in shown(in_turn(model, batches, given.weights), count, context.stage):
             mine = [matrix for matrix in taken if matrix.layer == turn.number]
-            rounding += self._take(context, model, turn, mine, anatomy, finished)
+            rounding += self._take(context, finished, turn, mine, anatomy)
         for handle in rounding:
             handle.remove()
         manifest = context.manifest("model")
@@ -154,13 +154,7 @@ class Quantize:
 
     @torch.no_grad()
     def _take(
-        self,
-        context: Context,
-        model: Any,
-        turn: Turn,
-        taken: Sequence[Matrix],
-        anatomy: Anatomy | None,
-        finished: Finished,
+        self, context: Context, finished: Finished, turn: Turn, taken: Sequence[Matrix], anatomy: Anatomy | None
     ) -> list[RemovableHandle]:
         """Quantize one layer; or, where a run that was killed had done so, take what it left. The handles are of what
         rounds what its matrices read from now on."""
@@ -175,7 +169,7 @@ class Quantize:
                 read = fold(anatomy, turn, taken, read, self.method.scales, self.grid)
             made: dict[str, Quantized] = {}
             for matrix in taken:
-                weight_OI = matrix.of(model.get_parameter(matrix.parameter))
+                weight_OI = matrix.of(finished.model.get_parameter(matrix.parameter))
                 made[str(matrix)] = self.method.quantized(weight_OI, self.grid, read.get(matrix.name))
                 weight_OI.copy_(made[str(matrix)].dequantized().to(weight_OI))
             input_scales = self._input_scales(context, turn, taken)

@@ -92,7 +92,7 @@ class Sparsify:
         finished, count = Finished(context.work, model), len(decoder_layers(model))
         for turn in shown(in_turn(model, batches, given.weights), count, context.stage):
             mine = {matrix: zeros for matrix, zeros in wanted.items() if matrix.layer == turn.number}
-            self._take(context, model, turn, mine, finished)
+            self._take(context, finished, turn, mine)
         manifest = context.manifest("model")
 
         def build(folder: Path) -> None:
@@ -140,9 +140,7 @@ class Sparsify:
         return dict(zip(chosen, self.method.zeros(_Read(given, chosen), self.fraction), strict=True))
 
     @torch.no_grad()
-    def _take(
-        self, context: Context, model: Any, turn: Turn, wanted: dict[Matrix, int | Pattern], finished: Finished
-    ) -> None:
+    def _take(self, context: Context, finished: Finished, turn: Turn, wanted: dict[Matrix, int | Pattern]) -> None:
         """Sparsify one layer; or, where a run that was killed had done so, take what it left."""
         if turn in finished:
             finished.restore(turn)
@@ -153,7 +151,7 @@ class Sparsify:
                 raise Refusal(
                     f"{context.stage}: no calibration token reaches {matrix}; take more rows, or skip=[{matrix.name}]"
                 )
-            weight = matrix.of(model.get_parameter(matrix.parameter))
+            weight = matrix.of(finished.model.get_parameter(matrix.parameter))
             weight.copy_(self.method.sparsified(weight, zeros, read.get(matrix.name)))
         finished.keep(turn)
 
