@@ -6,7 +6,8 @@ For methods that change a layer's weights by what the layer reads. Embeddings, n
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -39,12 +40,17 @@ class Matrix:
         return self.parameter if self.slot is None else f"{self.parameter}[{self.slot}]"
 
 
+def name_of_layers(model: Any) -> str:
+    """model.layers, transformer.h: the layers are NAME.0 and so on."""
+    layers = decoder_layers(model)
+    return next(name for name, module in model.named_modules() if module is layers)
+
+
 def matrices(model: Any) -> list[Matrix]:
     """All of them, layer by layer. Experts are known where transformers says how they lie (`is_transposed`)."""
-    layers = decoder_layers(model)
-    root = next(name for name, module in model.named_modules() if module is layers)
+    root = name_of_layers(model)
     found = []
-    for number, layer in enumerate(layers):
+    for number, layer in enumerate(decoder_layers(model)):
         for name, module in layer.named_modules(remove_duplicate=False):
             at = f"{root}.{number}.{name}"
             if _is_linear(module):
@@ -106,6 +112,7 @@ class Reading(Protocol):
 
 
 R = TypeVar("R", bound=Reading)
+Words = tuple[tuple[Any, ...], dict[str, Any]]  # positional, and by name
 
 
 @dataclass(frozen=True)
@@ -115,7 +122,7 @@ class Turn:
     number: int
     layer: nn.Module
     hidden: Sequence[Tensor]  # [B, T, H] each
-    words: Sequence[tuple[tuple[Any, ...], dict[str, Any]]]
+    words: Sequence[Words]
 
     def read(self, start: Callable[[int], R]) -> dict[str, R]:
         """What the layer's linear modules read, by their names in it, each in a `start(width)`.
@@ -148,53 +155,111 @@ class Turn:
         return gathered
 
 
-def in_turn(model: Any, batches: Sequence[Tensor]) -> Iterator[Turn]:
-    """The layers, first to last. Whoever takes a turn may change the layer's weights: the next layer reads what the
-    changed one gives.
+class Passage:
+    """A text's way through a model, all of it through one layer after the other.
 
-    `batches`: Int64[B, T] each, without padding; none, and nothing is run. What each layer is called with beside the
-    hidden states (masks, rotations) does not depend on weights: it is what the model itself says in one whole forward.
-    Kept is the input of one layer for all batches.
+    `batches`: Int64[B, T] each, without padding; none, and nothing is run. `weights`: of layers that are on the meta
+    device, by the model's names; a layer is there while it has its turn, and nothing is left of it afterwards. What
+    each layer is called with beside the hidden states (masks, rotations) does not depend on weights: it is what the
+    model itself says in a forward in which all layers but the first pass on what they are given. Kept is the input of
+    one layer for all batches.
     """
-    layers = decoder_layers(model)
-    hidden, words = [], []
-    for ids in batches:
-        first, of_layers = _calls(model, layers, ids)
-        hidden.append(first)
-        words.append(of_layers)
-    for number, layer in enumerate(layers):
-        mine = [of_layers[number] for of_layers in words]
-        yield Turn(number, layer, hidden, mine)
-        for at, said in enumerate(mine):
-            hidden[at] = _call(layer, hidden[at], said)
+
+    def __init__(self, model: Any, batches: Sequence[Tensor], weights: Mapping[str, Tensor] | None = None) -> None:
+        self._model, self._layers, self._batches, self._weights = model, decoder_layers(model), batches, weights
+        self._hidden: list[Tensor] = []  # [B, T, H] each
+        self._words: list[list[Words]] = []  # by batch, then by layer
+        self._beside: tuple[Any, ...] | None = None  # what a layer gives with the hidden states; None: no tuple
+
+    def turns(self) -> Generator[Turn, None, None]:
+        """The layers, first to last. Whoever takes a turn may change the layer's weights: the next layer reads what
+        the changed one gives."""
+        for number, layer in enumerate(self._layers):
+            with self._present(number):
+                if number == 0:
+                    for ids in self._batches:
+                        self._begin(ids)
+                mine = [words[number] for words in self._words]
+                yield Turn(number, layer, self._hidden, mine)
+                for at, words in enumerate(mine):
+                    self._hidden[at] = _call(layer, self._hidden[at], words)
+
+    @torch.no_grad()
+    def last(self) -> list[Tensor]:
+        """[B, T, H] each: what the head reads. Takes all the turns."""
+        for _ in self.turns():
+            pass
+        found = []
+        for ids, hidden in zip(self._batches, self._hidden, strict=True):
+            given = self._given(hidden)
+            with _forward(self._layers, lambda *_, given=given, **__: given):
+                found.append(body_of(self._model)(input_ids=ids, use_cache=False).last_hidden_state)
+        return found
+
+    @torch.no_grad()
+    def _begin(self, ids: Tensor) -> None:
+        """Find out what the first layer reads of a batch, and what every layer is told beside that."""
+        told: list[tuple[Tensor, Words]] = []
+        first = self._layers[0].forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            said = dict(kwargs)
+            hidden = args[0] if args else said.pop("hidden_states")
+            told.append((hidden, (args[1:], said)))
+            if len(told) > 1:
+                return self._given(hidden)
+            given = first(*args, **kwargs)
+            self._beside = given[1:] if isinstance(given, tuple) else None
+            return given
+
+        with _forward(self._layers, forward):
+            body_of(self._model)(input_ids=ids, use_cache=False)
+        self._hidden.append(told[0][0])
+        self._words.append([words for _, words in told])
+
+    def _given(self, hidden: Tensor) -> Any:
+        """As this family's layers give it."""
+        return hidden if self._beside is None else (hidden, *self._beside)
+
+    @contextmanager
+    def _present(self, number: int) -> Iterator[None]:
+        layer, root = self._layers[number], name_of_layers(self._model)
+        missing = {name: tensor for name, tensor in layer.named_parameters() if tensor.is_meta}
+        for name in missing:
+            assert self._weights is not None
+            _set(layer, name, self._weights[f"{root}.{number}.{name}"].clone())  # or it would stay a part of the file
+        try:
+            yield
+        finally:
+            for name, tensor in missing.items():
+                _set(layer, name, tensor)
 
 
-@torch.no_grad()
-def _calls(
-    model: Any, layers: nn.ModuleList, ids: Tensor
-) -> tuple[Tensor, list[tuple[tuple[Any, ...], dict[str, Any]]]]:
-    """What the first layer reads, and what every layer is told beside that."""
-    first: list[Tensor] = []
-    told: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+def in_turn(
+    model: Any, batches: Sequence[Tensor], weights: Mapping[str, Tensor] | None = None
+) -> Generator[Turn, None, None]:
+    return Passage(model, batches, weights).turns()
 
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        said = dict(kwargs)
-        hidden = args[0] if args else said.pop("hidden_states")
-        if not first:
-            first.append(hidden)
-        told.append((args[1:], said))
 
-    handles = [layer.register_forward_pre_hook(hook, with_kwargs=True) for layer in layers]
+@contextmanager
+def _forward(layers: nn.ModuleList, forward: Callable[..., Any]) -> Iterator[None]:
+    """In place of all the layers' own."""
+    for layer in layers:
+        layer.forward = forward
     try:
-        body_of(model)(input_ids=ids, use_cache=False)
+        yield
     finally:
-        for handle in handles:
-            handle.remove()
-    return first[0], told
+        for layer in layers:
+            del layer.forward
+
+
+def _set(layer: nn.Module, name: str, tensor: Tensor) -> None:
+    owner, _, own = name.rpartition(".")
+    layer.get_submodule(owner)._parameters[own] = nn.Parameter(tensor, requires_grad=False)
 
 
 @torch.no_grad()
-def _call(layer: nn.Module, hidden: Tensor, words: tuple[tuple[Any, ...], dict[str, Any]]) -> Tensor:
+def _call(layer: nn.Module, hidden: Tensor, words: Words) -> Tensor:
     given = layer(hidden, *words[0], **words[1])
     return given[0] if isinstance(given, tuple) else given
 

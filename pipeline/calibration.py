@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +11,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from models.errors import Refusal
-from models.load import DTYPES, check_folder, empty_model, load_config, load_model, parameter_count
+from models.layerwise import Turn, name_of_layers
+from models.load import DTYPES, check_folder, empty_model, load_config, parameter_count
+from models.offloaded import Offloaded, load_offloaded
 from models.quantization.record import Known, known, read_known
+from models.representations import decoder_layers
 from pipeline import artifact
 from pipeline.context import Context
 from pipeline.data import packing
@@ -69,7 +74,7 @@ class Walk:
             "commits": {"model": getattr(config, "_commit_hash", None)},
         }
 
-    def open(self, context: Context) -> tuple[Any, Any, list[Tensor]]:
+    def open(self, context: Context) -> tuple[Any, Offloaded, list[Tensor]]:
         """(tokenizer, model, batches): Int64[B, T] each, none where no text is needed."""
         tokenizer = load_tokenizer(self.model, self.trust_remote_code)
         if self.data.chat_template is not None:
@@ -77,10 +82,48 @@ class Walk:
         found: list[Tensor] = []
         if self.reads:
             found = batches(context, self.data, tokenizer, (self.rows, self.tokens), self.seed, self.stage)
-        return tokenizer, self.load(self.model).to(context.device).eval(), found
+        return tokenizer, self.load(context, self.model, "given"), found
 
-    def load(self, folder: str) -> Any:
-        return load_model(folder, dtype=DTYPES[self.dtype], trust_remote_code=self.trust_remote_code)
+    def load(self, context: Context, folder: str, role: str) -> Offloaded:
+        return load_offloaded(
+            folder,
+            context.work / role,
+            device=context.device,
+            dtype=DTYPES[self.dtype],
+            trust_remote_code=self.trust_remote_code,
+        )
+
+
+@dataclass(frozen=True)
+class Finished:
+    """Layers whose turn is over, on disk: a run that was killed goes on with them, and the whole is made of them."""
+
+    folder: Path
+    model: Any
+
+    def __contains__(self, turn: Turn) -> bool:
+        return self._path(turn.number).exists()
+
+    def keep(self, turn: Turn) -> None:
+        path, name = self._path(turn.number), f"{name_of_layers(self.model)}.{turn.number}"
+        aside = path.with_suffix(".partial")
+        save_file({own: each.detach().contiguous() for own, each in turn.layer.named_parameters(prefix=name)}, aside)
+        os.replace(aside, path)
+
+    @torch.no_grad()
+    def restore(self, turn: Turn) -> None:
+        for name, tensor in load_file(self._path(turn.number)).items():
+            self.model.get_parameter(name).copy_(tensor)
+
+    def state(self) -> dict[str, Tensor]:
+        """Of the whole model, once all layers are there; theirs are mapped, not read."""
+        found: dict[str, Tensor] = self.model.state_dict()
+        for number in range(len(decoder_layers(self.model))):
+            found |= load_file(self._path(number))
+        return found
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"layer-{number:05d}.safetensors"
 
 
 def config_of(context: Context, model: str, trust_remote_code: bool) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,26 +9,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from models.errors import Refusal
-from models.heads import head_of, hidden_states
-from models.layerwise import Matrix, Turn, check_read, chosen, in_turn
+from models.heads import head_of
+from models.layerwise import Matrix, Passage, Turn, check_read, chosen, in_turn
 from models.load import DTYPES, parameter_count, save_model
 from models.objectives.chunked import objective_sum
 from models.objectives.forward_kl import ForwardKL
 from models.objectives.signal import Dense
+from models.offloaded import Offloaded
 from models.pruning.groups import Anatomy, anatomy_of
 from models.quantization.activations import Activations, Largest, attach, round_inputs
 from models.quantization.folding import fold
 from models.quantization.grid import Grid, Quantized
 from models.quantization.method import Method
 from models.quantization.proof import bits_per_weight, check_held
-from models.quantization.record import Known, Record, read_record
+from models.quantization.record import Known, Record, join, read_record
 from models.representations import decoder_layers
 from pipeline import artifact
-from pipeline.calibration import Walk, known_of
+from pipeline.calibration import Finished, Walk, known_of
 from pipeline.context import Context
 from pipeline.data.rows import RowSource, source_key
 from pipeline.progress import shown
@@ -102,33 +102,34 @@ class Quantize:
     def run(self, context: Context) -> None:
         begin = time.monotonic()
         dtype = DTYPES[self.dtype]
-        tokenizer, model, batches = self._walk.open(context)
+        tokenizer, given, batches = self._walk.open(context)
+        model = given.model
         taken = self._chosen(model)
         anatomy = None if self.method.scales is None else anatomy_of(model)
-        made: dict[Matrix, Quantized] = {}
-        input_scales: dict[str, Tensor] = {}
-        for turn in shown(in_turn(model, batches), len(decoder_layers(model)), context.stage):
+        finished, count = Finished(context.work, model), len(decoder_layers(model))
+        rounding: list[RemovableHandle] = []
+        for turn in shown(in_turn(model, batches, given.weights), count, context.stage):
             mine = [matrix for matrix in taken if matrix.layer == turn.number]
-            of_layer = self._take(context, model, turn, mine, anatomy)
-            made |= {matrix: of_layer.matrices[str(matrix)] for matrix in mine}
-            input_scales |= of_layer.input_scales
-        record = self._record(made, input_scales)
+            rounding += self._take(context, finished, turn, mine, anatomy)
+        for handle in rounding:
+            handle.remove()
         manifest = context.manifest("model")
-        bits = bits_per_weight(model, record, dtype)
 
         def build(folder: Path) -> None:
-            save_model(model, tokenizer, folder, model.state_dict(), dtype)
-            record.write(folder / artifact.GRID)
-            again = self._walk.load(str(folder))
-            check_held(again, read_record(folder / artifact.GRID), dtype, context.stage)
+            save_model(model, tokenizer, folder, finished.state(), dtype)
+            join([_record_of(context, number) for number in range(count)], folder / artifact.GRID)
+            again, record = self._walk.load(context, str(folder), "made"), read_record(folder / artifact.GRID)
+            check_held(again.model, record, dtype, context.stage, again.weights)
             manifest["certificates"] = {"weights_bit_equal": True}
-            manifest["metrics"] = {"parameters": parameter_count(again), "bits_per_weight": bits}
+            bits = bits_per_weight(again.model, record, dtype)
+            manifest["metrics"] = {"parameters": parameter_count(again.model), "bits_per_weight": bits}
             if self.activations is not None:
-                manifest["metrics"] |= self._price(context, again, read_record(folder / artifact.GRID), batches)
+                manifest["metrics"] |= _price(given, again, record, batches)
             manifest["seconds"] = round(time.monotonic() - begin, 3)
 
         artifact.publish(context.out, build, manifest)
-        print(f"{context.stage}: {len(made)} matrices on {self.grid}; {bits:.2f} bits per weight of the whole model")
+        bits = manifest["metrics"]["bits_per_weight"]
+        print(f"{context.stage}: {len(taken)} matrices on {self.grid}; {bits:.2f} bits per weight of the whole model")
 
     def _chosen(self, model: Any) -> list[Matrix]:
         """The matrices that go onto the grid. Raises Refusal for what cannot be asked of this model."""
@@ -152,42 +153,36 @@ class Quantize:
             self.grid.check(name, inputs, widths.values())
         return taken
 
-    def _record(self, made: dict[Matrix, Quantized], input_scales: dict[str, Tensor]) -> Record:
-        by_name = {str(matrix): quantized for matrix, quantized in made.items()}
-        return Record(self.grid, by_name, self.activations, input_scales)
-
     @torch.no_grad()
     def _take(
-        self, context: Context, model: Any, turn: Turn, taken: Sequence[Matrix], anatomy: Anatomy | None
-    ) -> Record:
-        """Quantize one layer; or, where a run that was killed had done so, take what it left."""
-        path = context.work / f"layer-{turn.number:05d}.safetensors"
-        beside = context.work / f"folded-{turn.number:05d}.safetensors"
-        if not path.exists():
+        self, context: Context, finished: Finished, turn: Turn, taken: Sequence[Matrix], anatomy: Anatomy | None
+    ) -> list[RemovableHandle]:
+        """Quantize one layer; or, where a run that was killed had done so, take what it left. The handles are of what
+        rounds what its matrices read from now on."""
+        path = _record_of(context, turn.number)
+        if turn in finished:
+            finished.restore(turn)
+        else:
             read: dict[str, Any] = {} if self.method.reading is None else turn.read(self.method.reading)
             if self.method.reading is not None:
                 _check_reached(context, taken, read)
             if anatomy is not None and self.method.scales is not None:
-                read, changed = fold(anatomy, turn, taken, read, self.method.scales, self.grid)
-                _write(beside, {name: turn.layer.get_parameter(name).detach().contiguous() for name in changed})
-            made = {}
+                read = fold(anatomy, turn, taken, read, self.method.scales, self.grid)
+            made: dict[str, Quantized] = {}
             for matrix in taken:
-                weight_OI = matrix.of(model.get_parameter(matrix.parameter))
-                made[matrix] = self.method.quantized(weight_OI, self.grid, read.get(matrix.name))
-            _put(model, self._record(made, {}), taken)
-            aside = path.with_suffix(".partial")
-            self._record(made, self._input_scales(context, turn, taken)).write(aside)
-            os.replace(aside, path)
-        elif beside.exists():
-            for name, tensor in load_file(beside).items():
-                turn.layer.get_parameter(name).copy_(tensor)
-        found = read_record(path)
-        _put(model, found, taken)
-        if self.activations is not None:  # what comes after reads what these give then
-            for matrix in taken:
-                module: nn.Module = turn.layer.get_submodule(matrix.name)
-                round_inputs(module, self.activations, found.input_scales.get(str(matrix)))
-        return found
+                weight_OI = matrix.of(finished.model.get_parameter(matrix.parameter))
+                made[str(matrix)] = self.method.quantized(weight_OI, self.grid, read.get(matrix.name))
+                weight_OI.copy_(made[str(matrix)].dequantized().to(weight_OI))
+            input_scales = self._input_scales(context, turn, taken)
+            Record(self.grid, made, self.activations, input_scales).write(path)
+            finished.keep(turn)  # last: with it the layer counts as done
+        if self.activations is None:
+            return []
+        handles, found = [], read_record(path)
+        for matrix in taken:  # what comes after reads what these give then
+            module: nn.Module = turn.layer.get_submodule(matrix.name)
+            handles.append(round_inputs(module, self.activations, found.input_scales.get(str(matrix))))
+        return handles
 
     def _input_scales(self, context: Context, turn: Turn, taken: Sequence[Matrix]) -> dict[str, Tensor]:
         """Of a layer whose weights are on the grid; matrices that read the same tensor have the same."""
@@ -197,24 +192,29 @@ class Quantize:
         _check_reached(context, taken, read)
         return {str(matrix): self.activations.scale(read[matrix.name].largest_I.amax()) for matrix in taken}
 
-    @torch.no_grad()
-    def _price(self, context: Context, model: Any, record: Record, batches: Sequence[Tensor]) -> dict[str, float]:
-        """KL of the model's next tokens from its parent's, nats a token of the calibration rows: with the weights
-        rounded, and with what they read rounded too."""
-        parent, model = (each.to(context.device).eval() for each in (self._walk.load(self.model), model))
-        sums = {"kl_of_weights": 0.0, "kl_with_activations": 0.0}
-        for ids in batches:
-            positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-            signal = Dense(hidden_states(parent, ids, positions), head_of(parent))
-            for name in sums:
-                handles = attach(model, record) if name == "kl_with_activations" else []
-                hidden = hidden_states(model, ids, positions)
-                kl, _ = objective_sum(ForwardKL(temperature=1.0), hidden, head_of(model), ids, signal)
-                sums[name] += float(kl)
-                for handle in handles:
-                    handle.remove()
-        tokens = sum(ids.numel() for ids in batches)
-        return {name: total / tokens for name, total in sums.items()}
+
+@torch.no_grad()
+def _price(parent: Offloaded, made: Offloaded, record: Record, batches: Sequence[Tensor]) -> dict[str, float]:
+    """KL of the model's next tokens from its parent's, nats a token of the calibration rows: with the weights rounded,
+    and with what they read rounded too."""
+    want = Passage(parent.model, batches, parent.weights).last()
+    sums = {"kl_of_weights": 0.0, "kl_with_activations": 0.0}
+    for name in sums:
+        handles = attach(made.model, record) if name == "kl_with_activations" else []
+        got = Passage(made.model, batches, made.weights).last()
+        for ids, hidden, of_parent in zip(batches, got, want, strict=True):
+            signal = Dense(of_parent, head_of(parent.model))
+            kl, _ = objective_sum(ForwardKL(temperature=1.0), hidden, head_of(made.model), ids, signal)
+            sums[name] += float(kl)
+        for handle in handles:
+            handle.remove()
+    tokens = sum(ids.numel() for ids in batches)
+    return {name: total / tokens for name, total in sums.items()}
+
+
+def _record_of(context: Context, number: int) -> Path:
+    """Of one layer, while the stage runs."""
+    return context.work / f"grid-{number:05d}.safetensors"
 
 
 def _check_reached(context: Context, taken: Sequence[Matrix], read: Mapping[str, Any]) -> None:
@@ -223,15 +223,3 @@ def _check_reached(context: Context, taken: Sequence[Matrix], read: Mapping[str,
             raise Refusal(
                 f"{context.stage}: no calibration token reaches {matrix}; take more rows, or skip=[{matrix.name}]"
             )
-
-
-def _put(model: Any, record: Record, taken: Sequence[Matrix]) -> None:
-    for matrix in taken:
-        weight_OI = matrix.of(model.get_parameter(matrix.parameter))
-        weight_OI.copy_(record.matrices[str(matrix)].dequantized().to(weight_OI))
-
-
-def _write(path: Path, tensors: dict[str, Tensor]) -> None:
-    aside = path.with_suffix(".partial")
-    save_file(tensors, aside)
-    os.replace(aside, path)

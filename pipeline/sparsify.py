@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,16 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from models.errors import Refusal
 from models.layerwise import Matrix, Turn, check_read, chosen, in_turn
 from models.load import DTYPES, parameter_count, save_model
+from models.offloaded import Offloaded
 from models.representations import decoder_layers
 from models.sparsity.method import Method, Pattern
 from models.sparsity.zeros import counted
 from pipeline import artifact
-from pipeline.calibration import Walk
+from pipeline.calibration import Finished, Walk
 from pipeline.context import Context
 from pipeline.data.rows import RowSource, source_key
 from pipeline.progress import shown
@@ -86,21 +86,22 @@ class Sparsify:
 
     def run(self, context: Context) -> None:
         begin = time.monotonic()
-        tokenizer, model, batches = self._walk.open(context)
-        chosen = self._chosen(model)
-        wanted = self._wanted(model, chosen)
-        count = len(decoder_layers(model))
-        for turn in shown(in_turn(model, batches), count, context.stage):
-            self._take(context, model, turn, {m: n for m, n in wanted.items() if m.layer == turn.number})
+        tokenizer, given, batches = self._walk.open(context)
+        model = given.model
+        wanted = self._wanted(given, self._chosen(model))
+        finished, count = Finished(context.work, model), len(decoder_layers(model))
+        for turn in shown(in_turn(model, batches, given.weights), count, context.stage):
+            mine = {matrix: zeros for matrix, zeros in wanted.items() if matrix.layer == turn.number}
+            self._take(context, finished, turn, mine)
         manifest = context.manifest("model")
 
         def build(folder: Path) -> None:
-            save_model(model, tokenizer, folder, model.state_dict(), DTYPES[self.dtype])
-            again = self._walk.load(str(folder))
+            save_model(model, tokenizer, folder, finished.state(), DTYPES[self.dtype])
+            again = self._walk.load(context, str(folder), "made")
             _check_held(context, again, wanted)
-            zeros = counted(again)
+            zeros = counted(again.model, again.weights)
             manifest["certificates"] = {"zeros": zeros, **({"pattern_held": True} if self.pattern else {})}
-            manifest["metrics"] = {"parameters": parameter_count(again), "zeros": zeros["all"]["fraction"]}
+            manifest["metrics"] = {"parameters": parameter_count(again.model), "zeros": zeros["all"]["fraction"]}
             manifest["seconds"] = round(time.monotonic() - begin, 3)
 
         artifact.publish(context.out, build, manifest)
@@ -132,21 +133,17 @@ class Sparsify:
                     f"skip=[{matrix.name.rpartition('.')[2]}]"
                 )
 
-    def _wanted(self, model: Any, chosen: Sequence[Matrix]) -> dict[Matrix, int | Pattern]:
+    def _wanted(self, given: Offloaded, chosen: Sequence[Matrix]) -> dict[Matrix, int | Pattern]:
         if self.pattern is not None:
             return dict.fromkeys(chosen, Pattern.parse(self.pattern))
         assert self.fraction is not None
-        weights = [matrix.of(model.get_parameter(matrix.parameter).detach()) for matrix in chosen]
-        return dict(zip(chosen, self.method.zeros(weights, self.fraction), strict=True))
+        return dict(zip(chosen, self.method.zeros(_Read(given, chosen), self.fraction), strict=True))
 
     @torch.no_grad()
-    def _take(self, context: Context, model: Any, turn: Turn, wanted: dict[Matrix, int | Pattern]) -> None:
+    def _take(self, context: Context, finished: Finished, turn: Turn, wanted: dict[Matrix, int | Pattern]) -> None:
         """Sparsify one layer; or, where a run that was killed had done so, take what it left."""
-        path = context.work / f"layer-{turn.number:05d}.safetensors"
-        parameters = {matrix.parameter: model.get_parameter(matrix.parameter) for matrix in wanted}
-        if path.exists():
-            for name, tensor in load_file(path).items():
-                parameters[name].copy_(tensor)
+        if turn in finished:
+            finished.restore(turn)
             return
         read = {} if self.method.reading is None else turn.read(self.method.reading)
         for matrix, zeros in wanted.items():
@@ -154,17 +151,29 @@ class Sparsify:
                 raise Refusal(
                     f"{context.stage}: no calibration token reaches {matrix}; take more rows, or skip=[{matrix.name}]"
                 )
-            weight = matrix.of(parameters[matrix.parameter])
+            weight = matrix.of(finished.model.get_parameter(matrix.parameter))
             weight.copy_(self.method.sparsified(weight, zeros, read.get(matrix.name)))
-        aside = path.with_suffix(".partial")
-        save_file({name: parameter.detach().contiguous() for name, parameter in parameters.items()}, aside)
-        os.replace(aside, path)
+        finished.keep(turn)
 
 
-def _check_held(context: Context, model: Any, wanted: dict[Matrix, int | Pattern]) -> None:
+@dataclass(frozen=True)
+class _Read(Sequence[Tensor]):
+    """Matrices that lie on disk, each read whenever it is looked at."""
+
+    model: Offloaded
+    matrices: Sequence[Matrix]
+
+    def __len__(self) -> int:
+        return len(self.matrices)
+
+    def __getitem__(self, at: Any) -> Any:
+        return self.matrices[at].of(self.model.weights[self.matrices[at].parameter])
+
+
+def _check_held(context: Context, made: Offloaded, wanted: dict[Matrix, int | Pattern]) -> None:
     """Whether the folder that was written has the zeros that were asked for."""
     for matrix, zeros in wanted.items():
-        weight = matrix.of(model.get_parameter(matrix.parameter))
+        weight = matrix.of(made.weights[matrix.parameter])
         held = zeros.held(weight) if isinstance(zeros, Pattern) else int((weight == 0).sum()) >= zeros
         if not held:
             asked = f"{zeros.kept}:{zeros.of}" if isinstance(zeros, Pattern) else f"{zeros:,} zeros"

@@ -55,21 +55,13 @@ class Fold:
         for reader in self.readers:
             reader.of(_weight(layer, reader)).mul_(by_K[self.channel_I.to(weight.device)])
 
-    def changed(self, layer: nn.Module) -> list[str]:
-        """Parameters, by their names in the layer, that are no weights of matrices."""
-        own = dict(layer.get_submodule(self.giver_name).named_parameters(recurse=False))
-        left = [name for name in own if not (isinstance(self.giver, Matrix) and name == "weight")]
-        return [f"{self.giver_name}.{name}" for name in left]
-
 
 @torch.no_grad()
 def fold(
     anatomy: Anatomy, turn: Turn, taken: Sequence[Matrix], read: Mapping[str, Any], scales: Scales, grid: Grid
-) -> tuple[dict[str, Any], list[str]]:
-    """Scale what can be scaled of one layer. Gives what is read now, and which parameters beside the matrices' weights
-    have changed, by their names in the layer. A fold has none but matrices that are `taken`."""
+) -> dict[str, Any]:
+    """Scale what can be scaled of one layer. Gives what is read now. A fold has none but matrices that are `taken`."""
     found = dict(read)
-    changed: list[str] = []
     for each in folds(anatomy, turn, taken):
         readers = [
             (reader.of(_weight(turn.layer, reader)), found[reader.name])
@@ -80,11 +72,10 @@ def fold(
             continue
         scale_K = scales(readers, each.channel_I, grid)
         each.apply(turn.layer, scale_K)
-        changed += each.changed(turn.layer)
         scale_I = scale_K[each.channel_I.to(scale_K.device)]
         divided = {id(of): of.divided(scale_I) for _, of in readers}  # once, where they share it
         found |= {reader.name: divided[id(of)] for reader, (_, of) in zip(each.readers, readers, strict=True)}
-    return found, changed
+    return found
 
 
 def folds(anatomy: Anatomy, turn: Turn, taken: Sequence[Matrix]) -> list[Fold]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from models.errors import Refusal
 from models.layerwise import matrices
@@ -22,12 +24,20 @@ def read_as_recorded(model: Any, record: Record | BlockRecord) -> None:
         cache.attach(model)
 
 
-def check_held(model: Any, record: Record | BlockRecord, dtype: torch.dtype, stage: str) -> None:
-    """`model`: as it was reloaded. Raises Refusal where a weight is not the number that its integers say."""
+def check_held(
+    model: Any,
+    record: Record | BlockRecord,
+    dtype: torch.dtype,
+    stage: str,
+    weights: Mapping[str, Tensor] | None = None,
+) -> None:
+    """`model`: as it was reloaded; `weights`: of its layers, where they are not in it. Raises Refusal where a weight is
+    not the number that its integers say."""
     by_name = {str(matrix): matrix for matrix in matrices(model)}
     for name, quantized in record.matrices.items():
-        weight_OI = by_name[name].of(model.get_parameter(by_name[name].parameter))
-        if not torch.equal(weight_OI, quantized.dequantized().to(dtype)):
+        parameter = by_name[name].parameter
+        weight_OI = by_name[name].of(model.get_parameter(parameter) if weights is None else weights[parameter])
+        if not torch.equal(weight_OI, quantized.dequantized().to(weight_OI.device, dtype)):
             raise Refusal(f"{stage}: {name} is not on its grid once reloaded; nothing was written")
 
 

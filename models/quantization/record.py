@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from models.errors import Refusal
@@ -89,6 +89,12 @@ def read_record(path: Path) -> Record:
     grid, activations = read_grid(path)
     matrices = _OnDisk(path)
     return Record(grid, matrices, activations, matrices.input_scales(), _said(path).get("cache"))
+
+
+def join(parts: Sequence[Path], path: Path) -> None:
+    """One record of several, of other matrices each, that say the same otherwise. Integers are mapped, not read."""
+    tensors = {name: tensor for part in parts for name, tensor in load_file(part).items()}
+    save_file(tensors, path, metadata={"quantization": json.dumps(_said(parts[0]))})
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,11 @@ from models.representations import decoder_layers
 from models.sharding import gather_children
 
 
-def counted(model: Any) -> dict[str, dict[str, float]]:
-    """Zeros and weights of each kind of matrix (q_proj of all layers are one kind), and of `all`."""
+def counted(model: Any, weights: Mapping[str, Tensor] | None = None) -> dict[str, dict[str, float]]:
+    """Zeros and weights of each kind of matrix (q_proj of all layers are one kind), and of `all`. `weights`: of the
+    layers, where they are not in the model."""
     sums: dict[str, list[int]] = defaultdict(lambda: [0, 0])
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    parameters = dict(model.named_parameters(remove_duplicate=False)) if weights is None else weights
     for matrix in matrices(model):
         weight = matrix.of(parameters[matrix.parameter])
         for kind in ("all", matrix.name):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -37,10 +38,10 @@ def teacher_in(run_dir: Path) -> Path:
     return Experiment("prune_recover", PRETRAIN).make(run_dir, "pretrain")
 
 
-def folder_of(family: str, teacher: Path, tmp_path: Path) -> Path:
+def folder_of(family: str, teacher: Path, tmp_path: Path, **values: Any) -> Path:
     """Random weights of a family, with the teacher's tokenizer."""
     folder = tmp_path / family
-    model_of(family, dtype=torch.float32, vocab_size=300).save_pretrained(folder)
+    model_of(family, dtype=torch.float32, vocab_size=300, **values).save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).write_bytes((teacher / name).read_bytes())
     return folder

@@ -15,6 +15,9 @@ from safetensors import safe_open
 
 from models.errors import Refusal
 from models.quantization.methods.gptq import GPTQ
+from models.quantization.record import Record
+from pipeline import quantize
+from pipeline.calibration import Finished
 from pipeline.worker import check
 from tests.command import weights
 from tests.quantization.little import EXPERIMENT, activations, folder_of, teacher_in
@@ -89,6 +92,44 @@ def test_a_run_that_was_killed_between_layers_lands_on_the_same_bytes(
     assert count[0] == 10 + 7  # the first layer was kept
     for name in ("model.safetensors", "grid.safetensors"):
         assert (context.out / name).read_bytes() == (made / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "call", "left"),
+    [
+        (Record, "write", 2, 7),  # the second layer is made
+        (Finished, "keep", 2, 7),  # and its integers are written
+        (quantize, "save_model", 1, 0),
+        (quantize, "check_held", 1, 0),
+    ],
+    ids=str,
+)
+def test_so_does_one_that_was_killed_elsewhere(
+    owner: Any, name: str, call: int, left: int, teacher: Path, made: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    stage, context = EXPERIMENT.begin(tmp_path / "run", "quantize", f"model.path={teacher}")
+    stage.prepare(context)
+    plain, calls = getattr(owner, name), [0]
+
+    def dies(*words: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == call:
+            raise KeyboardInterrupt
+        return plain(*words)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, dies)
+        with pytest.raises(KeyboardInterrupt):
+            stage.run(context)
+    assert not context.out.exists()
+    again = []
+    whole = GPTQ.quantized
+    monkeypatch.setattr(GPTQ, "quantized", lambda *words: again.append(1) or whole(*words))
+    stage.run(context)
+    assert len(again) == left
+    for file in ("model.safetensors", "grid.safetensors"):
+        assert (context.out / file).read_bytes() == (made / file).read_bytes()
 
 
 @pytest.mark.parametrize(
