@@ -225,9 +225,11 @@ class Passage:
     def _present(self, number: int) -> Iterator[None]:
         layer, root = self._layers[number], name_of_layers(self._model)
         missing = {name: tensor for name, tensor in layer.named_parameters() if tensor.is_meta}
+        device = next(tensor.device for tensor in self._model.parameters() if not tensor.is_meta)
         for name in missing:
             assert self._weights is not None
-            _set(layer, name, self._weights[f"{root}.{number}.{name}"].clone())  # or it would stay a part of the file
+            read = self._weights[f"{root}.{number}.{name}"]
+            _set(layer, name, read.to(device, copy=True))  # or it could stay a part of the file
         try:
             yield
         finally:
