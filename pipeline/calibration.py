@@ -101,6 +101,11 @@ class Finished:
     folder: Path
     model: Any
 
+    def tell(self, stage: str) -> None:
+        """Where a run that was killed goes on."""
+        if count := len(list(self.folder.glob("layer-*.safetensors"))):
+            print(f"{stage}: goes on after {count} of {len(decoder_layers(self.model))} layers", flush=True)
+
     def __contains__(self, turn: Turn) -> bool:
         return self._path(turn.number).exists()
 

@@ -107,6 +107,7 @@ class Quantize:
         taken = self._chosen(model)
         anatomy = None if self.method.scales is None else anatomy_of(model)
         finished, count = Finished(context.work, model), len(decoder_layers(model))
+        finished.tell(context.stage)
         rounding: list[RemovableHandle] = []
         for turn in shown(in_turn(model, batches, given.weights), count, context.stage):
             mine = [matrix for matrix in taken if matrix.layer == turn.number]

@@ -90,6 +90,7 @@ class Sparsify:
         model = given.model
         wanted = self._wanted(given, self._chosen(model))
         finished, count = Finished(context.work, model), len(decoder_layers(model))
+        finished.tell(context.stage)
         for turn in shown(in_turn(model, batches, given.weights), count, context.stage):
             mine = {matrix: zeros for matrix, zeros in wanted.items() if matrix.layer == turn.number}
             self._take(context, finished, turn, mine)

@@ -72,7 +72,7 @@ print(torch.isfinite(model(torch.arange(3, 30)[None]).logits).all().item(), "pip
 
 
 def test_a_run_that_was_killed_between_layers_lands_on_the_same_bytes(
-    teacher: Path, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    teacher: Path, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stage, context = EXPERIMENT.begin(tmp_path / "run", "quantize", f"model.path={teacher}")
     stage.prepare(context)
@@ -88,7 +88,9 @@ def test_a_run_that_was_killed_between_layers_lands_on_the_same_bytes(
         patch.setattr(GPTQ, "quantized", dies)
         with pytest.raises(KeyboardInterrupt):
             stage.run(context)
+        assert "goes on after" not in capsys.readouterr().out
         stage.run(context)
+    assert "quantize: goes on after 1 of 2 layers" in capsys.readouterr().out
     assert count[0] == 10 + 7  # the first layer was kept
     for name in ("model.safetensors", "grid.safetensors"):
         assert (context.out / name).read_bytes() == (made / name).read_bytes()
