@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,6 @@ from transformers import logging as transformers_logging
 from models.errors import Refusal
 
 transformers_logging.disable_progress_bar()
-for _chatter in ("torchao", "torch.utils._pytree"):  # kernels for other devices, at every import
-    logging.getLogger(_chatter).setLevel(logging.ERROR)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 

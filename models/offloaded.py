@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,8 +15,6 @@ from torch import Tensor
 from models.layerwise import name_of_layers
 from models.load import empty_model, load_config, load_model
 from models.representations import decoder_layers
-
-logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)  # that some parameters are on meta
 
 
 @dataclass(frozen=True)
