@@ -111,7 +111,6 @@ def save_model(model: Any, tokenizer: Any, folder: Path, state: dict[str, Tensor
     `model` gives the architecture only, so that a sharded model's gathered weights can be written by one rank.
     """
     config = model.config
-    config.dtype = dtype
     state = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
     generation = getattr(model, "generation_config", None) or GenerationConfig.from_model_config(config)
     # Token ids follow the tokenizer that is saved beside the weights, or generation would not stop.
@@ -119,6 +118,8 @@ def save_model(model: Any, tokenizer: Any, folder: Path, state: dict[str, Tensor
         if getattr(generation, name) is None:
             setattr(generation, name, getattr(tokenizer, name))
     model.save_pretrained(folder, state_dict=state, safe_serialization=True)
+    config.dtype = dtype  # of what is written: save_pretrained says the model's own
+    config.save_pretrained(folder)
     generation.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

@@ -17,11 +17,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from models.errors import Refusal
-from models.formats.checkpoint import dtype_of
 from models.formats.format import Finished, Format, Runtime
 from models.formats.loaded import Loaded
 from models.layerwise import matrices
-from models.load import DTYPES, load_config, load_model
+from models.load import DTYPES, load_model
 from models.measure import Speed, served
 from models.quantization.activations import Activations
 from models.quantization.ggml import Blocks
@@ -49,17 +48,17 @@ def refer(
     model = load_model(folder, dtype=DTYPES[dtype]).to(device).eval()
     held = open_record(record) if record else None
     made = held.matrices if held else {}
-    own = DTYPES[dtype_of(load_config(folder))]
     for matrix in matrices(model) if held else ():
         if str(matrix) not in made:
             continue
         weight_OI, said_OI = matrix.of(model.get_parameter(matrix.parameter)), made[str(matrix)].dequantized()
-        if not torch.equal(weight_OI.cpu(), said_OI.to(own).to(weight_OI.dtype)):
+        held_OI = weight_OI.cpu()  # the checkpoint may have rounded it to a dtype of its own
+        if not any(torch.equal(held_OI, said_OI.to(kind).to(held_OI.dtype)) for kind in DTYPES.values()):
             raise Refusal(
                 f"{folder}: {matrix} is not what {record.name if record else ''} beside it stands for, having been "
                 f"changed since; put the model on a grid again, or delete that file to export the weights as they are"
             )
-        weight_OI.copy_(said_OI)  # the checkpoint may have rounded it to its dtype
+        weight_OI.copy_(said_OI)
     if held:
         read_as_recorded(model, replace(held, activations=activations) if isinstance(held, Record) else held)
     for number, ids_T in enumerate(rows):

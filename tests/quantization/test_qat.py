@@ -295,6 +295,9 @@ def test_every_way_to_train_ends_on_the_grid_and_goes_on_where_it_was_cut(
     words: list[str], made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = EXPERIMENT.make(tmp_path / "whole", "qat", *from_(made, *words))
+    kinds = {str(tensor.dtype) for tensor in weights(whole).values()}
+    assert kinds == {f"torch.{json.loads((whole / 'config.json').read_text())['dtype']}"}
+    assert kinds == {"torch.bfloat16" if "bf16" in words[-1] else "torch.float32"}
     record = read_record(whole / "grid.safetensors")
     start = read_record(made / "quantize" / "grid.safetensors")
     for name, quantized in record.matrices.items():
