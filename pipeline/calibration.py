@@ -95,7 +95,7 @@ class Walk:
 
 
 @dataclass(frozen=True)
-class Finished:
+class FinishedLayers:
     """Layers whose turn is over, on disk: a run that was killed goes on with them, and the whole is made of them."""
 
     folder: Path

@@ -135,8 +135,7 @@ class Evaluate:
         parents, exports = self._models(context), self._exports(context)
         for role, (stage, form) in exports.items():
             name = role.partition("/")[2]
-            manifest = artifact.read_manifest(context.run_dir / stage) or {"metrics": {"formats": {}}}
-            if stage not in context.planned and name not in manifest["metrics"]["formats"]:
+            if stage not in context.planned and name not in _formats_of(context, stage):
                 raise Refusal(
                     f"{context.stage}: {stage} has made no {name}; add {stage} to stages, or say "
                     f"stages.{stage}.formats.{name}=null"
@@ -168,6 +167,14 @@ class Evaluate:
         """Nothing to share: one process does it all."""
 
     def run(self, context: Context) -> None:
+        exports = self._exports(context)
+        for stage in dict.fromkeys(stage for stage, _ in exports.values()):
+            certified = artifact.read_manifest(context.run_dir / stage)
+            if certified is None or artifact.content_hash(context.run_dir / stage) != certified["content_hash"]:
+                raise Refusal(
+                    f"{context.run_dir / stage}: its files have changed since they were certified; force=[{stage}] "
+                    f"makes them anew"
+                )
         alone = Alone(["models.measure"])
         rows: list[dict[str, Any]] = []
         right: dict[str, dict[str, dict[str, bool]]] = {}
@@ -197,7 +204,7 @@ class Evaluate:
                     }
                 )
                 print(f"{role}: perplexity {measured['perplexity']:.2f}", flush=True)
-        rows += [self._export_row(context, role, *found, alone) for role, found in self._exports(context).items()]
+        rows += [self._export_row(context, role, *found, alone) for role, found in exports.items()]
         if self.task is not None:
             rows = self._with_accuracy(rows, right, self._teacher_role(context))
         artifact.publish(
@@ -214,22 +221,19 @@ class Evaluate:
         self, context: Context, role: str, stage: str, node: dict[str, Any], alone: Alone
     ) -> dict[str, Any]:
         folder, name = context.run_dir / role, role.partition("/")[2]
-        certified = artifact.read_manifest(context.run_dir / stage)
-        if certified is None or artifact.content_hash(context.run_dir / stage) != certified["content_hash"]:
-            raise Refusal(f"{role}: its files have changed since they were certified; force=[{stage}] makes them anew")
         tokenizer = load_tokenizer(str(folder), self._trusted)
         batches, text_bytes, prompt = self._text(context, tokenizer)
         form = instantiate(node, _convert_="all")
         words = (form, str(folder), batches, text_bytes, prompt, context.device, self.speed)
         measured = alone(measure_export, *words, killed=_KILLED.format(role))
-        manifest = artifact.read_manifest(context.run_dir / stage) or {"metrics": {"formats": {}}}
+        metrics = _formats_of(context, stage).get(name, {})
         print(f"{role}: perplexity {measured['perplexity']:.2f}", flush=True)
         return {
             "stage": role,
             "path": str(folder.resolve()),
-            "parameters": manifest["metrics"].get("parameters"),
+            "parameters": metrics.get("parameters"),
             "bytes": bytes_on_disk(str(folder)),
-            "bits_per_weight": manifest["metrics"]["formats"].get(name, {}).get("bits_per_weight"),
+            "bits_per_weight": metrics.get("bits_per_weight"),
             **measured,
         }
 
@@ -354,6 +358,12 @@ def gap_closed(student: dict[str, bool], without: dict[str, bool], shown: dict[s
 
 def _mean(told: dict[str, bool]) -> float | None:
     return sum(told.values()) / len(told) if told else None
+
+
+def _formats_of(context: Context, stage: str) -> dict[str, dict[str, Any]]:
+    """Format → its metrics, of what a stage `export` has made."""
+    manifest = artifact.read_manifest(context.run_dir / stage)
+    return manifest["metrics"]["formats"] if manifest else {}
 
 
 def bytes_on_disk(folder: str) -> int | None:

@@ -245,7 +245,8 @@ class Export:
         del manifest["run_config"]  # the stage's manifest has it
         fallbacks = dict(written.fallbacks)
         if "kl_as_quantized" in told:
-            fallbacks["activations"] += f"; KL {told['kl_as_quantized']:.1e} from the model as it was quantized"
+            how = fallbacks.get("activations", "what matrices read is rounded in another way")
+            fallbacks["activations"] = f"{how}; KL {told['kl_as_quantized']:.1e} from the model as it was quantized"
         odd, serving = told.pop("first_odd_weight"), told.pop("serving")
         manifest |= {
             "format": context.config["stages"][context.stage]["formats"][name],
@@ -286,7 +287,7 @@ class Export:
                 f"{context.stage}: {name}: {told['first_odd_weight']} is another one once reloaded; nothing was written"
             )
         moved = written.rounded or written.activations is not None
-        allowed = math.inf if moved else self.logits_tolerance * max(told["largest_logit"], 1.0)
+        allowed = math.inf if moved else self.logits_tolerance * max(told["largest_logit"], 1e-9)
         most_kl = (self.kl_tolerance, "kl_tolerance")
         if written.rounded:
             most_kl = (self.rounded_kl_tolerance, "rounded_kl_tolerance")

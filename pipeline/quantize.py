@@ -29,7 +29,7 @@ from models.quantization.proof import bits_per_weight, check_held
 from models.quantization.record import Known, Record, join, read_record
 from models.representations import decoder_layers
 from pipeline import artifact
-from pipeline.calibration import Finished, Walk, known_of
+from pipeline.calibration import FinishedLayers, Walk, known_of
 from pipeline.context import Context
 from pipeline.data.rows import RowSource, source_key
 from pipeline.progress import shown
@@ -106,7 +106,7 @@ class Quantize:
         model = given.model
         taken = self._chosen(model)
         anatomy = None if self.method.scales is None else anatomy_of(model)
-        finished, count = Finished(context.work, model), len(decoder_layers(model))
+        finished, count = FinishedLayers(context.work, model), len(decoder_layers(model))
         finished.tell(context.stage)
         rounding: list[RemovableHandle] = []
         for turn in shown(in_turn(model, batches, given.weights), count, context.stage):
@@ -156,7 +156,7 @@ class Quantize:
 
     @torch.no_grad()
     def _take(
-        self, context: Context, finished: Finished, turn: Turn, taken: Sequence[Matrix], anatomy: Anatomy | None
+        self, context: Context, finished: FinishedLayers, turn: Turn, taken: Sequence[Matrix], anatomy: Anatomy | None
     ) -> list[RemovableHandle]:
         """Quantize one layer; or, where a run that was killed had done so, take what it left. The handles are of what
         rounds what its matrices read from now on."""

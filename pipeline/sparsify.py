@@ -20,7 +20,7 @@ from models.representations import decoder_layers
 from models.sparsity.method import Method, Pattern
 from models.sparsity.zeros import counted
 from pipeline import artifact
-from pipeline.calibration import Finished, Walk
+from pipeline.calibration import FinishedLayers, Walk
 from pipeline.context import Context
 from pipeline.data.rows import RowSource, source_key
 from pipeline.progress import shown
@@ -89,7 +89,7 @@ class Sparsify:
         tokenizer, given, batches = self._walk.open(context)
         model = given.model
         wanted = self._wanted(given, self._chosen(model))
-        finished, count = Finished(context.work, model), len(decoder_layers(model))
+        finished, count = FinishedLayers(context.work, model), len(decoder_layers(model))
         finished.tell(context.stage)
         for turn in shown(in_turn(model, batches, given.weights), count, context.stage):
             mine = {matrix: zeros for matrix, zeros in wanted.items() if matrix.layer == turn.number}
@@ -141,7 +141,9 @@ class Sparsify:
         return dict(zip(chosen, self.method.zeros(_Read(given, chosen), self.fraction), strict=True))
 
     @torch.no_grad()
-    def _take(self, context: Context, finished: Finished, turn: Turn, wanted: dict[Matrix, int | Pattern]) -> None:
+    def _take(
+        self, context: Context, finished: FinishedLayers, turn: Turn, wanted: dict[Matrix, int | Pattern]
+    ) -> None:
         """Sparsify one layer; or, where a run that was killed had done so, take what it left."""
         if turn in finished:
             finished.restore(turn)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -243,6 +244,25 @@ def test_every_export_is_measured_and_reported(start: Path, exported: Path) -> N
     assert "bits/\nweight" in [column.header for column in table(report).columns]
 
 
+def test_activations_are_certified_as_the_runtime_rounds_them_and_the_card_tells_the_difference(
+    start: Path, tmp_path: Path
+) -> None:
+    words = [
+        f"model.path={start}/teacher",
+        "grid@stages.quantize.grid=int8_channel",
+        "stages.quantize.grid.group_size=null",
+    ]
+    words += ["activations@stages.quantize.activations=int8_token"]
+    EXPERIMENT.make(tmp_path, "quantize", *words)
+    exported = EXPERIMENT.make(tmp_path, "export", *words)
+    for name, said in (("huggingface", "is not rounded by anything"), ("compressed_tensors", "2 max |x| / 255")):
+        certificate = manifest(exported / name)["certificates"]
+        assert certificate["weights_bit_equal"]
+        assert certificate["kl"] < 1e-9 < certificate["kl_as_quantized"]
+        told = f"{said}.*; KL {certificate['kl_as_quantized']:.1e} from the model as it was quantized"
+        assert re.search(told.replace("|", r"\|"), (exported / name / "README.md").read_text())
+
+
 def test_a_file_that_was_damaged_since_is_not_measured_as_what_was_certified(
     start: Path, exported: Path, tmp_path: Path
 ) -> None:
@@ -252,7 +272,7 @@ def test_a_file_that_was_damaged_since_is_not_measured_as_what_was_certified(
     held = bytearray(path.read_bytes())
     held[-1] ^= 1
     path.write_bytes(held)
-    with pytest.raises(Refusal, match=r"export/.*: its files have changed since they were certified; force=\[export\]"):
+    with pytest.raises(Refusal, match=r"/export: its files have changed since they were certified; force=\[export\]"):
         EXPERIMENT.make(
             run_dir, "evaluate", f"model.path={start}/teacher", WITH_GPTQ, "stages.evaluate.models=[export]"
         )

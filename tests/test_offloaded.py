@@ -20,7 +20,7 @@ from models.load import load_model
 from models.offloaded import Offloaded, load_offloaded
 from models.representations import decoder_layers
 from pipeline import quantize
-from pipeline.calibration import Finished
+from pipeline.calibration import FinishedLayers
 from tests.pruning.families import FAMILIES, model_of, tokens
 from tests.quantization.little import EXPERIMENT, activations, folder_of, teacher_in
 from tests.sparsity.test_sparsify import EXPERIMENT as SPARSIFY
@@ -136,7 +136,7 @@ def most_at_once(make: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[int, int]:
     gc.collect()
     with monkeypatch.context() as patch:
         patch.setattr(LlamaDecoderLayer, "forward", forward)
-        for owner, name in ((Finished, "keep"), (quantize, "check_held"), (quantize, "objective_sum")):
+        for owner, name in ((FinishedLayers, "keep"), (quantize, "check_held"), (quantize, "objective_sum")):
             patch.setattr(owner, name, after(getattr(owner, name)))
         make()
     return most_layers[0], most_bytes[0]

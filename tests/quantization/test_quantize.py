@@ -17,7 +17,7 @@ from models.errors import Refusal
 from models.quantization.methods.gptq import GPTQ
 from models.quantization.record import Record
 from pipeline import quantize
-from pipeline.calibration import Finished
+from pipeline.calibration import FinishedLayers
 from pipeline.worker import check
 from tests.command import weights
 from tests.quantization.little import EXPERIMENT, activations, folder_of, teacher_in
@@ -100,7 +100,7 @@ def test_a_run_that_was_killed_between_layers_lands_on_the_same_bytes(
     ("owner", "name", "call", "left"),
     [
         (Record, "write", 2, 7),  # the second layer is made
-        (Finished, "keep", 2, 7),  # and its integers are written
+        (FinishedLayers, "keep", 2, 7),  # and its integers are written
         (quantize, "save_model", 1, 0),
         (quantize, "check_held", 1, 0),
     ],
