@@ -144,13 +144,13 @@ def ours(folder: Path, settings: Settings, side: str) -> dict[str, Any]:
     import torch
     from torch.utils.data import DataLoader
 
-    from models.language_model import LanguageModel
     from models.load import load_model
     from models.objectives.distillation import Distillation
     from models.objectives.forward_kl import ForwardKL
-    from models.schedules import constant
     from models.teachers.online import Online
     from models.teachers.teacher import Opening
+    from models.training.language_model import LanguageModel
+    from models.training.schedules import constant
 
     tokens = torch.load(folder / "tokens.pt")
     batches = []

@@ -203,7 +203,7 @@ def of_teacher(folder: Path, settings: Settings) -> dict[str, Any]:
 
 
 def encoding_of(side: str) -> Any:
-    from models.encodings.encoding import open_encoding
+    from models.teachers.encodings.encoding import open_encoding
 
     encoding = SIDES[side].encoding
     assert encoding is not None
@@ -214,12 +214,12 @@ def record(folder: Path, settings: Settings, side: str) -> dict[str, Any]:
     """The stage `record`, as a run would run it; only the clock around its teacher is ours."""
     import torch
 
-    from models.cache import HEAD
+    from models.teachers.cache import HEAD
     from models.teachers.cached import Cached
     from models.teachers.online import Online
     from pipeline.artifact import content_hash, read_manifest
     from pipeline.context import Context
-    from pipeline.record import Record
+    from pipeline.stages.record import Record
 
     clock = Clock(settings.device)
     looks, gives = list[float](), list[float]()
@@ -257,7 +257,7 @@ def record(folder: Path, settings: Settings, side: str) -> dict[str, Any]:
             "force": [],
             "stages": {side: {}},
             "trainer": {"accelerator": settings.device, "devices": 1, "nodes": 1},
-            "strategy": {"_target_": "pipeline.strategy.single"},
+            "strategy": {"_target_": "pipeline.training.strategy.Single"},
         },
         side,
         parents={"teacher": {"path": path, "content_hash": content_hash(Path(path))}},
@@ -295,16 +295,17 @@ def train(
     settings: Settings,
     keep: Path | None = None,
 ) -> tuple[Any, tuple[Clock, list[float]]]:
-    """As pipeline/fit.py does: (module, (clock, the divergences that were logged)). `keep`: of the first gradient."""
+    """As pipeline/training/fit.py does: (module, (clock, the divergences that were logged)). `keep`: of the first
+    gradient."""
     import functools
 
     import pytorch_lightning as pl
     import torch
 
-    from models.language_model import LanguageModel
     from models.load import load_model
-    from models.schedules import constant
     from models.teachers.teacher import Opening
+    from models.training.language_model import LanguageModel
+    from models.training.schedules import constant
     from pipeline.data.batch import pad_token
     from pipeline.data.loader import Rows
     from pipeline.data.tokenizer import load_tokenizer

@@ -25,6 +25,7 @@ from pipeline.context import Context
 from pipeline.data import packing
 from pipeline.data.rows import RowSource, check_source, rows_of
 from pipeline.data.tokenizer import load_tokenizer
+from pipeline.stages.stage import Plan
 
 _AT_ONCE = 8  # rows in a batch
 
@@ -53,7 +54,7 @@ class Walk:
     def parents(self) -> dict[str, str]:
         return {"model": self.model, **self.data.made_by_stages}
 
-    def check(self, context: Context, fits: Callable[[Any], object]) -> dict[str, Any]:
+    def check(self, context: Context, fits: Callable[[Any], object]) -> Plan:
         """The stage's plan; `fits` refuses what cannot be asked of the model, which is without memory then."""
         corpus = check_source(context, self.data)
         config = config_of(context, self.model, self.trust_remote_code)
@@ -66,13 +67,13 @@ class Walk:
         fits(whole)
         config.dtype = DTYPES[self.dtype]
         context.plan_model(config)
-        return {
-            "model": config.model_type,
-            "parameters": parameter_count(whole),
-            "data": corpus,
-            "length": f"{self.rows} rows of calibration" if self.reads else "no text",
-            "commits": {"model": getattr(config, "_commit_hash", None)},
-        }
+        return Plan(
+            model=config.model_type,
+            parameters=parameter_count(whole),
+            data=corpus,
+            until=f"{self.rows} rows of calibration" if self.reads else "no text",
+            commits={"model": getattr(config, "_commit_hash", None)},
+        )
 
     def open(self, context: Context) -> tuple[Any, Offloaded, list[Tensor]]:
         """(tokenizer, model, batches): Int64[B, T] each, none where no text is needed."""

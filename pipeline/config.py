@@ -110,7 +110,13 @@ def parse(composed: Any) -> dict[str, Any]:
                 f"conf/stage, as `- /stage@stages.{name}: NAME` in the experiment's defaults"
             )
     if unknown := [name for name in config["stages"] if name not in order]:
-        raise Refusal(f"unknown stage stages.{unknown[0]}{nearest(unknown[0], order)}")
+        close = difflib.get_close_matches(unknown[0], order, n=1, cutoff=0.75)
+        raise Refusal(
+            f"unknown stage stages.{unknown[0]}; did you mean stages.{close[0]}?"
+            if close
+            else f"stages.{unknown[0]} is not in order, which says when a stage runs: add it, e.g. "
+            f"order=[{','.join([*order, unknown[0]])}]"
+        )
     if not config["run_dir"]:
         raise Refusal("run_dir is empty; give run_dir=FOLDER")
     if config["resume"] not in ("continue", "overwrite"):

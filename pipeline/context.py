@@ -9,6 +9,7 @@ from typing import Any
 
 from models.errors import Refusal
 from pipeline.artifact import PLANNED_GRID, git_commit, read_manifest, versions, write_json
+from pipeline.training.strategy import Strategy
 
 
 @dataclass
@@ -74,18 +75,24 @@ class Context:
 
         wanted = self.config["trainer"]["devices"]
         if wanted == "auto":
-            alone = self.device == "cpu" or self.config["strategy"]["_target_"].endswith(".single")
-            return 1 if alone else torch.cuda.device_count()
+            return 1 if self.device == "cpu" or not self.strategy.several_ranks else torch.cuda.device_count()
         if not isinstance(wanted, int) or wanted < 1:
             raise Refusal(f"trainer.devices={wanted}: need a positive number or auto")
         return wanted
+
+    @property
+    def strategy(self) -> Strategy:
+        from hydra.utils import instantiate
+
+        made: Strategy = instantiate(self.config["strategy"])
+        return made
 
     @property
     def world(self) -> int:
         return self.devices * int(self.config["trainer"]["nodes"])
 
     def manifest(self, kind: str) -> dict[str, Any]:
-        """What every manifest says; kind is `model`, `exports` or `results`."""
+        """What every manifest says; `kind` is what the stage makes."""
         return {
             "stage": self.stage,
             "kind": kind,
@@ -98,6 +105,13 @@ class Context:
             "versions": versions(),
             "git_commit": git_commit(),
         }
+
+    def makes(self, stage: str) -> str:
+        """What another stage of this run makes, by its contract."""
+        from hydra.utils import get_class
+
+        found: str = get_class(self.config["stages"][stage]["_target_"]).makes  # type: ignore[attr-defined]
+        return found
 
     def produced_by(self, path: str) -> str | None:
         """The stage of this run whose artifact `path` is, if any."""

@@ -12,12 +12,14 @@ import signal
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 _ROOT = str(Path(__file__).resolve().parent.parent)
 
 
 class Launcher(Protocol):
+    several_nodes: ClassVar[bool]
+
     def command(self, arguments: list[str], *, ranks: int, nodes: int) -> list[str]:
         """The command line that runs `python -m ARGUMENTS` once per rank."""
         ...
@@ -26,6 +28,8 @@ class Launcher(Protocol):
 @dataclass(frozen=True)
 class Local:
     """One process, or torchrun with one process per device of this machine."""
+
+    several_nodes: ClassVar[bool] = False
 
     def command(self, arguments: list[str], *, ranks: int, nodes: int) -> list[str]:
         if ranks == 1:
@@ -45,6 +49,7 @@ class Local:
 class Slurm:
     """`srun` inside an allocation, one task per device; the ranks find each other through Slurm's own variables."""
 
+    several_nodes: ClassVar[bool] = True
     arguments: list[str] = field(default_factory=list)  # further words for srun, e.g. a container's
 
     def command(self, arguments: list[str], *, ranks: int, nodes: int) -> list[str]:

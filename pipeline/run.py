@@ -25,7 +25,7 @@ from models.errors import Refusal, StageFailed
 from pipeline import artifact
 from pipeline.config import differences, fingerprint, identity, selected
 from pipeline.launch import die_with, environment
-from pipeline.report import table, write_report
+from pipeline.report.report import table, write_report
 
 console = Console()
 
@@ -33,15 +33,14 @@ console = Console()
 def run(config: dict[str, Any]) -> None:
     run_dir = Path(config["run_dir"]).absolute()
     config = {**config, "run_dir": str(run_dir)} if config["run_dir"] == str(run_dir) else _rooted(config, run_dir)
-    stages = needed(config)
-    plan = {entry["stage"]: entry for entry in _check(config, stages)}
+    plan = {entry["stage"]: entry for entry in _check(config, selected(config))}
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as problem:
         raise Refusal(f"run_dir={run_dir}: {problem.strerror}; choose a folder that can be written to") from None
     with _alone(run_dir) as lock:
         artifact.sweep(run_dir)
-        jobs = _jobs(config, stages, plan)
+        jobs = _jobs(config, plan)
         _show(config, jobs)
         artifact.write_json(run_dir / "config.json", config)
         for job in jobs:
@@ -49,19 +48,6 @@ def run(config: dict[str, Any]) -> None:
         report = write_report(run_dir)
     console.print(table(report))
     console.print(f"report: {run_dir / 'report.html'}")
-
-
-def needed(config: dict[str, Any]) -> list[str]:
-    """The selected stages, without those that make a teacher, or record one, where it comes from elsewhere."""
-    stages = selected(config)
-    teacher, cache = ((config["teacher"] or {}).get(name) for name in ("path", "cache"))
-    recorders = [name for name in stages if config["stages"][name]["_target_"].endswith(".Record")]
-    if unused := [name for name in recorders if cache != f"{config['run_dir']}/{name}"]:
-        stages = [name for name in stages if name not in unused] or stages
-    makers = [name for name in stages if config["stages"][name]["_target_"].endswith(".Pretrain")]
-    if teacher and not any(teacher == f"{config['run_dir']}/{name}" for name in makers) and stages != makers:
-        stages = [name for name in stages if name not in makers]
-    return stages
 
 
 def _rooted(config: dict[str, Any], run_dir: Path) -> dict[str, Any]:
@@ -104,12 +90,12 @@ def _check(config: dict[str, Any], stages: list[str]) -> list[dict[str, Any]]:
     return found
 
 
-def _jobs(config: dict[str, Any], stages: list[str], plan: dict[str, Any]) -> list[dict[str, Any]]:
+def _jobs(config: dict[str, Any], plan: dict[str, Any]) -> list[dict[str, Any]]:
     """What is to be done for each stage: start, resume, redo, skip; refuse what was made with other values."""
     jobs: list[dict[str, Any]] = []
-    for name in stages:
+    for name, entry in plan.items():
         told = identity(config, name)
-        job = {"stage": name, "identity": told, "fingerprint": fingerprint(told), "plan": plan[name]}
+        job = {"stage": name, "identity": told, "fingerprint": fingerprint(told), "plan": entry}
         busy = {other["stage"] for other in jobs if other["do"] != "skip"}
         jobs.append({**job, "do": _verdict(config, job, busy)})
     return jobs
@@ -164,10 +150,10 @@ def _parents(config: dict[str, Any], entry: dict[str, Any]) -> dict[str, dict[st
     found = {}
     for role, path in entry["parents"].items():
         folder = Path(path)
-        commit = entry.get("commits", {}).get(role)  # of a hub id; a changed repository is another parent
+        commit = entry["commits"].get(role)  # of a hub id; a changed repository is another parent
         content = artifact.content_hash(folder, cache) if folder.exists() else f"hub:{path}@{commit}"
         found[role] = {"path": path, "content_hash": content}
-    if entry.get("content"):
+    if entry["content"]:
         found["data"] = {"path": ", ".join(entry["data"]["train"]["sources"]), "content_hash": entry["content"]}
     return found
 
@@ -226,19 +212,19 @@ def _show(config: dict[str, Any], jobs: list[dict[str, Any]]) -> None:
         plan.add_column(column, justify="right" if column in ("parameters", "ranks") else "left")
     for job in jobs:
         entry = job["plan"]
-        size = f"{entry['parameters']:,}" if entry.get("parameters") else ""
+        size = f"{entry['parameters']:,}" if entry["parameters"] else ""
         plan.add_row(
             job["stage"],
             job["do"],
-            entry.get("model") or "",
+            entry["model"],
             size,
-            entry.get("teacher") or "",
-            entry.get("length") or "",
+            entry["teacher"],
+            entry["until"],
             f"{entry['ranks']} × {entry['device']}",
         )
     console.print(plan)
     for job in jobs:
-        for warning in job["plan"].get("warnings", []):
+        for warning in job["plan"]["warnings"]:
             console.print(f"[yellow]warning[/]: {job['stage']}: {warning}")
 
 

@@ -19,11 +19,14 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from models.errors import NotFinite, Refusal
 from pipeline.config import nearest
 from pipeline.launch import die_with
+
+if TYPE_CHECKING:
+    from pipeline.stages.stage import Stage
 
 
 def main() -> int:
@@ -59,36 +62,59 @@ def check(spec: dict[str, Any]) -> dict[str, Any]:
     from pipeline.context import Context
 
     plan = []
+    stages = needed(spec["config"], spec["stages"])
     with tempfile.TemporaryDirectory(prefix="retort-plan-") as plans:
-        for name in spec["stages"]:
-            before = spec["stages"][: spec["stages"].index(name)]
+        for name in stages:
+            before = stages[: stages.index(name)]
             context = Context(spec["config"], name, plans=Path(plans), planned=before)
             seed = spec["config"]["stages"][name].get("seed", 0)
             if not isinstance(seed, int) or seed < 0:
                 raise Refusal(f"stages.{name}.seed={seed}: need a whole number of at least 0")
             stage = build(spec["config"], name)
             with refusing("config"):
-                entry = stage.check(context)
-            plan.append(
-                {
-                    "stage": name,
-                    "ranks": stage.ranks(context),
-                    "device": context.device,
-                    "parents": stage.parents(context),
-                    "content": stage.content(),
-                    **entry,
-                }
-            )
+                entry = dataclasses.asdict(stage.check(context))
+            if entry["content"] is None:
+                entry["content"] = stage.content()
+            surroundings = {"ranks": stage.ranks(context), "device": context.device, "parents": stage.parents(context)}
+            plan.append({"stage": name, **surroundings, **entry})
     return {"plan": plan}
 
 
-def build(config: dict[str, Any], name: str) -> Any:
+def needed(config: dict[str, Any], stages: list[str]) -> list[str]:
+    """`stages` without those made on demand whose folder the rest of the configuration does not name: a teacher that
+    is given needs no pretraining, one that runs beside the student no record."""
+    from hydra.utils import get_class
+
+    def named(node: Any, folder: str) -> bool:
+        if isinstance(node, dict):
+            return any(named(value, folder) for value in node.values())
+        return any(named(value, folder) for value in node) if isinstance(node, list) else node == folder
+
+    def wanted(name: str) -> bool:
+        with refusing(f"stages.{name}"):
+            if not getattr(get_class(config["stages"][name]["_target_"]), "on_demand", False):
+                return True
+        others = {key: node for key, node in config["stages"].items() if key != name}
+        return named({**config, "stages": others}, f"{config['run_dir']}/{name}")
+
+    return [name for name in stages if wanted(name)] or stages
+
+
+def build(config: dict[str, Any], name: str) -> Stage:
     """A stage and everything below it."""
     from hydra.utils import instantiate
 
+    from pipeline.stages.stage import Stage
+
     check_kinds(config["stages"][name], f"stages.{name}")
     with refusing(f"stages.{name}"):
-        return instantiate(config["stages"][name], _convert_="all")
+        made = instantiate(config["stages"][name], _convert_="all")
+    if not isinstance(made, Stage):
+        raise Refusal(
+            f"stages.{name}: {type(made).__name__} is no stage; derive it from "
+            f"pipeline.stages.stage.Stage, or take one from conf/stage"
+        )
+    return made
 
 
 _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {  # annotation → what is needed, and whether it is

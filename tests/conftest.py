@@ -19,7 +19,7 @@ install_import_hook(
         "models.objectives",
         "models.heads",
         "models.teachers",
-        "models.encodings",
+        "models.teachers.encodings",
         "models.representations",
         "models.generation",
     ],

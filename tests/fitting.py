@@ -17,7 +17,6 @@ from peft import LoraConfig
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from models.generation import Sampling
-from models.language_model import LanguageModel
 from models.load import load_config
 from models.objectives.attention_relations import AttentionRelations
 from models.objectives.cross_entropy import CrossEntropy
@@ -25,15 +24,16 @@ from models.objectives.distillation import Distillation
 from models.objectives.forward_kl import ForwardKL
 from models.objectives.hidden_states import HiddenStates
 from models.objectives.reverse_kl import ReverseKL
-from models.on_policy import OnPolicy, Rollouts
-from models.schedules import cosine
 from models.sharding import gather_state
 from models.teachers.online import Online
 from models.teachers.sharded import Sharded
 from models.teachers.teacher import Opening
-from pipeline import strategy as strategies
+from models.training.language_model import LanguageModel
+from models.training.on_policy import OnPolicy, Rollouts
+from models.training.schedules import cosine
 from pipeline.data.batch import collate
 from pipeline.data.loader import Rows, accumulation
+from pipeline.training import strategy as strategies
 
 VOCABULARY, LENGTH = 61, 24
 
@@ -236,10 +236,10 @@ def fit(scenario: Scenario, folder: Path) -> dict[str, Any]:
     kind = scenario.strategy
     settings: dict[str, Any] = {"stage3_param_persistence_threshold": 0}
     make = {
-        "single": strategies.single,
-        "ddp": strategies.ddp,
-        "zero3_offload": functools.partial(strategies.zero, 3, True, True, config=settings),
-    }.get(kind, functools.partial(strategies.zero, int(kind[4]) if kind.startswith("zero") else 0, config=settings))
+        "single": strategies.Single,
+        "ddp": strategies.DDP,
+        "zero3_offload": functools.partial(strategies.ZeRO, 3, True, True, config=settings),
+    }.get(kind, functools.partial(strategies.ZeRO, int(kind[4]) if kind.startswith("zero") else 0, config=settings))
     watch: list[pl.Callback] = [Watch()]
     if scenario.resume:
         from callbacks.checkpoint import Checkpoint
@@ -248,7 +248,7 @@ def fit(scenario: Scenario, folder: Path) -> dict[str, Any]:
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=scenario.world,
-        strategy=make()("cpu"),
+        strategy=make().lightning("cpu"),
         max_steps=scenario.steps,
         max_epochs=-1,
         precision=scenario.precision,

@@ -148,10 +148,12 @@ def test_a_cached_teacher_can_be_recorded_by(recorder: str) -> None:
     ],
 )
 def test_a_stage_that_records_runs_only_where_its_record_is_read(words: list[str], stages: list[str]) -> None:
-    from pipeline.run import needed
+    from pipeline.config import selected
+    from pipeline.worker import needed
 
     after = ["prune", "recover", "quantize", "qat", "unquantized", "export", "evaluate"]
-    assert needed(quickstart(*words)) == stages[:-1] + after
+    config = quickstart(*words)
+    assert needed(config, selected(config)) == stages[:-1] + after
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
@@ -393,13 +395,13 @@ def refused(*words: str) -> str:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    from pipeline.run import needed
+    from pipeline.config import selected
     from pipeline.worker import check
     from train import arguments, explain
 
     try:
         config = composed(*arguments(list(words)))
-        check({"config": config, "stages": needed(config)})
+        check({"config": config, "stages": selected(config)})
     except Refusal as problem:
         return str(problem)
     except (HydraException, OmegaConfBaseException) as problem:

@@ -19,8 +19,8 @@ from models.layerwise import Passage, in_turn, name_of_layers
 from models.load import load_model
 from models.offloaded import Offloaded, load_offloaded
 from models.representations import decoder_layers
-from pipeline import quantize
 from pipeline.calibration import FinishedLayers
+from pipeline.stages import quantize
 from tests.pruning.families import FAMILIES, model_of, tokens
 from tests.quantization.little import EXPERIMENT, activations, folder_of, teacher_in
 from tests.sparsity.test_sparsify import EXPERIMENT as SPARSIFY

@@ -69,7 +69,7 @@ def test_the_manifest_tells_where_an_artifact_comes_from(finished: Path) -> None
     assert manifest["tokens"] > 12 * 8 * 20
     assert manifest["seconds"] > 0
     assert manifest["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
-    assert manifest["run_config"]["strategy"]["_target_"] == "pipeline.strategy.single"
+    assert manifest["run_config"]["strategy"]["_target_"] == "pipeline.training.strategy.Single"
     assert manifest["content_hash"] == content_hash(finished / "distill")
 
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from models.cache import Cache, pieces_of
-from models.encodings.encoding import Payload
 from models.load import DTYPES
 from models.objectives.representation import Wanted
 from models.objectives.signal import Signal
+from models.teachers.cache import Cache, pieces_of
+from models.teachers.encodings.encoding import Payload
 from models.teachers.teacher import Looked, Opening, Result, teacher_side
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from models.endpoint import Endpoint
 from models.errors import Refusal
 from models.objectives.term import Objective
 from models.teachers.cached import refuse_representations
+from models.teachers.endpoint import Endpoint
 from models.teachers.recorded import Recorded
 from models.teachers.teacher import Opening, Teacher
 

@@ -16,13 +16,13 @@ from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
 
 from models.errors import Refusal
-from models.language_model import LanguageModel
 from models.pruning import surgery
 from models.pruning.groups import Anatomy, Axis, anatomy_of
 from models.pruning.importance import gather
 from models.pruning.importances.taylor import Taylor
 from models.pruning.plan import Wish
-from pipeline import prune
+from models.training.language_model import LanguageModel
+from pipeline.stages import prune
 from pipeline.worker import build, check
 from tests.command import train, weights
 from tests.pruning.families import config_of
@@ -175,7 +175,7 @@ def test_a_cut_that_is_not_the_masked_model_leaves_nothing_behind(
                 object.__setattr__(anatomy.groups[name], "axes", axes)
         return anatomy
 
-    monkeypatch.setattr("pipeline.prune.anatomy_of", wrong)
+    monkeypatch.setattr("pipeline.stages.prune.anatomy_of", wrong)
     with pytest.raises(Refusal, match=r"differ by .* nothing was written") as refused:
         make(tmp_path / "run", "prune", f"teacher.path={made / 'pretrain'}")
     assert "\n" not in str(refused.value)
@@ -306,7 +306,8 @@ def test_a_cut_in_steps_scores_what_the_steps_before_have_left(made: Path, tmp_p
     plain = surgery.silence
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            "pipeline.prune.silence", lambda model, anatomy, kept: (steps.append(kept), plain(model, anatomy, kept))
+            "pipeline.stages.prune.silence",
+            lambda model, anatomy, kept: (steps.append(kept), plain(model, anatomy, kept)),
         )
         folder = make(tmp_path / "steps", "prune", *words, "stages.prune.steps=2")
     first, last = steps  # the second is the certificate's

@@ -11,7 +11,6 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from models.errors import Refusal
-from models.language_model import LanguageModel
 from models.load import empty_model, load_model
 from models.lora import Lora
 from models.quantization.activations import Activations
@@ -21,6 +20,7 @@ from models.quantization.methods.nearest import Nearest
 from models.quantization.qat import QAT, on_grid, rounded
 from models.quantization.record import Record, read_record
 from models.quantization.straight_through import straight_through
+from models.training.language_model import LanguageModel
 from pipeline.worker import check
 from tests.command import train, weights
 from tests.pruning.families import model_of

@@ -16,8 +16,8 @@ from safetensors import safe_open
 from models.errors import Refusal
 from models.quantization.methods.gptq import GPTQ
 from models.quantization.record import Record
-from pipeline import quantize
 from pipeline.calibration import FinishedLayers
+from pipeline.stages import quantize
 from pipeline.worker import check
 from tests.command import weights
 from tests.quantization.little import EXPERIMENT, activations, folder_of, teacher_in

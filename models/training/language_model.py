@@ -1,0 +1,290 @@
+"""The one training step, and the one division of the loss."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+
+from models.errors import NotFinite
+from models.heads import check_split, head_of, hidden_states, through_head
+from models.objectives.chunked import objective_sum
+from models.objectives.cross_entropy import CrossEntropy
+from models.objectives.representation import Wanted
+from models.objectives.signal import Signal
+from models.objectives.term import Objective, needs_teacher
+from models.teachers.teacher import Teacher, capturing
+
+if TYPE_CHECKING:
+    from models.quantization.aware import Rounding
+    from models.training.on_policy import Rollouts
+
+
+class LanguageModel(pl.LightningModule):
+    """Trains `student` by an objective, with or without a teacher.
+
+    An objective returns a sum over supervised tokens; `training_step` divides it once, by `step_tokens`: the number of
+    supervised tokens of the whole optimizer step, over all ranks and accumulated micro-batches, which every rank knows
+    from the data order without asking the others. So the loss and its gradient do not depend on micro-batch size,
+    accumulation, padding, packing or the number of ranks. A step on text of the student's own (`on_policy`) has it
+    written before its first micro-batch, and so knows its tokens too.
+
+    Dropout draws from a generator seeded by (seed, step, micro-batch, rank), so a resumed run has no state to restore.
+    """
+
+    def __init__(
+        self,
+        *,
+        load_student: Callable[[], nn.Module],
+        load_teacher: Callable[[], Teacher] | None,
+        objective: Objective,
+        optimizer: Callable[[Iterable[Any]], torch.optim.Optimizer],
+        schedule: Callable[[torch.optim.Optimizer, int], Any],
+        weight_decay: float,
+        max_steps: int,
+        vocabulary: int,
+        packed: bool,
+        seed: int,
+        log_every_steps: int,
+        activation_checkpointing: bool,
+        configs: tuple[Any, Any] | None = None,
+        memory_bytes: int | None = None,
+        compiled: bool = False,
+        on_policy: Rollouts | None = None,
+        rounding: Rounding | None = None,
+    ) -> None:
+        """`configs`: student's and teacher's, where the objective compares layers. The two after it: of the engine."""
+        super().__init__()
+        self.load_student, self.load_teacher = load_student, load_teacher
+        self.objective, self.optimizer, self.schedule = objective, optimizer, schedule
+        self.weight_decay, self.max_steps, self.vocabulary = weight_decay, max_steps, vocabulary
+        self.packed = packed
+        self.seed, self.log_every_steps, self.activation_checkpointing = seed, log_every_steps, activation_checkpointing
+        self.configs, self.memory_bytes, self.compiled = configs, memory_bytes, compiled
+        self.on_policy, self.rounding = on_policy, rounding
+        self.student: Any = None
+        self.teacher: Any = None
+        self.comparisons = nn.ModuleDict()  # of layers, with what they learn: in checkpoints, and not in the result
+        self.strict_loading = False  # a checkpoint holds the student alone
+        self.step_metrics: dict[str, float] | None = None
+        self.validation_metrics: dict[str, float] = {}
+        self.tokens_seen = 0
+        self.seconds_spent = 0.0  # training time, over restarts
+        self.gradient_norm: Tensor | float | None = None
+        self._sums: dict[str, Tensor] = {}
+        self._validation_sums: Tensor | None = None
+
+    def configure_model(self) -> None:
+        if self.student is not None:  # Lightning calls this more than once
+            return
+        self.student = self.load_student()
+        if self.load_teacher is not None:
+            self.teacher = self.load_teacher()
+        for term in self.objective.representations:
+            assert self.configs is not None
+            self.comparisons[term.name] = term.build(*self.configs, seed=self.seed)
+        if self.activation_checkpointing:
+            self.student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+    def on_fit_start(self) -> None:
+        # Lightning leaves modules in the mode they come in, and from_pretrained returns eval: no dropout, no
+        # activation checkpointing.
+        self.student.train()
+        with self.trainer.precision_plugin.forward_context():
+            check_split(self.student, self.vocabulary, self.packed)
+            if self.teacher is not None:
+                self.teacher.check()
+
+    def on_fit_end(self) -> None:
+        if self.teacher is not None:
+            self.teacher.close()
+
+    def on_train_start(self) -> None:
+        self._started = time.monotonic() - self.seconds_spent
+        self._marked = (self.tokens_seen, self.seconds_spent)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        # Not in the step itself: there ZeRO-3 may be gathering ahead for the forward.
+        step = self.trainer.global_step
+        if self.rounding is not None:
+            self.rounding.rule.step = step
+        if batch_idx % self.trainer.accumulate_grad_batches or self.on_policy is None or not self.on_policy.due(step):
+            return
+        with self.trainer.precision_plugin.forward_context():
+            self.on_policy.begin(
+                self.student, step, device=self.device, rank=self.global_rank, world=self.trainer.world_size
+            )
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        accumulation = self.trainer.accumulate_grad_batches
+        step, micro = self.trainer.global_step, batch_idx % accumulation
+        objective, summed = self.objective, objective_sum
+        if self.on_policy is not None and self.on_policy.due(step):
+            batch = self.on_policy.take(batch, micro, rank=self.global_rank, world=self.trainer.world_size)
+            objective, summed = self.on_policy.objective(objective), self.on_policy.sum
+        torch.manual_seed(mixed(self.seed, step, micro, self.global_rank))
+        self.step_metrics = None
+        self._rows = batch["rows"]
+        total, parts = self._objective(objective, batch, summed)
+        if not torch.isfinite(total):
+            raise NotFinite(
+                f"step {step}: the loss is {total.item()} on rows {batch['rows']} "
+                f"(micro-batch {micro}, rank {self.global_rank}); lower the learning rate or look at "
+                f"these rows; the last checkpoint is from before this step"
+            )
+        for name, part in {"loss": total.detach(), **parts}.items():
+            self._sums[name] = self._sums.get(name, 0) + part / batch["step_tokens"]
+        self.tokens_seen += batch["tokens_of_step"] if micro == accumulation - 1 else 0
+        # Lightning divides by the accumulation, and ranks are averaged: undo both, then divide once.
+        return total * (accumulation * self.trainer.world_size / batch["step_tokens"])
+
+    def _objective(
+        self, objective: Objective, batch: dict[str, Any], summed: Callable[..., Any] = objective_sum
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        wanted = Wanted()
+        for comparison in objective.representations:
+            assert self.configs is not None
+            wanted = wanted | comparison.wanted(*self.configs)
+        looked = self.teacher.look(batch, wanted) if needs_teacher(objective) else None
+        ids, positions, targets = batch["input_ids"], batch["position_ids"], batch["targets"]
+        weights = batch.get("weights")
+        with capturing(self.student, wanted.student_hidden, wanted.student_relations) as capture:
+            hidden = hidden_states(self.student, ids, positions)
+
+        def engine(hidden: Tensor, signal: Signal | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+            result: tuple[Tensor, dict[str, Tensor]] = summed(
+                objective,
+                hidden,
+                head_of(self.student),
+                targets,
+                signal,
+                weights=weights,
+                vocabulary=self.vocabulary,
+                memory_bytes=self.memory_bytes,
+                compiled=self.compiled,
+            )
+            return result
+
+        def with_teacher(hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            result: tuple[Tensor, dict[str, Tensor]] = self.teacher.give(looked, lambda signal: engine(hidden, signal))
+            return result
+
+        total, parts = through_head(self.student, hidden, engine if looked is None else with_teacher)
+        for comparison in objective.representations:
+            assert looked is not None
+            capture.reshape(*ids.shape)
+            weights_BT = (targets >= 0).float() if weights is None else weights
+            value = self.comparisons[comparison.name](capture, looked.capture, positions, weights_BT)
+            total, parts = total + comparison.weight * value, {**parts, comparison.name: value.detach()}
+        return total, parts
+
+    def trained(self) -> list[nn.Parameter]:
+        return [p for module in (self.student, self.comparisons) for p in module.parameters() if p.requires_grad]
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        self.gradient_norm = torch.nn.utils.clip_grad_norm_(
+            self.trained(),
+            gradient_clip_val or float("inf"),
+        )
+        self._check_gradient(self.gradient_norm, self.trainer.global_step)
+
+    def _check_gradient(self, norm: Any, step: int) -> None:
+        if norm is not None and not math.isfinite(float(norm)):
+            raise NotFinite(
+                f"step {step}: the gradient's norm is {float(norm)} on rows {self._rows} (the last micro-batch); lower "
+                f"the learning rate; the last checkpoint is from before this step"
+            )
+
+    def optimizer_step(self, epoch: int, batch_idx: int, *arguments: Any, **words: Any) -> None:
+        super().optimizer_step(epoch, batch_idx, *arguments, **words)
+        if (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0:  # DeepSpeed is stepped at every micro-batch
+            self._close_step(self.trainer.global_step + 1)
+
+    def _close_step(self, step: int) -> None:
+        """Leave the step's numbers, summed over ranks, in `step_metrics` for whoever watches."""
+        engine = getattr(self.trainer.strategy, "deepspeed_engine", None)
+        norm = engine.get_global_grad_norm() if engine is not None else self.gradient_norm
+        self._check_gradient(norm, step - 1)
+        sums, self._sums = self._sums, {}
+        self.seconds_spent = time.monotonic() - self._started
+        if step % self.log_every_steps and step not in (1, self.max_steps):
+            return
+        values = self.trainer.strategy.reduce(torch.stack(list(sums.values())).detach().float(), reduce_op="sum")
+        (tokens_before, seconds_before), self._marked = self._marked, (self.tokens_seen, self.seconds_spent)
+        self.step_metrics = {
+            "step": step,
+            **dict(zip(sums, values.tolist(), strict=True)),
+            "learning_rate": self.trainer.optimizers[0].param_groups[0]["lr"],
+            **({} if norm is None else {"grad_norm": float(norm)}),
+            "tokens": self.tokens_seen,
+            "tokens_per_second": (self.tokens_seen - tokens_before) / (self.seconds_spent - seconds_before),
+            "seconds": self.seconds_spent,
+            **({} if self.on_policy is None else self.on_policy.metrics(step)),
+        }
+
+    def on_validation_epoch_start(self) -> None:
+        self._validation_sums = torch.zeros(2, dtype=torch.float64)
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        assert self._validation_sums is not None
+        total, _ = self._objective(CrossEntropy(), {k: v for k, v in batch.items() if k != "weights"})
+        self._validation_sums += torch.tensor([float(total), float((batch["targets"] >= 0).sum())], dtype=torch.float64)
+
+    def on_validation_epoch_end(self) -> None:
+        assert self._validation_sums is not None
+        total, tokens = self.trainer.strategy.reduce(
+            self._validation_sums.float().to(self.device), reduce_op="sum"
+        ).tolist()
+        self.validation_metrics = {
+            "step": self.trainer.global_step,
+            "validation_loss": total / tokens,
+            "tokens": self.tokens_seen,
+            "seconds": self.seconds_spent,
+        }
+
+    def configure_optimizers(self) -> Any:
+        decayed = [p for p in self.trained() if _dimensions(p) >= 2]
+        others = [p for p in self.trained() if _dimensions(p) < 2]
+        groups = [{"params": decayed, "weight_decay": self.weight_decay}, {"params": others, "weight_decay": 0.0}]
+        optimizer = self.optimizer([g for g in groups if g["params"]])
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": self.schedule(optimizer, self.max_steps), "interval": "step"},
+        }
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["so_far"] = (self.tokens_seen, self.seconds_spent, self.validation_metrics)
+        if self.on_policy is not None:
+            checkpoint["on_policy"] = self.on_policy.state()
+        if "state_dict" in checkpoint:
+            kept = ("student.", "comparisons.")
+            # What stands still is where training started; of packed weights (QLoRA) their scales lie below their names.
+            all_of_them = self.named_parameters(remove_duplicate=False)
+            still = tuple(name for name, parameter in all_of_them if not parameter.requires_grad)
+            checkpoint["state_dict"] = {
+                k: v for k, v in checkpoint["state_dict"].items() if k.startswith(kept) and not k.startswith(still)
+            }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.tokens_seen, self.seconds_spent, self.validation_metrics = checkpoint["so_far"]
+        if self.on_policy is not None:
+            self.on_policy.load(checkpoint["on_policy"])
+
+
+def _dimensions(parameter: Any) -> int:
+    """ZeRO-3 flattens what it shards; ds_shape remembers."""
+    return len(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def mixed(*numbers: int) -> int:
+    """A seed of several."""
+    import numpy as np
+
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)

@@ -1,0 +1,391 @@
+"""Write a finished model in the containers that others serve, and show on the files what each is worth."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from torch import Tensor
+
+from models.errors import Refusal
+from models.formats.certificate import certify, refer
+from models.formats.checkpoint import add_tokenizer, dtype_of
+from models.formats.container import check_installed
+from models.formats.format import Finished, Format, Plan, Written
+from models.layerwise import matrices
+from models.load import DTYPES, empty_model, load_config, parameter_count
+from models.measure import Speed, documents
+from models.quantization.activations import Activations
+from models.quantization.record import BlockRecord, open_record
+from pipeline import artifact
+from pipeline.alone import Alone
+from pipeline.calibration import config_of, known_of
+from pipeline.context import Context
+from pipeline.data import packing
+from pipeline.data.batch import collate, pad_token
+from pipeline.data.rows import RowSource, check_source, rows_of, source_key
+from pipeline.data.tokenizer import load_tokenizer
+from pipeline.progress import shown
+from pipeline.report import units
+from pipeline.report.report import BITS, COLUMNS
+from pipeline.stages.stage import Makes, Stage
+from pipeline.stages.stage import Plan as StagePlan
+
+_KILLED = "was killed, most likely for lack of memory; take a smaller export.tokens"
+
+
+@dataclass(frozen=True)
+class Export(Stage):
+    """One folder for each format, complete in itself. Where integers lie beside the model, they are packed as they
+    are."""
+
+    makes: ClassVar[Makes] = "exports"
+
+    model: str  # folder or hub id
+    data: RowSource  # text that the certificates are measured on
+    formats: Mapping[str, Format | None] | None  # folder → what is written there; None: nothing
+    rows: int = 8
+    tokens: int = 128  # of each row, at most
+    dtype: str | None = None  # of what is on no grid; None: the model's
+    logits_tolerance: float = 0.05  # as a share of the largest logit
+    kl_tolerance: float = 1e-3  # nats for each token
+    rounded_kl_tolerance: float = 0.5  # likewise, where a container was asked to round
+    speed: Speed = field(default_factory=Speed)  # as it is measured for the card
+
+    def __post_init__(self) -> None:
+        for name, least in (("rows", 1), ("tokens", 2)):
+            if getattr(self, name) < least:
+                raise Refusal(f"export.{name}={getattr(self, name)}: need at least {least}")
+        for name in ("logits_tolerance", "kl_tolerance", "rounded_kl_tolerance"):
+            if not getattr(self, name) > 0:
+                raise Refusal(f"export.{name}={getattr(self, name)}: need a number above 0")
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise Refusal(f"export.dtype={self.dtype}: need one of {', '.join(DTYPES)}, or null for the model's")
+        if not self._formats:
+            raise Refusal("export.formats: none is left; add one, e.g. +format@stages.export.formats.gptq=gptq")
+        for name, form in self._formats.items():
+            if not isinstance(form, Format):
+                raise Refusal(f"export.formats.{name}: {type(form).__name__} is no format; name one of conf/format")
+            if not re.fullmatch(r"\w[\w.-]*", name):
+                raise Refusal(f"export.formats.{name}: it names a folder; use letters, digits, _, - and .")
+
+    @property
+    def _formats(self) -> dict[str, Format]:
+        return {name: form for name, form in (self.formats or {}).items() if form is not None}
+
+    def ranks(self, context: Context) -> int:
+        return 1
+
+    def parents(self, context: Context) -> dict[str, str]:
+        return {"model": self.model, **self.data.made_by_stages}
+
+    def content(self) -> str:
+        """Hash of the text it reads."""
+        return source_key(self.data)
+
+    def check(self, context: Context) -> StagePlan:
+        corpus = check_source(context, self.data)
+        plan = self._plan(context)
+        limit = getattr(plan.config, "max_position_embeddings", None)
+        if limit and limit < self.tokens:
+            raise Refusal(f"export.tokens={self.tokens}: the model reads at most {limit} (max_position_embeddings)")
+        for name, form in self._formats.items():
+            check_installed(f"stages.{context.stage}.formats.{name}", form)
+            form.check(plan)
+        return StagePlan(
+            model=plan.config.model_type,
+            parameters=parameter_count(empty_model(plan.config)),
+            data=corpus,
+            until=", ".join(self._formats),
+            commits={"model": getattr(plan.config, "_commit_hash", None)},
+        )
+
+    def _plan(self, context: Context) -> Plan:
+        """What is known before a weight is read, in the check or later."""
+        config = config_of(context, self.model, False)
+        folder = Path(context.config_folder(self.model))
+        known = known_of(folder)
+        shapes = {} if known is None else dict(known.shapes)
+        own = dtype_of(config)
+        if (own, self.dtype) == ("float16", "bfloat16"):
+            raise Refusal(
+                f"stages.{context.stage}.dtype={self.dtype}: the model is {own}, which it would round; leave it null"
+            )
+        config.dtype = DTYPES[self.dtype or own]
+        if known is None:
+            whole = empty_model(config)
+            for matrix in matrices(whole):
+                outputs, inputs = matrix.of(whole.get_parameter(matrix.parameter)).shape
+                shapes[str(matrix)] = (outputs, inputs)
+            return Plan(config, shapes, None)
+        return Plan(config, shapes, known.grid, known.activations, known.ggml)
+
+    def prepare(self, context: Context) -> None:
+        """Nothing to share: one process does it all."""
+        context.work.mkdir(parents=True, exist_ok=True)
+
+    def run(self, context: Context) -> None:
+        begin = time.monotonic()
+        folder = local_folder(self.model)
+        plan = self._plan(context)
+        dtype = dtype_of(plan.config)
+        grid = folder / artifact.GRID
+        record = grid if grid.is_file() else None
+        rows = self._rows(context, folder)
+        # A package that is missing is passed over, and is none of these formats' needs.
+        quantizers = ["transformers.quantizers.auto", "torchao.quantization", "compressed_tensors"]
+        alone = Alone(["models.formats.certificate", *quantizers])
+        trained = known.activations if (known := known_of(folder)) else None
+        for name in shown(list(self._formats), len(self._formats), context.stage):
+            if (context.work / name / artifact.MANIFEST).exists():
+                continue  # a run that was killed had got so far
+            held = open_record(record) if record else None
+            if isinstance(held, BlockRecord):
+                finished = Finished(folder, None, dtype, held)
+            else:
+                finished = Finished(folder, held, dtype)
+            refer_as = functools.partial(self._references, context, alone, finished, record, rows)
+            self._make(context, name, finished, record, rows, refer_as, trained, alone)
+        manifests = {name: json.loads((context.work / name / artifact.MANIFEST).read_text()) for name in self._formats}
+        manifest = context.manifest(self.makes)
+        manifest["certificates"] = {name: told["certificates"] for name, told in manifests.items()}
+        manifest["metrics"] = {
+            "parameters": parameter_count(empty_model(plan.config)),
+            "formats": {name: told["metrics"] for name, told in manifests.items()},
+        }
+
+        def build(out: Path) -> None:
+            for name in self._formats:
+                shutil.copytree(context.work / name, out / name, copy_function=_linked)
+            manifest["seconds"] = round(time.monotonic() - begin, 3)
+
+        artifact.publish(context.out, build, manifest)
+
+    def _rows(self, context: Context, folder: Path) -> list[Tensor]:
+        """Int64[T] each: the beginnings of documents, of the test split where there is one."""
+        tokenizer = load_tokenizer(str(folder))
+        if self.data.chat_template is not None:
+            tokenizer.chat_template = packing.chat_template(tokenizer, self.data)
+        splits = [split for split in ("test", "validation") if self.data.holds(split)]
+        found: list[Tensor] = []
+        for split in [*splits, "train"]:
+            rows, _, _ = rows_of(self.data, split, tokenizer, context.data_folder)
+            for number in range(len(rows)):
+                batch = collate([rows[number]], pad_token=pad_token(tokenizer))
+                found += [ids[: self.tokens] for ids, _ in documents(batch) if len(ids) > 1]
+                if len(found) >= self.rows:
+                    return found[: self.rows]
+            if found:
+                return found
+        raise Refusal(f"{context.stage}: no text of two tokens in data; give more")
+
+    def _references(
+        self,
+        context: Context,
+        alone: Alone,
+        finished: Finished,
+        record: Path | None,
+        rows: list[Tensor],
+        activations: Activations | None,
+    ) -> Path:
+        """What the model itself says of the rows, its matrices reading so; made once."""
+        folder = context.work / (".references" + re.sub(r"\W+", "-", repr(activations)))
+        if not (folder / "done").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            words = (str(finished.folder), record, finished.dtype, rows, folder, context.device, activations)
+            alone(refer, *words, killed=f"{context.stage}: the model itself {_KILLED}")
+            (folder / "done").touch()
+        return folder
+
+    def _make(
+        self,
+        context: Context,
+        name: str,
+        finished: Finished,
+        record: Path | None,
+        rows: list[Tensor],
+        refer_as: Callable[[Activations | None], Path],
+        trained: Activations | None,
+        alone: Alone,
+    ) -> None:
+        """One export under work/, certified; nothing where it is not."""
+        begin, form = time.monotonic(), self._formats[name]
+        aside = context.work / f".{name}.partial"
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()
+        try:
+            written = form.write(finished, aside)
+            add_tokenizer(finished.folder, aside)
+            told = alone(
+                certify,
+                form,
+                aside,
+                replace(finished, record=None, blocks=None),
+                record,
+                rows,
+                refer_as(written.activations),
+                context.device,
+                self.speed,
+                written.otherwise,
+                None if written.activations == trained else refer_as(trained),
+                killed=f"{context.stage}: {name} {_KILLED}",
+            )
+            self._judge(context, name, told, written)
+        except BaseException:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
+        manifest = context.manifest("export")
+        del manifest["run_config"]  # the stage's manifest has it
+        fallbacks = dict(written.fallbacks)
+        if "kl_as_quantized" in told:
+            how = fallbacks.get("activations", "what matrices read is rounded in another way")
+            fallbacks["activations"] = f"{how}; KL {told['kl_as_quantized']:.1e} from the model as it was quantized"
+        odd, serving = told.pop("first_odd_weight"), told.pop("serving")
+        manifest |= {
+            "format": context.config["stages"][context.stage]["formats"][name],
+            "certificates": {
+                **told,
+                "bits_per_weight": written.bits_per_weight,
+                "fallbacks": fallbacks,
+            },
+            "metrics": {
+                "parameters": parameter_count(empty_model(load_config(str(finished.folder)))),
+                "bits_per_weight": written.bits_per_weight,
+                "perplexity_reloaded": told["perplexity_reloaded"],
+                "bytes": sum(path.stat().st_size for path in aside.rglob("*") if path.is_file()),
+                **serving,
+            },
+            "seconds": round(time.monotonic() - begin, 3),
+        }
+        (aside / artifact.CARD).write_text(self._card(context, name, manifest, aside))
+        artifact.write_json(aside / artifact.MANIFEST, manifest)
+        os.rename(aside, context.work / name)
+        rounded = "" if odd is None else ", which rounds anew what is on no grid"
+        print(
+            f"{context.stage}: {name}{rounded}: {written.bits_per_weight:.2f} bits per weight, "
+            f"{units.size(manifest['metrics']['bytes'])}, KL {told['kl']:.1e}, perplexity "
+            f"{told['perplexity_before']:.3f} → {told['perplexity_reloaded']:.3f}",
+            flush=True,
+        )
+
+    def _judge(self, context: Context, name: str, told: dict[str, Any], written: Written) -> None:
+        """A container that was asked to put a model that is on no grid in fewer bits may be another model, within
+        `rounded_kl_tolerance`; everything else has to be the same.
+
+        Activations on a grid are rounded by runtimes' own scales, and a number that falls to the other side moves its
+        logits: then the distributions count alone.
+        """
+        if not told["weights_bit_equal"] and not written.rounded:
+            raise Refusal(
+                f"{context.stage}: {name}: {told['first_odd_weight']} is another one once reloaded; nothing was written"
+            )
+        moved = written.rounded or written.activations is not None
+        allowed = math.inf if moved else self.logits_tolerance * max(told["largest_logit"], 1e-9)
+        most_kl = (self.kl_tolerance, "kl_tolerance")
+        if written.rounded:
+            most_kl = (self.rounded_kl_tolerance, "rounded_kl_tolerance")
+        for what, value, most, setting in (
+            ("its logits differ by", told["logits_max_difference"], allowed, "logits_tolerance"),
+            ("its divergence is", told["kl"], *most_kl),
+        ):
+            if not value <= most:
+                raise Refusal(
+                    f"{context.stage}: {name}: {what} {value:.1e} from the model's, and {most:.1e} is allowed "
+                    f"(stages.{context.stage}.{setting}); nothing was written"
+                )
+
+    def _card(self, context: Context, name: str, manifest: dict[str, Any], aside: Path) -> str:
+        templates = Environment(
+            loader=FileSystemLoader(Path(__file__).parent.parent / "report"),
+            autoescape=False,  # Markdown
+            undefined=StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
+            keep_trailing_newline=True,
+        )
+        told = manifest["certificates"]
+        return templates.get_template("card.md.j2").render(
+            run=context.run_dir.name,
+            format=name,
+            lineage=lineage(self.model),
+            told=told,
+            runtime=told["runtime"],
+            metrics=manifest["metrics"],
+            row=_row(manifest["metrics"]),
+            device=torch.cuda.get_device_name()
+            if context.device == "cuda"
+            else f"{torch.get_num_threads()} threads of a CPU",
+            serving=self._formats[name].serving(aside, str(context.out / name)),
+            versions=manifest["versions"],
+        )
+
+
+def _row(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(heading, figure) as the report has them; speed and memory where they were measured."""
+    shown = [column for column in (*COLUMNS, BITS) if metrics.get(column.key) is not None]
+    return [(column.heading, column.show(metrics[column.key])) for column in shown]
+
+
+def local_folder(model: str) -> Path:
+    """A hub id's files, brought here."""
+    if Path(model).is_dir():
+        return Path(model)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]))
+
+
+def lineage(path: str) -> list[dict[str, Any]]:
+    """The model's own stage first, then its parents, each once."""
+    found: dict[str, dict[str, Any]] = {}
+
+    def walk(role: str, at: str, said: str | None, deep: int) -> None:
+        if at in found or deep > 32:
+            return
+        manifest = artifact.read_manifest(Path(at))
+        found[at] = {
+            "role": role,
+            "stage": manifest["stage"] if manifest else Path(at).name,
+            "hash": ((manifest or {}).get("content_hash") or said or "").removeprefix("sha256:")[:12],
+            "recipe": _recipe(manifest) if manifest else "",
+        }
+        for name, parent in ((manifest or {}).get("parents") or {}).items():
+            if name != "data":
+                walk(name, parent["path"], parent.get("content_hash"), deep + 1)
+
+    walk("model", path, None, 0)
+    return list(found.values())
+
+
+def _recipe(manifest: dict[str, Any]) -> str:
+    """A stage's own choices in short: plain values, and the classes of the others."""
+    parts = []
+    for key, value in (manifest.get("config") or {}).items():
+        if isinstance(value, dict) and "_target_" in value:
+            plain = {k: v for k, v in value.items() if k != "_target_" and isinstance(v, int | float | str | bool)}
+            inner = ", ".join(f"{k} {v}" for k, v in list(plain.items())[:5])
+            parts.append(f"{key} {value['_target_'].rpartition('.')[2]}" + (f" ({inner})" if inner else ""))
+        elif isinstance(value, int | float | str) and not key.startswith("_") and key != "trust_remote_code":
+            parts.append(f"{key} {value}")
+    return "; ".join(parts)
+
+
+def _linked(source: str, target: str) -> str:
+    """A second name for the file where the file system has such, a copy where not."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+    return target

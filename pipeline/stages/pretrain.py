@@ -1,0 +1,109 @@
+"""Make a teacher where there is none: a tokenizer and a small model, trained from scratch on the corpus."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from transformers import AutoConfig
+
+from models.errors import Refusal
+from models.load import empty_model, parameter_count
+from models.objectives.cross_entropy import CrossEntropy
+from models.student import check_sizes, write_fresh
+from pipeline.context import Context
+from pipeline.data import corpora
+from pipeline.data.rows import check_source, source_key
+from pipeline.data.tokenizer import load_tokenizer, train_tokenizer
+from pipeline.stages.stage import Makes, Stage
+from pipeline.stages.stage import Plan as StagePlan
+from pipeline.training import fit
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """An existing tokenizer's folder or hub id, or the size of a byte-level BPE to train on the corpus."""
+
+    path: str | None = None
+    vocab_size: int = 2048
+
+
+@dataclass(frozen=True)
+class Pretrain(Stage):
+    makes: ClassVar[Makes] = "model"
+    on_demand: ClassVar[bool] = True
+
+    data: corpora.Data
+    model: dict[str, Any]  # model_type and whatever numbers of its Hugging Face config
+    training: fit.Training
+    precision: str
+    seed: int
+    tokenizer: Tokenizer = field(default_factory=Tokenizer)
+
+    def ranks(self, context: Context) -> int:
+        return context.world
+
+    def parents(self, context: Context) -> dict[str, str]:
+        return {"tokenizer": self.tokenizer.path} if self.tokenizer.path else {}
+
+    def content(self) -> str:
+        """Hash of the text it reads."""
+        return source_key(self.data)
+
+    def check(self, context: Context) -> StagePlan:
+        fit.check(context, self.training, self.precision)
+        corpus = check_source(context, self.data)
+        if corpus["chat"] and not self.tokenizer.path:
+            raise Refusal(
+                "pretrain trains its tokenizer on text, and the data are conversations; give "
+                "stages.pretrain.tokenizer.path=FOLDER, or teacher.path=FOLDER to distil from an existing teacher"
+            )
+        vocabulary = len(load_tokenizer(self.tokenizer.path)) if self.tokenizer.path else self.tokenizer.vocab_size
+        config = self._config(vocabulary)
+        context.plan_model(config)
+        parameters = parameter_count(empty_model(config))
+        fit.check_disk(context, parameters)
+        return StagePlan(model=config.model_type, parameters=parameters, data=corpus, until=self.training.length())
+
+    def prepare(self, context: Context) -> None:
+        if self.tokenizer.path:
+            tokenizer = load_tokenizer(self.tokenizer.path)
+        else:
+            folder = context.work / "tokenizer"
+            if not folder.exists():  # written aside and renamed: if it is there, it is whole
+                train_tokenizer(corpora.documents(self.data, "train")["text"], self.tokenizer.vocab_size, folder)
+            tokenizer = load_tokenizer(str(folder))
+
+        def start(folder: Any) -> None:
+            config = self._config(len(tokenizer))
+            for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+                setattr(config, name, getattr(tokenizer, name))
+            write_fresh(config, tokenizer, folder, self.seed)
+
+        fit.prepare(context, self.data, tokenizer, start)
+
+    def run(self, context: Context) -> None:
+        fit.train(
+            context,
+            objective=CrossEntropy(),
+            teacher=None,
+            data=self.data,
+            training=self.training,
+            precision=self.precision,
+        )
+
+    def _config(self, vocabulary: int) -> Any:
+        values = dict(self.model)
+        kind = values.pop("model_type", None)
+        try:
+            known = AutoConfig.for_model(kind).to_dict()
+        except (ValueError, KeyError):
+            raise Refusal(
+                f"model.model_type={kind}: transformers knows no such family; llama is a good start"
+            ) from None
+        if unknown := [name for name in values if name not in known]:
+            raise Refusal(f"model.{unknown[0]}: the {kind} config has no such number")
+        check_sizes(values, "model")
+        config = AutoConfig.for_model(kind, **values, vocab_size=vocabulary)
+        fit.check_length(config, self.data, "model")
+        return config

@@ -1,0 +1,187 @@
+"""Set weights of a model's layers to zero, a share of them or N of every M, and count the zeros of what was written."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from models.errors import Refusal
+from models.layerwise import Matrix, Turn, check_read, chosen, in_turn
+from models.load import DTYPES, parameter_count, save_model
+from models.offloaded import Offloaded
+from models.representations import decoder_layers
+from models.sparsity.method import Method, Pattern
+from models.sparsity.zeros import counted
+from pipeline import artifact
+from pipeline.calibration import FinishedLayers, Walk
+from pipeline.context import Context
+from pipeline.data.rows import RowSource, source_key
+from pipeline.progress import shown
+from pipeline.stages.stage import Makes, Stage
+from pipeline.stages.stage import Plan as StagePlan
+
+
+@dataclass(frozen=True)
+class Sparsify(Stage):
+    """Zeros in place: the result has the same shape, and is an ordinary checkpoint."""
+
+    makes: ClassVar[Makes] = "model"
+
+    model: str  # folder or hub id
+    data: RowSource  # of whose training split some text is the calibration
+    method: Method
+    fraction: float | None = 0.5
+    pattern: str | None = None
+    skip: Sequence[str] = ()
+    calibration_rows: int = 128
+    calibration_tokens: int = 256  # of each row
+    dtype: str = "float32"
+    trust_remote_code: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if (self.fraction is None) == (self.pattern is None):
+            raise Refusal(
+                f"sparsify.fraction={self.fraction} and sparsify.pattern={self.pattern}: need one, the other null"
+            )
+        if self.fraction is not None and not 0 < self.fraction < 1:
+            raise Refusal(f"sparsify.fraction={self.fraction}: need (0, 1); 0.5 sets half of the weights to zero")
+        if self.pattern is not None:
+            Pattern.parse(self.pattern)
+        _ = self._walk  # its own checks
+
+    @property
+    def _walk(self) -> Walk:
+        return Walk(
+            "sparsify",
+            self.model,
+            self.data,
+            self.method.reading is not None,
+            self.calibration_rows,
+            self.calibration_tokens,
+            self.dtype,
+            self.trust_remote_code,
+            self.seed,
+        )
+
+    def ranks(self, context: Context) -> int:
+        return 1
+
+    def parents(self, context: Context) -> dict[str, str]:
+        return self._walk.parents()
+
+    def content(self) -> str:
+        """Hash of the text it reads."""
+        return source_key(self.data)
+
+    def check(self, context: Context) -> StagePlan:
+        return self._walk.check(context, self._chosen)
+
+    def prepare(self, context: Context) -> None:
+        """Nothing to share: one process does it all."""
+        context.work.mkdir(parents=True, exist_ok=True)
+
+    def run(self, context: Context) -> None:
+        begin = time.monotonic()
+        tokenizer, given, batches = self._walk.open(context)
+        model = given.model
+        wanted = self._wanted(given, self._chosen(model))
+        finished, count = FinishedLayers(context.work, model), len(decoder_layers(model))
+        finished.tell(context.stage)
+        for turn in shown(in_turn(model, batches, given.weights), count, context.stage):
+            mine = {matrix: zeros for matrix, zeros in wanted.items() if matrix.layer == turn.number}
+            self._take(context, finished, turn, mine)
+        manifest = context.manifest(self.makes)
+
+        def build(folder: Path) -> None:
+            save_model(model, tokenizer, folder, finished.state(), DTYPES[self.dtype])
+            again = self._walk.load(context, str(folder), "made")
+            _check_held(context, again, wanted)
+            zeros = counted(again.model, again.weights)
+            manifest["certificates"] = {"zeros": zeros, **({"pattern_held": True} if self.pattern else {})}
+            manifest["metrics"] = {"parameters": parameter_count(again.model), "zeros": zeros["all"]["fraction"]}
+            manifest["seconds"] = round(time.monotonic() - begin, 3)
+
+        artifact.publish(context.out, build, manifest)
+        told = manifest["certificates"]["zeros"]["all"]
+        print(f"{context.stage}: {told['zeros']:,} of {told['weights']:,} weights of the layers' matrices are zero")
+
+    def _chosen(self, model: Any) -> list[Matrix]:
+        """The matrices that lose weights. Raises Refusal for what cannot be asked of this model."""
+        taken = chosen(model, self.skip, "sparsify.skip")
+        if self.method.reading is not None:
+            check_read(
+                taken,
+                f"sparsify.method={type(self.method).__name__}",
+                "sparsity@stages.sparsify.method=magnitude",
+            )
+        if self.pattern is not None:
+            self._check_widths(model, taken, Pattern.parse(self.pattern))
+        return taken
+
+    def _check_widths(self, model: Any, chosen: Sequence[Matrix], pattern: Pattern) -> None:
+        widths = {matrix: matrix.of(model.get_parameter(matrix.parameter)).shape[-1] for matrix in chosen}
+        for matrix, width in widths.items():
+            if width % pattern.of:
+                common = math.gcd(*widths.values())
+                fit = [str(m) for m in range(2, 65) if common % m == 0]
+                raise Refusal(
+                    f"sparsify.pattern={self.pattern}: {matrix} reads {width} inputs, which {pattern.of} does not "
+                    f"divide; need M of {', '.join(fit) or 'nothing that fits all'}, or "
+                    f"skip=[{matrix.name.rpartition('.')[2]}]"
+                )
+
+    def _wanted(self, given: Offloaded, chosen: Sequence[Matrix]) -> dict[Matrix, int | Pattern]:
+        if self.pattern is not None:
+            return dict.fromkeys(chosen, Pattern.parse(self.pattern))
+        assert self.fraction is not None
+        return dict(zip(chosen, self.method.zeros(_Read(given, chosen), self.fraction), strict=True))
+
+    @torch.no_grad()
+    def _take(
+        self, context: Context, finished: FinishedLayers, turn: Turn, wanted: dict[Matrix, int | Pattern]
+    ) -> None:
+        """Sparsify one layer; or, where a run that was killed had done so, take what it left."""
+        if turn in finished:
+            finished.restore(turn)
+            return
+        read = {} if self.method.reading is None else turn.read(self.method.reading)
+        for matrix, zeros in wanted.items():
+            if self.method.reading is not None and matrix.name not in read:
+                raise Refusal(
+                    f"{context.stage}: no calibration token reaches {matrix}; take more rows, or skip=[{matrix.name}]"
+                )
+            weight = matrix.of(finished.model.get_parameter(matrix.parameter))
+            weight.copy_(self.method.sparsified(weight, zeros, read.get(matrix.name)))
+        finished.keep(turn)
+
+
+@dataclass(frozen=True)
+class _Read(Sequence[Tensor]):
+    """Matrices that lie on disk, each read whenever it is looked at."""
+
+    model: Offloaded
+    matrices: Sequence[Matrix]
+
+    def __len__(self) -> int:
+        return len(self.matrices)
+
+    def __getitem__(self, at: Any) -> Any:
+        return self.matrices[at].of(self.model.weights[self.matrices[at].parameter])
+
+
+def _check_held(context: Context, made: Offloaded, wanted: dict[Matrix, int | Pattern]) -> None:
+    """Whether the folder that was written has the zeros that were asked for."""
+    for matrix, zeros in wanted.items():
+        weight = matrix.of(made.weights[matrix.parameter])
+        held = zeros.held(weight) if isinstance(zeros, Pattern) else int((weight == 0).sum()) >= zeros
+        if not held:
+            asked = f"{zeros.kept}:{zeros.of}" if isinstance(zeros, Pattern) else f"{zeros:,} zeros"
+            raise Refusal(f"{context.stage}: {matrix} does not have {asked} once reloaded; nothing was written")

@@ -1,0 +1,73 @@
+"""What a stage is: all that the walk (pipeline/run.py, pipeline/worker.py) and other stages know of it.
+
+A stage of your own is a frozen dataclass that derives from `Stage`, in a file of its own here, and a yaml in
+conf/stage that names it as `_target_` and sets its fields. An experiment takes it with `- /stage@stages.NAME: YAML` in
+its defaults and names it in `order`. Nothing else is edited.
+
+The life of a stage, by who calls it:
+
+1. The check (one process, no weights, before any stage starts): `check`, then `ranks`, `parents` and `content`.
+   Whatever can be refused from the configuration is refused here, by raising `Refusal` with the value and the remedy.
+2. `prepare` (one process): everything that the ranks share, written below `context.work`.
+3. `run` (on `ranks(context)` processes): the work. Rank 0 hands the result to `artifact.publish(context.out, …)`, with
+   `context.manifest(self.makes)` and what was measured.
+
+A killed stage is started again with 2. and finds in `context.work` what it left there; once `context.out` is published,
+`context.work` is removed.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from pipeline.context import Context
+
+Makes = Literal["model", "answers", "signal", "exports", "results"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a stage will do, as its check knows it: shown before the run starts, and given to the walk."""
+
+    model: str = ""  # model_type of what it makes, or of the teacher that it reads
+    parameters: int | None = None  # of what it makes
+    teacher: str = ""  # path and size
+    until: str = ""  # what ends it: steps, samples, formats
+    data: dict[str, Any] | None = None  # what `check_source` says of the text
+    warnings: list[str] = field(default_factory=list)
+    commits: dict[str, str | None] = field(default_factory=dict)  # role → commit, of parents that are hub ids
+    content: str | None = None  # in place of `content()`, where more than the text decides what is made
+
+
+class Stage(ABC):
+    """Reads artifacts and text, and makes one artifact, `context.out`."""
+
+    makes: ClassVar[Makes]  # what stands in the artifact's folder, and as `kind` in its manifest
+    on_demand: ClassVar[bool] = False  # True: left out of a run whose configuration names its folder nowhere
+
+    @abstractmethod
+    def ranks(self, context: Context) -> int:
+        """Processes that `run` needs: 1, or `context.world`."""
+
+    @abstractmethod
+    def parents(self, context: Context) -> dict[str, str]:
+        """Role → folder, file or hub id of everything that it reads, but for text. Another parent makes it stale."""
+
+    @abstractmethod
+    def content(self) -> str:
+        """Hash of the text that it reads, as `source_key` gives it; "" where it reads none."""
+
+    @abstractmethod
+    def check(self, context: Context) -> Plan:
+        """Refuse what can be refused without weights. Of a model that it will make it calls `context.plan_model`, so
+        that the stages after it can be checked too."""
+
+    @abstractmethod
+    def prepare(self, context: Context) -> None:
+        """The part that one process does before the ranks start."""
+
+    @abstractmethod
+    def run(self, context: Context) -> None:
+        """The work, on every rank; rank 0 publishes."""

@@ -1,0 +1,177 @@
+"""How one training step is spread over processes: a class per kind in conf/strategy/*.yaml.
+
+DeepSpeed runs on CUDA as Lightning intends, and on CPU ranks over gloo through the same code, so that the production
+path is tested where there is no GPU.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, ClassVar, Protocol
+
+
+class Strategy(Protocol):
+    """What the rest of the house asks of a strategy."""
+
+    @property
+    def several_ranks(self) -> bool:
+        """Whether a stage that trains may be more than one process."""
+        ...
+
+    @property
+    def sharded(self) -> bool:
+        """Whether a checkpoint is a folder with files of every rank, readable by as many ranks."""
+        ...
+
+    @property
+    def shards_parameters(self) -> bool:
+        """Whether no rank holds whole weights (ZeRO-3)."""
+        ...
+
+    def lightning(self, device: str) -> Any:
+        """What `Trainer(strategy=…)` takes; device is cpu or cuda."""
+        ...
+
+
+@dataclass(frozen=True)
+class Single:
+    """One process, no process group."""
+
+    several_ranks: ClassVar[bool] = False
+    sharded: ClassVar[bool] = False
+    shards_parameters: ClassVar[bool] = False
+
+    def lightning(self, device: str) -> Any:
+        return "auto"
+
+
+@dataclass(frozen=True)
+class DDP:
+    """Every rank holds the whole model; gradients are averaged."""
+
+    several_ranks: ClassVar[bool] = True
+    sharded: ClassVar[bool] = False
+    shards_parameters: ClassVar[bool] = False
+    timeout_minutes: float = 30.0
+
+    def lightning(self, device: str) -> Any:
+        from pytorch_lightning.strategies import DDPStrategy
+
+        return DDPStrategy(
+            timeout=timedelta(minutes=self.timeout_minutes),
+            find_unused_parameters=False,
+            process_group_backend="gloo" if device == "cpu" else "nccl",
+        )
+
+
+@dataclass(frozen=True)
+class ZeRO:
+    """DeepSpeed ZeRO: stage 1 shards optimizer states, 2 gradients as well, 3 parameters as well.
+
+    `config` is merged over DeepSpeed's `zero_optimization` section, e.g. bucket sizes or
+    stage3_param_persistence_threshold.
+    """
+
+    several_ranks: ClassVar[bool] = True
+    sharded: ClassVar[bool] = True
+    stage: int
+    offload_optimizer: bool = False
+    offload_parameters: bool = False
+    timeout_minutes: float = 30.0
+    config: dict[str, Any] | None = None
+
+    @property
+    def shards_parameters(self) -> bool:
+        return self.stage == 3
+
+    def lightning(self, device: str) -> Any:
+        section = {
+            "stage": self.stage,
+            "overlap_comm": device == "cuda",
+            "contiguous_gradients": True,
+            "stage3_gather_16bit_weights_on_model_save": False,
+            **(self.config or {}),
+        }
+        if self.offload_optimizer:
+            section["offload_optimizer"] = {"device": "cpu", "pin_memory": device == "cuda"}
+        if self.offload_parameters:
+            section["offload_param"] = {"device": "cpu", "pin_memory": device == "cuda"}
+        return _zero_strategy()(
+            config={
+                "zero_optimization": section,
+                "zero_allow_untested_optimizer": True,
+                # DeepSpeed's own CPU Adam is compiled at first use, for minutes; torch's AdamW needs nothing.
+                "zero_force_ds_cpu_optimizer": False,
+                "train_micro_batch_size_per_gpu": 1,  # only its throughput timer reads it
+            },
+            exclude_frozen_parameters=True,  # the teacher belongs in no checkpoint
+            timeout=timedelta(minutes=self.timeout_minutes),
+            process_group_backend="gloo" if device == "cpu" else "nccl",
+        )
+
+
+def _zero_strategy() -> type:
+    import torch
+    from pytorch_lightning.accelerators import CUDAAccelerator
+    from pytorch_lightning.strategies import DDPStrategy, DeepSpeedStrategy
+
+    class ZeroStrategy(DeepSpeedStrategy):
+        """Lightning's DeepSpeedStrategy, able to run on CPU ranks, and with two defects mended (on CUDA too)."""
+
+        @property
+        def root_device(self) -> torch.device:
+            if self._on_cpu:
+                return torch.device("cpu", 0)  # an index, which DeepSpeed insists on
+            return super().root_device
+
+        @property
+        def _on_cpu(self) -> bool:
+            return not isinstance(self.accelerator, CUDAAccelerator)
+
+        def setup_environment(self) -> None:
+            if self._on_cpu:
+                import deepspeed.ops
+
+                # The shared-memory collective would be compiled on first use, for minutes.
+                deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+                DDPStrategy.setup_environment(self)
+            else:
+                super().setup_environment()
+
+        def setup_distributed(self) -> None:
+            if self._on_cpu:
+                from lightning_fabric.utilities.seed import reset_seed
+
+                reset_seed()
+                self.set_world_ranks()
+                self._init_deepspeed_distributed()
+            else:
+                super().setup_distributed()
+
+        def backward(self, closure_loss: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+            # Lightning has divided by the accumulation already; DeepSpeed would divide again, which halves gradients
+            # and makes clipping wrong.
+            return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
+
+        @contextmanager
+        def model_sharded_context(self) -> Iterator[None]:
+            """Let transformers open its own zero.Init. Inside Lightning's, fresh weights come out with the wrong
+            spread, from_pretrained raises on padding tokens, and rotary frequencies are rounded to bf16."""
+            self._init_config_if_needed()
+            if self.zero_stage_3:
+                from transformers.integrations.deepspeed import HfDeepSpeedConfig
+
+                self._transformers_config = HfDeepSpeedConfig(self.config)  # alive as long as the strategy
+            yield
+
+    return ZeroStrategy
+
+
+def prepare_environment(device: str) -> None:
+    """Before deepspeed is imported for the first time."""
+    if device == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")

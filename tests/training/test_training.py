@@ -1,0 +1,431 @@
+"""The one training step: nothing but the data and the seed decides what is learnt."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
+
+from callbacks.checkpoint import Checkpoint
+from models.errors import NotFinite, Refusal
+from models.heads import check_split, hidden_states
+from pipeline.data.batch import collate
+from pipeline.data.loader import Order, Rows, accumulation, in_turn
+from pipeline.training.fit import last_checkpoint
+from tests import fitting
+from tests.fitting import LENGTH, VOCABULARY, Scenario, fit, on_ranks, on_two_ranks, rows, write_models
+
+TOLERANCE = 1e-6  # fp32, 20 steps
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("fits")
+    write_models(made)
+    return made
+
+
+@pytest.fixture(scope="module")
+def reference(folder: Path) -> dict[str, Any]:
+    """One process, the whole batch at once."""
+    return fit(Scenario("reference"), folder)
+
+
+TWO_RANKS = [
+    Scenario("ddp", "ddp", micro_batch=4),
+    Scenario("ddp-accumulated", "ddp", micro_batch=1),
+    # Before those under ZeRO-3, whose configuration may outlive them in one process.
+    Scenario("ddp-sharded", "ddp", micro_batch=4, sharded=True),
+    Scenario("ddp-layers", "ddp", micro_batch=4, layers=True),
+    Scenario("zero1", "zero1", micro_batch=4),
+    Scenario("zero2-sharded", "zero2", micro_batch=2, sharded=True, offload="cpu"),
+    Scenario("zero2", "zero2", micro_batch=2),
+    Scenario("zero3", "zero3", micro_batch=2),
+    Scenario("zero3_offload", "zero3_offload", micro_batch=4),
+    Scenario("zero3-tied", "zero3", micro_batch=4, tied=True, activation_checkpointing=True),
+    Scenario("zero3-saving", "zero3", micro_batch=2, checkpoint_at=7, dropout=0.1),
+    Scenario("zero3-bf16", "zero3", micro_batch=4, precision="bf16-mixed"),
+    Scenario("zero3-sharded", "zero3", micro_batch=4, sharded=True, checkpoint_at=7),
+    Scenario("zero3-layers", "zero3", micro_batch=2, layers=True, sharded=True, checkpoint_at=7),
+    Scenario("zero3-lora_head", "zero3", micro_batch=4, lora_head=True),
+]
+
+
+@pytest.fixture(scope="module")
+def two_ranks(folder: Path) -> dict[str, dict[str, Any]]:
+    return on_two_ranks(TWO_RANKS, folder)
+
+
+def assert_same(one: dict[str, Any], other: dict[str, Any], tolerance: float = TOLERANCE, first: int = 0) -> None:
+    for mine, theirs in zip(one["metrics"][first:], other["metrics"], strict=True):
+        assert mine["step"] == theirs["step"]
+        assert mine["tokens"] == theirs["tokens"]
+        for name in ("loss", "cross_entropy", "forward_kl", "grad_norm", "learning_rate"):
+            assert mine[name] == pytest.approx(theirs[name], rel=tolerance, abs=tolerance), (mine["step"], name)
+    assert one["state"].keys() == other["state"].keys()
+    for name, tensor in one["state"].items():
+        torch.testing.assert_close(tensor, other["state"][name], rtol=0, atol=tolerance, msg=name)
+    assert one["validation"]["validation_loss"] == pytest.approx(other["validation"]["validation_loss"], abs=tolerance)
+
+
+@pytest.mark.parametrize("micro_batch", [4, 2, 1])
+def test_accumulating_micro_batches_changes_neither_loss_nor_gradients(
+    folder: Path, reference: Any, micro_batch: int
+) -> None:
+    assert_same(fit(Scenario("micro", micro_batch=micro_batch), folder), reference)
+
+
+def test_padding_on_the_left_changes_nothing(folder: Path, reference: Any) -> None:
+    assert_same(fit(Scenario("left", side="left"), folder), reference)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["ddp", "ddp-accumulated", "zero1", "zero2", "zero3", "zero3_offload"]
+    + ["ddp-sharded", "zero2-sharded", "zero3-sharded"],
+)
+def test_two_ranks_learn_what_one_does(two_ranks: Any, reference: Any, name: str) -> None:
+    assert_same(two_ranks[name], reference)
+
+
+def test_tied_embeddings_with_activation_checkpointing_under_zero3_learn_the_same(folder: Path, two_ranks: Any) -> None:
+    assert_same(two_ranks["zero3-tied"], fit(Scenario("tied", tied=True), folder))
+
+
+def test_a_sharded_teacher_in_one_process_is_the_online_one(folder: Path, reference: Any) -> None:
+    scenarios = [Scenario(f"alone-{offload}", sharded=True, offload=offload) for offload in ("none", "cpu")]
+    for result in on_ranks(1, scenarios, folder).values():
+        assert_same(result, reference)
+
+
+@pytest.fixture(scope="module")
+def layers(folder: Path) -> dict[str, Any]:
+    return fit(Scenario("layers", layers=True), folder)
+
+
+@pytest.mark.parametrize("name", ["ddp-layers", "zero3-layers"])
+def test_two_ranks_learn_from_layers_what_one_does(two_ranks: Any, layers: Any, name: str) -> None:
+    assert_same(two_ranks[name], layers)
+    for one, other in zip(two_ranks[name]["metrics"], layers["metrics"], strict=True):
+        for term in ("hidden_states", "attention_relations"):
+            assert one[term] == pytest.approx(other[term], rel=1e-4)
+
+
+def test_comparing_layers_changes_what_is_learnt_and_falls(layers: Any, reference: Any) -> None:
+    first, last = layers["metrics"][0], layers["metrics"][-1]
+    assert last["hidden_states"] < 0.97 * first["hidden_states"]
+    assert not torch.equal(*(each["state"]["model.embed_tokens.weight"] for each in (layers, reference)))
+
+
+def test_the_loss_that_is_reported_is_the_weighted_sum_of_its_terms(layers: Any) -> None:
+    for step in layers["metrics"]:
+        terms = 0.3 * step["cross_entropy"] + 0.7 * step["forward_kl"] + step["hidden_states"]
+        assert step["loss"] == pytest.approx(terms + step["attention_relations"], rel=1e-5)
+
+
+def test_layers_with_their_projections_resume_to_the_bit(folder: Path, two_ranks: Any) -> None:
+    scenario = Scenario("zero3-layers", "zero3", micro_batch=2, layers=True, sharded=True, resume=True)
+    assert_same(two_ranks["zero3-layers"], on_two_ranks([scenario], folder)["zero3-layers"], tolerance=0, first=7)
+
+
+def test_a_low_rank_adapter_on_the_head_learns_the_same_under_zero3(folder: Path, two_ranks: Any) -> None:
+    alone = fit(Scenario("lora", lora_head=True), folder)
+    assert_same(two_ranks["zero3-lora_head"], alone)
+    start = AutoModelForCausalLM.from_pretrained(folder / "student-False-0.0").state_dict()
+    assert torch.equal(alone["state"]["lm_head.base_layer.weight"], start["lm_head.weight"])
+
+
+@pytest.mark.parametrize("name", ["zero3-sharded", "zero3-layers"])
+def test_a_sharded_teacher_is_in_no_checkpoint(folder: Path, name: str) -> None:
+    for part in sorted((folder / f"{name}.ckpt" / "checkpoint").glob("*model_states.pt")):
+        saved = torch.load(part, weights_only=False)
+        names = {n for group in saved["param_shapes"] for n in group} | set(saved["module"])
+        assert names
+        assert all(n.startswith(("student.", "comparisons.")) for n in names)
+
+
+def test_bf16_over_fp32_masters_stays_close(two_ranks: Any, reference: Any) -> None:
+    # bf16 keeps 8 bits: about 0.4 % of a weight; the largest weights here are near 1
+    for name, tensor in two_ranks["zero3-bf16"]["state"].items():
+        torch.testing.assert_close(tensor.float(), reference["state"][name], rtol=0, atol=1e-2, msg=name)
+    assert two_ranks["zero3-bf16"]["metrics"][-1]["loss"] == pytest.approx(reference["metrics"][-1]["loss"], abs=5e-3)
+
+
+def test_the_teacher_is_sharded_under_zero3_and_never_gets_a_gradient(two_ranks: Any) -> None:
+    assert two_ranks["zero3"]["teacher_sharded"]
+    assert not two_ranks["zero2"]["teacher_sharded"]
+    assert all(result["teacher_gradients"] == [] for result in two_ranks.values())
+
+
+def test_a_zero3_checkpoint_holds_the_student_alone(folder: Path, two_ranks: Any) -> None:
+    parts = sorted((folder / "zero3-saving.ckpt" / "checkpoint").glob("*model_states.pt"))
+    assert len(parts) == 2
+    student = {f"student.{name}" for name in two_ranks["zero3-saving"]["state"]}
+    for part in parts:
+        saved = torch.load(part, weights_only=False)
+        shapes = {name for group in saved["param_shapes"] for name in group}
+        assert shapes == student
+        assert not saved.get("frozen_param_shapes")
+
+
+def test_a_zero3_run_resumed_with_dropout_lands_on_the_same_weights(folder: Path, two_ranks: Any) -> None:
+    resumed = on_two_ranks([Scenario("zero3-saving", "zero3", micro_batch=2, resume=True, dropout=0.1)], folder)
+    assert_same(two_ranks["zero3-saving"], resumed["zero3-saving"], tolerance=0, first=7)
+
+
+def test_a_single_process_checkpoint_holds_no_teacher_and_resumes_to_the_bit(folder: Path) -> None:
+    whole = fit(Scenario("saving", micro_batch=4, checkpoint_at=7, dropout=0.1), folder)
+    saved = torch.load(folder / "saving.ckpt", weights_only=False)
+    assert saved["state_dict"]
+    assert all(name.startswith("student.") for name in saved["state_dict"])
+    resumed = fit(Scenario("saving", micro_batch=4, resume=True, dropout=0.1), folder)
+    assert_same(whole, resumed, tolerance=0, first=7)
+
+
+def test_a_padded_vocabulary_teaches_the_same(folder: Path, reference: Any) -> None:
+    """More columns than the tokenizer has tokens, on either side: as if they were not there."""
+    for name, source in (("teacher-padded", "teacher"), ("student-padded", "student-False-0.0")):
+        model = AutoModelForCausalLM.from_pretrained(folder / source)
+        torch.manual_seed(5)
+        model.resize_token_embeddings(VOCABULARY + 7, mean_resizing=False)
+        model.lm_head.weight.data[VOCABULARY:] += 3  # loud, if anybody listened
+        model.save_pretrained(folder / name)
+    assert_same(fit(Scenario("padded", teacher="teacher-padded"), folder), reference)
+    both = fit(Scenario("both", teacher="teacher-padded", student="student-padded"), folder)
+    both["state"] = {n: t[:VOCABULARY] if len(t) == VOCABULARY + 7 else t for n, t in both["state"].items()}
+    assert_same(both, reference)
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_names_step_and_rows(folder: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder / "student-False-0.0")
+    model.model.embed_tokens.weight.data[17] = float("nan")  # a token that some rows have
+    model.save_pretrained(folder / "poisoned")
+    with pytest.raises(NotFinite, match=r"step \d+: the loss is nan on rows \[\d+.*last checkpoint"):
+        fit(Scenario("poisoned", student="poisoned", micro_batch=1), folder)
+
+
+def test_weights_that_are_no_numbers_are_not_saved(tmp_path: Path) -> None:
+    from types import SimpleNamespace
+
+    module = torch.nn.Linear(2, 2)
+    module.weight.data[0] = float("inf")
+    trainer: Any = SimpleNamespace(
+        global_step=3, strategy=SimpleNamespace(reduce_boolean_decision=lambda value, all: value)
+    )
+    with pytest.raises(NotFinite, match="step 3: the weights are not finite"):
+        Checkpoint(tmp_path, 1, None).save(trainer, module)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_checkpoint_of_another_topology_is_refused_before_it_is_opened(tmp_path: Path) -> None:
+    assert last_checkpoint(tmp_path, True, 2) is None
+    for rank in range(2):
+        part = tmp_path / "step-00000004.ckpt" / "checkpoint" / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+        part.parent.mkdir(parents=True, exist_ok=True)
+        part.touch()
+    assert last_checkpoint(tmp_path, True, 2) == str(tmp_path / "step-00000004.ckpt")
+    for sharded, world in ((True, 4), (False, 1)):
+        with pytest.raises(Refusal, match="saved by 2 ranks under ZeRO"):
+            last_checkpoint(tmp_path, sharded, world)
+
+
+def test_a_run_resumed_with_other_micro_batches_learns_the_same(folder: Path) -> None:
+    whole = fit(Scenario("regrouped", micro_batch=4, checkpoint_at=7), folder)
+    assert_same(whole, fit(Scenario("regrouped", micro_batch=2, resume=True), folder), first=7)
+
+
+def test_the_loss_is_the_dense_formula_over_the_whole_batch(folder: Path, reference: Any) -> None:
+    batch = whole_batch()
+    student = AutoModelForCausalLM.from_pretrained(folder / "student-False-0.0")
+    teacher = AutoModelForCausalLM.from_pretrained(folder / "teacher")
+    kept = batch["targets"] >= 0
+    with torch.no_grad():
+        # with a KV cache transformers would not look at the positions, and packed documents would see each other
+        logits, taught = (
+            m(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits[kept]
+            for m in (student, teacher)
+        )
+    hard = F.cross_entropy(logits, batch["targets"][kept])
+    soft = F.kl_div(
+        F.log_softmax(logits / 2, -1), F.log_softmax(taught / 2, -1), log_target=True, reduction="batchmean"
+    )
+    first = reference["metrics"][0]
+    assert first["cross_entropy"] == pytest.approx(hard.item(), rel=1e-6)
+    assert first["forward_kl"] == pytest.approx(4 * soft.item(), rel=1e-5)
+    assert first["loss"] == pytest.approx(0.3 * hard.item() + 0.7 * 4 * soft.item(), rel=1e-6)
+
+
+def whole_batch() -> dict[str, torch.Tensor]:
+    data = rows()
+    order = Order(_column(data, "supervised"), _lengths(data), seed=0, global_batch=8, micro_batch=8, rank=0, world=1)
+    return collate([data[int(i)] for i in order.step_rows(0)], pad_token=0, length=LENGTH)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "gemma2", "gpt2", "gpt_neox", "phi3"])
+@pytest.mark.parametrize("attention", [None, "eager"])
+def test_packed_documents_do_not_see_each_other(family: str, attention: str | None) -> None:
+    from transformers import AutoConfig
+
+    torch.manual_seed(0)
+    shape: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 64,
+        "max_position_embeddings": 64,
+        "pad_token_id": 0,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    }
+    if family in ("mistral", "gemma2"):
+        shape["sliding_window"] = 4  # shorter than a document, so that both kinds of mask are at work
+    config = AutoConfig.for_model(family, **shape)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).double().eval()
+    documents = [torch.randint(1, VOCABULARY, (n,)) for n in (7, 1, 10)]
+    packed = torch.cat(documents)[None]
+    positions = torch.cat([torch.arange(len(d)) for d in documents])[None]
+    with torch.no_grad():
+        together = hidden_states(model, packed, positions)[0]
+        apart = torch.cat([hidden_states(model, d[None], torch.arange(len(d))[None])[0] for d in documents])
+        plain = torch.cat([model(input_ids=d[None]).logits[0] for d in documents])
+    # the plain attention takes its softmax in fp32 whatever the model's dtype
+    tolerance = 1e-12 if model.config._attn_implementation == "sdpa" else 1e-5
+    torch.testing.assert_close(together, apart, rtol=0, atol=tolerance)
+    logits = model(input_ids=packed, position_ids=positions, use_cache=False).logits[0]
+    torch.testing.assert_close(logits, plain, rtol=0, atol=tolerance)
+
+
+def test_a_family_that_cannot_keep_packed_documents_apart_is_refused() -> None:
+    config = OPTConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        ffn_dim=64,
+        word_embed_proj_dim=32,
+        max_position_embeddings=64,
+    )
+    model = OPTForCausalLM(config).eval()
+    check_split(model, VOCABULARY, packed=False)
+    with pytest.raises(Refusal, match=r"OPTForCausalLM.*data\.packing=false"):
+        check_split(model, VOCABULARY, packed=True)
+
+
+def test_packed_and_unpacked_rows_give_the_same_loss_and_gradients() -> None:
+    from models.heads import head_of, through_head
+    from models.objectives.chunked import objective_sum
+    from models.objectives.cross_entropy import CrossEntropy
+
+    model = fitting.model(16, 2, seed=1).double()
+    packed = [rows(6)[i] for i in range(6)]
+    pieces = []
+    for row in packed:
+        cut = row["position_ids"].index(0, 1)
+        for part in (slice(0, cut), slice(cut, None)):
+            pieces.append({name: row[name][part] for name in ("input_ids", "position_ids", "targets")})
+
+    def loss_and_gradient(batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        model.zero_grad()
+        hidden = hidden_states(model, batch["input_ids"], batch["position_ids"])
+        total, _ = through_head(
+            model, hidden, lambda h: objective_sum(CrossEntropy(), h, head_of(model), batch["targets"])
+        )
+        total.backward()
+        return total.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    together = loss_and_gradient(collate(packed, pad_token=0))
+    apart = loss_and_gradient(collate(pieces, pad_token=0))
+    torch.testing.assert_close(together, apart, rtol=0, atol=1e-11)
+
+
+def _column(data: Any, name: str) -> Any:
+    import numpy as np
+
+    return np.asarray(data[name])
+
+
+def _lengths(data: Any) -> Any:
+    import numpy as np
+
+    return np.asarray([len(ids) for ids in data["input_ids"]])
+
+
+def test_ranks_and_micro_batches_share_out_one_order() -> None:
+    data = rows(11)
+
+    def taken(world: int, micro: int, first: int = 0, steps: int = 5) -> list[list[int]]:
+        """Rows per step, put together from all ranks."""
+        per_rank = []
+        for rank in range(world):
+            order = iter(
+                Order(
+                    _column(data, "supervised"),
+                    _lengths(data),
+                    seed=3,
+                    global_batch=4,
+                    micro_batch=micro,
+                    rank=rank,
+                    world=world,
+                    first_step=first,
+                )
+            )
+            per_rank.append([[next(order) for _ in range(accumulation(4, micro, world))] for _ in range(steps)])
+        return [
+            [
+                row
+                for micro_at in range(len(per_rank[0][step]))
+                for rank in range(world)
+                for row in per_rank[rank][step][micro_at].rows
+            ]
+            for step in range(steps)
+        ]
+
+    whole = taken(1, 4)
+    assert whole == taken(1, 1) == taken(2, 2) == taken(2, 1) == taken(4, 1)
+    assert whole[2:] == taken(2, 1, first=2, steps=3)
+    flat = [row for step in whole for row in step]
+    assert sorted(flat[:11]) == list(range(11))  # an epoch sees every row once before any row twice
+
+
+def test_every_rank_knows_the_tokens_of_the_whole_step() -> None:
+    data = rows(11)
+    for rank in range(2):
+        order = Order(
+            _column(data, "supervised"), _lengths(data), seed=0, global_batch=4, micro_batch=1, rank=rank, world=2
+        )
+        micro = next(iter(order))
+        assert micro.step_tokens == sum(data[int(i)]["supervised"] for i in order.step_rows(0))
+
+
+def test_validation_shows_every_row_once_and_keeps_ranks_together() -> None:
+    batches = [in_turn(9, 2, rank, 2) for rank in range(2)]
+    assert [len(b) for b in batches] == [3, 3]
+    seen = [row for rank in batches for micro in rank for row in micro.rows]
+    assert sorted(row for row in seen if row >= 0) == list(range(9))
+
+
+@pytest.mark.parametrize(
+    ("limits", "steps"),
+    [
+        ({"max_steps": 7, "max_tokens": None, "epochs": None}, 7),
+        ({"max_steps": None, "max_tokens": None, "epochs": 2}, 10),
+        ({"max_steps": 3, "max_tokens": None, "epochs": 2}, 3),
+    ],
+)
+def test_the_first_limit_ends_the_training(limits: dict[str, Any], steps: int) -> None:
+    assert (
+        Rows(rows(20), None, seed=0, global_batch=4, micro_batch=4, pad_token=0, length=None).steps(**limits) == steps
+    )
+
+
+def test_max_tokens_stops_at_the_first_step_that_reaches_it() -> None:
+    data = Rows(rows(20), None, seed=0, global_batch=4, micro_batch=4, pad_token=0, length=None)
+    steps = data.steps(max_steps=None, max_tokens=300, epochs=None)
+    lengths = [data.order().step_length(step) for step in range(steps)]
+    assert sum(lengths) >= 300 > sum(lengths[:-1])
