@@ -16,15 +16,13 @@ from torch import Tensor
 
 from models.errors import Refusal
 from models.layerwise import Turn, name_of_layers
-from models.load import DTYPES, check_folder, empty_model, load_config, parameter_count
+from models.load import DTYPES, empty_model, parameter_count
 from models.offloaded import Offloaded, load_offloaded
 from models.quantization.record import Known, known, read_known
 from models.representations import decoder_layers
-from pipeline import artifact
+from pipeline import artifact, planned
 from pipeline.context import Context
-from pipeline.data import packing
-from pipeline.data.rows import RowSource, check_source, rows_of
-from pipeline.data.tokenizer import load_tokenizer
+from pipeline.data.rows import RowSource, check_source, rows_of, tokenizer_of
 from pipeline.stages.stage import Plan
 
 _AT_ONCE = 8  # rows in a batch
@@ -77,9 +75,7 @@ class Walk:
 
     def open(self, context: Context) -> tuple[Any, Offloaded, list[Tensor]]:
         """(tokenizer, model, batches): Int64[B, T] each, none where no text is needed."""
-        tokenizer = load_tokenizer(self.model, self.trust_remote_code)
-        if self.data.chat_template is not None:
-            tokenizer.chat_template = packing.chat_template(tokenizer, self.data)
+        tokenizer = tokenizer_of(self.model, self.data, self.trust_remote_code)
         found: list[Tensor] = []
         if self.reads:
             found = batches(context, self.data, tokenizer, (self.rows, self.tokens), self.seed, self.stage)
@@ -134,14 +130,8 @@ class FinishedLayers:
 
 def config_of(context: Context, model: str, trust_remote_code: bool) -> Any:
     """In the check: the config of a model that is there, weights and all, or that a stage before will make."""
-    if not context.produced_by(model):
-        check_folder(model, "model")
-    elif context.config_folder(model) == model and not context.finished(model):
-        raise Refusal(
-            f"{context.stage} needs the stage {Path(model).name}, which has not been run; add it to stages, or give "
-            f"stages.{context.stage}.model=FOLDER"
-        )
-    config = load_config(context.config_folder(model), "model", trust_remote_code)
+    setting = f"stages.{context.stage}.model"
+    config = planned.config_of(context, model, "model", setting=setting, trust_remote_code=trust_remote_code)
     if getattr(config, "quantization_config", None):
         raise Refusal(f"stages.{context.stage}.model={model}: its weights are packed; give the model it was made of")
     return config

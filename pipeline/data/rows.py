@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 from models.errors import Refusal
 from pipeline.context import Context
 from pipeline.data import packing
+from pipeline.data.tokenizer import load_tokenizer
 
 
 @runtime_checkable
@@ -77,6 +78,19 @@ def check_source(context: Context, data: RowSource) -> dict[str, Any]:
 def source_key(data: RowSource) -> str:
     """What a stage states as the hash of its text; "" where the folder it is read from is a parent anyway."""
     return "" if data.made_by_stages else data.content_key()
+
+
+def tokenizer_of(path: str, data: RowSource, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a model folder or hub id, with the template of `data` where it names one: every stage that reads
+    the same text with the same tokenizer then finds the same prepared rows."""
+    return with_template(load_tokenizer(path, trust_remote_code), data)
+
+
+def with_template(tokenizer: Any, data: RowSource) -> Any:
+    """`tokenizer`, changed in place to the template of `data` where it names one."""
+    if data.chat_template is not None:
+        tokenizer.chat_template = packing.chat_template(tokenizer, data)
+    return tokenizer
 
 
 def rows_of(

@@ -28,6 +28,7 @@ from pipeline.data.alignment import vocabulary_pairs
 from pipeline.data.pairs import teacher_side
 from pipeline.data.rows import RowSource, check_source, source_key
 from pipeline.data.tokenizer import first_difference, load_tokenizer, tokenizer_key
+from pipeline.planned import teacher_config
 from pipeline.stages.stage import Makes, Stage
 from pipeline.stages.stage import Plan as StagePlan
 from pipeline.training import fit
@@ -76,7 +77,7 @@ class Distill(Stage):
         warnings = []
         # Where another program runs the teacher, or only its cache is left, its tokenizer and config will do.
         opened = self.student.opens_teacher or (self._taught and not self._cache)
-        teacher = fit.teacher_config(context, self.teacher, weights=opened)
+        teacher = teacher_config(context, self.teacher, weights=opened)
         start = self._start(context)
         student = start.config(context.config_folder(self.teacher.path))
         fit.check_length(teacher, self.data, "teacher")

@@ -32,10 +32,8 @@ from pipeline import artifact
 from pipeline.alone import Alone
 from pipeline.calibration import config_of, known_of
 from pipeline.context import Context
-from pipeline.data import packing
 from pipeline.data.batch import collate, pad_token
-from pipeline.data.rows import RowSource, check_source, rows_of, source_key
-from pipeline.data.tokenizer import load_tokenizer
+from pipeline.data.rows import RowSource, check_source, rows_of, source_key, tokenizer_of
 from pipeline.progress import shown
 from pipeline.report import units
 from pipeline.report.report import BITS, COLUMNS
@@ -174,9 +172,7 @@ class Export(Stage):
 
     def _rows(self, context: Context, folder: Path) -> list[Tensor]:
         """Int64[T] each: the beginnings of documents, of the test split where there is one."""
-        tokenizer = load_tokenizer(str(folder))
-        if self.data.chat_template is not None:
-            tokenizer.chat_template = packing.chat_template(tokenizer, self.data)
+        tokenizer = tokenizer_of(str(folder), self.data)
         splits = [split for split in ("test", "validation") if self.data.holds(split)]
         found: list[Tensor] = []
         for split in [*splits, "train"]:

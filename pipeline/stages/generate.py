@@ -27,18 +27,17 @@ from models.load import DTYPES, attention_for, empty_model, load_config, paramet
 from models.teachers.teacher import Opening, Source
 from pipeline import artifact
 from pipeline.context import Context
-from pipeline.data import packing
 from pipeline.data.answers import ANSWERS, DROPPED
 from pipeline.data.batch import pad_token
 from pipeline.data.corpora import SPLITS
 from pipeline.data.filters import Candidate, Filter, code_key
 from pipeline.data.prompts import Asking, prompts_of
-from pipeline.data.rows import RowSource, check_source, source_key
-from pipeline.data.tokenizer import load_tokenizer, tokenizer_key
+from pipeline.data.rows import RowSource, check_source, source_key, tokenizer_of
+from pipeline.data.tokenizer import tokenizer_key
+from pipeline.planned import teacher_config
 from pipeline.progress import shown
 from pipeline.stages.stage import Makes, Stage
 from pipeline.stages.stage import Plan as StagePlan
-from pipeline.training import fit
 from pipeline.training.ranks import join
 from pipeline.training.strategy import prepare_environment
 
@@ -144,7 +143,7 @@ class Generate(Stage):
                     f"stages.{context.stage}.sampling.beams={self.sampling.beams}: a server searches no beams; set it "
                     f"to 1, or let the teacher run here (teacher=online)"
                 )
-        config = fit.teacher_config(context, self.teacher, weights=self.teacher.runs_here)
+        config = teacher_config(context, self.teacher, weights=self.teacher.runs_here)
         room = self._room(config)
         if room is not None and room < (self.prompt_tokens or 0) + 1:
             raise Refusal(
@@ -196,10 +195,7 @@ class Generate(Stage):
         )
 
     def _tokenizer(self) -> Any:
-        tokenizer = load_tokenizer(self.teacher.path, self.teacher.trust_remote_code)
-        if self.data.chat_template is not None:
-            tokenizer.chat_template = packing.chat_template(tokenizer, self.data)
-        return tokenizer
+        return tokenizer_of(self.teacher.path, self.data, self.teacher.trust_remote_code)
 
     def _header(self, context: Context, tokenizer: Any, ends: list[int]) -> str:
         """Everything beside the prompt that decides an answer."""

@@ -30,10 +30,8 @@ from models.pruning.surgery import Kept, cut_state, expressible, silence, silent
 from models.sharding import engine_of, load_sharded, zero3
 from pipeline import artifact, calibration
 from pipeline.context import Context
-from pipeline.data import packing
 from pipeline.data.batch import IGNORED, blank, collate, pad_token
-from pipeline.data.rows import RowSource, check_source, rows_of, source_key
-from pipeline.data.tokenizer import load_tokenizer
+from pipeline.data.rows import RowSource, check_source, rows_of, source_key, tokenizer_of
 from pipeline.progress import shown
 from pipeline.stages.stage import Makes, Stage
 from pipeline.stages.stage import Plan as StagePlan
@@ -258,9 +256,7 @@ class Prune(Stage):
         )
 
     def _tokenizer(self) -> Any:
-        tokenizer = load_tokenizer(self.model, self.trust_remote_code)
-        if self.data.chat_template is not None:
-            tokenizer.chat_template = packing.chat_template(tokenizer, self.data)
+        tokenizer = tokenizer_of(self.model, self.data, self.trust_remote_code)
         return tokenizer
 
     @property

@@ -43,11 +43,11 @@ from models.teachers.encodings.top_k import FLOOR, TopK, ids_dtype
 from models.teachers.teacher import Opening, Source
 from pipeline import artifact
 from pipeline.context import Context
-from pipeline.data import packing
 from pipeline.data.batch import collate, pad_token
 from pipeline.data.pairs import teacher_side
-from pipeline.data.rows import RowSource, check_source, rows_of, source_key
+from pipeline.data.rows import RowSource, check_source, rows_of, source_key, tokenizer_of
 from pipeline.data.tokenizer import load_tokenizer, tokenizer_key
+from pipeline.planned import teacher_config
 from pipeline.progress import shown
 from pipeline.stages.stage import Makes, Stage
 from pipeline.stages.stage import Plan as StagePlan
@@ -114,7 +114,7 @@ class Record(Stage):
                 f"task.draws={self.data.teacher_prompts}: the mean of several prompts' distributions is not recorded; "
                 f"use task.draws=1, or teacher=online or sharded"
             )
-        config = fit.teacher_config(context, self.teacher, weights=self.teacher.runs_here)
+        config = teacher_config(context, self.teacher, weights=self.teacher.runs_here)
         fit.check_length(config, self.data, "teacher")
         planned = Header(describe(self._encoding), config.vocab_size, "", "", None, self.teacher.dtype)
         config.save_pretrained(self._planned(context))
@@ -135,9 +135,7 @@ class Record(Stage):
 
     def prepare(self, context: Context) -> None:
         """Rows, and which of them are still to be read; one process, before the ranks."""
-        tokenizer = load_tokenizer(self.teacher.path, self.teacher.trust_remote_code)
-        if self.data.chat_template is not None:  # as training does, so that both find the same prepared rows
-            tokenizer.chat_template = packing.chat_template(tokenizer, self.data)
+        tokenizer = tokenizer_of(self.teacher.path, self.data, self.teacher.trust_remote_code)
         context.work.mkdir(parents=True, exist_ok=True)
         rows, statistics, folder = rows_of(self.data, "train", tokenizer, context.data_folder)
         rows = teacher_side(rows)
@@ -306,8 +304,6 @@ class Record(Stage):
             endpoint = self.teacher.endpoint  # asked for its model: what answers at an address can change
             teacher = f"served {endpoint.model or endpoint.ask().model}"
         template = getattr(tokenizer, "chat_template", None)
-        if self.data.chat_template is not None:
-            template = packing.chat_template(tokenizer, self.data)
         return Header(
             describe(self._encoding),
             len(tokenizer),

@@ -23,7 +23,6 @@ from hydra.utils import instantiate
 from models.errors import Refusal
 from models.load import (
     attention_for,
-    check_folder,
     empty_model,
     load_config,
     load_model,
@@ -42,12 +41,11 @@ from models.training.language_model import LanguageModel
 from models.training.on_policy import OnPolicy, Rollouts, ends_of
 from pipeline import artifact
 from pipeline.context import Context
-from pipeline.data import packing
 from pipeline.data.alignment import vocabulary_pairs
 from pipeline.data.batch import collate, pad_token
 from pipeline.data.loader import Rows, accumulation
 from pipeline.data.pairs import common_prefix
-from pipeline.data.rows import RowSource, rows_of
+from pipeline.data.rows import RowSource, rows_of, with_template
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.training.strategy import prepare_environment
 
@@ -132,19 +130,6 @@ def check(context: Context, training: Training, precision: Any) -> None:
     last_checkpoint(context.work / "checkpoints", context.strategy.sharded, context.world)
 
 
-def teacher_config(context: Context, teacher: Source, weights: bool) -> Any:
-    """In the check: the config of a teacher that is there, `weights` and all, or that a stage before will make."""
-    made_here = context.produced_by(teacher.path)
-    if not made_here:
-        check_folder(teacher.path, "teacher", weights=weights)
-    elif context.config_folder(teacher.path) == teacher.path and not context.finished(teacher.path):
-        raise Refusal(
-            f"{context.stage} needs the stage {made_here}, which has not been run; add it to stages, or give "
-            f"teacher.path=FOLDER"
-        )
-    return load_config(context.config_folder(teacher.path), "teacher", teacher.trust_remote_code)
-
-
 def check_length(config: Any, data: RowSource, role: str) -> None:
     name = "max_length"
     if role == "teacher" and data.teacher_prompts:
@@ -180,8 +165,7 @@ def prepare(
 ) -> None:
     """Tokenize and pack, and write the weights training starts from. One process; the ranks come after."""
     context.work.mkdir(parents=True, exist_ok=True)
-    if data.chat_template is not None:  # the finished model is to be talked to as it was taught
-        tokenizer.chat_template = packing.chat_template(tokenizer, data)
+    with_template(tokenizer, data)  # the finished model is to be talked to as it was taught
     folders: dict[str, str | None] = {"start": str(context.work / "start")}
     statistics = {}
     for split in ("train", "validation"):

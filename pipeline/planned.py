@@ -1,0 +1,42 @@
+"""In the check: the config of a model that is there already, or that a stage before this one will make."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from models.errors import Refusal
+from models.load import check_folder, load_config
+from models.teachers.teacher import Source
+from pipeline.context import Context
+
+
+def config_of(
+    context: Context, path: str, role: str, *, setting: str, trust_remote_code: bool = False, weights: bool = True
+) -> Any:
+    """The Hugging Face config of `path`: a folder or hub id, checked with its weights (or without: `weights=False`), or
+    the folder of a stage of this run. `role` and `setting` are for messages: what the model is to the stage, and the
+    setting that names another one. Raises Refusal where the stage that makes it does not run."""
+    made_here = context.produced_by(path)
+    if not made_here:
+        check_folder(path, role, weights=weights)
+    elif context.config_folder(path) == path and not context.finished(path):
+        raise needs_stage(context, made_here, setting)
+    return load_config(context.config_folder(path), role, trust_remote_code)
+
+
+def teacher_config(context: Context, teacher: Source, weights: bool) -> Any:
+    return config_of(
+        context,
+        teacher.path,
+        "teacher",
+        setting="teacher.path",
+        trust_remote_code=teacher.trust_remote_code,
+        weights=weights,
+    )
+
+
+def needs_stage(context: Context, stage: str, setting: str) -> Refusal:
+    """What a stage reads is another stage's work, which is neither there nor in this run."""
+    return Refusal(
+        f"{context.stage} needs the stage {stage}, which has not been run; add it to stages, or give {setting}=FOLDER"
+    )
