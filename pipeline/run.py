@@ -25,7 +25,8 @@ from models.errors import Refusal, StageFailed
 from pipeline import artifact
 from pipeline.config import differences, fingerprint, identity, selected
 from pipeline.launch import die_with, environment
-from pipeline.report.report import table, write_report
+from pipeline.report.report import write_report
+from pipeline.report.terminal import table
 
 console = Console()
 

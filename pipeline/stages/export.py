@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from torch import Tensor
 
 from models.errors import Refusal
@@ -35,8 +34,7 @@ from pipeline.context import Context
 from pipeline.data.batch import collate, pad_token
 from pipeline.data.rows import RowSource, check_source, rows_of, source_key, tokenizer_of
 from pipeline.progress import shown
-from pipeline.report import units
-from pipeline.report.report import BITS, COLUMNS
+from pipeline.report import card, units
 from pipeline.stages.stage import Makes, Stage
 from pipeline.stages.stage import Plan as StagePlan
 
@@ -265,7 +263,15 @@ class Export(Stage):
             },
             "seconds": round(time.monotonic() - begin, 3),
         }
-        (aside / artifact.CARD).write_text(self._card(context, name, manifest, aside))
+        text = card.text(
+            run=context.run_dir.name,
+            name=name,
+            model=self.model,
+            manifest=manifest,
+            device=_device(context),
+            serving=form.serving(aside, str(context.out / name)),
+        )
+        (aside / artifact.CARD).write_text(text)
         artifact.write_json(aside / artifact.MANIFEST, manifest)
         os.rename(aside, context.work / name)
         rounded = "" if odd is None else ", which rounds anew what is on no grid"
@@ -302,37 +308,6 @@ class Export(Stage):
                     f"(stages.{context.stage}.{setting}); nothing was written"
                 )
 
-    def _card(self, context: Context, name: str, manifest: dict[str, Any], aside: Path) -> str:
-        templates = Environment(
-            loader=FileSystemLoader(Path(__file__).parent.parent / "report"),
-            autoescape=False,  # Markdown
-            undefined=StrictUndefined,
-            trim_blocks=True,
-            lstrip_blocks=True,
-            keep_trailing_newline=True,
-        )
-        told = manifest["certificates"]
-        return templates.get_template("card.md.j2").render(
-            run=context.run_dir.name,
-            format=name,
-            lineage=lineage(self.model),
-            told=told,
-            runtime=told["runtime"],
-            metrics=manifest["metrics"],
-            row=_row(manifest["metrics"]),
-            device=torch.cuda.get_device_name()
-            if context.device == "cuda"
-            else f"{torch.get_num_threads()} threads of a CPU",
-            serving=self._formats[name].serving(aside, str(context.out / name)),
-            versions=manifest["versions"],
-        )
-
-
-def _row(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(heading, figure) as the report has them; speed and memory where they were measured."""
-    shown = [column for column in (*COLUMNS, BITS) if metrics.get(column.key) is not None]
-    return [(column.heading, column.show(metrics[column.key])) for column in shown]
-
 
 def local_folder(model: str) -> Path:
     """A hub id's files, brought here."""
@@ -343,39 +318,11 @@ def local_folder(model: str) -> Path:
     return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]))
 
 
-def lineage(path: str) -> list[dict[str, Any]]:
-    """The model's own stage first, then its parents, each once."""
-    found: dict[str, dict[str, Any]] = {}
-
-    def walk(role: str, at: str, said: str | None, deep: int) -> None:
-        if at in found or deep > 32:
-            return
-        manifest = artifact.read_manifest(Path(at))
-        found[at] = {
-            "role": role,
-            "stage": manifest["stage"] if manifest else Path(at).name,
-            "hash": ((manifest or {}).get("content_hash") or said or "").removeprefix("sha256:")[:12],
-            "recipe": _recipe(manifest) if manifest else "",
-        }
-        for name, parent in ((manifest or {}).get("parents") or {}).items():
-            if name != "data":
-                walk(name, parent["path"], parent.get("content_hash"), deep + 1)
-
-    walk("model", path, None, 0)
-    return list(found.values())
-
-
-def _recipe(manifest: dict[str, Any]) -> str:
-    """A stage's own choices in short: plain values, and the classes of the others."""
-    parts = []
-    for key, value in (manifest.get("config") or {}).items():
-        if isinstance(value, dict) and "_target_" in value:
-            plain = {k: v for k, v in value.items() if k != "_target_" and isinstance(v, int | float | str | bool)}
-            inner = ", ".join(f"{k} {v}" for k, v in list(plain.items())[:5])
-            parts.append(f"{key} {value['_target_'].rpartition('.')[2]}" + (f" ({inner})" if inner else ""))
-        elif isinstance(value, int | float | str) and not key.startswith("_") and key != "trust_remote_code":
-            parts.append(f"{key} {value}")
-    return "; ".join(parts)
+def _device(context: Context) -> str:
+    """The name of what the speed was measured on."""
+    if context.device == "cuda":
+        return torch.cuda.get_device_name()
+    return f"{torch.get_num_threads()} threads of a CPU"
 
 
 def _linked(source: str, target: str) -> str:

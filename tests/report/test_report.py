@@ -13,7 +13,9 @@ import pytest
 from rich.console import Console
 
 from models.errors import Refusal
-from pipeline.report.report import chart, table, units, write_report
+from pipeline.report import chart, units
+from pipeline.report.report import write_report
+from pipeline.report.terminal import table
 
 MEASURED = (
     "perplexity",

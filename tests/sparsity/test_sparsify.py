@@ -20,7 +20,7 @@ from models.training.language_model import LanguageModel
 from pipeline.data.batch import collate
 from pipeline.data.rows import rows_of
 from pipeline.data.tokenizer import load_tokenizer
-from pipeline.report.report import ZEROS_NOTE
+from pipeline.report.columns import ZEROS_NOTE
 from pipeline.worker import build, check
 from tests.command import train, weights
 from tests.staged import Experiment, manifest
@@ -305,7 +305,8 @@ def test_the_report_counts_zeros_and_says_what_they_are_good_for(made: Path, tmp
     shutil.copytree(made, run)
     speed = "stages.evaluate.speed={_target_: models.measure.Speed, prompt_tokens: 8, new_tokens: 4, repeats: 1}"
     make(run, "evaluate", speed)
-    from pipeline.report.report import table, write_report
+    from pipeline.report.report import write_report
+    from pipeline.report.terminal import table
 
     report = write_report(run)
     assert {row["stage"]: row["zeros"] for row in report["rows"]} == {"pretrain": 0.0, "sparsify": 0.5, "recover": 0.5}

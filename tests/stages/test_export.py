@@ -23,7 +23,9 @@ from models.quantization.grid import Grid
 from pipeline.artifact import content_hash, read_manifest
 from pipeline.data.batch import collate
 from pipeline.data.tokenizer import train_tokenizer
-from pipeline.report.report import table, units, write_report
+from pipeline.report import units
+from pipeline.report.report import write_report
+from pipeline.report.terminal import table
 from pipeline.worker import build, check
 from tests.formats.quantized import quantized
 from tests.staged import Experiment, manifest

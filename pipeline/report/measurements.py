@@ -1,0 +1,74 @@
+"""What the evaluations of a run measured, one row for each model, and the comparisons between models."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from pipeline.artifact import BESIDE, GRID
+from pipeline.report.columns import BITS, COLUMNS, FIELDS
+from pipeline.report.manifests import Artifact, parents_of
+
+Json = dict[str, Any]
+
+
+def measurements(artifacts: Sequence[Artifact]) -> Json:
+    by_name = {artifact.name: artifact for artifact in artifacts}
+    rows: dict[tuple[str, str], Json] = {}
+    comparisons: list[Json] = []
+    for results in (a.manifest for a in artifacts if a.manifest["kind"] == "results"):
+        parents, replaced = parents_of(results), set()
+        for row in results["metrics"]["rows"]:
+            owner = row["stage"].partition("/")[0]  # export/gptq is of the stage export
+            artifact = by_name.get(owner)
+            measured = parents.get(owner, {}).get("content_hash")
+            if artifact and measured and measured != artifact.manifest["content_hash"]:
+                replaced.add(row["stage"])
+                continue
+            known = rows.setdefault((row["stage"], row["path"]), dict.fromkeys(FIELDS))
+            # a second evaluation may add what the first did not measure, and contradicts nothing
+            known.update({key: value for key, value in row.items() if known.get(key) is None})
+        comparisons += [
+            comparison
+            for comparison in results["metrics"].get("comparisons", [])
+            if not {comparison["stage"], comparison["against"]} & replaced and comparison not in comparisons
+        ]
+    measured_stages = {stage for stage, _ in rows}
+    for artifact in artifacts:
+        if artifact.manifest["kind"] == "model" and artifact.name not in measured_stages:
+            rows[artifact.name, str(artifact.folder)] = _unmeasured(artifact)
+        for form, told in (
+            artifact.manifest["metrics"]["formats"].items() if artifact.manifest["kind"] == "exports" else ()
+        ):
+            if (name := f"{artifact.name}/{form}") not in measured_stages:
+                rows[name, str(artifact.folder / form)] = dict.fromkeys(FIELDS) | {
+                    "stage": name,
+                    "path": str((artifact.folder / form).resolve()),
+                    "parameters": artifact.manifest["metrics"]["parameters"],
+                    **{column.key: told[column.key] for column in (*COLUMNS, BITS) if column.key in told},
+                }
+    return {"rows": _finite(list(rows.values())), "comparisons": _finite(comparisons)}
+
+
+def _unmeasured(artifact: Artifact) -> Json:
+    manifest = artifact.manifest
+    files = manifest["files"]
+    return dict.fromkeys(FIELDS) | {
+        "stage": artifact.name,
+        "path": str(artifact.folder.resolve()),
+        "parameters": manifest.get("metrics", {}).get("parameters"),
+        "bytes": sum(file["bytes"] for name, file in files.items() if name not in (*BESIDE, GRID) and "/" not in name),
+        "seconds": manifest.get("seconds"),
+        "tokens": manifest.get("tokens"),
+        **({} if (bits := manifest.get("metrics", {}).get(BITS.key)) is None else {BITS.key: bits}),
+    }
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: null."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,95 @@
+"""What the report says, as text, before it becomes Markdown or HTML."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.report import units
+from pipeline.report.columns import columns_of, notes_on, plain
+from pipeline.report.manifests import Artifact, parents_of
+
+Json = dict[str, Any]
+
+
+def page_of(run_dir: Path, artifacts: Sequence[Artifact], report: Json) -> Json:
+    """What both the Markdown and the HTML say, as text."""
+    columns = columns_of(report["rows"])
+    manifests = {artifact.name: artifact.manifest for artifact in artifacts}
+    cost = [
+        (name, plain(m.get("steps")), units.si(m.get("tokens")), units.duration(m.get("seconds")), _speed(m))
+        for name, m in manifests.items()
+    ]
+    return {
+        "run": run_dir.resolve().name,
+        "headings": ["stage", *(column.heading for column in columns)],
+        "rows": [[row["stage"], *(column.show(row.get(column.key)) for column in columns)] for row in report["rows"]],
+        "notes": notes_on(report["rows"]),
+        "comparisons": [
+            {
+                "sentence": sentence(comparison),
+                "change": units.percent(comparison["relative"]).replace("-", "−"),
+                "better": (comparison["relative"] or 0) < 0,
+                "sides": [
+                    (comparison["stage"], units.score(comparison["perplexity"])),
+                    (comparison["against"], units.score(comparison["against_perplexity"])),
+                ],
+            }
+            for comparison in report["comparisons"]
+        ],
+        "lineage": [
+            {
+                "stage": name,
+                "hash": _short_hash(manifest["content_hash"]) if manifest["files"] else "",  # results are the manifest
+                "parents": [_parent(role, parent, manifests) for role, parent in parents_of(manifest).items()],
+            }
+            for name, manifest in manifests.items()
+        ],
+        "cost": cost,
+        "total": units.duration(sum(m.get("seconds") or 0 for m in manifests.values())),
+        "environment": _environment(manifests),
+    }
+
+
+def _parent(role: str, parent: Json, manifests: dict[str, Json]) -> Json:
+    name = Path(parent["path"]).name
+    known = manifests.get(name)
+    replaced = bool(known and parent.get("content_hash") and known["content_hash"] != parent["content_hash"])
+    return {
+        "role": "" if role == name else role,
+        "name": name if known else parent["path"],
+        "hash": _short_hash(parent.get("content_hash")),
+        "replaced": replaced,
+    }
+
+
+def _short_hash(content_hash: str | None) -> str:
+    return (content_hash or "").removeprefix("sha256:")[:8]
+
+
+def _speed(manifest: Json) -> str:
+    seconds, tokens = manifest.get("seconds"), manifest.get("tokens")
+    return units.si(tokens / seconds) if seconds and tokens else units.NOTHING
+
+
+def _environment(manifests: dict[str, Json]) -> list[tuple[str, str]]:
+    """Commit, seed and library versions; where stages differ, each value with its stages."""
+    stages: dict[str, dict[str, list[str]]] = {}
+    for name, manifest in manifests.items():
+        commit = manifest.get("git_commit") or "not a git checkout"
+        facts = {"commit": commit, "seed": manifest.get("seed"), **manifest.get("versions", {})}
+        for key, value in facts.items():
+            if value is not None:
+                stages.setdefault(key, {}).setdefault(str(value), []).append(name)
+    return [
+        (key, "; ".join(v if len(values) == 1 else f"{v} ({', '.join(names)})" for v, names in values.items()))
+        for key, values in stages.items()
+    ]
+
+
+def sentence(comparison: Json) -> str:
+    return (
+        f"{comparison['stage']} {units.score(comparison['perplexity'])} against {comparison['against']} "
+        f"{units.score(comparison['against_perplexity'])}: {units.percent(comparison['relative'])}"
+    )
