@@ -2,31 +2,30 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+DEFAULT := -n auto --dist loadfile --no-loadscope-reorder -m "not slow and not gpu and not slurm"
 
-.PHONY: demo test setup lint test-slow test-slurm clean
+.PHONY: demo help setup test unit test-slow test-gpu test-slurm coverage lint docs clean
 
-demo: setup  ## run the quickstart: corpus, teacher, student, control, cut, healed, 4 bits, exports, report
+##@ Run
+
+demo: setup  ## the quickstart, offline: teacher, distilled student, pruned, recovered, 4 bits, exports, report
 	@echo "==> running the quickstart: about 8 minutes on 2 cores; results in runs/quickstart"
 	$(BIN)/python train.py
 
-test: setup lint  ## what CI runs
-	@echo "==> running the tests"
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m "not slow and not gpu and not slurm"
+help:  ## this page
+	@awk 'BEGIN { FS = ":.*##" } \
+		/^##@ / { printf "\n%s\n", substr($$0, 5) } \
+		/^[a-z-]+:.*##/ { printf "  make %-12s%s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@echo
+	@echo "Examples (after make setup; python train.py --help tells the rest)"
+	@echo "  $(BIN)/python train.py dry_run=true"
+	@echo "  $(BIN)/python train.py +experiment=demo/prune_recover"
+	@echo "  $(BIN)/python train.py +experiment=quantize_only model.path=FOLDER quantizer=gptq scheme=w4a16_g128"
 
-test-slow: setup
-	$(BIN)/python -m pytest -m "slow"
+##@ Prepare
 
-test-slurm: setup  ## on a throw-away Slurm with two pretended nodes (Debian: slurmctld slurmd slurm-client munge)
-	$(BIN)/python -m pytest -m "slurm"
-
-lint: setup
-	@echo "==> checking style, types and layers"
-	$(BIN)/ruff check --quiet .
-	$(BIN)/ruff format --check --quiet .
-	$(BIN)/mypy
-	$(BIN)/lint-imports --no-cache
-
-setup: $(VENV)/ready  ## prepare .venv with the pinned dependencies
+setup: $(VENV)/ready  ## make .venv with the pinned dependencies (PYTHON=python3.12 chooses the interpreter)
 
 $(VENV)/ready: constraints.txt pyproject.toml
 	@echo "==> preparing $(VENV): PyTorch and friends, some minutes the first time"
@@ -36,5 +35,38 @@ $(VENV)/ready: constraints.txt pyproject.toml
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-clean:
-	rm -rf $(VENV) runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+clean:  ## delete .venv, runs/, and what the tools have cached
+	rm -rf $(VENV) runs build site htmlcov .coverage *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+##@ Check
+
+test: lint unit  ## style, types, layers and the default tests: what CI runs
+
+unit: setup  ## the default tests alone
+	@echo "==> running the tests"
+	$(PYTEST) $(DEFAULT)
+
+test-slow: setup  ## the tests that take minutes each
+	$(BIN)/python -m pytest -m "slow"
+
+test-gpu: setup  ## the tests that need a CUDA device
+	$(BIN)/python -m pytest -m "gpu"
+
+test-slurm: setup  ## on a throw-away Slurm with two pretended nodes (Debian: slurmctld slurmd slurm-client munge)
+	$(BIN)/python -m pytest -m "slurm"
+
+coverage: setup  ## the default tests, and which lines they run (htmlcov/index.html)
+	@echo "==> running the tests with coverage"
+	$(PYTEST) $(DEFAULT) --cov --cov-report=html --cov-report=term:skip-covered
+
+lint: setup  ## style (ruff), types (mypy), layers (import-linter)
+	@echo "==> checking style, types and layers"
+	$(BIN)/ruff check --quiet .
+	$(BIN)/ruff format --check --quiet .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+##@ Document
+
+docs: setup  ## the documentation in site/, built strictly: a broken link is an error
+	$(BIN)/mkdocs build --strict
