@@ -295,7 +295,7 @@ def write_inputs(folder: Path, settings: Settings) -> tuple[Settings, float | No
     from tokenizers import Tokenizer, models
     from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, logging
 
-    from pipeline.data.corpora import Data, documents
+    from pipeline.data.documents import Documents, documents
     from pipeline.data.tokenizer import load_tokenizer
 
     logging.disable_progress_bar()
@@ -319,7 +319,7 @@ def write_inputs(folder: Path, settings: Settings) -> tuple[Settings, float | No
     tokenizer = load_tokenizer(settings.model)
 
     def some(split: str, rows: int, length: int) -> Any:
-        texts = tokenizer(documents(Data(), split)["text"][:])["input_ids"]
+        texts = tokenizer(documents(Documents(), split)["text"][:])["input_ids"]
         whole = torch.tensor([token for text in texts for token in text])
         every = len(whole) // rows  # from all of the text alike
         if every < length:

@@ -259,7 +259,7 @@ def write_tokens(folder: Path, settings: Settings) -> None:
     """The rows that our stage calibrates with, for the peer too; and rows of text that was held out."""
     import torch
 
-    from pipeline.data.corpora import documents
+    from pipeline.data.documents import documents
 
     calibration = []
     for repeat in range(settings.repeats):

@@ -112,9 +112,9 @@ class Clock:
 
 def text(folder: Path, name: str, settings: Settings) -> Any:
     """The node `data` of a run on one of the files that `write_inputs` wrote."""
-    from pipeline.data.corpora import Data
+    from pipeline.data.documents import Documents
 
-    return Data(train=str(folder / f"{name}.jsonl"), holdout=0.0, max_length=settings.length)
+    return Documents(train=str(folder / f"{name}.jsonl"), holdout=0.0, max_length=settings.length)
 
 
 def rows_of(folder: Path, name: str, settings: Settings) -> Any:
@@ -133,10 +133,10 @@ def write_inputs(folder: Path, settings: Settings) -> dict[str, Any]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from models.objectives.cross_entropy import CrossEntropy
-    from pipeline.data.corpora import Data, documents
+    from pipeline.data.documents import Documents, documents
     from pipeline.data.tokenizer import train_tokenizer
 
-    texts = documents(Data(), "train")["text"][:]
+    texts = documents(Documents(), "train")["text"][:]
     tokenizer = train_tokenizer(texts, settings.vocabulary, folder / "tokenizer")
     random.Random(0).shuffle(texts)
     for name, rows in (("epoch", settings.epoch_rows), ("lessons", settings.teacher_steps * settings.teacher_rows)):

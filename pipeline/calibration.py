@@ -22,7 +22,9 @@ from models.quantization.record import Known, known, read_known
 from models.representations import decoder_layers
 from pipeline import artifact, planned
 from pipeline.context import Context
-from pipeline.data.rows import RowSource, check_source, rows_of, tokenizer_of
+from pipeline.data.conversations import tokenizer_of
+from pipeline.data.prepared import sequences_of
+from pipeline.data.source import DataSource, check_source
 from pipeline.stages.stage import Plan
 
 _AT_ONCE = 8  # rows in a batch
@@ -34,7 +36,7 @@ class Walk:
 
     stage: str  # as its settings are called
     model: str
-    data: RowSource
+    data: DataSource
     reads: bool  # whether text is needed
     rows: int
     tokens: int  # of each row
@@ -157,10 +159,10 @@ def check(config: Any, tokens: int, stage: str) -> None:
 
 
 def batches(
-    context: Context, data: RowSource, tokenizer: Any, size: tuple[int, int], seed: int, stage: str
+    context: Context, data: DataSource, tokenizer: Any, size: tuple[int, int], seed: int, stage: str
 ) -> list[Tensor]:
     """Int64[B, T] each, rows × tokens in all: training documents in an order drawn by the seed, laid end to end."""
-    rows, _, _ = rows_of(data, "train", tokenizer, context.data_folder)
+    rows, _, _ = sequences_of(data, "train", tokenizer, context.data_folder)
     count, length = size
     tokens: list[int] = []
     for number in np.random.default_rng(seed).permutation(len(rows)):

@@ -256,7 +256,7 @@ def test_tiny_changes_sizes_only() -> None:
         "keep",
         "max_length",
         "max_documents",
-        "validation_rows",
+        "validation_sequences",
         "holdout",
         "max_steps",
         "max_tokens",

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from models.errors import Refusal
-from pipeline.data import corpora
 from pipeline.data.pairs import Pair, cut, write_rows
-from pipeline.data.prompts import begin_token
-from pipeline.data.tokenizer import FILES, load_tokenizer, tokenizer_key
+from pipeline.data.readers import objects, parquet
+from pipeline.data.source import SPLITS, DataSource, Prompt
+from pipeline.data.tokenizer import FILES, begin_token, load_tokenizer, tokenizer_key
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -31,7 +32,7 @@ _TEACHERS = "teacher_prompt_ids"
 
 
 @dataclass
-class Answers:
+class Answers(DataSource):
     """`train`: a folder of the stage `generate`, or a .parquet or .jsonl file, or a folder of them, with the columns
     prompt_ids and completion_ids, or prompt and completion as text.
 
@@ -49,12 +50,8 @@ class Answers:
     too_long: str = "refuse"  # drop: left out; truncate: the completion is cut; both counted
     holdout: float = 0.05
     max_answers: int | None = None  # of each split, the first ones
-    validation_rows: int | None = None
+    validation_sequences: int | None = None
     node: ClassVar[str] = "answers"
-
-    @property
-    def stops(self) -> list[str]:
-        return []
 
     @property
     def made_by_stages(self) -> dict[str, str]:
@@ -80,7 +77,7 @@ class Answers:
             raise Refusal(f"data.holdout={self.holdout}: need [0, 0.5); 0.05 holds 5 % out for each split")
         if self.context and self.as_text:
             raise Refusal("data.context=true with as_text=true: the teacher's own prompts are tokens; leave one out")
-        for name in ("max_answers", "validation_rows"):
+        for name in ("max_answers", "validation_sequences"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise Refusal(f"data.{name}={getattr(self, name)}: need 1 or more, or null for all")
         files = [] if planned else self._files("train")
@@ -94,7 +91,7 @@ class Answers:
             "train": {
                 "sources": [self.train],
                 "bytes": sum(path.stat().st_size for path in files) if files else None,
-                "documents": sum(corpora.parquet(path).metadata.num_rows for path in files) if readable else None,
+                "documents": sum(parquet(path).metadata.num_rows for path in files) if readable else None,
             },
         }
 
@@ -109,7 +106,7 @@ class Answers:
         return False
 
     def content_key(self) -> str:
-        shape = {name: value for name, value in vars(self).items() if name != "validation_rows"}
+        shape = {name: value for name, value in vars(self).items() if name != "validation_sequences"}
         content = []
         for split in ("train", "validation", "test"):
             shape.pop(split)
@@ -117,6 +114,16 @@ class Answers:
                 with path.open("rb") as file:
                     content.append([split, path.suffix, hashlib.file_digest(file, "sha256").hexdigest()])
         return hashlib.sha256(json.dumps([content, shape], sort_keys=True).encode()).hexdigest()
+
+    def texts(self, split: str) -> Iterable[str]:
+        raise Refusal(
+            f"data.train={self.train}: no tokenizer is trained on answers; name the tokenizer that they are written in"
+        )
+
+    def prompts(self, split: str, tokenizer: Any, prompt_tokens: int | None, tally: Counter[str]) -> Iterator[Prompt]:
+        raise Refusal(
+            f"data.train={self.train}: answers are no prompts; give texts, conversations or a task (data=files)"
+        )
 
     def prepare(
         self, split: str, tokenizer: Any, folder: Path, teacher_tokenizer: Any = None
@@ -162,9 +169,9 @@ class Answers:
     def _columns(self, path: Path) -> tuple[str, str]:
         """The columns to read; a Refusal where they are missing."""
         if path.suffix == ".parquet":
-            there = set(corpora.parquet(path).schema_arrow.names)
+            there = set(parquet(path).schema_arrow.names)
         else:
-            there = set(next(corpora.objects(path), ("", {}))[1])
+            there = set(next(objects(path), ("", {}))[1])
         wanted = _TEXTS if self.as_text or not there.issuperset(_IDS) else _IDS
         if missing := [name for name in wanted if name not in there]:
             raise Refusal(
@@ -261,8 +268,8 @@ class Answers:
                         f"{where}: its {odd[0]} is {type(row[odd[0]]).__name__}, and text is needed; conversations are "
                         f"read by data=chat"
                     )
-                if row.get("split") not in (None, *corpora.SPLITS):
-                    raise Refusal(f"{where}: its split is {row['split']!r}; need one of {', '.join(corpora.SPLITS)}")
+                if row.get("split") not in (None, *SPLITS):
+                    raise Refusal(f"{where}: its split is {row['split']!r}; need one of {', '.join(SPLITS)}")
                 if own != "train" or self._split_of(row, wanted[0]) == split:
                     yield row
 
@@ -287,10 +294,10 @@ def _asked(row: dict[str, Any]) -> set[bytes]:
 def _records(path: Path, names: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     """The records of a file, each with where it stands; of these columns those that it has."""
     if path.suffix == ".parquet":
-        file = corpora.parquet(path)
+        file = parquet(path)
         columns = [name for name in file.schema_arrow.names if name in names]
         rows = chain.from_iterable(batch.to_pylist() for batch in file.iter_batches(1000, columns=columns))
         yield from ((f"{path} row {number}", row) for number, row in enumerate(rows))
         return
-    for where, record in corpora.objects(path):
+    for where, record in objects(path):
         yield where, {name: value for name, value in record.items() if name in names}

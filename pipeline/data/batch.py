@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-IGNORED = -100
+from models.targets import IGNORED
 
 
 def collate(

@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from models.targets import IGNORED
 from pipeline.data import packing
-from pipeline.data.packing import IGNORED
+from pipeline.data.prepared import once
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -83,7 +84,7 @@ def write_rows(
         with packing.progress(shown=written > 100_000):
             packing.write_rows(pieces, aside, max_length=max_length, packing=packed, counted=counts)
 
-    return packing.once(folder, build)
+    return once(folder, build)
 
 
 def _piece(pair: Pair, max_length: int, draws: int) -> dict[str, Any]:

@@ -1,15 +1,16 @@
-"""What a teacher is asked to go on from: texts, beginnings of texts, conversations, or a task's queries."""
+"""What a teacher is asked to go on from: texts, beginnings of texts, or conversations."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any
 
 from models.errors import Refusal
-from pipeline.data import corpora, packing
+from pipeline.data.conversations import chat_template
+from pipeline.data.source import DataSource, Prompt
+from pipeline.data.tokenizer import begin_token
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -17,49 +18,18 @@ if TYPE_CHECKING:
 _AT_ONCE = 1000
 
 
-@dataclass(frozen=True)
-class Prompt:
-    text: str
-    ids: list[int]  # the student's
-    teacher_ids: list[int]  # mostly the same
-
-
-@runtime_checkable
-class Asking(Protocol):
-    """A data source that makes its own prompts."""
-
-    def prompts(self, split: str, tokenizer: Any, counts: Counter[str]) -> Iterator[Prompt]:
-        """Those of a split; what is left out for its length is counted in `counts` as `too_long`."""
-        ...
-
-
 def prompts_of(
-    data: Any, split: str, tokenizer: PreTrainedTokenizerBase, prompt_tokens: int | None, tally: Counter[str]
+    documents: Any, tokenizer: PreTrainedTokenizerBase, data: DataSource, prompt_tokens: int | None, tally: Counter[str]
 ) -> Iterator[Prompt]:
-    """The prompts of a split, in the order of its documents.
+    """The prompts that `documents` of `data` make, in their order.
 
     `prompt_tokens`: of every text so many tokens, its begin token not counted; shorter texts are left out and counted
     as `too_short`. None: a whole text is a prompt. A conversation is a prompt up to the assistant's last turn.
     """
-    if isinstance(data, Asking):
-        counts: Counter[str] = Counter()
-        yield from data.prompts(split, tokenizer, counts)
-        tally["left_out_by_task"] += counts["too_long"]
-        tally.update({name: counts[name] for name in ("across", "demonstrations_left_out")})
-        return
-    documents = corpora.documents(data, split, unanswered=True)
     if "messages" in documents.column_names:
         yield from _conversations(data, documents, tokenizer, tally)
     else:
         yield from _texts(documents, tokenizer, prompt_tokens, tally)
-
-
-def begin_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """What stands before a text; a tokenizer without begin puts end there, as its model was taught."""
-    begin = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    if begin is None:
-        raise Refusal("the tokenizer has neither a begin nor an end token, so no text could begin; set its eos_token")
-    return begin
 
 
 def _texts(
@@ -79,11 +49,11 @@ def _texts(
 
 
 def _conversations(
-    data: Any, documents: Any, tokenizer: PreTrainedTokenizerBase, tally: Counter[str]
+    data: DataSource, documents: Any, tokenizer: PreTrainedTokenizerBase, tally: Counter[str]
 ) -> Iterator[Prompt]:
     from jinja2 import TemplateError
 
-    template = packing.chat_template(tokenizer, data)
+    template = chat_template(tokenizer, data)
     conversations = (document["messages"] for document in documents)
     while some := list(islice(conversations, _AT_ONCE)):
         texts = []

@@ -15,7 +15,7 @@ import hashlib
 import json
 import string
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain, islice
@@ -26,9 +26,11 @@ import numpy as np
 
 from models.errors import Refusal
 from models.questions import Question
-from pipeline.data import ciphers, corpora
+from pipeline.data import ciphers
 from pipeline.data.pairs import Pair, cut, write_rows
-from pipeline.data.prompts import Prompt, begin_token
+from pipeline.data.readers import objects, parquet
+from pipeline.data.source import DataSource, Prompt
+from pipeline.data.tokenizer import begin_token
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -67,7 +69,7 @@ class Item:
 
 
 @dataclass
-class Task:
+class Task(DataSource):
     """`train` and `test`: a .jsonl, .json, .csv or .parquet file, a hub id OWNER/NAME, or ciphers:NUMBER."""
 
     train: Any
@@ -88,7 +90,7 @@ class Task:
     too_long: str = "refuse"  # drop: leaves the query out; fewer: first some demonstrations, then the query; counted
     holdout: float = 0.2
     max_queries: int | None = None  # in each split
-    validation_rows: int | None = None
+    validation_sequences: int | None = None
     packing: bool = False
     seed: int = 0
     chat_template: str | None = field(default=None, init=False)
@@ -99,8 +101,8 @@ class Task:
         return [self.separator]
 
     @property
-    def made_by_stages(self) -> dict[str, str]:
-        return {}
+    def whole_prompts(self) -> bool:
+        return True
 
     @property
     def teacher_prompts(self) -> int:
@@ -161,8 +163,8 @@ class Task:
         return bool(self.examples(split))
 
     def content_key(self) -> str:
-        shape = {name: value for name, value in vars(self).items() if name not in ("train", "test", "validation_rows")}
-        shape = {name: value for name, value in shape.items() if not name.startswith("_")}
+        apart = ("train", "test", "validation_sequences")
+        shape = {name: value for name, value in vars(self).items() if name not in apart and not name.startswith("_")}
         content = [None if source is None else _source_key(source) for source in (self.train, self.test)]
         return hashlib.sha256(json.dumps([content, shape], sort_keys=True, default=str).encode()).hexdigest()
 
@@ -408,10 +410,17 @@ class Task:
             found.append((Question(item.prompt, *told), Question(item.teacher_prompts[0], *told)))
         return found
 
-    def prompts(self, split: str, tokenizer: Any, counts: Counter[str]) -> Iterator[Prompt]:
-        """For the stage `generate`: what the teacher answers, and what the student will see of it."""
+    def texts(self, split: str) -> Iterable[str]:
+        """Queries with their answers, as the student sees them."""
+        return (example.query + example.answer + self.separator for example in self.examples(split))
+
+    def prompts(self, split: str, tokenizer: Any, prompt_tokens: int | None, tally: Counter[str]) -> Iterator[Prompt]:
+        """What the teacher answers, and what the student will see of it."""
+        counts: Counter[str] = Counter()
         for item in self.items(split, tokenizer, counts):
             yield Prompt(item.example.query, item.prompt, item.teacher_prompts[0])
+        tally["left_out_by_task"] += counts["too_long"]
+        tally.update({name: counts[name] for name in ("across", "demonstrations_left_out")})
 
 
 def _columns(template: str) -> set[str]:
@@ -451,11 +460,11 @@ def _of_file(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             except (UnicodeDecodeError, csv.Error) as error:
                 raise Refusal(f"{path}: no CSV in UTF-8 ({error}); write it again") from error
     elif path.suffix == ".parquet":
-        rows = chain.from_iterable(batch.to_pylist() for batch in corpora.parquet(path).iter_batches(1000))
+        rows = chain.from_iterable(batch.to_pylist() for batch in parquet(path).iter_batches(1000))
         for number, row in enumerate(rows):
             yield f"{path} row {number}", row
     else:
-        yield from corpora.objects(path)
+        yield from objects(path)
 
 
 def _of_hub(

@@ -144,3 +144,19 @@ def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
         # not these two: they are whatever the last call asked for
         told.append({name: rule for name, rule in rules.items() if name not in ("truncation", "padding")})
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+
+def begin_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """What stands before a text; a tokenizer without begin puts end there, as its model was taught."""
+    begin = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    if begin is None:
+        raise Refusal("the tokenizer has neither a begin nor an end token, so no text could begin; set its eos_token")
+    return begin
+
+
+def ends(tokenizer: PreTrainedTokenizerBase, whose: str) -> tuple[int, int]:
+    """The tokens before and behind a text; a tokenizer without begin puts end there, as its model was taught."""
+    end = tokenizer.eos_token_id
+    if end is None:
+        raise Refusal(f"{whose} has no end token, so no text could end; set its eos_token")
+    return end if tokenizer.bos_token_id is None else tokenizer.bos_token_id, end

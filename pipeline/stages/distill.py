@@ -23,10 +23,10 @@ from models.training.on_policy import OnPolicy
 from pipeline import artifact
 from pipeline.calibration import known_of
 from pipeline.context import Context
-from pipeline.data import packing
-from pipeline.data.alignment import vocabulary_pairs
+from pipeline.data import conversations
 from pipeline.data.pairs import teacher_side
-from pipeline.data.rows import RowSource, check_source, source_key
+from pipeline.data.source import DataSource, check_source, source_key
+from pipeline.data.token_bytes import vocabulary_pairs
 from pipeline.data.tokenizer import first_difference, load_tokenizer, tokenizer_key
 from pipeline.planned import teacher_config
 from pipeline.stages.stage import Makes, Stage
@@ -38,7 +38,7 @@ from pipeline.training import fit
 class Distill(Stage):
     makes: ClassVar[Makes] = "model"
 
-    data: RowSource
+    data: DataSource
     teacher: Source
     student: Start
     objective: Objective
@@ -195,7 +195,7 @@ class Distill(Stage):
     def _check_tokenizers(self, context: Context, teacher: Any, student: Any, chat: bool) -> None:
         tokenizer = load_tokenizer(self.teacher.path, self.teacher.trust_remote_code)
         if chat:
-            packing.chat_template(tokenizer, self.data)
+            conversations.chat_template(tokenizer, self.data)
         if self.student.path and not self._to_be_made(context):
             other = load_tokenizer(self.student.path)
             # Without a teacher beside it a student reads text in its own tokens: sequence-level, from a teacher's text.

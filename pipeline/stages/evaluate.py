@@ -27,7 +27,8 @@ from pipeline import artifact
 from pipeline.alone import Alone
 from pipeline.context import Context
 from pipeline.data.batch import collate, pad_token
-from pipeline.data.rows import RowSource, check_source, rows_of, source_key
+from pipeline.data.prepared import sequences_of
+from pipeline.data.source import DataSource, check_source, source_key
 from pipeline.data.tasks import Task
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.stages.stage import Makes, Stage
@@ -45,7 +46,7 @@ _KILLED = "measuring {} was killed, most likely for lack of memory; try stages.e
 class Evaluate(Stage):
     makes: ClassVar[Makes] = "results"
 
-    data: RowSource
+    data: DataSource
     models: list[str] | None = None  # stage names or folders; None: every model this run has made, and the teacher
     teacher: Source | None = None
     compare: list[list[str]] = field(default_factory=list)  # pairs of stages to be put side by side
@@ -126,9 +127,6 @@ class Evaluate(Stage):
 
     def check(self, context: Context) -> StagePlan:
         corpus = check_source(context, self.data)
-        if not self.data.holdout and not self.data.test:
-            node = self.data.node
-            raise Refusal(f"{node}.holdout=0 and no {node}.test: there is no text to measure on; give one of them")
         if not self.data.holds("test"):
             node = self.data.node
             raise Refusal(
@@ -241,7 +239,7 @@ class Evaluate(Stage):
 
     def _text(self, context: Context, tokenizer: Any) -> tuple[list[dict[str, Any]], int, Any]:
         """(batches of the test split, bytes of their text, a prompt)."""
-        packed, statistics, _ = rows_of(self.data, "test", tokenizer, context.data_folder)
+        packed, statistics, _ = sequences_of(self.data, "test", tokenizer, context.data_folder)
         if not len(packed):
             raise Refusal("data.test: no text to measure on; give data.test or a data.holdout above 0")
         batches = [

@@ -32,7 +32,9 @@ from pipeline.alone import Alone
 from pipeline.calibration import config_of, known_of
 from pipeline.context import Context
 from pipeline.data.batch import collate, pad_token
-from pipeline.data.rows import RowSource, check_source, rows_of, source_key, tokenizer_of
+from pipeline.data.conversations import tokenizer_of
+from pipeline.data.prepared import sequences_of
+from pipeline.data.source import DataSource, check_source, source_key
 from pipeline.progress import shown
 from pipeline.report import card, units
 from pipeline.stages.stage import Makes, Stage
@@ -49,7 +51,7 @@ class Export(Stage):
     makes: ClassVar[Makes] = "exports"
 
     model: str  # folder or hub id
-    data: RowSource  # text that the certificates are measured on
+    data: DataSource  # text that the certificates are measured on
     formats: Mapping[str, Format | None] | None  # folder → what is written there; None: nothing
     rows: int = 8
     tokens: int = 128  # of each row, at most
@@ -174,7 +176,7 @@ class Export(Stage):
         splits = [split for split in ("test", "validation") if self.data.holds(split)]
         found: list[Tensor] = []
         for split in [*splits, "train"]:
-            rows, _, _ = rows_of(self.data, split, tokenizer, context.data_folder)
+            rows, _, _ = sequences_of(self.data, split, tokenizer, context.data_folder)
             for number in range(len(rows)):
                 batch = collate([rows[number]], pad_token=pad_token(tokenizer))
                 found += [ids[: self.tokens] for ids, _ in documents(batch) if len(ids) > 1]

@@ -29,10 +29,9 @@ from pipeline import artifact
 from pipeline.context import Context
 from pipeline.data.answers import ANSWERS, DROPPED
 from pipeline.data.batch import pad_token
-from pipeline.data.corpora import SPLITS
+from pipeline.data.conversations import tokenizer_of
 from pipeline.data.filters import Candidate, Filter, code_key
-from pipeline.data.prompts import Asking, prompts_of
-from pipeline.data.rows import RowSource, check_source, source_key, tokenizer_of
+from pipeline.data.source import SPLITS, DataSource, check_source, source_key
 from pipeline.data.tokenizer import tokenizer_key
 from pipeline.planned import teacher_config
 from pipeline.progress import shown
@@ -80,7 +79,7 @@ class Generate(Stage):
 
     makes: ClassVar[Makes] = "answers"
 
-    data: RowSource
+    data: DataSource
     teacher: Any  # a Source, or one that is recorded elsewhere: cached, served
     sampling: Sampling
     prompt_tokens: int | None = None  # of every text so many tokens are the prompt; None: all of them
@@ -126,7 +125,7 @@ class Generate(Stage):
                 f"stages.{context.stage}.data: answers are no prompts; give texts, conversations or a task (data=files)"
             )
         corpus = check_source(context, self.data)
-        if self.prompt_tokens is not None and (corpus["chat"] or isinstance(self.data, Asking)):
+        if self.prompt_tokens is not None and (corpus["chat"] or self.data.whole_prompts):
             raise Refusal(
                 f"stages.{context.stage}.prompt_tokens={self.prompt_tokens} is for texts; the prompts of "
                 f"{'conversations' if corpus['chat'] else 'a task'} are whole: set it to null"
@@ -218,7 +217,7 @@ class Generate(Stage):
 
             def kept(split: str = split) -> Iterator[dict[str, Any]]:
                 nonlocal longest
-                for prompt in prompts_of(self.data, split, tokenizer, self.prompt_tokens, tally):
+                for prompt in self.data.prompts(split, tokenizer, self.prompt_tokens, tally):
                     tally["found"] += 1
                     student, both = _digest(prompt.ids), _digest([prompt.ids, prompt.teacher_ids])
                     if room is not None and len(prompt.teacher_ids) > room:

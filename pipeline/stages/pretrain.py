@@ -12,8 +12,7 @@ from models.load import empty_model, parameter_count
 from models.objectives.cross_entropy import CrossEntropy
 from models.student import check_sizes, write_fresh
 from pipeline.context import Context
-from pipeline.data import corpora
-from pipeline.data.rows import check_source, source_key
+from pipeline.data.source import DataSource, check_source, source_key
 from pipeline.data.tokenizer import load_tokenizer, train_tokenizer
 from pipeline.stages.stage import Makes, Stage
 from pipeline.stages.stage import Plan as StagePlan
@@ -33,7 +32,7 @@ class Pretrain(Stage):
     makes: ClassVar[Makes] = "model"
     on_demand: ClassVar[bool] = True
 
-    data: corpora.Data
+    data: DataSource
     model: dict[str, Any]  # model_type and whatever numbers of its Hugging Face config
     training: fit.Training
     precision: str
@@ -71,7 +70,7 @@ class Pretrain(Stage):
         else:
             folder = context.work / "tokenizer"
             if not folder.exists():  # written aside and renamed: if it is there, it is whole
-                train_tokenizer(corpora.documents(self.data, "train")["text"], self.tokenizer.vocab_size, folder)
+                train_tokenizer(self.data.texts("train"), self.tokenizer.vocab_size, folder)
             tokenizer = load_tokenizer(str(folder))
 
         def start(folder: Any) -> None:

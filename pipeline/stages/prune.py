@@ -28,10 +28,13 @@ from models.pruning.importance import Importance, Statistics
 from models.pruning.plan import Scores, Shapes, Size, Wish, alike, choose
 from models.pruning.surgery import Kept, cut_state, expressible, silence, silent_experts, smaller_config
 from models.sharding import engine_of, load_sharded, zero3
+from models.targets import IGNORED
 from pipeline import artifact, calibration
 from pipeline.context import Context
-from pipeline.data.batch import IGNORED, blank, collate, pad_token
-from pipeline.data.rows import RowSource, check_source, rows_of, source_key, tokenizer_of
+from pipeline.data.batch import blank, collate, pad_token
+from pipeline.data.conversations import tokenizer_of
+from pipeline.data.prepared import sequences_of
+from pipeline.data.source import DataSource, check_source, source_key
 from pipeline.progress import shown
 from pipeline.stages.stage import Makes, Stage
 from pipeline.stages.stage import Plan as StagePlan
@@ -48,7 +51,7 @@ class Prune(Stage):
     makes: ClassVar[Makes] = "model"
 
     model: str  # folder or hub id
-    data: RowSource  # of whose training split some rows are the calibration
+    data: DataSource  # of whose training split some rows are the calibration
     importance: Importance
     kinds: Sequence[str] = ("heads", "mlp")
     kept_fraction: float | None = 0.8
@@ -188,7 +191,7 @@ class Prune(Stage):
         tokenizer = self._tokenizer()
         folders = {}
         for split in ("train", "validation"):
-            rows, _, folder = rows_of(self.data, split, tokenizer, context.data_folder)
+            rows, _, folder = sequences_of(self.data, split, tokenizer, context.data_folder)
             folders[split] = str(folder) if len(rows) else None
         if folders["train"] is None:
             raise Refusal(

@@ -31,7 +31,7 @@ from models.representations import decoder_layers
 from pipeline import artifact
 from pipeline.calibration import FinishedLayers, Walk, known_of
 from pipeline.context import Context
-from pipeline.data.rows import RowSource, source_key
+from pipeline.data.source import DataSource, source_key
 from pipeline.progress import shown
 from pipeline.stages.stage import Makes, Stage
 from pipeline.stages.stage import Plan as StagePlan
@@ -44,7 +44,7 @@ class Quantize(Stage):
     makes: ClassVar[Makes] = "model"
 
     model: str  # folder or hub id
-    data: RowSource  # of whose training split some text is the calibration
+    data: DataSource  # of whose training split some text is the calibration
     grid: Grid
     method: Method
     activations: Activations | None = None  # of what the matrices read; None: as it is

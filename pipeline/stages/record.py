@@ -44,8 +44,10 @@ from models.teachers.teacher import Opening, Source
 from pipeline import artifact
 from pipeline.context import Context
 from pipeline.data.batch import collate, pad_token
+from pipeline.data.conversations import tokenizer_of
 from pipeline.data.pairs import teacher_side
-from pipeline.data.rows import RowSource, check_source, rows_of, source_key, tokenizer_of
+from pipeline.data.prepared import sequences_of
+from pipeline.data.source import DataSource, check_source, source_key
 from pipeline.data.tokenizer import load_tokenizer, tokenizer_key
 from pipeline.planned import teacher_config
 from pipeline.progress import shown
@@ -63,7 +65,7 @@ class Record(Stage):
     makes: ClassVar[Makes] = "signal"
     on_demand: ClassVar[bool] = True
 
-    data: RowSource
+    data: DataSource
     teacher: Any  # a Source that needs a record: cached, served
     encoding: Encoding
     batch_rows: int = 8  # rows the teacher reads at once; memory only
@@ -137,7 +139,7 @@ class Record(Stage):
         """Rows, and which of them are still to be read; one process, before the ranks."""
         tokenizer = tokenizer_of(self.teacher.path, self.data, self.teacher.trust_remote_code)
         context.work.mkdir(parents=True, exist_ok=True)
-        rows, statistics, folder = rows_of(self.data, "train", tokenizer, context.data_folder)
+        rows, statistics, folder = sequences_of(self.data, "train", tokenizer, context.data_folder)
         rows = teacher_side(rows)
         if not len(rows):
             raise Refusal(f"{context.stage}: no row of data.train is left after tokenizing ({statistics})")

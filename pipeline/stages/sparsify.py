@@ -22,7 +22,7 @@ from models.sparsity.zeros import counted
 from pipeline import artifact
 from pipeline.calibration import FinishedLayers, Walk
 from pipeline.context import Context
-from pipeline.data.rows import RowSource, source_key
+from pipeline.data.source import DataSource, source_key
 from pipeline.progress import shown
 from pipeline.stages.stage import Makes, Stage
 from pipeline.stages.stage import Plan as StagePlan
@@ -35,7 +35,7 @@ class Sparsify(Stage):
     makes: ClassVar[Makes] = "model"
 
     model: str  # folder or hub id
-    data: RowSource  # of whose training split some text is the calibration
+    data: DataSource  # of whose training split some text is the calibration
     method: Method
     fraction: float | None = 0.5
     pattern: str | None = None

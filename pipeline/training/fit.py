@@ -41,11 +41,13 @@ from models.training.language_model import LanguageModel
 from models.training.on_policy import OnPolicy, Rollouts, ends_of
 from pipeline import artifact
 from pipeline.context import Context
-from pipeline.data.alignment import vocabulary_pairs
 from pipeline.data.batch import collate, pad_token
+from pipeline.data.conversations import with_template
 from pipeline.data.loader import Rows, accumulation
 from pipeline.data.pairs import common_prefix
-from pipeline.data.rows import RowSource, rows_of, with_template
+from pipeline.data.prepared import sequences_of
+from pipeline.data.source import DataSource
+from pipeline.data.token_bytes import vocabulary_pairs
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.training.strategy import prepare_environment
 
@@ -130,7 +132,7 @@ def check(context: Context, training: Training, precision: Any) -> None:
     last_checkpoint(context.work / "checkpoints", context.strategy.sharded, context.world)
 
 
-def check_length(config: Any, data: RowSource, role: str) -> None:
+def check_length(config: Any, data: DataSource, role: str) -> None:
     name = "max_length"
     if role == "teacher" and data.teacher_prompts:
         name = "teacher_max_length"
@@ -158,7 +160,7 @@ def check_disk(context: Context, parameters: int) -> None:
 
 def prepare(
     context: Context,
-    data: RowSource,
+    data: DataSource,
     tokenizer: Any,
     write_start: Callable[[Path], None],
     teacher_tokenizer: Any = None,
@@ -170,7 +172,7 @@ def prepare(
     statistics = {}
     for split in ("train", "validation"):
         other = teacher_tokenizer if split == "train" else None
-        rows, statistics[split], folder = rows_of(data, split, tokenizer, context.data_folder, other)
+        rows, statistics[split], folder = sequences_of(data, split, tokenizer, context.data_folder, other)
         folders[split] = str(folder) if len(rows) else None
         if split == "train":
             prefix = common_prefix(rows)
@@ -193,7 +195,7 @@ def train(
     *,
     objective: Objective,
     teacher: Source | None,
-    data: RowSource,
+    data: DataSource,
     training: Training,
     precision: Any,
     teacher_tokenizer: Any = None,
@@ -219,8 +221,8 @@ def train(
     tokenizer = load_tokenizer(prepared["start"])
     attention = attention_for(settings["attention"], device, SAVED[precision])
     validation = load_from_disk(prepared["validation"]) if prepared["validation"] else None
-    if validation is not None and data.validation_rows is not None and len(validation) > data.validation_rows:
-        validation = validation.select(np.linspace(0, len(validation) - 1, data.validation_rows, dtype=int))
+    if validation is not None and data.validation_sequences is not None and len(validation) > data.validation_sequences:
+        validation = validation.select(np.linspace(0, len(validation) - 1, data.validation_sequences, dtype=int))
     rows = Rows(
         load_from_disk(prepared["train"]),
         validation,

@@ -17,13 +17,16 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from models.errors import Refusal
+from models.targets import IGNORED
 from pipeline.data import packing
-from pipeline.data.alignment import LONGEST, Aligner, token_bytes, vocabulary_pairs
+from pipeline.data.alignment import LONGEST, Aligner
 from pipeline.data.batch import collate
-from pipeline.data.corpora import Data
+from pipeline.data.documents import Documents
 from pipeline.data.loader import Rows
-from pipeline.data.packing import IGNORED, prepare
-from pipeline.data.rows import rows_of
+from pipeline.data.packing import prepare
+from pipeline.data.pieces import tokenized
+from pipeline.data.prepared import sequences_of
+from pipeline.data.token_bytes import token_bytes, vocabulary_pairs
 from pipeline.data.tokenizer import load_tokenizer, train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -112,7 +115,7 @@ def spelled(tokenizer: Any, ids: list[int]) -> list[bytes]:
 
 
 def tokens_of(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-    return next(iter(packing._tokenized(tokenizer, [text])))
+    return next(iter(tokenized(tokenizer, [text])))
 
 
 def align(student: Any, teacher: Any, text: str, aligner: Aligner | None = None) -> tuple[Spans, int]:
@@ -361,7 +364,7 @@ def taught_rows(
     tmp: Path, student: Any, teacher: Any, texts: list[str] = TEXTS, **fields: Any
 ) -> tuple[Dataset, dict[str, Any]]:
     documents = Dataset.from_dict({"text": texts})
-    return prepare(documents, student, Data(**fields), folder=tmp / "rows", teacher_tokenizer=teacher)
+    return prepare(documents, student, Documents(**fields), folder=tmp / "rows", teacher_tokenizer=teacher)
 
 
 PAIRS = [("bpe400", "bpe800"), ("bpe800", "stories"), ("stories", "bpe400"), ("unigram", "trimming")]
@@ -403,7 +406,9 @@ def test_the_spans_of_rows_are_supervised_and_say_the_same(
 def test_the_columns_of_the_student_are_what_they_are_without_a_teacher(tmp_path: Path, kinds: dict[str, Any]) -> None:
     one, other = kinds["bpe400"], kinds["bpe800"]
     rows, statistics = taught_rows(tmp_path / "with", one, other, max_length=64)
-    alone, before = prepare(Dataset.from_dict({"text": TEXTS}), one, Data(max_length=64), folder=tmp_path / "without")
+    alone, before = prepare(
+        Dataset.from_dict({"text": TEXTS}), one, Documents(max_length=64), folder=tmp_path / "without"
+    )
     assert alone.column_names == ["input_ids", "position_ids", "targets", "supervised", "bytes"]
     assert {name: rows[:][name] for name in alone.column_names} == alone[:]
     assert {name: statistics[name] for name in before} == before
@@ -478,14 +483,14 @@ def test_a_teacher_without_an_end_is_refused(tmp_path: Path, kinds: dict[str, An
 
 def test_the_folder_of_rows_depends_on_the_teacher(tmp_path: Path, kinds: dict[str, Any]) -> None:
     (tmp_path / "a.txt").write_text("\n\n".join(TEXTS))
-    data = Data(train=str(tmp_path / "a.txt"), sample_by="line", holdout=0)
+    data = Documents(train=str(tmp_path / "a.txt"), sample_by="line", holdout=0)
     folders = [
-        rows_of(data, "train", kinds["bpe400"], tmp_path, teacher)[2]
+        sequences_of(data, "train", kinds["bpe400"], tmp_path, teacher)[2]
         for teacher in (None, kinds["bpe800"], kinds["composing"], kinds["unigram"], kinds["bpe800"])
     ]
     assert len(set(folders)) == 4
     assert folders[1] == folders[4]
-    assert rows_of(data, "train", kinds["bpe400"], tmp_path)[2] == folders[0]
+    assert sequences_of(data, "train", kinds["bpe400"], tmp_path)[2] == folders[0]
 
 
 # Batches
@@ -584,7 +589,7 @@ def chatty(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def taught_chats(tmp: Path, student: Any, teacher: Any, chats: Any = CHATS, **fields: Any) -> Any:
     documents = Dataset.from_dict({"messages": chats})
-    data = Data(**{"max_length": 4096, "packing": False, **fields})
+    data = Documents(**{"max_length": 4096, "packing": False, **fields})
     return prepare(documents, student, data, folder=tmp / "rows", teacher_tokenizer=teacher)
 
 

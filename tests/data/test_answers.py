@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from models.errors import Refusal
+from models.targets import IGNORED
 from pipeline.data.answers import Answers
-from pipeline.data.packing import IGNORED
 from pipeline.data.tokenizer import load_tokenizer, train_tokenizer
 
 TEXTS = sorted({text.strip() for text in topics.values()}, key=len)[:60]

@@ -12,8 +12,10 @@ from tokenizers import processors
 from transformers import ByT5Tokenizer
 
 from models.errors import Refusal
-from pipeline.data.corpora import Data, documents
-from pipeline.data.packing import IGNORED, chat_template, prepare
+from models.targets import IGNORED
+from pipeline.data.conversations import chat_template
+from pipeline.data.documents import Documents, documents
+from pipeline.data.packing import prepare
 from pipeline.data.tokenizer import load_tokenizer, train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -87,7 +89,7 @@ def rows_of(
     if template is not None:
         (tmp / "template.jinja").write_text(template)
         fields["chat_template"] = str(tmp / "template.jinja")
-    data = Data(**{"max_length": 4096, "packing": False, **fields})
+    data = Documents(**{"max_length": 4096, "packing": False, **fields})
     return prepare(Dataset.from_dict({"messages": conversations}), tokenizer, data, folder=tmp / "rows")
 
 
@@ -202,8 +204,8 @@ def test_the_tokenizers_own_template_is_used_unless_a_file_is_given(tmp_path: Pa
     own = load_tokenizer(tmp_path / "t")
     own.chat_template = CHATML
     (tmp_path / "file.jinja").write_text(LLAMA_2)
-    assert chat_template(own, Data()) == CHATML
-    assert chat_template(own, Data(chat_template=str(tmp_path / "file.jinja"))) == LLAMA_2
+    assert chat_template(own, Documents()) == CHATML
+    assert chat_template(own, Documents(chat_template=str(tmp_path / "file.jinja"))) == LLAMA_2
     rows, _ = rows_of(tmp_path, own, [SHORT], None)
     assert spoken(own, rows[0]) == [answer + "<|im_end|>\n" for answer in answers(SHORT)]
 
@@ -213,7 +215,9 @@ def test_a_sharegpt_file_is_learned_from_like_any_other(tmp_path: Path, tokenize
     turns = [{"from": names[message["role"]], "value": message["content"]} for message in SHORT]
     (tmp_path / "a.jsonl").write_text(json.dumps({"conversations": turns}))
     (tmp_path / "t.jinja").write_text(CHATML)
-    data = Data(train=str(tmp_path / "a.jsonl"), holdout=0, chat_template=str(tmp_path / "t.jinja"), max_length=512)
+    data = Documents(
+        train=str(tmp_path / "a.jsonl"), holdout=0, chat_template=str(tmp_path / "t.jinja"), max_length=512
+    )
     rows, _ = prepare(documents(data, "train"), tokenizer, data, folder=tmp_path / "rows")
     assert spoken(tokenizer, rows[0]) == [answer + "<|im_end|>\n" for answer in answers(SHORT)]
 

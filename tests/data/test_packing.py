@@ -14,9 +14,13 @@ from tokenizers.processors import TemplateProcessing
 from transformers import ByT5Tokenizer
 
 from models.errors import Refusal
+from models.targets import IGNORED
 from pipeline.data import packing
-from pipeline.data.corpora import Data, documents, empty_documents
-from pipeline.data.packing import IGNORED, best_fit_decreasing, prepare, prepared
+from pipeline.data.documents import Documents, documents
+from pipeline.data.packing import best_fit_decreasing, prepare
+from pipeline.data.pieces import target_bytes
+from pipeline.data.prepared import prepared
+from pipeline.data.tables import empty_documents
 from pipeline.data.tokenizer import load_tokenizer, train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -76,7 +80,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def rows_of(tmp: Path, tokenizer: Any, texts: list[str] = TEXTS, **fields: Any) -> tuple[Dataset, dict[str, Any]]:
-    return prepare(Dataset.from_dict({"text": texts}), tokenizer, Data(**fields), folder=tmp / "rows")
+    return prepare(Dataset.from_dict({"text": texts}), tokenizer, Documents(**fields), folder=tmp / "rows")
 
 
 def pieces_of(rows: Dataset) -> list[Piece]:
@@ -158,8 +162,8 @@ def test_bytes_are_counted_once_however_tokens_overlap() -> None:
     text = "a é\u20ac z"
     assert len(text.encode()) == 9
     offsets = [(0, 1), (2, 3), (2, 3), (1, 2), (3, 4), (5, 6)]
-    assert packing._target_bytes(text, offsets).tolist() == [1, 3, 0, 0, 3, 2, 0]
-    assert packing._target_bytes(text, offsets[:-1]).tolist() == [1, 3, 0, 0, 3, 2]
+    assert target_bytes(text, offsets).tolist() == [1, 3, 0, 0, 3, 2, 0]
+    assert target_bytes(text, offsets[:-1]).tolist() == [1, 3, 0, 0, 3, 2]
 
 
 def test_supervised_counts_the_targets_of_each_row(tmp_path: Path, plain: Any) -> None:
@@ -234,7 +238,7 @@ def test_no_piece_makes_no_row() -> None:
 def test_rows_are_prepared_once_and_then_only_opened(tmp_path: Path, plain: Any) -> None:
     rows, statistics = rows_of(tmp_path, plain)
     nothing: Any = None
-    again, remembered = prepare(nothing, nothing, Data(), folder=tmp_path / "rows")
+    again, remembered = prepare(nothing, nothing, Documents(), folder=tmp_path / "rows")
     assert again[:] == rows[:]
     assert remembered == statistics == json.loads((tmp_path / "rows" / "statistics.json").read_text())
     assert prepared(tmp_path / "rows")[0][:] == rows[:]
@@ -306,9 +310,9 @@ def test_rows_made_some_at_a_time_are_the_same_rows(
 def test_empty_documents_are_counted_wherever_they_are_found(tmp_path: Path, plain: Any) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in ["one", "", " ", "two"]))
-    dataset = documents(Data(train=str(path), holdout=0), "train")
+    dataset = documents(Documents(train=str(path), holdout=0), "train")
     assert empty_documents(dataset) == 2
-    _, statistics = prepare(dataset, plain, Data(), folder=tmp_path / "rows")
+    _, statistics = prepare(dataset, plain, Documents(), folder=tmp_path / "rows")
     assert (statistics["documents"], statistics["empty"], statistics["pieces"]) == (2, 2, 2)
     _, statistics = rows_of(tmp_path / "direct", plain, ["one", "", " ", "two"])
     assert (statistics["empty"], statistics["pieces"]) == (2, 2)

@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from models.errors import Refusal
+from models.targets import IGNORED
 from pipeline.data.batch import collate
-from pipeline.data.corpora import Data, check, content_key, documents
+from pipeline.data.documents import Documents, check, content_key, documents
 from pipeline.data.loader import MicroBatch, Order, Rows
-from pipeline.data.packing import IGNORED, prepare
+from pipeline.data.packing import prepare
 from pipeline.data.tokenizer import train_tokenizer
 
 TEXTS = [f"Document {i} says: " + "so and so, " * (i % 7 + 1) for i in range(30)]
@@ -39,10 +40,10 @@ def jsonl(path: Path, records: list[Any]) -> str:
     return str(path)
 
 
-def weighted(tmp: Path, **fields: Any) -> Data:
+def weighted(tmp: Path, **fields: Any) -> Documents:
     records = [{"text": text, "w": weight} for text, weight in zip(TEXTS, WEIGHTS, strict=True)]
     given = {"train": jsonl(tmp / "a.jsonl", records), "holdout": 0, "weight_column": "w", "max_length": 24, **fields}
-    return Data(**given)
+    return Documents(**given)
 
 
 def chat(*weights: Any) -> list[dict[str, Any]]:
@@ -54,7 +55,7 @@ def chat(*weights: Any) -> list[dict[str, Any]]:
     return turns
 
 
-def rows_of(tmp: Path, tokenizer: Any, data: Data, **options: Any) -> Any:
+def rows_of(tmp: Path, tokenizer: Any, data: Documents, **options: Any) -> Any:
     return prepare(documents(data, "train"), tokenizer, data, folder=tmp / "rows", **options)
 
 
@@ -75,7 +76,7 @@ def test_weights_stand_beside_the_texts_they_were_given_with(tmp_path: Path) -> 
 def test_splits_do_not_depend_on_weights(tmp_path: Path) -> None:
     for split in ("train", "validation", "test"):
         data = weighted(tmp_path, holdout=0.2)
-        plain = Data(train=data.train, holdout=0.2)
+        plain = Documents(train=data.train, holdout=0.2)
         assert list(documents(data, split)["text"]) == list(documents(plain, split)["text"])
 
 
@@ -84,9 +85,9 @@ def test_a_hub_datasets_weights_are_read_also_where_its_text_column_is_called_te
 ) -> None:
     found = datasets.Dataset.from_dict({"text": ["one", " ", "two"], "w": [1, 5, 2]})
     monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: found)
-    read = documents(Data(train="acme/corpus", holdout=0, weight_column="w"), "train")
+    read = documents(Documents(train="acme/corpus", holdout=0, weight_column="w"), "train")
     assert read[:] == {"text": ["one", "two"], "weight": [1.0, 2.0]}
-    assert documents(Data(train="acme/corpus", holdout=0), "train")[:] == {"text": ["one", "two"]}
+    assert documents(Documents(train="acme/corpus", holdout=0), "train")[:] == {"text": ["one", "two"]}
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -158,7 +159,7 @@ def test_the_content_key_follows_the_weights(tmp_path: Path) -> None:
 
 def test_a_turn_of_weight_0_is_not_supervised_and_needs_no_column(tmp_path: Path, tokenizer: Any) -> None:
     source = jsonl(tmp_path / "c.jsonl", [{"messages": m} for m in (chat(1, 0, None), chat(None), chat(0))])
-    data = Data(train=source, holdout=0, max_length=200, packing=False)
+    data = Documents(train=source, holdout=0, max_length=200, packing=False)
     rows, statistics = rows_of(tmp_path, tokenizer, data)
     said = [tokenizer.decode([t for t in row["targets"] if t != IGNORED]) for row in rows.to_list()]
     assert said == ["Answer 0.<|im_end|>\nAnswer 2.<|im_end|>\n", "Answer 0.<|im_end|>\n"]
@@ -168,7 +169,7 @@ def test_a_turn_of_weight_0_is_not_supervised_and_needs_no_column(tmp_path: Path
 
 
 def test_other_weights_of_turns_need_the_column(tmp_path: Path, tokenizer: Any) -> None:
-    data = Data(train=jsonl(tmp_path / "c.jsonl", [{"messages": chat(None)}, {"messages": chat(0.5)}]), holdout=0)
+    data = Documents(train=jsonl(tmp_path / "c.jsonl", [{"messages": chat(None)}, {"messages": chat(0.5)}]), holdout=0)
     with pytest.raises(Refusal, match=r"conversation 1: a message has weight 0\.5; without data\.weight_column it can"):
         rows_of(tmp_path, tokenizer, data)
 
@@ -178,7 +179,7 @@ def test_a_turn_weighs_its_conversations_weight_times_its_own(tmp_path: Path, to
         tmp_path / "c.jsonl",
         [{"messages": chat(None, 0.5, 0), "w": 3}, {"messages": chat(2), "w": 0}, {"messages": chat(2), "w": 0.25}],
     )
-    data = Data(train=source, holdout=0, weight_column="w", max_length=200, packing=False)
+    data = Documents(train=source, holdout=0, weight_column="w", max_length=200, packing=False)
     rows, statistics = rows_of(tmp_path, tokenizer, data)
     answer = len(tokenizer("Answer 0.<|im_end|>\n")["input_ids"])
     weights = [[weight for weight in row["weights"] if weight] for row in rows.to_list()]
@@ -192,7 +193,7 @@ def test_a_turn_weighs_its_conversations_weight_times_its_own(tmp_path: Path, to
 def test_sources_with_and_without_weights_of_turns_are_read_together(tmp_path: Path) -> None:
     one = jsonl(tmp_path / "one.jsonl", [{"messages": chat(None)}])
     two = jsonl(tmp_path / "two.jsonl", [{"messages": chat(1)}, {"messages": chat(0, None)}])
-    found = documents(Data(train=[one, two], holdout=0), "train")
+    found = documents(Documents(train=[one, two], holdout=0), "train")
     weights = [[message["weight"] for message in messages] for messages in found["messages"]]
     assert weights == [[None, None], [None, None], [None, 0.0, None, None]]
     assert found.column_names == ["messages"]
@@ -200,7 +201,7 @@ def test_sources_with_and_without_weights_of_turns_are_read_together(tmp_path: P
 
 def test_copies_of_a_conversation_fall_to_one_split_whatever_they_weigh(tmp_path: Path) -> None:
     records = [{"messages": [{"role": "user", "content": text}, *chat(w)[1:]]} for text in TEXTS for w in (0, 1, None)]
-    data = Data(train=jsonl(tmp_path / "c.jsonl", records), holdout=0.3)
+    data = Documents(train=jsonl(tmp_path / "c.jsonl", records), holdout=0.3)
     parts = [{m[0]["content"] for m in documents(data, split)["messages"]} for split in ("train", "validation", "test")]
     assert sum(map(len, parts)) == len(TEXTS)
 
@@ -209,7 +210,7 @@ def test_copies_of_a_conversation_fall_to_one_split_whatever_they_weigh(tmp_path
 def test_a_turns_weight_that_is_none_is_refused(tmp_path: Path, weight: Any) -> None:
     source = jsonl(tmp_path / "c.jsonl", [{"messages": chat(None, weight)}])
     with pytest.raises(Refusal, match=f"line 1: message 3: has weight {weight}; need a number from 0"):
-        documents(Data(train=source, holdout=0), "train")
+        documents(Documents(train=source, holdout=0), "train")
 
 
 # Batches

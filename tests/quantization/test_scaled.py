@@ -18,7 +18,7 @@ from models.measure import negative_log_likelihood
 from models.quantization.activations import Activations, attach
 from models.quantization.record import read_record
 from pipeline.data.batch import collate
-from pipeline.data.rows import rows_of
+from pipeline.data.prepared import sequences_of
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.worker import build, check
 from tests.command import weights
@@ -200,6 +200,6 @@ def test_the_report_scores_it_with_its_activations_rounded(teacher: Path, tmp_pa
     model = load_model(str(made), dtype=torch.float32).eval()
     attach(model, read_record(tmp_path / "grid.safetensors"))
     config = EXPERIMENT.composed(run, *words)
-    rows, _, _ = rows_of(build(config, "evaluate").data, "test", load_tokenizer(str(made)), tmp_path / "rows")
+    rows, _, _ = sequences_of(build(config, "evaluate").data, "test", load_tokenizer(str(made)), tmp_path / "rows")
     nats, tokens = negative_log_likelihood(model, [collate([rows[n]], pad_token=0) for n in range(len(rows))])
     assert row["perplexity"] == pytest.approx(math.exp(nats / tokens), rel=1e-6)

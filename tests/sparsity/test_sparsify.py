@@ -18,7 +18,7 @@ from models.sparsity import zeros
 from models.sparsity.sparsegpt import SparseGPT
 from models.training.language_model import LanguageModel
 from pipeline.data.batch import collate
-from pipeline.data.rows import rows_of
+from pipeline.data.prepared import sequences_of
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.report.columns import ZEROS_NOTE
 from pipeline.worker import build, check
@@ -331,7 +331,7 @@ def test_the_more_a_method_looks_at_the_less_is_lost(shared: Path, tmp_path: Pat
         "stages.sparsify.calibration_tokens=128", "stages.sparsify.pattern=null", "stages.sparsify.fraction=0.5",
     ]  # fmt: skip
     config = composed(tmp_path, *words)
-    rows, _, _ = rows_of(build(config, "sparsify").data, "test", load_tokenizer(str(path)), tmp_path / "rows")
+    rows, _, _ = sequences_of(build(config, "sparsify").data, "test", load_tokenizer(str(path)), tmp_path / "rows")
     batches = [collate([rows[n] for n in range(min(24, len(rows)))], pad_token=0)]
     lost = {}
     for method in ("sparsegpt", "wanda", "magnitude"):

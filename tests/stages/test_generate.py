@@ -197,7 +197,7 @@ def test_datasets_reads_them_and_the_manifest_counts_them(made: Path, teacher: P
 
 
 def test_what_is_held_out_is_answered_apart(made: Path, corpus: Path, teacher: Path) -> None:
-    from pipeline.data.corpora import Data, documents
+    from pipeline.data.documents import Documents, documents
 
     tokenizer = load_tokenizer(teacher)
     found = rows_of(made)
@@ -205,7 +205,7 @@ def test_what_is_held_out_is_answered_apart(made: Path, corpus: Path, teacher: P
         (row["split"] for row in found), key=["train", "validation", "test"].index
     )
     for split in ("train", "validation", "test"):
-        texts = documents(Data(str(corpus), holdout=0.2), split)["text"]
+        texts = documents(Documents(str(corpus), holdout=0.2), split)["text"]
         expected = [[tokenizer.bos_token_id, *tokenizer(text)["input_ids"][:8]] for text in texts]
         assert [row["prompt_ids"] for row in found if row["split"] == split] == expected
 

@@ -30,7 +30,7 @@ from models.teachers.served import Served
 from pipeline.artifact import content_hash
 from pipeline.config import Config, parse
 from pipeline.context import Context
-from pipeline.data.corpora import Data
+from pipeline.data.documents import Documents
 from pipeline.stages.record import Record
 from pipeline.worker import build, check
 from tests.command import ROOT, SMALL, train, weights
@@ -355,7 +355,7 @@ def told_by_a_server(logits: Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
 
 def recorder(k: int) -> Record:
     served = Served("teacher", "cache", Endpoint("http://host/v1", top_k=k))
-    return Record(Data(), served, TopK(dtype="float32"))
+    return Record(Documents(), served, TopK(dtype="float32"))
 
 
 @pytest.mark.parametrize("k", [5, 30, 36])

@@ -33,10 +33,10 @@ from models.objectives.skew_forward_kl import SkewForwardKL
 from models.objectives.skew_reverse_kl import SkewReverseKL
 from models.objectives.top_k import TopK
 from models.objectives.total_variation import TotalVariation
+from models.targets import IGNORED
 from models.teachers.online import Resident
 from models.teachers.teacher import Opening
 from models.training.on_policy import OnPolicy, Replica, Rollouts, ends_of
-from pipeline.data.batch import IGNORED
 from pipeline.data.loader import Rows
 from pipeline.worker import build
 from tests.command import SMALL, train

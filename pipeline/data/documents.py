@@ -1,0 +1,333 @@
+"""Documents: texts and conversations from files, folders, hub datasets and the embedded corpora, in three splits.
+
+A document is a text, or a conversation where there is a messages column. It belongs to one split by the hash
+of its content, so neither the order of the input nor a duplicate in it carries held-out text into training.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from models.errors import Refusal
+from pipeline.data.columns import Columns, weight_of
+from pipeline.data.conversations import Content, Conversation, conversation
+from pipeline.data.locations import EMBEDDED, Location, locate
+from pipeline.data.readers import (
+    SAMPLE_BY,
+    column_names,
+    count_documents,
+    hub_dataset,
+    json_cells,
+    parquet_cells,
+    text_documents,
+)
+from pipeline.data.source import SPLITS, DataSource, Prompt
+from pipeline.data.stdlib import library_documents, library_files
+from pipeline.data.tables import in_memory, of_one_kind, with_empty
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_SOON_READ = 2**20  # bytes of files that a check may read to the end
+
+Document = tuple[str, Content, float]  # where it stands, for messages; what it holds; its weight
+
+
+@dataclass
+class Documents(DataSource):
+    """What to read and how it becomes packed sequences: the node `data` of the configuration.
+
+    `train`, `validation` and `test` are sources (pipeline/data/locations.py); of the last two, what is not given is
+    taken out of `train`. A `messages` or `conversations` column makes a source chat, even beside a text column.
+
+    `weight_column` names numbers of 0 or more, one for each document: what its tokens count in the loss, 1 being what
+    they count without. A message's `weight` multiplies it for that turn of the assistant; without a weight_column
+    it may be 0 or 1 only, as in OpenAI's format. What weighs 0 is not supervised.
+    """
+
+    train: Any = "stdlib"  # str | list[str], as the two below
+    validation: Any = None
+    test: Any = None
+    name: str | None = None  # subset of a hub dataset
+    revision: str | None = None  # commit, tag or branch of a hub dataset
+    text_column: str = "text"
+    messages_column: str | None = None
+    weight_column: str | None = None  # of every document
+    sample_by: str = "section"  # a document of a .txt file: section, line, paragraph or document (the file)
+    chat_template: str | None = None  # jinja file, in place of the tokenizer's template
+    max_length: int = 128  # tokens in a packed sequence
+    packing: bool = True
+    holdout: float = 0.05  # share of documents, for each held-out split that is not given
+    max_documents: int | None = None  # in each split, the first ones read
+    validation_sequences: int | None = None
+    node: ClassVar[str] = "data"
+
+    @property
+    def columns(self) -> Columns:
+        return Columns(self.text_column, self.messages_column, self.weight_column)
+
+    def locations(self, split: str) -> list[Location]:
+        """What a split is given as; nothing where it is taken out of train."""
+        return locate(split, getattr(self, split))
+
+    def check(self, planned: bool = False) -> dict[str, Any]:
+        return check(self)
+
+    def holds(self, split: str) -> bool:
+        if split != "train" and not self.locations(split) and not self.holdout:
+            return False
+        locations = self.locations(split) or self.locations("train")
+        size = sum(path.stat().st_size for location in locations for path in location.files)
+        if self.locations(split) or not all(location.files for location in locations) or size > _SOON_READ:
+            return True
+        try:
+            return len(documents(self, split)) > 0
+        except Refusal:
+            return False
+
+    def content_key(self) -> str:
+        return content_key(self)
+
+    def texts(self, split: str) -> Iterable[str]:
+        found = documents(self, split)
+        if "text" not in found.column_names:
+            raise Refusal(f"data.{split}: it holds conversations, and no tokenizer is trained on them; name one")
+        return found["text"]
+
+    def prompts(self, split: str, tokenizer: Any, prompt_tokens: int | None, tally: Counter[str]) -> Iterator[Prompt]:
+        from pipeline.data.prompts import prompts_of  # lazily, as above
+
+        return prompts_of(documents(self, split, unanswered=True), tokenizer, self, prompt_tokens, tally)
+
+    def prepare(
+        self, split: str, tokenizer: Any, folder: Path, teacher_tokenizer: Any = None
+    ) -> tuple[Dataset, dict[str, Any]]:
+        from pipeline.data import packing  # lazily: a check is to load neither numpy nor torch
+
+        return packing.prepare(
+            documents(self, split), tokenizer, self, folder=folder, teacher_tokenizer=teacher_tokenizer
+        )
+
+
+@dataclass
+class _Tally:
+    read: int = 0
+    kept: int = 0
+    empty: int = 0
+    digest: Any = field(default_factory=hashlib.sha256)  # of the kept documents, in order
+
+
+def check(data: Documents) -> dict[str, Any]:
+    """Refuse what can be refused without reading the corpus, and describe the rest for the printed plan.
+
+    Returns {"chat": bool, SPLIT: {"sources": [...], "bytes": int, "documents": int, "tokens_at_most": int}}, with None
+    for what only reading would tell (a hub is not asked); a split to be taken out of train is {"holdout": fraction}.
+    """
+    if data.max_length < 2:
+        raise Refusal(f"data.max_length={data.max_length}: need 2 tokens or more, the second is predicted")
+    if data.sample_by not in SAMPLE_BY:
+        raise Refusal(f"data.sample_by={data.sample_by}: choose one of {', '.join(SAMPLE_BY)}")
+    if not 0 <= data.holdout < 0.5:
+        raise Refusal(f"data.holdout={data.holdout}: need [0, 0.5); 0.05 takes 5 % for each held-out split")
+    for name in ("max_documents", "validation_sequences"):
+        limit = getattr(data, name)
+        if limit is not None and limit < 1:
+            raise Refusal(f"data.{name}={limit}: need 1 or more, or null for all")
+    if data.chat_template is not None and not Path(data.chat_template).expanduser().is_file():
+        raise Refusal(f"data.chat_template={data.chat_template}: no such file; name a jinja file, or null")
+    if not data.locations("train"):
+        raise Refusal("data.train is not set: give a .txt, .jsonl or .parquet file, a folder or a hub id")
+
+    plan: dict[str, Any] = {"chat": None}
+    for split in SPLITS:
+        locations = data.locations(split)
+        plan[split] = _described(locations) if locations else {"holdout": data.holdout}
+        for location in locations:
+            data.columns.check_weighable(location)
+            chats = [False] if location.kind in EMBEDDED else [data.columns.is_chat(path) for path in location.files]
+            for chat in chats:
+                if plan["chat"] not in (None, chat):
+                    raise Refusal(f"{location.label}: text and chat cannot be mixed; give sources of one kind")
+                plan["chat"] = chat
+    return plan
+
+
+def _described(locations: list[Location]) -> dict[str, Any]:
+    files = [path for location in locations for path in location.files]
+    readable = all(location.files for location in locations)
+    size = sum(path.stat().st_size for path in files) if readable else None
+    plain = not any(path.suffix == ".parquet" for path in files)  # the others are no smaller than their text
+    return {
+        "sources": [location.name for location in locations],
+        "bytes": size,
+        "documents": count_documents(files) if readable else None,
+        # Whatever the tokenizer, unless a template adds to it: one a byte, and two at a document's ends.
+        "tokens_at_most": 2 * size if size is not None and plain else None,
+    }
+
+
+def documents(data: Documents, split: str, unanswered: bool = False) -> Dataset:
+    """The documents of one split in reading order: a dataset with the single column `text` or `messages`.
+
+    Files are held in memory as Arrow, about the size of their text; a hub dataset's text stays memory mapped.
+    Empty documents are left out, and `empty_documents` of the result says how many. A held-out split has no
+    documents when `holdout` is 0; that it gets none by chance is refused. `unanswered`: conversations in which the
+    assistant says nothing are taken too, as what it may be asked.
+    """
+    from datasets import concatenate_datasets
+
+    if split not in SPLITS:
+        raise ValueError(f"split={split!r}: one of {', '.join(SPLITS)}")
+    held_out = split != "train" and not data.locations(split)
+    given = "train" if held_out else split
+    label = f"data.{given}={getattr(data, given)}"
+    tally = _Tally()
+    parts = [_part(data, location, split, tally, unanswered) for location in data.locations(given)]
+    if not tally.kept and held_out and data.holdout:
+        raise Refusal(
+            f"{label}: none of its {tally.read} documents falls to {split}; give data.{split}, a larger "
+            "data.holdout (0 does without) or, of a .txt file, data.sample_by=paragraph"
+        )
+    if not tally.kept and not held_out:
+        raise Refusal(f"{label}: none of its {tally.read} documents has text for {split}; give another source")
+    parts = of_one_kind([part for part in parts if len(part)] or parts[:1])
+    if len({tuple(part.column_names) for part in parts}) > 1:
+        raise Refusal(f"{label}: text and chat cannot be mixed; give sources of one kind")
+    return with_empty(concatenate_datasets(parts), tally.empty)
+
+
+def content_key(data: Documents) -> str:
+    """A hash of what the sources hold and how it becomes sequences: for one tokenizer, equal keys mean equal sequences.
+
+    Files count by their bytes and not by their names, the embedded corpus by the bytes of the standard
+    library and the version of the Python that parses it, a hub dataset by its id, subset, revision and split.
+    """
+    content = {split: [_source_key(location) for location in data.locations(split)] for split in SPLITS}
+    shape = {key: value for key, value in vars(data).items() if key not in (*SPLITS, "validation_sequences")}
+    if data.chat_template is not None:
+        shape["chat_template"] = Path(data.chat_template).expanduser().read_text(encoding="utf-8")
+    return hashlib.sha256(json.dumps([content, shape], sort_keys=True).encode()).hexdigest()
+
+
+def _source_key(location: Location) -> list[Any]:
+    if location.kind == "hub":
+        return [location.name, location.hub_split]
+    if location.kind == "ciphers":
+        from pipeline.data import ciphers  # needs numpy, which the check of other sources does without
+
+        return [location.name, ciphers.key()]
+    key: list[Any] = [sys.version] if location.kind == "stdlib" else []
+    for path in location.files or library_files():
+        with path.open("rb") as file:
+            key.append([path.suffix, hashlib.file_digest(file, "sha256").hexdigest()])
+    return key
+
+
+# Reading
+
+
+def _part(data: Documents, location: Location, split: str, tally: _Tally, unanswered: bool = False) -> Dataset:
+    """The documents of one source that belong to the split."""
+    from datasets import Value
+
+    data.columns.check_weighable(location)
+    if location.kind == "hub":
+        dataset = hub_dataset(location, data.name, data.revision)
+        column, chat = data.columns.chosen(dataset.column_names, location.label)
+        columns = data.columns.with_weight(column, dataset.column_names, location.label)
+        dataset = dataset.select_columns(columns)
+        rows = chain.from_iterable(zip(*(batch[name] for name in columns), strict=True) for batch in dataset.iter(1000))
+        read = _documents(((f"{location.label} row {i}", row) for i, row in enumerate(rows)), chat, unanswered)
+        if not chat:
+            indices = [index for index, _, _ in _chosen(data, read, split, tally)]
+            texts = dataset.rename_columns(dict(zip(columns, ("text", "weight"), strict=False)))
+            if data.weight_column is not None and texts.features["weight"] != Value("float64"):
+                texts = texts.cast_column("weight", Value("float64"))
+            return texts.select(indices)
+    elif location.kind == "stdlib":
+        chat, read = False, (("stdlib", text, 1.0) for text in library_documents())
+    elif location.kind == "ciphers":
+        from pipeline.data import ciphers
+
+        chat, read = False, ((location.name, text, 1.0) for text in ciphers.documents("noisy" in location.name))
+    else:
+        chat = data.columns.is_chat(location.files[0])
+        read = chain.from_iterable(_read_file(data, path, chat, unanswered) for path in location.files)
+    values = ((value, weight) for _, value, weight in _chosen(data, read, split, tally))
+    return in_memory(values, chat, data.weight_column is not None, lambda: tally.digest.hexdigest()[:16])
+
+
+def _chosen(
+    data: Documents, read: Iterable[Document], split: str, tally: _Tally
+) -> Iterator[tuple[int, Content, float]]:
+    """The documents of the split and their weights, with their place in the source; counted and hashed on the way."""
+    every = split != "train" and bool(data.locations(split))
+    for index, (where, value, weight) in enumerate(read):
+        if tally.kept == data.max_documents:
+            return
+        tally.read += 1
+        content = value if isinstance(value, str) else _unweighted(value)
+        try:
+            digest = hashlib.sha256(content.encode()).digest()
+        except UnicodeEncodeError as error:
+            raise Refusal(f"{where}: holds half a surrogate pair, which is no text; mend or drop it") from error
+        if not every and _split_of(data, digest) != split:
+            continue
+        if not value or (isinstance(value, str) and value.isspace()):
+            tally.empty += 1
+            continue
+        tally.kept += 1
+        tally.digest.update(digest)
+        yield index, value, weight
+
+
+def _split_of(data: Documents, digest: bytes) -> str:
+    """The split of a document of train: test and validation own fixed ranges of the hash, unless given."""
+    fraction = int.from_bytes(digest[:8], "big") / 2**64
+    if fraction < data.holdout:
+        return "train" if data.test else "test"
+    if fraction < 2 * data.holdout:
+        return "train" if data.validation else "validation"
+    return "train"
+
+
+def _unweighted(messages: Conversation) -> str:
+    """What the split of a conversation depends on: a copy that only weighs otherwise falls to the same."""
+    told = [{name: value for name, value in message.items() if name != "weight"} for message in messages]
+    return json.dumps(told, ensure_ascii=False, sort_keys=True)
+
+
+def _read_file(data: Documents, path: Path, chat: bool, unanswered: bool = False) -> Iterator[Document]:
+    """The documents of one file."""
+    if path.suffix == ".txt":
+        return ((str(path), text, 1.0) for text in text_documents(path, data.sample_by))
+    found = column_names(path)
+    column, found_chat = data.columns.chosen(found, str(path))
+    if found_chat != chat:
+        raise Refusal(f"{path}: text and chat cannot be mixed, as with the files before it; give one kind")
+    cells = parquet_cells if path.suffix == ".parquet" else json_cells
+    return _documents(cells(path, data.columns.with_weight(column, found, str(path))), chat, unanswered)
+
+
+def _documents(
+    cells: Iterable[tuple[str, tuple[Any, ...]]], chat: bool, unanswered: bool = False
+) -> Iterator[Document]:
+    """From the cells of the text's or messages' column, and of the weight's where there is one."""
+    for where, (cell, *weights) in cells:
+        weight = weight_of(weights[0], where) if weights else 1.0
+        if cell is None:
+            yield where, "", weight
+        elif chat:
+            yield where, conversation(cell, where, unanswered), weight
+        elif isinstance(cell, str):
+            yield where, cell, weight
+        else:
+            raise Refusal(f"{where}: holds {type(cell).__name__} {str(cell)[:40]!r} where text is needed")

@@ -1,0 +1,257 @@
+"""Pieces: documents tokenized and cut to what fits into a sequence, with what is supervised in each.
+
+A piece is a window of a text, or a conversation. A text is begin + tokens + end, and its windows overlap by
+one token, so that all after begin is a target exactly once. A conversation is cut off, never into windows.
+
+The teacher's piece of a text is those of its tokens of the text that lie within the student's piece; begin + these, if
+the piece begins the text, and + end, if it ends it. So tokens are those of the whole text, not cut anew at every
+window, and the teacher sees just the text that the student sees: with identical tokenizers, the very same pieces.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from itertools import pairwise, repeat
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.errors import Refusal
+from models.targets import IGNORED
+from pipeline.data.alignment import Aligned, Aligner
+from pipeline.data.conversations import Conversation, chat_template, conversation, rendered, teachers_template
+from pipeline.data.source import DataSource
+from pipeline.data.tokenizer import ends
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Ints = NDArray[np.integer[Any]]
+Tokens = tuple[list[int], list[tuple[int, int]]]  # ids, and where each stands in the text, in characters
+_Spoken = tuple[str, list[tuple[int, int]], Tokens]  # a text, where in it the assistant speaks, and its tokens
+Pieces = dict[str, list[Any]]  # columns input_ids, targets, supervised, bytes; weights; teacher_input_ids, spans
+Cutter = Callable[[dict[str, list[Any]], list[int]], Pieces]
+
+
+def no_pieces(data: DataSource, teacher: Teacher | None) -> Pieces:
+    pieces: Pieces = {"input_ids": [], "targets": [], "supervised": [], "bytes": []}
+    if data.weight_column is not None:
+        pieces["weights"] = []
+    if teacher:
+        pieces |= {"teacher_input_ids": [], "spans": []}
+    return pieces
+
+
+class Teacher:
+    """The teacher's tokenizer; writes its side of every piece."""
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, student_tokenizer: PreTrainedTokenizerBase, tally: Counter[str]
+    ) -> None:
+        self.tokenizer, self.tally = tokenizer, tally
+        self.aligner = Aligner(student_tokenizer, tokenizer)
+
+    def aligned(self, text: str, student: Tokens, teacher: Tokens) -> Aligned:
+        aligned = self.aligner.text(text, student, teacher)
+        self.tally["long_spans"] += aligned.dropped
+        return aligned
+
+    def add_window(self, pieces: Pieces, aligned: Aligned, at: int, length: int, ids: list[int]) -> None:
+        """Beside the student's window of `length` tokens from `at` on, begin being 0; `ids` are the whole text's."""
+        begin, end = ends(self.tokenizer, "the teacher's tokenizer")
+        (first, last), spans = aligned.window(at - 1, at - 1 + length)
+        # As the student's own windows: begin stands before the text alone. Behind it token i is predicted at i; a
+        # later window's first token only predicts, and nothing can be compared at it.
+        headed = at == 0 or first >= last
+        held = [begin, *ids[first:last]] if headed else list(ids[first:last])
+        lost = first if headed else first + 1
+        spans = spans - np.array([at, at, lost, lost])
+        spans = spans[spans[:, 2] >= 0]
+        if at + length == len(aligned.student.starts) + 2:
+            spans = np.append(spans, [[length - 2, length - 1, len(held) - 1, len(held)]], axis=0)
+            held.append(end)
+        self._add(pieces, held, spans)
+
+    def add_conversation(
+        self, pieces: Pieces, sides: tuple[_Spoken, _Spoken], contents: list[str], inside: NDArray[np.bool_]
+    ) -> None:
+        """Beside the student's first len(inside) tokens, of which those `inside` are supervised where predicted."""
+        (_, _, (ours, _)), (_, _, (theirs, _)) = sides
+        spans, dropped = self.aligner.conversation(*sides, contents)
+        self.tally["long_spans"] += dropped
+        length = len(inside)
+        spans = spans[(spans[:, 1] <= length) & (spans[:, 0] > 0) & (spans[:, 2] > 0)]  # a first token has no predictor
+        before = np.concatenate([[0], np.cumsum(inside)])
+        spans = spans[before[spans[:, 1]] - before[spans[:, 0]] == spans[:, 1] - spans[:, 0]]
+        if length < len(ours):  # the rest of the teacher's conversation, too, is of no use
+            alike = ours[:length] == theirs[:length]
+            theirs = theirs[: length if alike else max([1, *spans[-1:, 3]])]
+        self._add(pieces, theirs, spans - 1)
+
+    def _add(self, pieces: Pieces, ids: list[int], spans: Ints) -> None:
+        """`spans` as in Aligned, but in places that predict."""
+        counts = spans[:, [1, 3]] - spans[:, [0, 2]]
+        pieces["teacher_input_ids"].append(ids)
+        pieces["spans"].append(np.stack([spans[:, 0], counts[:, 0], spans[:, 2], counts[:, 1]], axis=1).ravel())
+        self.tally["teacher_tokens"] += len(ids)
+        self.tally["spans"] += len(spans)
+        self.tally["spanned"] += int(counts[:, 0].sum())
+
+
+# Texts
+
+
+def text_cutter(
+    tokenizer: PreTrainedTokenizerBase, data: DataSource, tally: Counter[str], teacher: Teacher | None
+) -> Cutter:
+    begin, end = ends(tokenizer, "the tokenizer")
+    if teacher:
+        ends(teacher.tokenizer, "the teacher's tokenizer")
+
+    def cut(batch: dict[str, list[Any]], indices: list[int]) -> Pieces:
+        pieces = no_pieces(data, teacher)
+        texts, weights = [], []
+        given = batch["weight"] if data.weight_column is not None else [1.0] * len(indices)
+        for text, weight in zip(batch["text"], given, strict=True):
+            if not text.strip():
+                tally["empty"] += 1
+            elif not np.float32(weight) > 0:
+                tally["unsupervised"] += 1
+            else:
+                texts.append(text)
+                weights.append(weight)
+        taught = tokenized(teacher.tokenizer, texts) if teacher else repeat(None, len(texts))
+        for text, weight, ours, theirs in zip(texts, weights, tokenized(tokenizer, texts), taught, strict=True):
+            ids = np.array([begin, *ours[0], end])
+            sizes = target_bytes(text, ours[1])
+            aligned = teacher.aligned(text, ours, theirs) if teacher and theirs else None
+            for at in range(0, len(ids) - 1, data.max_length - 1):
+                window = ids[at : at + data.max_length]
+                pieces["input_ids"].append(window)
+                pieces["targets"].append(np.append(window[1:], IGNORED))
+                pieces["supervised"].append(len(window) - 1)
+                pieces["bytes"].append(sizes[at : at + data.max_length - 1].sum())
+                if data.weight_column is not None:
+                    pieces["weights"].append(np.append(np.full(len(window) - 1, weight), 0))
+                if teacher and theirs and aligned:
+                    teacher.add_window(pieces, aligned, at, len(window), theirs[0])
+        return pieces
+
+    return cut
+
+
+def tokenized(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> Iterator[Tokens]:
+    """Tokens of each text and where they stand in it, in characters; nothing is added and nothing cut."""
+    if not texts:
+        return
+    encoded = tokenizer(
+        texts,
+        add_special_tokens=False,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        return_offsets_mapping=tokenizer.is_fast,
+        verbose=False,  # that a text is longer than the model takes is what windows are for
+    )
+    for i, tokens in enumerate(encoded["input_ids"]):
+        if tokenizer.is_fast:
+            yield tokens, encoded["offset_mapping"][i]
+        else:  # it does not tell: take all tokens of the text as equally long
+            places = [len(texts[i]) * k // max(1, len(tokens)) for k in range(len(tokens) + 1)]
+            yield tokens, list(pairwise(places))
+
+
+def target_bytes(text: str, offsets: list[tuple[int, int]]) -> Ints:
+    """UTF-8 bytes that each token adds to the text before it; one entry more for what follows the last token.
+
+    A character of several tokens is counted with the first of them, and what no token covers with the next.
+    """
+    ends = np.maximum.accumulate([end for _, end in offsets] + [len(text)])
+    if not text.isascii():
+        codes = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
+        size_of = 1 + (codes > 0x7F) + (codes > 0x7FF) + (codes > 0xFFFF).astype(int)
+        ends = np.concatenate([[0], np.cumsum(size_of)])[ends]
+    return np.diff(ends, prepend=0)
+
+
+# Conversations
+
+
+def conversation_cutter(
+    tokenizer: PreTrainedTokenizerBase, data: DataSource, tally: Counter[str], teacher: Teacher | None
+) -> Cutter:
+    template = chat_template(tokenizer, data)
+    taught_template = teachers_template(teacher.tokenizer, data) if teacher else ""
+    if not tokenizer.is_fast:
+        raise Refusal("the data are conversations, which need a fast tokenizer (with a tokenizer.json)")
+
+    def cut(batch: dict[str, list[Any]], indices: list[int]) -> Pieces:
+        pieces = no_pieces(data, teacher)
+        places = [f"conversation {index}" for index in indices]
+        told = [conversation(messages, where) for messages, where in zip(batch["messages"], places, strict=True)]
+        given = batch["weight"] if data.weight_column is not None else [1.0] * len(told)
+        sides = _spoken(tokenizer, template, told, places)
+        taught = _spoken(teacher.tokenizer, taught_template, told, places) if teacher else repeat(None, len(told))
+        for messages, where, weight, side, theirs in zip(told, places, given, sides, taught, strict=True):
+            text, spans, (tokens, offsets) = side
+            ids = np.array(tokens)
+            # Inside are the starts before which an odd number of spans' ends lie: [from, to, from, to, ...]
+            passed = np.searchsorted(np.ravel(spans), [start for start, _ in offsets], side="right")
+            each = np.append(_turn_weights(messages, len(spans), weight, data, where), 0)
+            weights = np.where(passed % 2 == 1, each[passed // 2], 0).astype(np.float32)
+            inside = weights > 0
+            sizes = np.where(np.isin(ids, tokenizer.all_special_ids), 0, target_bytes(text, offsets)[:-1])
+            tally["truncated"] += len(ids) > data.max_length
+            ids, inside, sizes = ids[: data.max_length], inside[: data.max_length], sizes[: data.max_length]
+            supervised = int(inside[1:].sum())
+            if not supervised:
+                tally["unsupervised"] += 1
+                continue
+            pieces["input_ids"].append(ids)
+            pieces["targets"].append(np.append(np.where(inside[1:], ids[1:], IGNORED), IGNORED))
+            pieces["supervised"].append(supervised)
+            pieces["bytes"].append(sizes[1:][inside[1:]].sum())
+            if data.weight_column is not None:
+                pieces["weights"].append(np.append(weights[1 : len(ids)], np.float32(0)))
+            if teacher and theirs:
+                contents = [message["content"] for message in messages if message["role"] == "assistant"]
+                _check_parts(len(side[1]), len(contents), "the chat template", where)
+                _check_parts(len(theirs[1]), len(contents), "the teacher's chat template", where)
+                teacher.add_conversation(pieces, (side, theirs), contents, inside)
+        return pieces
+
+    return cut
+
+
+def _spoken(
+    tokenizer: PreTrainedTokenizerBase, template: str, told: list[Conversation], places: list[str]
+) -> Iterator[_Spoken]:
+    """Each conversation as text, where in it the assistant speaks, and its tokens."""
+    plain = [[{"role": message["role"], "content": message["content"]} for message in messages] for messages in told]
+    texts = [rendered(tokenizer, template, *given) for given in zip(plain, places, strict=True)]
+    found = tokenized(tokenizer, [text for text, _ in texts])
+    return ((text, spans, tokens) for (text, spans), tokens in zip(texts, found, strict=True))
+
+
+def _check_parts(parts: int, turns: int, whose: str, where: str) -> None:
+    if parts != turns:
+        raise Refusal(
+            f"{where}: {whose} marks {parts} parts where the assistant speaks {turns} times, so its turns cannot be "
+            "told apart; give a data.chat_template with one {% generation %} mark around each"
+        )
+
+
+def _turn_weights(messages: Conversation, parts: int, weight: float, data: DataSource, where: str) -> list[float]:
+    """The weight of each part in which the assistant speaks: the conversation's times the message's."""
+    each = [float(message.get("weight", 1)) for message in messages if message["role"] == "assistant"]
+    if all(one == 1 for one in each):
+        return [weight] * parts
+    if data.weight_column is None and any(one not in (0, 1) for one in each):
+        odd = next(one for one in each if one not in (0, 1))
+        raise Refusal(
+            f"{where}: a message has weight {odd:g}; without data.weight_column it can be 0 or 1, so name a column of "
+            "weights (of 1, if only messages differ)"
+        )
+    _check_parts(parts, len(each), "the chat template", where)
+    return [weight * one for one in each]

@@ -1,0 +1,73 @@
+"""Packed sequences on disk: built once, named by everything they depend on, and shared by the stages of a run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.data.source import DataSource
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+STATISTICS = "statistics.json"
+
+
+def sequences_of(
+    data: DataSource, split: str, tokenizer: Any, root: Path, teacher_tokenizer: Any | None = None
+) -> tuple[Any, dict[str, Any], Path]:
+    """(packed sequences, statistics, folder) of a split; the folder's name says everything the sequences depend on.
+
+    With `teacher_tokenizer` they carry the teacher's tokens and the spans between both (pipeline/data/packing.py).
+    """
+    given = [data.content_key(), *_rules(tokenizer)]
+    if teacher_tokenizer is not None:
+        given += _rules(teacher_tokenizer)
+        # The ends are no part of the rules, and which tokens are special decides what is aligned.
+        given += [[t.bos_token_id, t.eos_token_id, t.all_special_ids] for t in (tokenizer, teacher_tokenizer)]
+    folder = root / f"{split}-{hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()[:16]}"
+    if folder.exists():
+        return (*prepared(folder), folder)
+    return (*data.prepare(split, tokenizer, folder, teacher_tokenizer), folder)
+
+
+def once(folder: Path, build: Callable[[Path], None]) -> tuple[Dataset, dict[str, Any]]:
+    """The sequences in `folder`, which `build(aside)` writes as aside/rows where they are not there yet.
+
+    A folder that exists is whole and is only opened. Else it is written aside and renamed; of several
+    processes that ask at once one writes and the others wait.
+    """
+    from filelock import FileLock
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(f".{folder.name}.lock")):
+        if not folder.exists():
+            aside = folder.with_name(f".{folder.name}.partial")
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir()
+            build(aside)
+            os.rename(aside / "rows", folder)
+            shutil.rmtree(aside)
+    return prepared(folder)
+
+
+def prepared(folder: Path) -> tuple[Dataset, dict[str, Any]]:
+    """Sequences that `once` wrote, memory mapped, and their statistics."""
+    from datasets import load_from_disk
+
+    return load_from_disk(str(folder)), json.loads((folder / STATISTICS).read_text())
+
+
+def _rules(tokenizer: Any) -> list[Any]:
+    found = [sorted(tokenizer.get_vocab().items()), getattr(tokenizer, "chat_template", None)]
+    if tokenizer.is_fast:
+        rules = json.loads(tokenizer.backend_tokenizer.to_str())
+        found.append(
+            {name: rule for name, rule in rules.items() if name not in ("truncation", "padding")}
+        )  # last call's
+    return found

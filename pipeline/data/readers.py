@@ -1,0 +1,143 @@
+"""Reading .txt, .jsonl, .json and .parquet files and hub datasets: what they hold, each part with where it stands."""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from models.errors import Refusal
+from pipeline.data.locations import Location
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from pyarrow.parquet import ParquetFile
+
+SEPARATOR = "<|endoftext|>"
+
+# How a .txt file becomes documents: one ends at the first blank line after so many characters, or at the
+# first line end after so many more. A speech or a paragraph alone is too little context to learn from, and a
+# whole file cannot be split three ways, so the default lies between them.
+SAMPLE_BY = {
+    "section": (4096, 8192),
+    "line": (0, 0),
+    "paragraph": (0, math.inf),
+    "document": (math.inf, math.inf),
+}
+
+
+def text_documents(path: Path, sample_by: str) -> Iterator[str]:
+    """The documents of a .txt file, without blank lines around them.
+
+    `<|endoftext|>` always separates documents, and a file that has it is not cut into sections.
+    """
+    blank_line, line_end = SAMPLE_BY[sample_by]
+    if sample_by == "section" and _holds(path, SEPARATOR.encode()):
+        blank_line = line_end = math.inf
+    lines: list[str] = []
+    size = 0
+    with path.open(encoding="utf-8-sig") as file:
+        try:
+            for line in file:
+                *closed, line = line.split(SEPARATOR)
+                for part in closed:
+                    yield from _joined([*lines, part])
+                    lines, size = [], 0
+                if lines or not line.isspace():
+                    lines.append(line)
+                    size += len(line)
+                if size > line_end or (size > blank_line and line.isspace()):
+                    yield from _joined(lines)
+                    lines, size = [], 0
+        except UnicodeDecodeError as error:
+            raise Refusal(f"{path}: not UTF-8 text ({error}); convert it, for example with iconv") from error
+    yield from _joined(lines)
+
+
+def _joined(lines: list[str]) -> list[str]:
+    text = "".join(lines).rstrip()
+    return [text] if text else []
+
+
+def _holds(path: Path, word: bytes) -> bool:
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return content.find(word) >= 0
+
+
+def parquet(path: Path) -> ParquetFile:
+    import pyarrow
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        return ParquetFile(path, memory_map=True)
+    except pyarrow.ArrowInvalid as error:
+        raise Refusal(f"{path}: not a readable parquet file ({error}); write it again") from error
+
+
+def parquet_cells(path: Path, columns: list[str]) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    batches = parquet(path).iter_batches(batch_size=1000, columns=columns)
+    rows = chain.from_iterable(zip(*(b.column(name).to_pylist() for name in columns), strict=True) for b in batches)
+    return ((f"{path} row {i}", row) for i, row in enumerate(rows))
+
+
+def json_cells(path: Path, columns: list[str]) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    for where, record in objects(path):
+        for column in columns:
+            if column not in record:
+                raise Refusal(f"{where}: no column {column}, unlike the first object; it has {', '.join(record)}")
+        yield where, tuple(record[column] for column in columns)
+
+
+def objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The objects of a .jsonl or .json file, each with where it stands."""
+    with path.open(encoding="utf-8-sig") as file:
+        where = str(path)
+        try:
+            array = path.suffix == ".json" and file.read(4096).lstrip().startswith("[")
+            file.seek(0)
+            for number, item in enumerate(json.load(file) if array else file, start=1):
+                where = f"{path} {'item' if array else 'line'} {number}"
+                if not array and item.isspace():
+                    continue
+                record = item if array else json.loads(item)
+                if not isinstance(record, dict):
+                    raise Refusal(f"{where}: holds {type(record).__name__} where an object is needed")
+                yield where, record
+        except json.JSONDecodeError as error:
+            raise Refusal(f"{where}: not JSON ({error}); write one object a line, or one array") from error
+        except UnicodeDecodeError as error:
+            raise Refusal(f"{path}: not UTF-8 text ({error}); convert it, for example with iconv") from error
+
+
+def column_names(path: Path) -> list[str]:
+    """The columns of a .parquet file; of .jsonl and .json files the keys of the first object."""
+    if path.suffix == ".parquet":
+        return list(parquet(path).schema_arrow.names)
+    return list(next(objects(path), ("", {}))[1])
+
+
+def count_documents(files: list[Path]) -> int | None:
+    """Documents in these files, where that is cheap to know."""
+    if all(file.suffix == ".parquet" for file in files):
+        return sum(int(parquet(file).metadata.num_rows) for file in files)
+    if all(file.suffix == ".jsonl" for file in files) and sum(file.stat().st_size for file in files) < 2**28:
+        return sum(1 for file in files for line in file.read_bytes().splitlines() if line.strip())
+    return None
+
+
+def hub_dataset(location: Location, name: str | None, revision: str | None) -> Dataset:
+    """`name` is a subset, `revision` a commit, tag or branch."""
+    from datasets import load_dataset
+
+    try:
+        return load_dataset(location.name, name=name, revision=revision, split=location.hub_split)
+    except Exception as error:  # the hub's client raises a dozen kinds, all of which the user can mend
+        reason = " ".join(str(error).split())
+        raise Refusal(
+            f"{location.label}: no such file or folder here, and the hub dataset (data.name={name}, "
+            f"data.revision={revision}, split {location.hub_split}) does not load: {reason}"
+        ) from error
