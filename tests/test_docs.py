@@ -1,0 +1,212 @@
+"""README, docs/, examples/: every command composes, every file that is named exists, and what is generated is whole."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shlex
+import subprocess
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.config import parse
+from pipeline.worker import build
+from tests.command import ROOT
+from tests.test_config import composed
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES += [ROOT / "benchmarks" / "README.md", ROOT / "slurm" / "README.md"]
+NAMES = [page.relative_to(ROOT).as_posix() for page in PAGES]
+# first words of commands that are other people's
+THEIRS = {"vllm", "llama-server", "python3", "hf", "eval", ".venv/bin/pip", ".venv-peers/bin/pip", ".venv-auto-round/bin/pip"}
+# paths that a reader has or makes
+MADE_BY_READERS = re.compile(r"(runs|path|generate|data)/|^(chat|stories|mymodule|config)\.|/(NAME|export)|<|…|org/")
+
+
+def blocks(page: Path, language: str) -> Iterator[tuple[str, str]]:
+    """(title, text) of the fenced blocks in a language."""
+    for fence in re.finditer(rf"^( *)```{language}( title=\"([^\"]*)\")?\n(.*?)^\1```", page.read_text(), re.S | re.M):
+        yield fence[3] or "", re.sub(rf"^{fence[1]}", "", fence[4], flags=re.M)
+
+
+def commands() -> list[tuple[str, list[str]]]:
+    """(page, words) of every command in README, docs, benchmarks and slurm."""
+    found = []
+    for page, name in zip(PAGES, NAMES, strict=True):
+        for _, text in blocks(page, "(?:bash|sh)"):
+            for line in text.replace("\\\n", " ").splitlines():
+                if words := shlex.split(line, comments=True):
+                    while re.fullmatch(r"[A-Z_]+=\S*", words[0]):  # OMP_NUM_THREADS=1 before the command
+                        words = words[1:]
+                    found.append((name, words))
+    return found
+
+
+def of_train(words: list[str]) -> list[str] | None:
+    """The arguments of `train.py`, of a command that runs it."""
+    if words[0] == "sbatch":
+        return words[words.index("slurm/train.sbatch") + 1 :]
+    return words[2:] if Path(words[0]).name == "python" and words[1:2] == ["train.py"] else None
+
+
+TRAIN = [(name, arguments) for name, words in commands() if (arguments := of_train(words)) is not None]
+TRAIN = [each for each in TRAIN if each[0] == "slurm/README.md"]
+OTHERS = [(name, words) for name, words in commands() if of_train(words) is None]
+
+
+def front_door() -> Any:
+    """train.py as a module."""
+    spec = importlib.util.spec_from_file_location("front_door", ROOT / "train.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+FLAGS = {"--cfg", "job", "--help", "-m", "--shell-completion"}
+
+
+@pytest.mark.parametrize(("name", "words"), TRAIN, ids=[f"{n}: {' '.join(w)}"[:150] for n, w in TRAIN])
+def test_every_command_composes_and_builds_its_stages(name: str, words: list[str]) -> None:
+    if "--help" in words:
+        return
+    several = "-m" in words
+    words = front_door().arguments([word for word in words if word not in FLAGS])
+    if several:  # the first of the runs
+        words = [word if "[" in word or "{" in word else re.sub(r",.*", "", word) for word in words]
+    config = composed(*words)
+    for stage in config["order"]:
+        assert callable(build(config, stage).run)
+
+
+@pytest.mark.parametrize(("name", "words"), OTHERS, ids=[f"{n}: {' '.join(w)}"[:150] for n, w in OTHERS])
+def test_every_other_command_names_what_is_there(name: str, words: list[str]) -> None:
+    if words[0] == "make":
+        assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.M), words
+    elif Path(words[0]).name == "python" and words[1].endswith(".py"):
+        script = (ROOT / words[1]).read_text()
+        for option in (word.partition("=")[0] for word in words[2:] if word.startswith("--")):
+            assert f'"{option}"' in script, f"{words[1]} has no {option}"
+    elif words[:3] == [".venv/bin/python", "-m", "pip"] or words[:3] == [".venv/bin/python", "-m", "pytest"]:
+        pass
+    else:
+        assert words[0] in THEIRS or "=" in words[0], f"{name}: what is {words[0]}?"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_every_file_that_is_named_exists(page: Path) -> None:
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.S)
+    for link in re.findall(r"\]\((?!https?:|#)([^)#\s]+)", text):
+        if link.startswith(("reference/", "../reference/")) or link in ("benchmarks.md", "../benchmarks.md", "assets/imports.svg"):
+            continue  # made by docs/generate; `mkdocs build --strict` looks for them
+        assert (page.parent / link).exists(), f"{page}: {link}"
+    for named in re.findall(r"`([\w.-]+(?:/[\w.-]+)+\.(?:py|yaml|toml|sbatch|md|txt|jinja))`", text):
+        if not MADE_BY_READERS.search(named) and "NAME" not in named:
+            assert (ROOT / named).is_file(), f"{page}: {named}"
+
+
+HOME_MADE = r"\bheal(s|ed|ing)?\b|\bgrids?\b|\brows of (packed|tokens)|what text had to say|numbers of the grid|cannot say\b"
+
+
+@pytest.mark.parametrize("page", PAGES[2:-2], ids=NAMES[2:-2])
+def test_words_are_the_fields(page: Path) -> None:
+    found = re.findall(rf".*(?:{HOME_MADE}).*", re.sub(r"```.*?```", "", page.read_text(), flags=re.S))
+    assert not found, found
+
+
+def test_every_paper_in_the_code_is_on_the_page_of_papers() -> None:
+    papers = (ROOT / "docs" / "papers.md").read_text()
+    for folder in ("models", "pipeline", "callbacks", "conf"):
+        for path in [*(ROOT / folder).rglob("*.py"), *(ROOT / folder).rglob("*.yaml")]:
+            for paper in re.findall(r"\b(\d{4}\.\d{4,5})\b", "".join(re.findall(r"arXiv:.*", path.read_text()))):
+                assert paper in papers, f"{path}: {paper}"
+
+
+# --- what is generated ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def reference() -> Any:
+    sys.path.insert(0, str(ROOT / "docs" / "generate"))
+    try:
+        import reference
+
+        return reference
+    finally:
+        sys.path.pop(0)
+
+
+def test_the_reference_has_every_group_choice_and_key(reference: Any) -> None:
+    import yaml
+
+    pages = reference.pages()
+    everything = "\n".join(pages.values())
+    for group in (path.name for path in (ROOT / "conf").iterdir() if path.is_dir()):
+        assert f"[{group}](" in pages["index.md"], group
+        for path in sorted((ROOT / "conf" / group).rglob("*.yaml")):
+            made = reference.choice(path)
+            section = reference.section(made)
+            assert section in everything or section.replace("### ", "## ") in everything, path
+            told = {key.name for key in made.keys}
+            for key, value in (yaml.safe_load(path.read_text()) or {}).items():
+                if key not in ("defaults", "_target_", "hydra") and not isinstance(value, dict):
+                    assert key in told, f"{path}: {key}"
+
+
+def test_what_the_yaml_says_of_a_key_is_in_the_reference(reference: Any) -> None:
+    page = reference.pages()["stages.md"]
+    assert "what may go: heads (a KV head and those that read it)" in page  # stages.prune.kinds
+    assert "of every group's units" in page
+
+
+def test_the_picture_of_imports_is_of_this_code() -> None:
+    sys.path.insert(0, str(ROOT / "docs" / "generate"))
+    try:
+        import imports
+    finally:
+        sys.path.pop(0)
+    picture = imports.picture()
+    assert "pipeline.stages imports from models.pruning" in picture
+    for folder in (path for root in ("pipeline", "models") for path in (ROOT / root).iterdir()):
+        if (folder / "__init__.py").exists():
+            assert f">{folder.name}/</text>" in picture, folder
+    assert "models imports from pipeline" not in picture
+
+
+def test_the_documentation_builds_strictly_and_fetches_nothing(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    for page in tmp_path.rglob("*.html"):
+        assert not re.findall(r"<(?:script|img|link)[^>]*(?:src|href)=\"?https?:[^>]*>", page.read_text()), page
+
+
+# --- what a reader copies -------------------------------------------------------------------------------------------
+
+
+def test_the_divergence_on_the_page_is_hellingers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The code as printed, against the dense formula and autograd."""
+    import torch
+
+    code = dict(blocks(ROOT / "docs" / "adding.md", "python"))["models/objectives/hellinger.py"]
+    module = types.ModuleType("hellinger")
+    monkeypatch.setitem(sys.modules, "hellinger", module)  # where dataclasses look a class's module up
+    exec(compile(code, "adding.md", "exec"), module.__dict__)
+    torch.manual_seed(0)
+    student, teacher = torch.randn(2, 5, 11, dtype=torch.float64)
+    student.requires_grad_()
+    expected = 4 * ((teacher / 2).softmax(-1).sqrt() - (student / 2).softmax(-1).sqrt()).square().sum(-1) / 2
+    gradient = torch.zeros_like(student)
+    hellinger = module.Hellinger(temperature=2.0)
+    value = hellinger.add(student.detach(), teacher, torch.zeros(5, dtype=torch.long), 1.0, gradient)
+    torch.testing.assert_close(value, expected.detach())
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected.sum(), student)[0])
