@@ -1,7 +1,7 @@
 """The picture of imports: rooms of the code as boxes, imports between them as arrows, taken from the code itself.
 
-Written as SVG when the documentation is built (docs/generate/hooks.py); `python docs/generate/imports.py FILE` writes it
-by hand.
+Written as SVG when the documentation is built (docs/generate/hooks.py); `python docs/generate/imports.py FILE`
+writes it by hand.
 """
 
 from __future__ import annotations

@@ -139,12 +139,14 @@ def constructor(target: str) -> tuple[str, tuple[Key, ...]]:
     for node in ast.parse(source).body:
         if not isinstance(node, ast.ClassDef | ast.FunctionDef) or node.name != name:
             continue
-        fields = [
-            Key(item.target.id, ast.unparse(item.value) if item.value else "???", _uncommented(lines[item.end_lineno - 1])[2], ast.unparse(item.annotation))  # fmt: skip  # noqa: E501
-            for item in (node.body if isinstance(node, ast.ClassDef) else [])
-            if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name) and item.end_lineno
-            if "ClassVar" not in ast.unparse(item.annotation)
-        ]
+        fields = []
+        for item in node.body if isinstance(node, ast.ClassDef) else []:
+            if not isinstance(item, ast.AnnAssign) or not isinstance(item.target, ast.Name) or not item.end_lineno:
+                continue
+            kind = ast.unparse(item.annotation)
+            if "ClassVar" not in kind:
+                comment = _uncommented(lines[item.end_lineno - 1])[2]
+                fields.append(Key(item.target.id, ast.unparse(item.value) if item.value else "???", comment, kind))
         return (ast.get_docstring(node) or "").partition("\n\n")[0].replace("\n", " "), tuple(fields)
     return "", ()
 
