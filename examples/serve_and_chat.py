@@ -1,7 +1,7 @@
 """Chat with a model or an export: llama.cpp opens a folder with model.gguf, transformers any other.
 
-    python examples/serve_and_chat.py runs/small-export/export/gguf                    asks for lines, until an empty one
-    python examples/serve_and_chat.py runs/small/recover "Once upon a time"            one answer
+    python examples/serve_and_chat.py runs/small-export/export/gguf            asks for lines, until an empty one
+    python examples/serve_and_chat.py runs/small/recover "Once upon a time"    one answer
 
 This is a demonstration. To serve many users, the model card (README.md) in each export has the command for vLLM
 or llama-server; any OpenAI client then talks to it.
