@@ -11,6 +11,7 @@ import difflib
 import hashlib
 import json
 import re
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -144,22 +145,19 @@ def selected(config: dict[str, Any]) -> list[str]:
     return chosen
 
 
-# What a stage's numbers do not depend on beyond rounding: changing it neither invalidates a finished stage nor
-# forbids to go on in an unfinished one.
-_FREE = {"micro_batch", "workers", "batch_rows", "shard_mb", "shard_rows", "sample_tokens"}
-_FREE |= {"concurrency", "retries", "timeout_seconds", "api_key_variable"}  # of a server
-
-
-def identity(config: dict[str, Any], stage: str) -> dict[str, Any]:
+def identity(config: dict[str, Any], stage: str, immaterial: Callable[[str], Collection[str]]) -> dict[str, Any]:
     """The part of the configuration that decides what `stage` makes.
 
-    Paths into the run folder are written as `<run_dir>/…`, so that a run folder may be moved.
+    `immaterial` names, for a node's `_target_`, the keys of that very node which change nothing beyond rounding:
+    another value of theirs neither invalidates a finished stage nor forbids to go on in an unfinished one. Paths into
+    the run folder are written as `<run_dir>/…`, so that a run folder may be moved.
     """
     root = config["run_dir"].rstrip("/")
 
     def clean(node: Any) -> Any:
         if isinstance(node, dict):
-            return {k: clean(v) for k, v in node.items() if k not in _FREE}
+            left_out = immaterial(node["_target_"]) if "_target_" in node else ()
+            return {k: clean(v) for k, v in node.items() if k not in left_out}
         if isinstance(node, list):
             return [clean(v) for v in node]
         if isinstance(node, str) and (node == root or node.startswith(root + "/")):

@@ -23,7 +23,7 @@ from rich.table import Table
 
 from models.errors import Refusal, StageFailed
 from pipeline import artifact
-from pipeline.config import differences, fingerprint, identity, selected
+from pipeline.config import differences, fingerprint, selected
 from pipeline.launch import die_with, environment
 from pipeline.report.report import write_report
 from pipeline.report.terminal import table
@@ -95,7 +95,7 @@ def _jobs(config: dict[str, Any], plan: dict[str, Any]) -> list[dict[str, Any]]:
     """What is to be done for each stage: start, resume, redo, skip; refuse what was made with other values."""
     jobs: list[dict[str, Any]] = []
     for name, entry in plan.items():
-        told = identity(config, name)
+        told = entry["identity"]
         job = {"stage": name, "identity": told, "fingerprint": fingerprint(told), "plan": entry}
         busy = {other["stage"] for other in jobs if other["do"] != "skip"}
         jobs.append({**job, "do": _verdict(config, job, busy)})

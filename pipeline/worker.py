@@ -16,13 +16,13 @@ import re
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from models.errors import NotFinite, Refusal
-from pipeline.config import nearest
+from pipeline.config import identity, nearest
 from pipeline.launch import die_with
 
 if TYPE_CHECKING:
@@ -75,7 +75,12 @@ def check(spec: dict[str, Any]) -> dict[str, Any]:
                 entry = dataclasses.asdict(stage.check(context))
             if entry["content"] is None:
                 entry["content"] = stage.content()
-            surroundings = {"ranks": stage.ranks(context), "device": context.device, "parents": stage.parents(context)}
+            surroundings = {
+                "ranks": stage.ranks(context),
+                "device": context.device,
+                "parents": stage.parents(context),
+                "identity": identity(spec["config"], name, immaterial),
+            }
             plan.append({"stage": name, **surroundings, **entry})
     return {"plan": plan}
 
@@ -115,6 +120,13 @@ def build(config: dict[str, Any], name: str) -> Stage:
             f"pipeline.stages.stage.Stage, or take one from conf/stage"
         )
     return made
+
+
+def immaterial(target: str) -> Collection[str]:
+    """The fields that the class `target` declares to change nothing beyond rounding."""
+    from hydra.utils import get_object
+
+    return getattr(get_object(target), "immaterial", ())
 
 
 _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {  # annotation → what is needed, and whether it is

@@ -14,7 +14,7 @@ from hydra.core.config_store import ConfigStore
 from pipeline.artifact import content_hash
 from pipeline.config import Config, identity, parse
 from pipeline.context import Context
-from pipeline.worker import build
+from pipeline.worker import build, immaterial
 from tests.command import ROOT
 
 
@@ -30,7 +30,7 @@ class Experiment:
 
     def begin(self, run_dir: Path, stage: str, *words: str) -> tuple[Any, Context]:
         config = self.composed(run_dir, *words)
-        told = identity(config, stage)
+        told = identity(config, stage, immaterial)
         made, context = build(config, stage), Context(config, stage, identity=told, fingerprint=" ".join(words))
         for role, path in made.parents(context).items():
             context.parents[role] = {"path": path, "content_hash": content_hash(Path(path))}

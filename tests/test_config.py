@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
-from hydra.utils import instantiate
+from hydra.utils import get_object, instantiate
 
 from models.errors import Refusal
 from pipeline.config import Config, differences, identity, parse, selected
-from pipeline.worker import build
+from pipeline.worker import build, immaterial
 from tests.command import ROOT, train
 
 CONF = ROOT / "conf"
@@ -292,7 +295,7 @@ def test_the_identity_of_a_stage_ignores_hardware_and_where_the_run_folder_is() 
         "stages.distill.training.micro_batch=2",
         "trainer.checkpoint.every_steps=7",
     )
-    assert identity(one, "distill") == identity(other, "distill")
+    assert identity(one, "distill", immaterial) == identity(other, "distill", immaterial)
     for word in (
         "seed=1",
         "objective.alpha=0.3",
@@ -301,7 +304,64 @@ def test_the_identity_of_a_stage_ignores_hardware_and_where_the_run_folder_is() 
         "trainer.precision=bf16-mixed",
         "student.shape.hidden_size=48",
     ):
-        assert identity(quickstart("run_dir=here", word), "distill") != identity(one, "distill"), word
+        assert identity(quickstart("run_dir=here", word), "distill", immaterial) != identity(
+            one, "distill", immaterial
+        ), word
+
+
+def leaves(node: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The place of every single value below a node."""
+    pairs = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else None
+    if pairs is None:
+        yield path
+    for key, value in pairs or ():
+        yield from leaves(value, (*path, key))
+
+
+SPEED_AND_MEMORY = {  # of these experiments' stages: all that may change in the middle of a stage
+    ("training", "micro_batch"),
+    ("training", "workers"),
+    ("batch_rows",),
+    ("shard_mb",),
+    ("shard_rows",),
+    ("sample_tokens",),
+}
+
+
+@pytest.mark.parametrize("experiment", ["quickstart", "sequence_level"])
+def test_every_value_of_a_stage_is_of_its_identity_but_for_those_of_speed_and_memory(experiment: str) -> None:
+    config = composed(f"+experiment={experiment}", "run_dir=here")
+    for stage, node in config["stages"].items():
+        told = identity(config, stage, immaterial)
+        for path in leaves(node):
+            if path[-1] == "_target_":
+                continue  # another class may leave out other fields
+            changed = copy.deepcopy(config)
+            at = changed["stages"][stage]
+            for key in path[:-1]:
+                at = at[key]
+            at[path[-1]] = "another value"
+            same = identity(changed, stage, immaterial) == told
+            assert same == (path in SPEED_AND_MEMORY), (stage, path)
+
+
+def test_a_key_is_left_out_of_the_identity_where_its_class_says_so_and_nowhere_else() -> None:
+    """A field of that name elsewhere may decide what is made: of another class, or of a node that builds none."""
+    config = quickstart("run_dir=here")
+    for place in ("student", "data", "objective"):
+        for name in ("micro_batch", "workers", "batch_rows", "shard_mb", "concurrency", "retries"):
+            changed = copy.deepcopy(config)
+            changed["stages"]["distill"][place][name] = 3
+            assert identity(changed, "distill", immaterial) != identity(config, "distill", immaterial), (place, name)
+
+
+def test_what_a_class_calls_immaterial_are_fields_of_its() -> None:
+    """A field that was renamed would be part of the identity all at once."""
+    targets = {found for path in CONF.rglob("*.yaml") for found in re.findall(r"_target_: ([\w.]+)", path.read_text())}
+    declaring = {target: immaterial(target) for target in sorted(targets) if immaterial(target)}
+    assert len(declaring) >= 6
+    for target, names in declaring.items():
+        assert set(names) <= set(inspect.signature(get_object(target)).parameters), target
 
 
 def test_a_selection_is_a_range_and_a_set() -> None:

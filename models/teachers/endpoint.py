@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from threading import Event
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import httpx
 import numpy as np
@@ -65,6 +65,9 @@ class Served:
 @dataclass(frozen=True)
 class Endpoint:
     """Where a served teacher is and how it is asked."""
+
+    # fields that change nothing that is made, beyond rounding (pipeline/config.py, identity)
+    immaterial: ClassVar[frozenset[str]] = frozenset({"concurrency", "retries", "timeout_seconds", "api_key_variable"})
 
     url: str  # http://host:8000/v1
     model: str | None = None  # null: the first that /models lists

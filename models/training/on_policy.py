@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate, pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -42,6 +42,9 @@ class OnPolicy:
     A row's prompt is what stands before its first supervised token; the student writes the rest anew. Hard labels are
     left out on such text: the student's own words are no truth.
     """
+
+    # fields that change nothing that is made, beyond rounding (pipeline/config.py, identity)
+    immaterial: ClassVar[frozenset[str]] = frozenset({"batch_rows"})
 
     sampling: Sampling
     share: float = 0.5  # of the optimizer steps; GKD's λ

@@ -45,6 +45,7 @@ _KILLED = "measuring {} was killed, most likely for lack of memory; try stages.e
 @dataclass(frozen=True)
 class Evaluate(Stage):
     makes: ClassVar[Makes] = "results"
+    immaterial: ClassVar[frozenset[str]] = frozenset({"batch_rows"})
 
     data: DataSource
     models: list[str] | None = None  # stage names or folders; None: every model this run has made, and the teacher

@@ -78,6 +78,7 @@ class Generate(Stage):
     """Prompts of `data`, answered by `teacher`. What is held out of training is answered apart: the column `split`."""
 
     makes: ClassVar[Makes] = "answers"
+    immaterial: ClassVar[frozenset[str]] = frozenset({"batch_rows", "shard_rows"})
 
     data: DataSource
     teacher: Any  # a Source, or one that is recorded elsewhere: cached, served

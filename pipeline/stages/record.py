@@ -64,6 +64,7 @@ _FLUSH_SECONDS = 300.0
 class Record(Stage):
     makes: ClassVar[Makes] = "signal"
     on_demand: ClassVar[bool] = True
+    immaterial: ClassVar[frozenset[str]] = frozenset({"batch_rows", "shard_mb", "sample_tokens"})
 
     data: DataSource
     teacher: Any  # a Source that needs a record: cached, served

@@ -46,6 +46,7 @@ class Stage(ABC):
 
     makes: ClassVar[Makes]  # what stands in the artifact's folder, and as `kind` in its manifest
     on_demand: ClassVar[bool] = False  # True: left out of a run whose configuration names its folder nowhere
+    immaterial: ClassVar[frozenset[str]] = frozenset()  # fields that change nothing it makes, beyond rounding
 
     @abstractmethod
     def ranks(self, context: Context) -> int:

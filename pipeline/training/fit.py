@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytorch_lightning as pl
@@ -59,6 +59,9 @@ SAVED = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16}
 @dataclass(frozen=True)
 class Training:
     """How long and how fast; the first limit that is reached ends the stage."""
+
+    # fields that change nothing that is made, beyond rounding (pipeline/config.py, identity)
+    immaterial: ClassVar[frozenset[str]] = frozenset({"micro_batch", "workers"})
 
     optimizer: Callable[..., torch.optim.Optimizer]
     schedule: Callable[[torch.optim.Optimizer, int], Any]
