@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 from jaxtyping import install_import_hook
@@ -25,6 +26,10 @@ install_import_hook(
     ],
     "beartype.beartype",
 )
+
+# The same examples in every run, and no clock: a test that fails can be run again, on a machine that is busy, too.
+hypothesis.settings.register_profile("retort", derandomize=True, deadline=None, max_examples=30, print_blob=False)
+hypothesis.settings.load_profile("retort")
 
 ROOT = Path(__file__).resolve().parent.parent
 
