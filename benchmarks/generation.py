@@ -93,7 +93,7 @@ def run_child(side: str, settings: Settings) -> None:
             sampling,
             pad_token=0,
             end_tokens=(),
-            batch_rows=settings.rows,
+            batch_size=settings.rows,
             use_cache=mode == "cached",
         )
         return [answer.ids for _, (answer,) in sorted(found)]

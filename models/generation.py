@@ -10,7 +10,6 @@ Legend: B rows, T tokens, N answers' tokens, V vocabulary.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria, StopStringCriteria
 
+from models import seeds
 from models.errors import Refusal
 from models.heads import head_of, hidden_states, through_head
 
@@ -76,14 +76,14 @@ def generate(
     end_tokens: Sequence[int],
     stop: Sequence[str] = (),
     tokenizer: Any = None,
-    batch_rows: int = 16,
+    batch_size: int = 16,
     synced: bool = False,
     use_cache: bool = True,
 ) -> Iterator[tuple[int, list[Answer]]]:
     """(number of the prompt, its `samples` answers), in batches of similar length, the longest first.
 
     `stop`: texts that end an answer, looked for in the answer alone; needs `tokenizer`. With it the columns that a
-    padded vocabulary has beyond the tokenizer's are never chosen. `batch_rows`: answers made at once, memory only.
+    padded vocabulary has beyond the tokenizer's are never chosen. `batch_size`: answers made at once, memory only.
     `synced`: the model's weights are spread over ranks, all of which must call this with equally many prompts.
 
     The model answers in eval mode and without graph, and is found as it was left at every yield. Raises Refusal for a
@@ -96,7 +96,7 @@ def generate(
         raise ValueError("stop needs the tokenizer")
     rows = [(number, sample) for number in range(len(prompts)) for sample in range(sampling.samples)]
     rows.sort(key=lambda row: (-len(prompts[row[0]]), row))
-    width = max(1, batch_rows // sampling.beams)
+    width = max(1, batch_size // sampling.beams)
     config = GenerationConfig(
         max_new_tokens=sampling.max_new_tokens,
         do_sample=False,
@@ -127,7 +127,7 @@ def log_probabilities(
     pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
     *,
     pad_token: int,
-    batch_rows: int = 16,
+    batch_size: int = 16,
     vocabulary: int | None = None,
 ) -> list[list[float]]:
     """Natural log p of each token of the continuation after (prompt, continuation)'s prompt, at temperature 1.
@@ -140,8 +140,8 @@ def log_probabilities(
             raise Refusal(f"prompt {number} holds no token, so nothing tells the first token after it")
     order = sorted(range(len(pairs)), key=lambda number: -len(pairs[number][0]) - len(pairs[number][1]))
     told: list[list[float]] = [[] for _ in pairs]
-    for begin in range(0, len(order), batch_rows):
-        some = order[begin : begin + batch_rows]
+    for begin in range(0, len(order), batch_size):
+        some = order[begin : begin + batch_size]
         for number, values in zip(some, _scores(model, [pairs[n] for n in some], pad_token, vocabulary), strict=True):
             told[number] = values
     return told
@@ -273,17 +273,10 @@ def drawn(
     return torch.searchsorted(cumulated_BV, at_B1, right=True).squeeze(1)
 
 
-def seed_of(seed: int, prompt: Sequence[int], sample: int) -> int:
-    """Of one answer: 128 bits of the seed, the prompt and which of its answers it is."""
-    told = hashlib.blake2b(f"{seed} {sample} ".encode(), digest_size=16)
-    told.update(np.asarray(prompt, dtype=np.int64).tobytes())
-    return int.from_bytes(told.digest(), "little")
-
-
 def _numbers(prompts: Sequence[Sequence[int]], samples: Sequence[int], sampling: Sampling) -> Tensor:
     """Float64[B, max_new_tokens] in [0, 1): a row's first numbers are the same however many are asked for."""
     rows = [
-        np.random.Generator(np.random.Philox(key=seed_of(sampling.seed, prompt, sample))).random(
+        np.random.Generator(np.random.Philox(key=seeds.of_answer(sampling.seed, prompt, sample))).random(
             sampling.max_new_tokens
         )
         for prompt, sample in zip(prompts, samples, strict=True)

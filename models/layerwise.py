@@ -1,11 +1,10 @@
-"""A model one decoder layer at a time: its matrices, and what each of them reads once the layers before it are changed.
+"""A model one decoder layer at a time: the inputs of each layer's matrices once the layers before it are changed.
 
-For methods that change a layer's weights by what the layer reads. Embeddings, norms, routers and the head are no part.
+For methods that change a layer's weights by the layer's inputs.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,95 +13,11 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from models.errors import Refusal
 from models.heads import body_of
+from models.matrices import is_linear, name_of_layers
 from models.representations import decoder_layers
 
-# B batch, T tokens, N tokens of a batch, I what a matrix reads, O what it gives
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """One matrix of a decoder layer: a linear module's weight, or one expert's slice of a 3-D parameter."""
-
-    layer: int
-    name: str  # in its layer: self_attn.q_proj, mlp.experts.down_proj
-    parameter: str  # of the model that holds it
-    transposed: bool = False  # it lies there as [I, O], as in GPT-2's Conv1D
-    slot: int | None = None  # of a 3-D parameter
-
-    def of(self, parameter: Tensor) -> Tensor:
-        """The view [O, I]; writing to it writes to the parameter."""
-        own = parameter if self.slot is None else parameter[self.slot]
-        return own.T if self.transposed else own
-
-    def __str__(self) -> str:
-        return self.parameter if self.slot is None else f"{self.parameter}[{self.slot}]"
-
-
-def name_of_layers(model: Any) -> str:
-    """model.layers, transformer.h: the layers are NAME.0 and so on."""
-    layers = decoder_layers(model)
-    return next(name for name, module in model.named_modules() if module is layers)
-
-
-def matrices(model: Any) -> list[Matrix]:
-    """All of them, layer by layer. Experts are known where transformers says how they lie (`is_transposed`)."""
-    root = name_of_layers(model)
-    found = []
-    for number, layer in enumerate(decoder_layers(model)):
-        for name, module in layer.named_modules(remove_duplicate=False):
-            at = f"{root}.{number}.{name}"
-            if _is_linear(module):
-                found.append(Matrix(number, name, f"{at}.weight", type(module).__name__ == "Conv1D"))
-            elif hasattr(module, "is_transposed"):
-                for own, parameter in module.named_parameters(recurse=False):
-                    shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 empties it
-                    slots = range(shape[0]) if len(shape) == 3 else ()
-                    for slot in slots:
-                        found.append(Matrix(number, f"{name}.{own}", f"{at}.{own}", module.is_transposed, slot))
-    return found
-
-
-def chosen(model: Any, skip: Sequence[str], setting: str) -> list[Matrix]:
-    """Those that `skip` does not name, by the end of their names. Raises Refusal for a name of none, for matrices
-    that are also something else, and where none is left; `setting` is the config's name of `skip`."""
-    found = matrices(model)
-
-    def named(matrix: Matrix, name: str) -> bool:
-        return f".{matrix.layer}.{matrix.name}".endswith(f".{name}")
-
-    for name in skip:
-        if not any(named(matrix, name) for matrix in found):
-            kinds = dict.fromkeys(matrix.name for matrix in found)
-            raise Refusal(f"{setting}: the layers have no matrix {name}; they have {', '.join(kinds)}")
-    left = [matrix for matrix in found if not any(named(matrix, name) for name in skip)]
-    if not left:
-        raise Refusal(f"{setting}: no matrix is left; skip fewer")
-    check_alone(model, left)
-    return left
-
-
-def check_read(taken: Sequence[Matrix], method: str, other: str) -> None:
-    """Raises Refusal for experts, which read inside of one operation; `other` is a way that needs no text."""
-    if experts := [matrix for matrix in taken if matrix.slot is not None]:
-        names = dict.fromkeys(matrix.name for matrix in experts)
-        raise Refusal(
-            f"{method}: what {experts[0].parameter} reads is not seen, as experts are one operation; use {other}, or "
-            f"skip=[{', '.join(names)}]"
-        )
-
-
-def check_alone(model: Any, found: Sequence[Matrix]) -> None:
-    """Refuse a matrix that is also something else: another layer's, or the embeddings'."""
-    names = defaultdict(list)
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names[id(parameter)].append(name)
-    for matrix in found:
-        known = names[id(model.get_parameter(matrix.parameter))]
-        if len(known) > 1:
-            other = next(name for name in known if name != matrix.parameter)
-            raise Refusal(f"{matrix.parameter} is also {other}, and cannot be changed alone; skip=[{matrix.name}]")
+# B batch, T tokens, N tokens of a batch, I inputs of a matrix, H hidden width
 
 
 class Reading(Protocol):
@@ -143,7 +58,7 @@ class Turn:
 
             return hook
 
-        linear = [(name, module) for name, module in self.layer.named_modules() if _is_linear(module)]
+        linear = [(name, module) for name, module in self.layer.named_modules() if is_linear(module)]
         handles = [module.register_forward_pre_hook(hook_of(name)) for name, module in linear]
         try:
             for hidden, words in zip(self.hidden, self.words, strict=True):
@@ -264,7 +179,3 @@ def _set(layer: nn.Module, name: str, tensor: Tensor) -> None:
 def _call(layer: nn.Module, hidden: Tensor, words: Words) -> Tensor:
     given = layer(hidden, *words[0], **words[1])
     return given[0] if isinstance(given, tuple) else given
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from models.errors import Refusal
+from models.matrices import is_linear, is_transposed
 from models.representations import decoder_layers
 
 BASES = ("nf4",)
@@ -72,7 +73,7 @@ class Lora:
             raise Refusal(f"lora.targets: the layers have no linear {odd[0]}; they have {', '.join(there)}")
         for name, module in there.items() if self.base is not None else ():
             _check_packable(name, module)
-        transposed = any(type(there[name]).__name__ == "Conv1D" for name in names)
+        transposed = any(is_transposed(there[name]) for name in names)
         return LoraConfig(
             r=self.r,
             lora_alpha=self.alpha,
@@ -154,5 +155,5 @@ def merge(model: Any) -> Any:
 
 def _linear(model: Any) -> Iterator[tuple[str, Any]]:
     for name, module in decoder_layers(model).named_modules():
-        if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
+        if is_linear(module):
             yield name, module

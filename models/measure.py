@@ -51,7 +51,7 @@ class Quiz:
     tokenizer: Any
     pad_token: int
     end: str  # the text that ends an answer
-    batch_rows: int
+    batch_size: int
     per: str = "choice"  # of models.questions.PER
 
 
@@ -214,7 +214,7 @@ def measure_folder(
     right = {}
     for name, questions in (quiz.questions if quiz else {}).items():
         assert quiz is not None
-        told = answered(model, questions, quiz.tokenizer, quiz.pad_token, quiz.end, quiz.batch_rows, quiz.per)
+        told = answered(model, questions, quiz.tokenizer, quiz.pad_token, quiz.end, quiz.batch_size, quiz.per)
         right[name] = dict(zip(_names(questions), told, strict=True))
     zeros, cache = share(model), cache_bytes_per_token(model, prompt)
     return {

@@ -12,8 +12,8 @@ import torch
 from accelerate.hooks import remove_hook_from_module
 from torch import Tensor
 
-from models.layerwise import name_of_layers
 from models.load import empty_model, load_config, load_model
+from models.matrices import name_of_layers
 from models.representations import decoder_layers
 
 

@@ -37,7 +37,7 @@ def answered(
     tokenizer: Any,
     pad_token: int,
     end: str,
-    batch_rows: int,
+    batch_size: int,
     per: str = "choice",
 ) -> list[bool]:
     """Whether each was answered right, without any sampling. `end`: the text that ends an answer.
@@ -48,7 +48,7 @@ def answered(
     told: list[bool] = [False] * len(questions)
     chosen = [number for number, question in enumerate(questions) if question.choices]
     pairs = [(questions[number].prompt, choice) for number in chosen for choice in questions[number].choices]
-    scores = iter(log_probabilities(model, pairs, pad_token=pad_token, batch_rows=batch_rows))
+    scores = iter(log_probabilities(model, pairs, pad_token=pad_token, batch_size=batch_size))
     for number in chosen:
         sums = [sum(next(scores)) / size for size in questions[number].sizes(per)]
         told[number] = max(range(len(sums)), key=sums.__getitem__) == questions[number].right
@@ -68,7 +68,7 @@ def answered(
         end_tokens=[] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id],
         stop=[end],
         tokenizer=tokenizer,
-        batch_rows=batch_rows,
+        batch_size=batch_size,
     )
     for at, (answer, *_) in answers:
         text = tokenizer.decode(answer.ids, skip_special_tokens=True)

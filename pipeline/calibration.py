@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from models.errors import Refusal
-from models.layerwise import Turn, name_of_layers
+from models.layerwise import Turn
 from models.load import DTYPES, empty_model, parameter_count
+from models.matrices import name_of_layers
 from models.offloaded import Offloaded, load_offloaded
 from models.quantization.record import Known, known, read_known
 from models.representations import decoder_layers

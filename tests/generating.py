@@ -15,7 +15,7 @@ from models.teachers.sharded import Sharded
 from models.teachers.teacher import Opening
 from tests.fitting import VOCABULARY
 
-WORDS: dict[str, Any] = {"pad_token": 0, "batch_rows": 2}
+WORDS: dict[str, Any] = {"pad_token": 0, "batch_size": 2}
 ENDS = (7,)
 SAMPLINGS = {
     "greedy": Sampling(max_new_tokens=12),

@@ -107,14 +107,14 @@ def test_neither_the_batch_nor_the_order_nor_the_neighbours_change_an_answer(mod
     ends = (3, 11, 40)
     alone = {n: answers(model, [prompt], sampling, end_tokens=ends)[0] for n, prompt in enumerate(PROMPTS)}
     assert {each.finish_reason for (each,) in alone.values()} == {"stop", "length"}
-    for batch_rows in (1, 3, 16):
-        assert answers(model, PROMPTS, sampling, end_tokens=ends, batch_rows=batch_rows) == alone
-    turned = answers(model, PROMPTS[::-1], sampling, end_tokens=ends, batch_rows=4)
+    for batch_size in (1, 3, 16):
+        assert answers(model, PROMPTS, sampling, end_tokens=ends, batch_size=batch_size) == alone
+    turned = answers(model, PROMPTS[::-1], sampling, end_tokens=ends, batch_size=4)
     assert {len(PROMPTS) - 1 - n: each for n, each in turned.items()} == alone
 
 
 def test_the_longest_prompts_come_first(model: Any) -> None:
-    order = [number for number, _ in generate(model, PROMPTS, Sampling(2), pad_token=PAD, end_tokens=(), batch_rows=3)]
+    order = [number for number, _ in generate(model, PROMPTS, Sampling(2), pad_token=PAD, end_tokens=(), batch_size=3)]
     assert [len(PROMPTS[number]) for number in order] == sorted(map(len, PROMPTS), reverse=True)
 
 
@@ -144,7 +144,7 @@ def test_draws_are_as_often_as_the_model_says(model: Any) -> None:
     with torch.no_grad():  # evener, so that many tokens are possible
         even = sharp(fitting.model(32, 2, seed=5))
         even.get_output_embeddings().weight.mul_(0.2)
-    got = answers(even, [PROMPTS[3]], sampling, batch_rows=500)[0]
+    got = answers(even, [PROMPTS[3]], sampling, batch_size=500)[0]
     seen = torch.bincount(torch.tensor([answer.ids[0] for answer in got]), minlength=V)
     expected = (logits_after(even, PROMPTS[3]) / temperature).softmax(-1) * count
     often = expected > 5
@@ -242,8 +242,8 @@ def test_a_stop_ends_an_answer_with_the_token_that_completes_it(spoken: tuple[An
 def test_log_probabilities_are_the_models(model: Any) -> None:
     pairs = [(prompt, by_hand(model, prompt, 1 + n).ids) for n, prompt in enumerate(PROMPTS)]
     pairs += [(PROMPTS[0], []), ([4], [5])]
-    for batch_rows in (1, 4):
-        told = log_probabilities(model, pairs, pad_token=PAD, batch_rows=batch_rows)
+    for batch_size in (1, 4):
+        told = log_probabilities(model, pairs, pad_token=PAD, batch_size=batch_size)
         for (prompt, answer), values in zip(pairs, told, strict=True):
             with torch.no_grad():
                 logits = model(input_ids=torch.tensor([prompt + answer])).logits[0]
@@ -281,7 +281,7 @@ def test_the_model_is_found_as_it_was_at_every_answer(model: Any) -> None:
     modes = {name: module.training for name, module in other.named_modules()}
     own = other.generation_config
     seen = {}
-    for number, each in generate(other, PROMPTS[:3], Sampling(6), pad_token=PAD, end_tokens=(), batch_rows=1):
+    for number, each in generate(other, PROMPTS[:3], Sampling(6), pad_token=PAD, end_tokens=(), batch_size=1):
         seen[number] = each
         assert {name: module.training for name, module in other.named_modules()} == modes
         assert other.generation_config is own

@@ -15,8 +15,9 @@ from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from models.heads import body_of
-from models.layerwise import Passage, in_turn, name_of_layers
+from models.layerwise import Passage, in_turn
 from models.load import load_model
+from models.matrices import name_of_layers
 from models.offloaded import Offloaded, load_offloaded
 from models.representations import decoder_layers
 from pipeline.calibration import FinishedLayers

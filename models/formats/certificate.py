@@ -19,8 +19,8 @@ from torch import Tensor
 from models.errors import Refusal
 from models.formats.format import Finished, Format, Runtime
 from models.formats.loaded import Loaded
-from models.layerwise import matrices
 from models.load import DTYPES, load_model
+from models.matrices import matrices
 from models.measure import Speed, served
 from models.quantization.activations import Activations
 from models.quantization.ggml import Blocks

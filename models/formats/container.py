@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from models.errors import Refusal
 from models.formats.checkpoint import dtype_of, in_dtype, names
 from models.formats.format import Finished, Format, Plan
-from models.layerwise import matrices
 from models.load import empty_model
+from models.matrices import matrices
 from models.quantization.grid import SCALE_DTYPES, Grid, Quantized
 from models.quantization.record import Record
 

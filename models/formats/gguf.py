@@ -29,9 +29,9 @@ from models.formats.gguf_layout import (
 )
 from models.formats.gguf_tokenizer import add_none, add_tokenizer, has_tokenizer
 from models.formats.llama_cpp import CACHES, FILE, LlamaCpp
-from models.layerwise import matrices
 from models.llama_library import PINNED
 from models.load import DTYPES, load_config, load_model
+from models.matrices import matrices
 from models.quantization.ggml import (
     FLOATS,
     LARGEST,

@@ -13,8 +13,8 @@ from torch import Tensor
 from models.formats.checkpoint import in_dtype, rewritten
 from models.formats.format import Finished, Plan, Runtime, Written
 from models.formats.loaded import loaded
-from models.layerwise import Matrix, matrices
 from models.load import empty_model, load_config
+from models.matrices import Matrix, matrices
 
 
 @dataclass(frozen=True)

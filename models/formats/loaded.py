@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from models.errors import Refusal
-from models.layerwise import matrices
 from models.load import DTYPES, empty_model, load_config, load_model
+from models.matrices import matrices
 from models.measure import Speed, speed
 
 # B sequences, T tokens, V vocabulary, O what a matrix gives, I what it reads

@@ -24,6 +24,7 @@ from torch import Tensor
 from models.objectives.head import Head, product_dtype
 from models.objectives.signal import Look, Signal
 from models.objectives.term import Objective
+from models.targets import IGNORED
 
 # What the buffers of one chunk may take by themselves, in bytes: the matrix products, which sweep the whole head for
 # every chunk, want it large; more than a sixteenth of the tokens at once would give the memory away again.
@@ -31,7 +32,6 @@ _BUDGET = {"cpu": 96 * 2**20, "cuda": 1024 * 2**20}
 _CHUNK_TOKENS = 128  # and at least these, however large the vocabulary
 # Logits of one block, on which the terms work: small enough for a CPU's caches, large enough to fill a GPU.
 _BLOCK_BYTES = {"cpu": 2 * 2**20, "cuda": 32 * 2**20}
-IGNORED = -100
 
 
 def objective_sum(

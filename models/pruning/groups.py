@@ -20,6 +20,7 @@ from torch import nn
 
 from models.errors import Refusal
 from models.heads import body_of
+from models.matrices import is_transposed
 from models.representations import decoder_layers
 
 KINDS = ("heads", "mlp", "experts", "hidden", "layers")
@@ -252,7 +253,7 @@ class _Found:
         """The axes of the group's own units; the stream's are put aside. Which side is which the widths' owner says:
         `silent` is what writes to the stream, the other reads from it."""
         weight, bias = f"{name}.weight", f"{name}.bias"
-        rows, columns = (1, 0) if _is_transposed(module) else (0, 1)
+        rows, columns = (1, 0) if is_transposed(module) else (0, 1)
         expected = (_in_out(module)[1], _in_out(module)[0]) if rows == 0 else _in_out(module)
         covered = (out is None or out.size == expected[rows]) and into.size == expected[columns]
         if self.shapes.get(weight) != expected or not covered:
@@ -320,12 +321,7 @@ def shape_of(parameter: Any) -> Sequence[int]:
     return shape
 
 
-def _is_transposed(module: nn.Module) -> bool:
-    """GPT-2's Conv1D holds [in, out]."""
-    return type(module).__name__ == "Conv1D"
-
-
 def _in_out(module: Any) -> tuple[int, int]:
-    if _is_transposed(module):
+    if is_transposed(module):
         return int(module.nx), int(module.nf)
     return int(module.in_features), int(module.out_features)

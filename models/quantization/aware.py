@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from models.errors import Refusal
-from models.layerwise import Matrix
 from models.lora import merge
+from models.matrices import Matrix
 from models.quantization import cache as caches
 from models.quantization.ggml import Blocks
 from models.quantization.grid import Quantized

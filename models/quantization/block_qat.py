@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from models.errors import Refusal
-from models.layerwise import Matrix, chosen
+from models.matrices import Matrix, chosen
 from models.quantization.aware import Rounding, check_trainable
 from models.quantization.ggml import Blocks, GgmlType
 from models.quantization.record import BlockRecord, Known

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from models.layerwise import Matrix, Turn
+from models.layerwise import Turn
+from models.matrices import Matrix, is_linear
 from models.pruning.groups import Anatomy, Group
 from models.quantization.grid import Grid
 from models.quantization.method import Scales
@@ -156,7 +157,7 @@ def _run(layer: nn.Module, hidden: Tensor, words: tuple[tuple[Any, ...], dict[st
 
     handles = []
     for name, module in layer.named_modules():
-        if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
+        if is_linear(module):
             handles.append(module.register_forward_hook(linear_hook(name)))
         elif "norm" in type(module).__name__.lower() and getattr(module, "weight", None) is not None:
             handles.append(module.register_forward_hook(norm_hook(name)))

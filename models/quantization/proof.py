@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from models.errors import Refusal
-from models.layerwise import matrices
 from models.load import parameter_count
+from models.matrices import matrices
 from models.quantization import cache
 from models.quantization.activations import attach
 from models.quantization.record import BlockRecord, Record

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from models.errors import Refusal
-from models.layerwise import Matrix, matrices
+from models.matrices import Matrix, matrices
 from models.quantization.aware import Rounding, check_trainable
 from models.quantization.grid import SCALE_DTYPES, Grid, Quantized
 from models.quantization.methods.clipped import Clipped

@@ -21,7 +21,7 @@ from models.quantization.grid import SCALE_DTYPES, Grid, Quantized
 
 @dataclass(frozen=True)
 class Record:
-    """By the matrices' names (models.layerwise.Matrix), as their parameters are called: model.layers.0.….weight."""
+    """By the matrices' names (models.matrices.Matrix), as their parameters are called: model.layers.0.….weight."""
 
     grid: Grid
     matrices: Mapping[str, Quantized]

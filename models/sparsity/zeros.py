@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from models.errors import Refusal
-from models.layerwise import matrices
+from models.matrices import is_transposed, matrices
 from models.representations import decoder_layers
 from models.sharding import gather_children
 
@@ -57,7 +57,7 @@ def _mask_adapter(module: Any) -> None:
     """PEFT's layer with W + [W ≠ 0] · scale · B A in place of W and its adapter one after the other."""
     (adapter,) = module.active_adapters
     base, whole = module.get_base_layer(), module.get_delta_weight
-    transposed = type(base).__name__ == "Conv1D"
+    transposed = is_transposed(base)
 
     def delta(name: str) -> Tensor:
         masked: Tensor = whole(name) * (base.weight != 0)

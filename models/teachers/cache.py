@@ -34,10 +34,10 @@ from torch import Tensor
 
 from models.errors import Refusal
 from models.objectives.head import Head
+from models.targets import IGNORED
 from models.teachers.encodings.encoding import Encoding, Payload, open_encoding
 
 HEADER, HEAD = "signal.json", "head.safetensors"
-IGNORED = -100
 _KEY_BYTES = 16
 _ROWS_AT_ONCE = 1000
 # safetensors' names of what payloads are made of
@@ -141,11 +141,6 @@ def key_of(ids_T: np.ndarray, targets_T: np.ndarray, fingerprint: bytes) -> byte
     told.update(np.ascontiguousarray(ids_T, dtype=np.int32).tobytes())
     told.update(np.packbits(np.asarray(targets_T) != IGNORED).tobytes())
     return told.digest()
-
-
-def seed_of(key: bytes) -> int:
-    """For encodings that draw: the piece decides, not the order or the rank."""
-    return int.from_bytes(key[:8], "little") >> 1
 
 
 class Writer:

@@ -11,6 +11,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
+from models import seeds
 from models.errors import NotFinite
 from models.heads import check_split, head_of, hidden_states, through_head
 from models.objectives.chunked import objective_sum
@@ -127,7 +128,7 @@ class LanguageModel(pl.LightningModule):
         if self.on_policy is not None and self.on_policy.due(step):
             batch = self.on_policy.take(batch, micro, rank=self.global_rank, world=self.trainer.world_size)
             objective, summed = self.on_policy.objective(objective), self.on_policy.sum
-        torch.manual_seed(mixed(self.seed, step, micro, self.global_rank))
+        torch.manual_seed(seeds.mixed(self.seed, step, micro, self.global_rank))
         self.step_metrics = None
         self._rows = batch["rows"]
         total, parts = self._objective(objective, batch, summed)
@@ -281,10 +282,3 @@ class LanguageModel(pl.LightningModule):
 def _dimensions(parameter: Any) -> int:
     """ZeRO-3 flattens what it shards; ds_shape remembers."""
     return len(getattr(parameter, "ds_shape", parameter.shape))
-
-
-def mixed(*numbers: int) -> int:
-    """A seed of several."""
-    import numpy as np
-
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)

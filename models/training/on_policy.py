@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from models import seeds
 from models.errors import Refusal
 from models.generation import Sampling, generate
 from models.objectives.chunked import objective_sum
@@ -28,10 +29,9 @@ from models.objectives.representation import RepresentationTerm
 from models.objectives.reverse_kl import ReverseKL
 from models.objectives.term import Objective, Term, needs_teacher
 from models.sharding import gathered, unsharded
+from models.targets import IGNORED
 from models.teachers.teacher import Source
-from models.training.language_model import mixed
 
-IGNORED = -100
 _DUE, _REPLAY, _WRITE = range(1, 4)  # streams of random numbers
 
 
@@ -53,13 +53,13 @@ class OnPolicy:
     replay_share: float = 0.5  # of the student's steps, once so many are kept: these read, and write nothing
     long_horizon: bool = False  # with reverse_kl: the gradient of the whole sequence's KL, not of each token's alone
     length_normalised: bool = True  # of the long horizon: mean over the later tokens, not sum
-    batch_rows: int = 64  # answers a rank writes at once; memory only
+    batch_size: int = 64  # answers a rank writes at once; memory only
 
     def __post_init__(self) -> None:
         for name in ("share", "replay_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise Refusal(f"on_policy.{name}={getattr(self, name)}: need [0, 1]; 0.5 is every second step")
-        for name, least in (("prompt_tokens", 1), ("replay_capacity", 0), ("batch_rows", 1)):
+        for name, least in (("prompt_tokens", 1), ("replay_capacity", 0), ("batch_size", 1)):
             if getattr(self, name) < least:
                 raise Refusal(f"on_policy.{name}={getattr(self, name)}: need at least {least}")
         if self.sampling.samples != 1:
@@ -234,7 +234,7 @@ class Rollouts:
             places.setdefault(tuple(prompt), []).append(place)
         # The longest first, one rank after another: as even as can be known before anything is written.
         mine = sorted(places, key=lambda prompt: (-len(prompt), prompt))[rank::world]
-        sampling = replace(self.values.sampling, seed=mixed(self.seed, self.values.sampling.seed, step, _WRITE))
+        sampling = replace(self.values.sampling, seed=seeds.mixed(self.seed, self.values.sampling.seed, step, _WRITE))
         written: dict[int, list[int]] = {}
         for times in sorted({len(places[prompt]) for prompt in mine}):  # an equal prompt gets an answer of its own
             some = [prompt for prompt in mine if len(places[prompt]) == times]
@@ -246,7 +246,7 @@ class Rollouts:
                 end_tokens=self.end_tokens,
                 stop=self.stop,
                 tokenizer=self.tokenizer,
-                batch_rows=self.values.batch_rows,
+                batch_size=self.values.batch_size,
             ):
                 for at, place in enumerate(places[some[number]]):
                     written[place] = answers[at % len(answers)].ids

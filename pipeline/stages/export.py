@@ -22,8 +22,8 @@ from models.formats.certificate import certify, refer
 from models.formats.checkpoint import add_tokenizer, dtype_of
 from models.formats.container import check_installed
 from models.formats.format import Finished, Format, Plan, Written
-from models.layerwise import matrices
 from models.load import DTYPES, empty_model, load_config, parameter_count
+from models.matrices import matrices
 from models.measure import Speed, documents
 from models.quantization.activations import Activations
 from models.quantization.record import BlockRecord, open_record

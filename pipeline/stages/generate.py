@@ -21,8 +21,9 @@ import pyarrow.parquet as pq
 import torch
 from transformers import GenerationConfig
 
+from models import seeds
 from models.errors import Refusal
-from models.generation import Answer, Sampling, seed_of
+from models.generation import Answer, Sampling
 from models.load import DTYPES, attention_for, empty_model, load_config, parameter_count
 from models.teachers.teacher import Opening, Source
 from pipeline import artifact
@@ -307,7 +308,7 @@ class Generate(Stage):
             teacher.to(place)
         units = self._units(prompts, asked)
         open_units = [unit for unit in units if any(key in todo for key in unit)]
-        words = {"pad_token": pad_token(tokenizer), "batch_rows": self.batch_rows}
+        words = {"pad_token": pad_token(tokenizer), "batch_size": self.batch_rows}
         made = 0
         with torch.no_grad():
             teacher.check()
@@ -364,7 +365,7 @@ class Generate(Stage):
             for key, samples in todo.items():
                 ids = prompts["teacher_ids"][asked[key]].as_py()
                 for sample in samples:
-                    yield (key, sample), ids, seed_of(sampling.seed, ids, sample) % 2**31
+                    yield (key, sample), ids, seeds.of_answer(sampling.seed, ids, sample) % 2**31
 
         count, made = sum(map(len, todo.values())), 0
         told = self.teacher.endpoint.generate(

@@ -14,8 +14,9 @@ from torch.utils.hooks import RemovableHandle
 
 from models.errors import Refusal
 from models.heads import head_of
-from models.layerwise import Matrix, Passage, Turn, check_read, chosen, in_turn
+from models.layerwise import Passage, Turn, in_turn
 from models.load import DTYPES, parameter_count, save_model
+from models.matrices import Matrix, check_read, chosen
 from models.objectives.chunked import objective_sum
 from models.objectives.forward_kl import ForwardKL
 from models.objectives.signal import Dense

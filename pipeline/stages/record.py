@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from models import seeds
 from models.errors import Refusal
 from models.heads import logit_numbers
 from models.load import DTYPES, attention_for, empty_model, load_config, parameter_count
@@ -34,7 +35,6 @@ from models.teachers.cache import (
     read_header,
     save_head,
     scan,
-    seed_of,
     write_header,
 )
 from models.teachers.encodings.encoding import Encoding, Payload, describe
@@ -211,7 +211,7 @@ class Record(Stage):
         def encode(batch: dict[str, Any], signal: Signal) -> None:
             hidden, head = _dense(signal, header)
             for piece in known.new(pieces_of(batch, header.fingerprint)):
-                writer.add(piece.key, self._encoding.encode(_states(hidden, piece), head, seed_of(piece.key)))
+                writer.add(piece.key, self._encoding.encode(_states(hidden, piece), head, seeds.of_piece(piece.key)))
 
         def measure(batch: dict[str, Any], signal: Signal) -> None:
             hidden, head = _dense(signal, header)
@@ -247,7 +247,7 @@ class Record(Stage):
             if not chosen or count + len(piece.supervised) <= self.sample_tokens:
                 chosen.append(piece)
                 count += len(piece.supervised)
-        payloads = [self._encoding.encode(_states(hidden, piece), head, seed_of(piece.key)) for piece in chosen]
+        payloads = [self._encoding.encode(_states(hidden, piece), head, seeds.of_piece(piece.key)) for piece in chosen]
         payload = {name: torch.cat([each[name] for each in payloads]) for name in payloads[0]}
         states_NH = torch.cat([_states(hidden, piece) for piece in chosen])
         one = [getattr(self._encoding, "temperature", 1.0)]

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from models.errors import Refusal
-from models.layerwise import Matrix, Turn, check_read, chosen, in_turn
+from models.layerwise import Turn, in_turn
 from models.load import DTYPES, parameter_count, save_model
+from models.matrices import Matrix, check_read, chosen
 from models.offloaded import Offloaded
 from models.representations import decoder_layers
 from models.sparsity.method import Method, Pattern

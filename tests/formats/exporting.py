@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from models.formats.format import Finished
-from models.layerwise import matrices
+from models.matrices import matrices
 from models.quantization.ggml import GgmlType
 from models.quantization.grid import Grid
 from models.quantization.record import BlockRecord, Record

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from models.formats.format import Plan
-from models.layerwise import matrices
+from models.matrices import matrices
 from models.quantization.activations import Activations
 from models.quantization.grid import Grid
 from models.quantization.methods.clipped import Clipped

@@ -18,7 +18,7 @@ from models.formats.gguf import Gguf
 from models.formats.gguf_layout import FAMILIES, check_family, context_length
 from models.formats.gguf_tokenizer import PROBE
 from models.formats.loaded import Loaded
-from models.layerwise import matrices
+from models.matrices import matrices
 from models.quantization.activations import Activations
 from models.quantization.ggml import MIXTURES, GgmlType
 from models.quantization.grid import Grid

@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from models.layerwise import Turn, chosen, in_turn
+from models.layerwise import Turn, in_turn
+from models.matrices import chosen
 from models.pruning.groups import anatomy_of
 from models.quantization.folding import Fold, fold, folds
 from models.quantization.grid import Grid

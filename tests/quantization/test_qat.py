@@ -134,7 +134,7 @@ def tiny(seed: int = 0) -> LlamaForCausalLM:
 
 
 def record_of(model: Any, grid: Grid, **words: Any) -> Record:
-    from models.layerwise import matrices
+    from models.matrices import matrices
 
     parameters = dict(model.named_parameters())
     made = {str(m): Nearest().quantized(m.of(parameters[m.parameter]).detach(), grid, None) for m in matrices(model)}

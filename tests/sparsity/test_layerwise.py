@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from models.errors import Refusal
-from models.layerwise import check_alone, in_turn, matrices
+from models.layerwise import in_turn
+from models.matrices import check_alone, matrices
 from models.representations import decoder_layers
 from models.sparsity.magnitude import Magnitude
 from models.sparsity.method import Pattern

@@ -259,7 +259,7 @@ def test_choices_are_ranked_by_their_likelihood_and_texts_are_compared(plain: Pa
             sums.append(sum(float(logits[len(prompt) - 1 + at, token]) for at, token in enumerate(choice)) / size)
         best.append(max(range(3), key=sums.__getitem__))
         questions.append(Question(prompt, "", "", 3, choices, texts))
-    got = answered(model, questions, tokenizer, 0, "\n", batch_rows=5, per=per)
+    got = answered(model, questions, tokenizer, 0, "\n", batch_size=5, per=per)
     assert got == [each == 0 for each in best]
     assert len(set(got)) == 2
 
@@ -273,12 +273,12 @@ def test_a_texts_answer_ends_where_its_mark_stands_and_fits_what_the_model_reads
     text = tokenizer.decode(made)
     end = text[3]
     free = [Question(prompt, "", answer, 3) for answer in (text.split(end)[0], text.split(end)[0] + "x")]
-    assert answered(model, free, tokenizer, 0, end, batch_rows=2) == [True, False]
+    assert answered(model, free, tokenizer, 0, end, batch_size=2) == [True, False]
 
     sizes: dict[str, int] = {"vocab_size": 257, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 8}
     short = GPT2LMHeadModel(GPT2Config(**sizes)).eval()  # its positions are learnt: a ninth token is an error
     assert len(prompt) == 5
-    assert answered(short, [Question(prompt, "", "zzz", 3)], tokenizer, 0, "\n", batch_rows=2) == [False]
+    assert answered(short, [Question(prompt, "", "zzz", 3)], tokenizer, 0, "\n", batch_size=2) == [False]
 
 
 @pytest.mark.parametrize(

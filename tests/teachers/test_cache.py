@@ -15,6 +15,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
+from models import seeds
 from models.errors import Refusal
 from models.objectives.adaptive_kl import AdaptiveKL
 from models.objectives.chunked import objective_sum
@@ -38,7 +39,6 @@ from models.teachers.cache import (
     pieces_of,
     save_head,
     scan,
-    seed_of,
     write_header,
 )
 from models.teachers.encodings.encoding import Encoding, Payload, describe
@@ -576,7 +576,7 @@ def test_a_recorded_teacher_gives_each_batch_its_own_pieces_in_order(encoding: E
     writer = Writer(tmp_path, 0, 10**9)
     batch = {"input_ids": ids, "position_ids": positions, "targets": targets}
     for piece in reversed(pieces_of(batch, told.fingerprint)):
-        writer.add(piece.key, encoding.encode(hidden[piece.row][piece.supervised], head, seed_of(piece.key)))
+        writer.add(piece.key, encoding.encode(hidden[piece.row][piece.supervised], head, seeds.of_piece(piece.key)))
     writer.flush()
     student, students_head = torch.randn(3, 10, H, generator=generator), model(1, torch.float32)[1]
     objective = Distillation(0.3, ForwardKL(2.0))

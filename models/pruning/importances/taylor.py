@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from models.errors import Refusal
+from models.matrices import is_linear, is_transposed
 from models.pruning.groups import Anatomy
 from models.pruning.importance import Batch, Statistics, Tally, check_reduction, over_ranks, wanted, weights_of
 from models.sharding import gathered
@@ -57,7 +58,7 @@ class Taylor:
         for module in model.modules():
             own = names.keys() & {id(parameter) for parameter in module.parameters(recurse=False)}
             if own and not isinstance(module, nn.Embedding):  # of a table: what it is as a head
-                handles.append(module.register_forward_hook(pass_.product if _is_plain(module) else pass_.other))
+                handles.append(module.register_forward_hook(pass_.product if is_linear(module) else pass_.other))
         trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         training = model.training
         model.eval().requires_grad_(False)
@@ -112,7 +113,7 @@ class _Pass:
         def taken(gradient: Tensor) -> None:
             pair = (gradient.detach(), read)
             with gathered([module.weight]):
-                self._tell_product(module.weight, *(reversed(pair) if type(module).__name__ == "Conv1D" else pair))
+                self._tell_product(module.weight, *(reversed(pair) if is_transposed(module) else pair))
 
         output.register_hook(taken)
 
@@ -202,7 +203,3 @@ class _Pass:
 def _differentiable(module: Any, inputs: Any, output: Tensor) -> Tensor:
     """What comes out of the embeddings gets a gradient, and so has all that is made of it; no weight has one."""
     return output.requires_grad_()
-
-
-def _is_plain(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
