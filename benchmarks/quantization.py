@@ -108,7 +108,7 @@ def trained(side: str, grid: str, folder: Path, settings: Settings, repeat: int)
     from models.load import load_model
     from models.quantization.record import read_record
 
-    words = ["+experiment=quantize_aware", "start=quantize", f"teacher.path={settings.model}"]
+    words = ["+experiment=demo/quantize_aware", "start=quantize", f"model.path={settings.model}"]
     words += asked(side, grid, left_out(settings, grid), settings, repeat)
     words += [f"run_dir={folder}/{side}-{grid}", f"stages.qat.training.max_steps={settings.qat_steps}"]
     words += [f"stages.qat.seed={repeat}"]
@@ -247,7 +247,7 @@ def teacher(settings: Settings, say: Callable[[str], None]) -> str:
     if (run_dir / "pretrain/manifest.json").is_file():
         return str(run_dir / "pretrain")
     say(f"making a model: {settings.train_steps} steps of the stage pretrain, in {run_dir}")
-    words = ["+experiment=prune_recover", f"stages.pretrain.training.max_steps={settings.train_steps}"]
+    words = ["+experiment=demo/prune_recover", f"stages.pretrain.training.max_steps={settings.train_steps}"]
     words += ["stages=[pretrain]", f"run_dir={run_dir}", "logger=none"]
     done = subprocess.run([sys.executable, ROOT / "train.py", *words], cwd=ROOT, capture_output=True, text=True)
     if done.returncode:

@@ -59,14 +59,23 @@ class Config:
     stop: str | None = None
     force: list[str] = field(default_factory=list)  # redo these although they are finished
     resume: str = "continue"  # or overwrite: redo what was made with other values
+    dry_run: bool = False  # show the plan and stop
+    sized_for: list[float] | None = None  # parameters of the models that an experiment's settings are made for
     stages: dict[str, Any] = MISSING
     data: Any = None
     task: Any = None
     answers: Any = None  # what a stage `generate` writes, as data
-    model: Any = None  # of experiments that change one
+    model: Any = None  # what is pruned, quantized or exported
     teacher: Any = None
     student: Any = None
     objective: Any = None
+    divergence: Any = None
+    auxiliaries: dict[str, Any] = field(default_factory=dict)
+    on_policy: Any = None
+    lora: Any = None
+    qat: Any = None
+    optimizer: Any = None
+    schedule: Any = None
     trainer: Trainer = field(default_factory=Trainer)
     strategy: Any = None
     logger: Any = None

@@ -20,7 +20,24 @@ from pipeline.worker import build, immaterial
 from tests.command import ROOT, train
 
 CONF = ROOT / "conf"
-EXPERIMENTS = sorted(p.stem for p in (CONF / "experiment").glob("*.yaml"))
+EXPERIMENTS = sorted(
+    str(path.relative_to(CONF / "experiment").with_suffix("")) for path in (CONF / "experiment").rglob("*.yaml")
+)
+MODEL, TEXT = "model.path=some/folder", "data.train=stdlib"
+GIVEN = {  # to the experiments that bring no model of their own
+    "distill": ["teacher.path=some/folder", TEXT],
+    "sequence_level": ["teacher.path=some/folder", "student.keep=2", TEXT],
+    "on_policy": ["teacher.path=some/folder", "student.keep=2", TEXT],
+    "in_context": ["teacher.path=some/folder", "task.train=pairs.jsonl"],
+    "prune_recover": [MODEL, TEXT],
+    "prune_distill": [MODEL, TEXT],
+    "sparsify_recover": [MODEL, TEXT],
+    "quantize_only": [MODEL, TEXT],
+    "quantize_export": [MODEL, TEXT],
+    "quantize_aware": [MODEL, TEXT],
+    "export_only": [MODEL],
+    "evaluate_only": [MODEL, "data.test=stdlib"],
+}
 # what a person must say, for the choices that cannot know it
 SAID = {
     "data=files": ["data.train=stdlib"],
@@ -66,14 +83,10 @@ def test_every_choice_composes_and_is_instantiated(choice: str) -> None:
 
 @pytest.mark.parametrize(
     "choice",
-    [
-        f"{g}@stages.distill.training.{g}={p.stem}"
-        for g in ("schedule", "optimizer")
-        for p in sorted((CONF / g).glob("*.yaml"))
-    ]
-    + [f"divergence@objective.divergence={p.stem}" for p in sorted((CONF / "divergence").glob("*.yaml"))]
+    [f"{g}={p.stem}" for g in ("schedule", "optimizer") for p in sorted((CONF / g).glob("*.yaml"))]
+    + [f"divergence={p.stem}" for p in sorted((CONF / "divergence").glob("*.yaml"))]
     + [f"+divergence@objective.also.more={p.stem}" for p in sorted((CONF / "divergence").glob("[!f]*.yaml"))]
-    + [f"+auxiliary@objective.also.more={p.stem}" for p in sorted((CONF / "auxiliary").glob("*.yaml"))],
+    + [f"auxiliary=[{p.stem}]" for p in sorted((CONF / "auxiliary").glob("*.yaml"))],
 )
 def test_every_part_of_a_stage_can_be_chosen(choice: str) -> None:
     assert build(quickstart(choice), "distill").training.max_steps == 600
@@ -87,15 +100,15 @@ def test_every_encoding_can_be_recorded_in(encoding: str) -> None:
 
 @pytest.mark.parametrize("importance", sorted(p.stem for p in (CONF / "importance").glob("*.yaml")))
 def test_every_importance_can_decide_what_is_pruned(importance: str) -> None:
-    words = ["+experiment=prune_recover", f"importance@stages.prune.importance={importance}"]
+    words = ["+experiment=demo/prune_recover", f"importance@stages.prune.importance={importance}"]
     made = build(composed(*words), "prune").importance
     assert type(made).__module__.endswith(importance)
-    assert build(composed(*words, "stages.recover.lora=null"), "recover").lora is None
+    assert build(composed(*words, "lora=none"), "recover").lora is None
 
 
 @pytest.mark.parametrize("method", sorted(p.stem for p in (CONF / "sparsity").glob("*.yaml")))
 def test_every_method_can_decide_what_becomes_zero(method: str) -> None:
-    made = build(composed("+experiment=sparsify_recover", f"sparsity@stages.sparsify.method={method}"), "sparsify")
+    made = build(composed("+experiment=demo/sparsify_recover", f"sparsity@stages.sparsify.method={method}"), "sparsify")
     assert type(made.method).__module__.endswith(method)
 
 
@@ -110,7 +123,7 @@ def test_every_grid_can_be_rounded_to_by_every_method(grid: str, method: str) ->
 
 @pytest.mark.parametrize("scales", sorted(p.stem for p in (CONF / "qat").glob("*.yaml")))
 def test_every_kind_of_scale_can_be_trained_with(scales: str) -> None:
-    made = build(composed("+experiment=quantize_aware", f"qat@stages.qat.qat={scales}"), "qat")
+    made = build(composed("+experiment=demo/quantize_aware", f"qat={scales}"), "qat")
     assert getattr(made.qat, "scales", "ggml") == scales
     assert made.teacher.path == "runs/quantize_aware/pretrain"  # the float parent
 
@@ -163,9 +176,7 @@ def test_a_stage_that_records_runs_only_where_its_record_is_read(words: list[str
 @pytest.mark.parametrize("scale", [None, *sorted(p.stem for p in (CONF / "scale").glob("*.yaml"))])
 def test_every_experiment_composes_and_builds_all_its_stages(experiment: str, scale: str | None) -> None:
     words = [f"+experiment={experiment}"]
-    if experiment in ("distill", "quantize_only", "quantize_export"):
-        whose = "teacher" if experiment == "distill" else "model"
-        words += [f"{whose}.path=some/folder", "data.train=stdlib"]
+    words += GIVEN.get(experiment, [])
     if scale is not None:
         if experiment != "distill_7b_to_1b":
             pytest.skip("scales belong to the production run")
@@ -299,7 +310,7 @@ def test_the_identity_of_a_stage_ignores_hardware_and_where_the_run_folder_is() 
     for word in (
         "seed=1",
         "objective.alpha=0.3",
-        "stages.distill.training.optimizer.lr=0.1",
+        "optimizer.lr=0.1",
         "data.max_length=64",
         "trainer.precision=bf16-mixed",
         "student.shape.hidden_size=48",
@@ -393,7 +404,7 @@ MISTAKES = {
     "resume=maybe": ["resume=maybe", "overwrite"],
     "seed=x": ["seed"],
     "objective.alpha=2.0": ["alpha=2.0", "[0, 1]"],
-    "objective.divergence.temperature=-1.5": ["temperature=-1.5"],
+    "divergence.temperature=-1.5": ["temperature=-1.5"],
     "stages.distill.training.micro_batch=5": ["micro_batch=5", "1, 2, 4, 8"],
     "stages.distill.training.max_steps=null": ["max_steps, max_tokens or epochs"],
     "stages.distill.training.max_steps=-1": ["max_steps=-1"],
@@ -415,7 +426,7 @@ MISTAKES = {
     "trainer.nodes=2": ["trainer.nodes=2", "launch=slurm"],
     "trainer.attention=nonsense": ["trainer.attention=nonsense", "eager"],
     "trainer.attention=flash_attention_2": ["flash_attn is not installed"],
-    "+stages.distill.training.optimizer.lrr=1": ["lrr"],
+    "+optimizer.lrr=1": ["lrr"],
     "+launch.x=1": ["x"],
     "+callbacks.progress.foo=1": ["foo"],
     "+experiment=distill data.train=stdlib": ["teacher.path is not set"],
@@ -424,17 +435,17 @@ MISTAKES = {
     "trainer.objective_memory_mb=0": ["trainer.objective_memory_mb=0"],
     "teacher=sharded teacher.offload=disk": ["teacher.offload=disk", "cpu"],
     "teacher=sharded teacher.offload=nvme": ["teacher.nvme_path"],
-    "teacher=cached objective.divergence.temperature=3.0": ["temperature=3", "recorded for 1, 2", "temperatures"],
+    "teacher=cached divergence.temperature=3.0": ["temperature=3", "recorded for 1, 2", "temperatures"],
     "teacher=cached encoding@stages.record.encoding=sampled": ["temperature=2", "encoding.temperature=2"],
-    "teacher=cached encoding@stages.record.encoding=sampled divergence@objective.divergence=reverse_kl": [
+    "teacher=cached encoding@stages.record.encoding=sampled divergence=reverse_kl": [
         "reverse_kl cannot be worked out from samples"
     ],
-    "teacher=cached divergence@objective.divergence=universal_logit": ["universal_logit", "encoding=hidden_states"],
-    "teacher=cached +auxiliary@objective.also.layers=hidden_states": ["hidden_states compares layers", "online"],
+    "teacher=cached divergence=universal_logit": ["universal_logit", "encoding=hidden_states"],
+    "teacher=cached auxiliary=[hidden_states]": ["hidden_states compares layers", "online"],
     "teacher=cached teacher.cache=./nowhere": ["nowhere", "run the stage record"],
     "teacher=cached start=distill teacher.path=./nowhere": ["teacher.path=./nowhere"],
     "stages=[record]": ["nothing to record"],
-    "teacher=served teacher.endpoint.url=nonsense objective.divergence.temperature=1": ["nonsense"],
+    "teacher=served teacher.endpoint.url=nonsense divergence.temperature=1": ["nonsense"],
     "teacher=served teacher.endpoint.url=http://localhost:1/v1": ["temperature=2", "forward_kl to 1"],
     "teacher=served": ["teacher.endpoint.url is not set"],
     "teacher=served teacher.endpoint.url=http://localhost:1/v1 encoding@stages.record.encoding=hidden_states": [
@@ -443,10 +454,10 @@ MISTAKES = {
     "stages.distill.align=true": ["align=true", "student=folder"],
     "stages.record.encoding.k=0 teacher=cached": ["encoding.k=0"],
     "+divergence@objective.also.more=forward_kl": ["two terms are named forward_kl"],
-    "+auxiliary@objective.also.a=attention_relations objective.also.a.relation_heads=7": ["relation_heads=7"],
-    "+auxiliary@objective.also.h=hidden_states objective.also.h.layers=[[9,1]]": ["student layer 9"],
-    "+auxiliary@objective.also.h=hidden_states objective.also.h.projection=false": ["64", "128"],
-    "divergence@objective.divergence=jensen_shannon objective.divergence.beta=2.0": ["beta=2.0"],
+    "auxiliary=[attention_relations] auxiliaries.attention_relations.relation_heads=7": ["relation_heads=7"],
+    "auxiliary=[hidden_states] auxiliaries.hidden_states.layers=[[9,1]]": ["student layer 9"],
+    "auxiliary=[hidden_states] auxiliaries.hidden_states.projection=false": ["64", "128"],
+    "divergence=jensen_shannon divergence.beta=2.0": ["beta=2.0"],
 }
 
 

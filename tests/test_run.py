@@ -131,10 +131,10 @@ def test_a_rerun_skips_what_is_finished_and_changes_nothing(finished: Path) -> N
 
 
 def test_other_values_in_a_run_folder_are_refused_with_the_ways_out(finished: Path) -> None:
-    done = train(f"run_dir={finished}", *SMALL, "objective.divergence.temperature=3")
+    done = train(f"run_dir={finished}", *SMALL, "divergence.temperature=3")
     assert done.returncode == 2
     assert len(done.stderr.strip().splitlines()) == 1
-    for word in ("objective.divergence.temperature", "2.0", "3", "resume=overwrite", "run_dir=", "old values"):
+    for word in ("divergence.temperature", "2.0", "3", "resume=overwrite", "run_dir=", "old values"):
         assert word in done.stderr
 
 

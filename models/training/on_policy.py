@@ -88,7 +88,7 @@ class OnPolicy:
         if self.long_horizon and [term.temperature for term in reverse] != [1.0]:
             raise Refusal(
                 "on_policy.long_horizon=true: it completes reverse_kl at temperature 1; set "
-                "divergence@objective.divergence=reverse_kl and objective.divergence.temperature=1"
+                "divergence=reverse_kl and divergence.temperature=1"
             )
         if 0 < self.replay_capacity < global_batch:
             raise Refusal(

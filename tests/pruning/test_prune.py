@@ -40,14 +40,14 @@ LITTLE = [
     "stages.pretrain.training.validate_every_steps=6",
     "stages.recover.training.max_steps=6",
     "stages.recover.training.validate_every_steps=6",
-    "stages.recover.lora.dropout=0.0",
+    "lora.dropout=0.0",
     "trainer.log_every_steps=1",
     "trainer.accelerator=cpu",
     "logger=none",
 ]
 
 
-EXPERIMENT = Experiment("prune_recover", LITTLE)
+EXPERIMENT = Experiment("demo/prune_recover", LITTLE)
 composed, begin, make = EXPERIMENT.composed, EXPERIMENT.begin, EXPERIMENT.make
 
 
@@ -108,7 +108,7 @@ def test_a_plan_that_was_reviewed_gives_the_same_bytes_and_an_edited_one_what_it
     made: Path, tmp_path: Path
 ) -> None:
     path = made / "prune" / "plan.json"
-    words = [f"teacher.path={made / 'pretrain'}"]
+    words = [f"model.path={made / 'pretrain'}"]
     again = make(tmp_path / "again", "prune", *words, f"stages.prune.plan={path}")
     for name in ("model.safetensors", "config.json"):
         assert (again / name).read_bytes() == (made / "prune" / name).read_bytes()
@@ -122,7 +122,7 @@ def test_a_plan_that_was_reviewed_gives_the_same_bytes_and_an_edited_one_what_it
 
 def test_layers_that_change_little_go_and_the_rest_generates(made: Path, tmp_path: Path) -> None:
     words = [
-        f"teacher.path={made / 'pretrain'}", "importance@stages.prune.importance=block_influence",
+        f"model.path={made / 'pretrain'}", "importance@stages.prune.importance=block_influence",
         "stages.prune.kinds=[layers]", "stages.prune.kept_fraction=0.5",
     ]  # fmt: skip
     folder = make(tmp_path / "run", "prune", *words)
@@ -153,7 +153,7 @@ BAD_PLANS = {
 def test_a_plan_that_cannot_be_is_refused_in_one_line(case: str, made: Path, tmp_path: Path) -> None:
     text, said = BAD_PLANS[case]
     (tmp_path / "plan.json").write_text(text)
-    config = composed(tmp_path, f"teacher.path={made / 'pretrain'}", f"stages.prune.plan={tmp_path / 'plan.json'}")
+    config = composed(tmp_path, f"model.path={made / 'pretrain'}", f"stages.prune.plan={tmp_path / 'plan.json'}")
     with pytest.raises(Refusal, match=said) as refused:
         check({"config": config, "stages": ["prune"]})
     assert "\n" not in str(refused.value)
@@ -177,7 +177,7 @@ def test_a_cut_that_is_not_the_masked_model_leaves_nothing_behind(
 
     monkeypatch.setattr("pipeline.stages.prune.anatomy_of", wrong)
     with pytest.raises(Refusal, match=r"differ by .* nothing was written") as refused:
-        make(tmp_path / "run", "prune", f"teacher.path={made / 'pretrain'}")
+        make(tmp_path / "run", "prune", f"model.path={made / 'pretrain'}")
     assert "\n" not in str(refused.value)
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["work"]  # nothing half-written either
 
@@ -193,14 +193,14 @@ def test_a_cut_that_is_not_the_masked_model_leaves_nothing_behind(
         (["stages.prune.seed=-1"], "seed=-1: need a whole number"),
         (["stages.prune.plan=p.json", "stages.prune.scores=[x]"], "nothing is scored for a plan"),
         (["stages.prune.calibration_tokens=4096", "data.max_length=600"], "the model reads at most 512 tokens"),
-        (["stages.recover.lora.targets=[]"], "need a list of modules' names"),
+        (["lora.targets=[]"], "need a list of modules' names"),
         (["stages.prune.steps=0"], "steps=0: need at least 1"),
         (["stages.prune.steps=2", "stages.prune.scores=[x]"], "they are of the whole model; use steps=1"),
         (["stages.prune.target_parameters=9"], "need one, the others null"),
-        (["stages.recover.lora.targets=[w_proj]"], "the layers have no linear w_proj; they have q_proj"),
-        (["stages.recover.lora.base=int3"], r"lora\.base=int3: need one of nf4"),
-        (["lora@stages.recover.lora=qlora", "strategy=zero3"], "packed weights are not sharded; use strategy=zero2"),
-        (["stages.recover.lora.r=0"], r"lora\.r=0: need at least 1"),
+        (["lora.targets=[w_proj]"], "the layers have no linear w_proj; they have q_proj"),
+        (["lora.base=int3"], r"lora\.base=int3: need one of nf4"),
+        (["lora=qlora", "strategy=zero3"], "packed weights are not sharded; use strategy=zero2"),
+        (["lora.r=0"], r"lora\.r=0: need at least 1"),
     ],
 )
 def test_what_cannot_be_is_refused_before_a_weight_is_read(tmp_path: Path, words: list[str], said: str) -> None:
@@ -214,7 +214,7 @@ def test_heads_that_no_config_can_say_stay_and_that_is_told(tmp_path: Path) -> N
     gpt2 = config_of("gpt2")
     shapes = shapes_of(gpt2)
     scores = scores_of(shapes)
-    stage = build(composed(tmp_path, "teacher.path=x"), "prune")
+    stage = build(composed(tmp_path, "model.path=x"), "prune")
     kept, note = stage._said(gpt2, shapes, scores, Wish(kept_fraction=0.75))
     assert note == "a gpt2 config cannot say 3 of 4 KV heads: 4 remain"
     assert set(kept) == {f"layers.{n}.mlp" for n in range(3)}
@@ -243,15 +243,15 @@ def test_the_adapter_beside_the_merged_model_gives_the_same_logits(made: Path) -
 
 
 def test_recovery_without_adapters_trains_all_weights(made: Path, tmp_path: Path) -> None:
-    words = [f"teacher.path={made / 'pretrain'}", f"stages.recover.student.path={made / 'prune'}"]
-    plain = Experiment("prune_recover", [word for word in LITTLE if "lora" not in word])
+    words = [f"model.path={made / 'pretrain'}", f"stages.recover.student.path={made / 'prune'}"]
+    plain = Experiment("demo/prune_recover", [word for word in LITTLE if "lora" not in word])
     plain.make(tmp_path, "recover", *words, "stages.recover.lora=null")
     assert manifest(tmp_path / "recover")["certificates"] == {}
     assert not (tmp_path / "recover" / "adapter").exists()
 
 
 def test_scores_of_two_texts_are_added_up_and_none_is_read(made: Path, tmp_path: Path) -> None:
-    words = [f"teacher.path={made / 'pretrain'}", "stages.prune.calibration_rows=4"]
+    words = [f"model.path={made / 'pretrain'}", "stages.prune.calibration_rows=4"]
     one, other = (make(tmp_path / seed, "prune", *words, f"stages.prune.seed={seed}") for seed in ("1", "2"))
     given = f"stages.prune.scores=[{one},{other / 'scores.safetensors'}]"
     with pytest.MonkeyPatch.context() as patch:
@@ -269,7 +269,7 @@ def test_scores_of_two_texts_are_added_up_and_none_is_read(made: Path, tmp_path:
         np.testing.assert_allclose(plan["scores"][name], values, rtol=1e-5)
     for odd, said in (
         ("stages.prune.kinds=[mlp]", "another kinds"),
-        ("teacher.path=" + str(made / "recover"), "model"),
+        ("model.path=" + str(made / "recover"), "model"),
     ):
         with pytest.raises(Refusal, match=f"these are of another {said.split()[-1]}"):
             make(tmp_path / "odd", "prune", *words, given, odd)
@@ -278,7 +278,7 @@ def test_scores_of_two_texts_are_added_up_and_none_is_read(made: Path, tmp_path:
 
 
 def test_scoring_that_was_killed_goes_on_and_lands_on_the_same_bytes(made: Path, tmp_path: Path) -> None:
-    words = [f"teacher.path={made / 'pretrain'}", "stages.prune.calibration_batch=2"]
+    words = [f"model.path={made / 'pretrain'}", "stages.prune.calibration_batch=2"]
     whole = make(tmp_path / "whole", "prune", *words)
     stage, context = begin(tmp_path / "killed", "prune", *words)
     stage.prepare(context)
@@ -301,7 +301,7 @@ def test_scoring_that_was_killed_goes_on_and_lands_on_the_same_bytes(made: Path,
 
 
 def test_a_cut_in_steps_scores_what_the_steps_before_have_left(made: Path, tmp_path: Path) -> None:
-    words = [f"teacher.path={made / 'pretrain'}", "stages.prune.kept_fraction=0.5"]
+    words = [f"model.path={made / 'pretrain'}", "stages.prune.kept_fraction=0.5"]
     steps: list[dict[str, np.ndarray]] = []
     plain = surgery.silence
     with pytest.MonkeyPatch.context() as patch:
@@ -335,7 +335,7 @@ def test_a_cut_in_steps_scores_what_the_steps_before_have_left(made: Path, tmp_p
 
 def test_a_plan_that_the_stage_would_write_over_is_refused(made: Path) -> None:
     plan = made / "prune" / "plan.json"
-    config = composed(made, f"teacher.path={made / 'pretrain'}", f"stages.prune.plan={plan}")
+    config = composed(made, f"model.path={made / 'pretrain'}", f"stages.prune.plan={plan}")
     with pytest.raises(Refusal, match="the stage writes that file itself; copy it elsewhere first"):
         check({"config": config, "stages": ["prune"]})
 
@@ -367,10 +367,10 @@ def test_most_of_the_perplexity_that_a_cut_costs_is_won_back(model: str, request
     if model != "its own":
         shared = request.getfixturevalue("shared")
         words = [
-            "start=prune", f"teacher.path={shared / 'models/stories260K'}", "data=files",
+            "start=prune", f"model.path={shared / 'models/stories260K'}", "data=files",
             f"data.train={shared / 'data/tinystories/train.jsonl'}", "data.max_documents=4000",
         ]  # fmt: skip
-    done = train("+experiment=prune_recover", *words, f"run_dir={tmp_path / 'run'}", timeout=900)
+    done = train("+experiment=demo/prune_recover", *words, f"run_dir={tmp_path / 'run'}", timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = {row["stage"]: row for row in json.loads((tmp_path / "run" / "report.json").read_text())["rows"]}
     dense = rows["pretrain" if model == "its own" else "teacher"]["perplexity"]
@@ -381,10 +381,10 @@ def test_most_of_the_perplexity_that_a_cut_costs_is_won_back(model: str, request
 
 @pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.slow), "zero3"])
 def test_two_ranks_score_as_one_does(made: Path, tmp_path: Path, strategy: str) -> None:
-    words = [f"teacher.path={made / 'pretrain'}", "stages.prune.calibration_batch=7", "stages.prune.calibration_rows=8"]
+    words = [f"model.path={made / 'pretrain'}", "stages.prune.calibration_batch=7", "stages.prune.calibration_rows=8"]
     one = load_file(make(tmp_path / "one", "prune", *words) / "scores.safetensors")
     done = train(
-        "+experiment=prune_recover", *LITTLE, *words, f"run_dir={tmp_path / 'two'}", "stages=[prune]",
+        "+experiment=demo/prune_recover", *LITTLE, *words, f"run_dir={tmp_path / 'two'}", "stages=[prune]",
         "trainer.devices=2", f"strategy={strategy}",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
@@ -400,9 +400,9 @@ def test_two_ranks_score_as_one_does(made: Path, tmp_path: Path, strategy: str) 
 @pytest.mark.parametrize("strategy", ["ddp", "zero2", "zero3"])
 def test_two_ranks_recover_what_one_does(made: Path, tmp_path: Path, strategy: str) -> None:
     done = train(
-        "+experiment=prune_recover",
+        "+experiment=demo/prune_recover",
         *LITTLE,
-        f"teacher.path={made / 'pretrain'}",
+        f"model.path={made / 'pretrain'}",
         f"stages.recover.student.path={made / 'prune'}",
         f"run_dir={tmp_path / 'two'}",
         "stages=[recover]",
@@ -423,7 +423,7 @@ def test_two_ranks_recover_what_one_does(made: Path, tmp_path: Path, strategy: s
 def packed(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("packed") / "run"
     shutil.copytree(made / "prune", folder / "prune")
-    return make(folder, "recover", f"teacher.path={made / 'pretrain'}", "lora@stages.recover.lora=qlora")
+    return make(folder, "recover", f"model.path={made / 'pretrain'}", "lora=qlora")
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft asks for it
@@ -460,7 +460,7 @@ def test_qlora_that_was_interrupted_ends_where_the_other_does(
     """Its checkpoints hold the adapters alone."""
     shutil.copytree(made / "prune", tmp_path / "run" / "prune")
     words = [
-        f"teacher.path={made / 'pretrain'}", "lora@stages.recover.lora=qlora", "trainer.checkpoint.every_steps=2",
+        f"model.path={made / 'pretrain'}", "lora=qlora", "trainer.checkpoint.every_steps=2",
     ]  # fmt: skip
     stage, context = begin(tmp_path / "run", "recover", *words)
     stage.prepare(context)

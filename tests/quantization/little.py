@@ -35,7 +35,7 @@ EXPERIMENT = Experiment("quantize_only", LITTLE)
 
 
 def teacher_in(run_dir: Path) -> Path:
-    return Experiment("prune_recover", PRETRAIN).make(run_dir, "pretrain")
+    return Experiment("demo/prune_recover", PRETRAIN).make(run_dir, "pretrain")
 
 
 def folder_of(family: str, teacher: Path, tmp_path: Path, **values: Any) -> Path:

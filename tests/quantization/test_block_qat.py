@@ -21,7 +21,7 @@ from tests.command import weights
 from tests.quantization.test_qat import EXPERIMENT, IDS
 from tests.staged import manifest
 
-WORDS = ["stages.pretrain.model.intermediate_size=64", "qat@stages.qat.qat=ggml", "stages.qat.qat.type=q4_0"]
+WORDS = ["stages.pretrain.model.intermediate_size=64", "qat=ggml", "qat.type=q4_0"]
 
 
 def tiny() -> LlamaForCausalLM:
@@ -72,7 +72,7 @@ def test_the_gradient_is_that_of_the_rounded_weight(tmp_path: Path) -> None:
 
 def test_the_stage_ends_on_blocks_that_it_can_be_read_back_from(tmp_path: Path) -> None:
     EXPERIMENT.make(tmp_path, "pretrain", *WORDS)
-    words = [*WORDS, f"stages.qat.student.path={tmp_path / 'pretrain'}", f"teacher.path={tmp_path / 'pretrain'}"]
+    words = [*WORDS, f"stages.qat.student.path={tmp_path / 'pretrain'}", f"model.path={tmp_path / 'pretrain'}"]
     assert check({"config": EXPERIMENT.composed(tmp_path, *words), "stages": ["qat"]})["plan"]
     made = EXPERIMENT.make(tmp_path, "qat", *words)
     record = open_record(made / "grid.safetensors")
@@ -95,12 +95,12 @@ def test_the_stage_ends_on_blocks_that_it_can_be_read_back_from(tmp_path: Path) 
 def test_widths_and_starts_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     EXPERIMENT.make(tmp_path, "pretrain", *WORDS)
     EXPERIMENT.make(tmp_path, "quantize", *WORDS)
-    base = [*WORDS, f"teacher.path={tmp_path / 'pretrain'}"]
+    base = [*WORDS, f"model.path={tmp_path / 'pretrain'}"]
     for words, said in (
         ([f"stages.qat.student.path={tmp_path / 'quantize'}"], "on a grid already and would be rounded twice"),
-        ([f"stages.qat.student.path={tmp_path / 'pretrain'}", "stages.qat.qat.type=q4_k"], "blocks of 256 do not"),
-        (["stages.qat.qat.type=q9_k"], "need one of q4_0"),
-        ([f"stages.qat.student.path={tmp_path / 'pretrain'}", "stages.qat.qat.skip=[x_proj]"], "have no matrix x_proj"),
+        ([f"stages.qat.student.path={tmp_path / 'pretrain'}", "qat.type=q4_k"], "blocks of 256 do not"),
+        (["qat.type=q9_k"], "need one of q4_0"),
+        ([f"stages.qat.student.path={tmp_path / 'pretrain'}", "qat.skip=[x_proj]"], "have no matrix x_proj"),
     ):
         with pytest.raises(Refusal, match=said):
             check({"config": EXPERIMENT.composed(tmp_path, *base, *words), "stages": ["qat"]})

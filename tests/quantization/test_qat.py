@@ -40,15 +40,15 @@ LITTLE = [
     "stages.quantize.grid.group_size=16",
     "stages.qat.training.max_steps=6",
     "stages.qat.training.validate_every_steps=6",
-    "stages.qat.training.schedule.warmup_steps=0",
-    "stages.qat.training.optimizer.lr=0.003",
+    "schedule.warmup_steps=0",
+    "optimizer.lr=0.003",
     "trainer.log_every_steps=1",
     "trainer.checkpoint.every_steps=2",
     "trainer.accelerator=cpu",
     "logger=none",
 ]
-EXPERIMENT = Experiment("quantize_aware", LITTLE)
-LORA = ["lora@stages.qat.lora=default", "stages.qat.lora.dropout=0.0"]
+EXPERIMENT = Experiment("demo/quantize_aware", LITTLE)
+LORA = ["lora=lora", "lora.dropout=0.0"]
 GRIDS = [
     Grid(4, "group", 8),
     Grid(3, "group", 16, symmetric=False, scale_dtype="bfloat16"),
@@ -66,7 +66,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def from_(made: Path, *words: str) -> list[str]:
-    return [f"teacher.path={made / 'pretrain'}", f"stages.qat.student.path={made / 'quantize'}", *words]
+    return [f"model.path={made / 'pretrain'}", f"stages.qat.student.path={made / 'quantize'}", *words]
 
 
 def losses(folder: Path) -> list[float]:
@@ -284,8 +284,8 @@ def test_training_begins_as_the_post_training_result_and_ends_on_its_grid(made: 
 @pytest.mark.parametrize(
     "words",
     [
-        ["qat@stages.qat.qat=frozen"],
-        ["qat@stages.qat.qat=min_max", "stages.qat.qat.freeze_step=3"],
+        ["qat=frozen"],
+        ["qat=min_max", "qat.freeze_step=3"],
         LORA,
         ["objective=cross_entropy", "trainer.precision=bf16-mixed"],
     ],
@@ -333,7 +333,7 @@ SLOW = [("ddp", []), ("zero1", []), ("zero2", []), ("zero2", LORA)]
 def test_two_ranks_land_where_one_does(strategy: str, words: list[str], made: Path, tmp_path: Path) -> None:
     alone = EXPERIMENT.make(tmp_path / "one", "qat", *from_(made, *words))
     done = train(
-        "+experiment=quantize_aware",
+        "+experiment=demo/quantize_aware",
         *LITTLE,
         *from_(made, *words),
         f"run_dir={tmp_path / 'two'}",
@@ -357,17 +357,17 @@ def test_two_ranks_land_where_one_does(strategy: str, words: list[str], made: Pa
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["qat@stages.qat.qat=learned", "stages.qat.qat.scales=guessed"], "need one of learned, frozen"),
-        (["+stages.qat.qat.freeze_step=3"], "need a step from 0 on, of scales that follow"),
-        (["lora@stages.qat.lora=default"], r"lora\.dropout with qat and lora"),
-        ([*LORA, "stages.qat.lora.base=nf4"], r"lora\.base with qat and lora"),
+        (["qat=learned", "qat.scales=guessed"], "need one of learned, frozen"),
+        (["+qat.freeze_step=3"], "need a step from 0 on, of scales that follow"),
+        (["lora=lora"], r"lora\.dropout with qat and lora"),
+        ([*LORA, "lora.base=nf4"], r"lora\.base with qat and lora"),
         (["student@stages.qat.student=shape", "~stages.qat.student.path"], "training starts from what the stage"),
     ],
 )
 def test_what_cannot_be_trained_is_refused_before_a_weight_is_read(
     words: list[str], said: str, made: Path, tmp_path: Path
 ) -> None:
-    config = EXPERIMENT.composed(tmp_path, f"teacher.path={made / 'pretrain'}", *words)
+    config = EXPERIMENT.composed(tmp_path, f"model.path={made / 'pretrain'}", *words)
     if "path" not in config["stages"]["qat"]["student"]:
         config["stages"]["qat"]["student"] |= {"shape": {}}
     else:
@@ -378,7 +378,7 @@ def test_what_cannot_be_trained_is_refused_before_a_weight_is_read(
 
 
 def test_a_start_without_a_grid_is_refused(made: Path, tmp_path: Path) -> None:
-    words = [f"teacher.path={made / 'pretrain'}", f"stages.qat.student.path={made / 'pretrain'}"]
+    words = [f"model.path={made / 'pretrain'}", f"stages.qat.student.path={made / 'pretrain'}"]
     with pytest.raises(Refusal, match="is on no grid; give what the stage quantize makes"):
         check({"config": EXPERIMENT.composed(tmp_path, *words), "stages": ["qat"]})
 

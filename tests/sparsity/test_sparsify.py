@@ -38,17 +38,17 @@ LITTLE = [
     "stages.sparsify.calibration_tokens=32",
     "stages.recover.training.max_steps=6",
     "stages.recover.training.validate_every_steps=6",
-    "stages.recover.training.optimizer.lr=0.01",
+    "optimizer.lr=0.01",
     "trainer.log_every_steps=1",
     "trainer.checkpoint.every_steps=2",
     "trainer.accelerator=cpu",
     "logger=none",
 ]
-LORA = ["lora@stages.recover.lora=default", "stages.recover.lora.dropout=0.0"]
+LORA = ["lora=lora", "lora.dropout=0.0"]
 LAYERS = "model.layers."
 
 
-EXPERIMENT = Experiment("sparsify_recover", LITTLE)
+EXPERIMENT = Experiment("demo/sparsify_recover", LITTLE)
 composed, begin, make = EXPERIMENT.composed, EXPERIMENT.begin, EXPERIMENT.make
 
 
@@ -65,7 +65,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def from_(made: Path, *words: str) -> list[str]:
-    return [f"teacher.path={made / 'pretrain'}", f"stages.recover.student.path={made / 'sparsify'}", *words]
+    return [f"model.path={made / 'pretrain'}", f"stages.recover.student.path={made / 'sparsify'}", *words]
 
 
 def test_two_of_four_are_left_and_nothing_else_has_changed(made: Path) -> None:
@@ -178,7 +178,7 @@ def test_too_little_text_is_refused_before_a_weight_is_read(
         (["stages.sparsify.method.damping=0"], "damping=0: need a number above 0"),
         (["sparsity@stages.sparsify.method=magnitude", "stages.sparsify.method.scope=all"], "scope=all: need layer"),
         (["stages.sparsify.model=./nowhere"], "nowhere: no such folder"),
-        (["lora@stages.recover.lora=default"], r"lora\.dropout=0\.05 with keep_zeros=true: .* set lora\.dropout=0"),
+        (["lora=lora"], r"lora\.dropout=0\.05 with keep_zeros=true: .* set lora\.dropout=0"),
     ],
 )
 def test_what_cannot_be_is_refused_before_a_weight_is_read(tmp_path: Path, words: list[str], said: str) -> None:
@@ -191,7 +191,7 @@ def test_experts_are_refused_by_name_where_what_they_read_is_needed(tmp_path: Pa
     from tests.pruning.families import model_of
 
     model_of("mixtral", dtype=torch.float32).save_pretrained(tmp_path / "experts")
-    words = [f"teacher.path={tmp_path / 'experts'}", "stages.sparsify.calibration_tokens=16"]
+    words = [f"model.path={tmp_path / 'experts'}", "stages.sparsify.calibration_tokens=16"]
     with pytest.raises(Refusal, match=r"SparseGPT: what .*mlp\.experts\.gate_up_proj reads .*=magnitude, or skip="):
         check({"config": composed(tmp_path, *words), "stages": ["sparsify"]})
     check({"config": composed(tmp_path, *words, "sparsity@stages.sparsify.method=magnitude"), "stages": ["sparsify"]})
@@ -284,7 +284,7 @@ def test_gradients_through_a_masked_adapter_are_those_of_the_dense_formula(trans
 def test_two_ranks_keep_the_zeros_that_one_keeps(strategy: str, words: list[str], made: Path, tmp_path: Path) -> None:
     alone = make(tmp_path / "one", "recover", *from_(made, *words))
     done = train(
-        "+experiment=sparsify_recover",
+        "+experiment=demo/sparsify_recover",
         *LITTLE,
         *from_(made, *words),
         f"run_dir={tmp_path / 'two'}",
@@ -326,7 +326,7 @@ def test_the_more_a_method_looks_at_the_less_is_lost(shared: Path, tmp_path: Pat
     """Perplexity of stories260K at half of its weights, on stories that were no calibration."""
     path = shared / "models" / "stories260K"
     words = [
-        f"teacher.path={path}", "data=files", f"data.train={shared}/data/tinystories/train.jsonl",
+        f"model.path={path}", "data=files", f"data.train={shared}/data/tinystories/train.jsonl",
         "data.max_documents=400", "data.max_length=256", "data.holdout=0.1", "stages.sparsify.calibration_rows=64",
         "stages.sparsify.calibration_tokens=128", "stages.sparsify.pattern=null", "stages.sparsify.fraction=0.5",
     ]  # fmt: skip

@@ -377,7 +377,7 @@ def test_widths_are_rounded_to_what_grids_and_formats_of_later_stages_need(start
     words = ["+stage@stages.prune=prune", "stages.prune.multiple_of=auto", "order=[prune,quantize,export]"]
     words += [f"model.path={start}/teacher", "~stages.evaluate"]
     gguf = "+format@stages.export.formats.gguf=gguf"
-    blocks = ["+stage@stages.qat=qat", "qat@stages.qat.qat=ggml", "order=[prune,quantize,qat,export]"]
+    blocks = ["+stage@stages.qat=qat", "qat=ggml", "order=[prune,quantize,qat,export]"]
     for more, want in (
         ([], 16),
         ([WITH_GPTQ], 32),

@@ -101,7 +101,7 @@ def test_two_ranks_are_one(plain: Path, tmp_path: Path, selection: str, strategy
     words = [f"teacher.path={plain / 'pretrain'}", f"task.selection={selection}"]
     one = plain / "distill" if selection == "fixed" else make(tmp_path / "one", "distill", *words)
     done = train(
-        "+experiment=in_context",
+        "+experiment=demo/in_context",
         *LITTLE,
         *words,
         f"run_dir={tmp_path / 'two'}",
@@ -288,7 +288,7 @@ def test_a_texts_answer_ends_where_its_mark_stands_and_fits_what_the_model_reads
         (["task.query='{question}'"], r"names \{question\}, and it has query, answer"),
         (["task.shots=5000"], "queries of task.train to show: "),
         (["teacher=cached", "task.selection=random", "task.draws=2"], "task.draws=2: .*teacher=online"),
-        (["+auxiliary@objective.also.h=hidden_states"], "hidden_states compares layers .* the teacher's prompts"),
+        (["auxiliary=[hidden_states]"], "hidden_states compares layers .* the teacher's prompts"),
         (["task.teacher_max_length=4096"], "the teacher reads at most 512"),
         (["stages.evaluate.task_queries=0"], "task_queries=0"),
     ],

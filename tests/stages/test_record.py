@@ -161,7 +161,7 @@ OTHERS = {
     "another batch": ["stages.distill.training.global_batch=6", "stages.distill.training.micro_batch=2"],
     "another seed": ["seed=5", "stages.distill.training.micro_batch=8"],
     "no packing": ["data.packing=false"],
-    "another divergence": ["divergence@objective.divergence=jensen_shannon", "objective.divergence.temperature=3.0"],
+    "another divergence": ["divergence=jensen_shannon", "divergence.temperature=3.0"],
 }
 
 
@@ -280,18 +280,18 @@ def test_what_an_earlier_result_holds_is_not_recorded_again(
 TOP_K = ["teacher=cached"]
 SAMPLED = ["teacher=cached", "encoding@stages.record.encoding=sampled"]
 REFUSED = {
-    "another temperature": ([*TOP_K, "objective.divergence.temperature=3.0"], "add it to stages.record.encoding.temp"),
+    "another temperature": ([*TOP_K, "divergence.temperature=3.0"], "add it to stages.record.encoding.temp"),
     "reverse KL of samples": (
-        [*SAMPLED, "divergence@objective.divergence=reverse_kl"],
+        [*SAMPLED, "divergence=reverse_kl"],
         "cannot be worked out from samples",
     ),
     "another temperature of samples": ([*SAMPLED], "set stages.record.encoding.temperature=2"),
     "whole distributions": (
-        [*TOP_K, "divergence@objective.divergence=universal_logit"],
+        [*TOP_K, "divergence=universal_logit"],
         "record with encoding=hidden_states",
     ),
     "layers": (
-        [*TOP_K, "+auxiliary@objective.also.layers=hidden_states"],
+        [*TOP_K, "auxiliary=[hidden_states]"],
         "compares layers, and the teacher is on disk as what it says only",
     ),
     "served at another temperature": (
@@ -439,7 +439,7 @@ def test_a_served_teacher_killed_half_way_goes_on_and_trains_as_the_one_beside(
         "teacher.endpoint.retries=1",
         "teacher.endpoint.concurrency=2",
         "stages.record.encoding.dtype=float32",
-        "objective.divergence.temperature=1.0",
+        "divergence.temperature=1.0",
         "data.max_documents=1",
     ]
     server.start("--die-after", "7")

@@ -588,15 +588,15 @@ def test_what_remembers_values_is_not_compiled(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("name", ["gkd", "minillm", "distillm"])
 def test_every_choice_composes_and_is_built(name: str) -> None:
-    made = build(quickstart(f"on_policy@stages.distill.on_policy={name}"), "distill").on_policy
+    made = build(quickstart(f"on_policy={name}"), "distill").on_policy
     assert isinstance(made, OnPolicy)
     assert made.long_horizon == (name == "minillm")
     assert bool(made.replay_capacity) == (name == "distillm")
     assert build(quickstart(), "distill").on_policy is None
 
 
-ON = "on_policy@stages.distill.on_policy=gkd"
-AT = "stages.distill.on_policy"
+ON = "on_policy=gkd"
+AT = "on_policy"
 UNPACKED = "data.packing=false"
 
 
@@ -610,7 +610,7 @@ UNPACKED = "data.packing=false"
         ([ON, UNPACKED, f"{AT}.sampling.max_new_tokens=1000"], ["max_new_tokens=1000", "max_length=128"]),
         ([ON, UNPACKED, f"{AT}.share=2"], ["on_policy.share=2"]),
         ([ON, UNPACKED, f"{AT}.replay_capacity=3"], ["replay_capacity=3", "global_batch=8"]),
-        ([ON, UNPACKED, f"{AT}.long_horizon=true"], ["divergence@objective.divergence=reverse_kl"]),
+        ([ON, UNPACKED, f"{AT}.long_horizon=true"], ["divergence=reverse_kl"]),
         ([ON, UNPACKED, f"{AT}.long_horizon=true", f"{AT}.sampling.top_p=0.9"], ["top_p=0.9"]),
         ([ON, UNPACKED, f"{AT}.long_horizon=true", f"{AT}.replay_capacity=9"], ["replay_capacity=0"]),
         ([ON, UNPACKED, f"+{AT}.sampling.samples=2"], ["samples=2"]),
@@ -637,7 +637,7 @@ def test_a_student_of_another_tokenizer_is_refused() -> None:
 
 @pytest.mark.slow
 def test_a_run_from_the_command_line_writes_learns_and_tells(tmp_path: Path) -> None:
-    words = ["on_policy@stages.distill.on_policy=distillm", f"{AT}.replay_capacity=16", f"{AT}.prompt_tokens=8"]
+    words = ["on_policy=distillm", f"{AT}.replay_capacity=16", f"{AT}.prompt_tokens=8"]
     words += [f"{AT}.sampling.max_new_tokens=8", UNPACKED, "stages=[pretrain,distill]"]
     done = train(f"run_dir={tmp_path}/run", *SMALL, *words)
     assert done.returncode == 0, done.stdout + done.stderr

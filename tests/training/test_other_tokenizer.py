@@ -76,7 +76,7 @@ def test_without_being_asked_to_align_other_tokens_are_refused(models: dict[str,
 
 
 def test_ranks_compare_any_two_vocabularies(models: dict[str, Path], tmp_path: Path) -> None:
-    words = ["stages.distill.align=true", "divergence@objective.divergence=universal_logit"]
+    words = ["stages.distill.align=true", "divergence=universal_logit"]
     done = distil(models, "student", tmp_path, *words)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = [json.loads(line) for line in (tmp_path / "distill" / "metrics.jsonl").read_text().splitlines()]
