@@ -16,7 +16,10 @@ from pipeline.data.source import DataSource, check_source, source_key
 from pipeline.data.tokenizer import load_tokenizer, train_tokenizer
 from pipeline.stages.stage import Makes, Stage
 from pipeline.stages.stage import Plan as StagePlan
-from pipeline.training import fit
+from pipeline.training import settings
+from pipeline.training.prepare import prepare
+from pipeline.training.recipe import Recipe
+from pipeline.training.train import train
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class Pretrain(Stage):
 
     data: DataSource
     model: dict[str, Any]  # model_type and whatever numbers of its Hugging Face config
-    training: fit.Training
+    training: settings.Training
     precision: str
     seed: int
     tokenizer: Tokenizer = field(default_factory=Tokenizer)
@@ -46,11 +49,10 @@ class Pretrain(Stage):
         return {"tokenizer": self.tokenizer.path} if self.tokenizer.path else {}
 
     def content(self) -> str:
-        """Hash of the text it reads."""
         return source_key(self.data)
 
     def check(self, context: Context) -> StagePlan:
-        fit.check(context, self.training, self.precision)
+        settings.check(context, self.training, self.precision)
         corpus = check_source(context, self.data)
         if corpus["chat"] and not self.tokenizer.path:
             raise Refusal(
@@ -61,7 +63,7 @@ class Pretrain(Stage):
         config = self._config(vocabulary)
         context.plan_model(config)
         parameters = parameter_count(empty_model(config))
-        fit.check_disk(context, parameters)
+        settings.check_disk(context, parameters)
         return StagePlan(model=config.model_type, parameters=parameters, data=corpus, until=self.training.length())
 
     def prepare(self, context: Context) -> None:
@@ -79,17 +81,11 @@ class Pretrain(Stage):
                 setattr(config, name, getattr(tokenizer, name))
             write_fresh(config, tokenizer, folder, self.seed)
 
-        fit.prepare(context, self.data, tokenizer, start)
+        prepare(context, self.data, tokenizer, start)
 
     def run(self, context: Context) -> None:
-        fit.train(
-            context,
-            objective=CrossEntropy(),
-            teacher=None,
-            data=self.data,
-            training=self.training,
-            precision=self.precision,
-        )
+        recipe = Recipe(objective=CrossEntropy(), data=self.data, training=self.training, precision=self.precision)
+        train(context, recipe)
 
     def _config(self, vocabulary: int) -> Any:
         values = dict(self.model)
@@ -104,5 +100,5 @@ class Pretrain(Stage):
             raise Refusal(f"model.{unknown[0]}: the {kind} config has no such number")
         check_sizes(values, "model")
         config = AutoConfig.for_model(kind, **values, vocab_size=vocabulary)
-        fit.check_length(config, self.data, "model")
+        settings.check_length(config, self.data, "model")
         return config

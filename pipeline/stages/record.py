@@ -53,8 +53,8 @@ from pipeline.planned import teacher_config
 from pipeline.progress import shown
 from pipeline.stages.stage import Makes, Stage
 from pipeline.stages.stage import Plan as StagePlan
-from pipeline.training import fit
 from pipeline.training.ranks import join
+from pipeline.training.settings import check_length
 from pipeline.training.strategy import prepare_environment
 
 _FLUSH_SECONDS = 300.0
@@ -118,7 +118,7 @@ class Record(Stage):
                 f"use task.draws=1, or teacher=online or sharded"
             )
         config = teacher_config(context, self.teacher, weights=self.teacher.runs_here)
-        fit.check_length(config, self.data, "teacher")
+        check_length(config, self.data, "teacher")
         planned = Header(describe(self._encoding), config.vocab_size, "", "", None, self.teacher.dtype)
         config.save_pretrained(self._planned(context))
         write_header(self._planned(context), planned)

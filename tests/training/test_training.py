@@ -15,7 +15,7 @@ from models.errors import NotFinite, Refusal
 from models.heads import check_split, hidden_states
 from pipeline.data.batch import collate
 from pipeline.data.loader import Order, Rows, accumulation, in_turn
-from pipeline.training.fit import last_checkpoint
+from pipeline.training.checkpoints import last_checkpoint
 from tests import fitting
 from tests.fitting import LENGTH, VOCABULARY, Scenario, fit, on_ranks, on_two_ranks, rows, write_models
 

@@ -1,0 +1,40 @@
+"""What watches a training run: the logger and the callbacks that the configuration names."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import pytorch_lightning as pl
+from hydra.utils import instantiate
+
+from pipeline import artifact
+from pipeline.context import Context
+
+
+def logger_of(context: Context) -> Any:
+    """What `Trainer(logger=…)` takes; only rank 0 logs."""
+    if context.config["logger"] is None or context.rank != 0:
+        return False
+    make = instantiate(context.config["logger"])
+    return make(
+        stage=context.stage,
+        run_name=context.config["name"],
+        folder=context.run_dir / "logs" / context.stage,
+        config=context.config,
+        restart=context.restart,
+    )
+
+
+def callbacks_of(context: Context) -> list[pl.Callback]:
+    """The callbacks of the configuration: pipeline/ does not know their classes, and Hydra makes them. Each is given
+    those of three words that its signature has: `stage`, `path` (of the metrics), `folder` (of the checkpoints)."""
+    words = {"stage": context.stage, "path": context.work / artifact.METRICS, "folder": context.work / "checkpoints"}
+    made = []
+    for node in context.config["callbacks"].values():
+        if node is None:
+            continue
+        make = instantiate(node, _partial_=True)
+        wanted = inspect.signature(make.func).parameters
+        made.append(make(**{name: value for name, value in words.items() if name in wanted}))
+    return made

@@ -1,0 +1,142 @@
+"""How long and how fast a stage trains, and everything that can be refused of it before a weight is loaded."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from hydra.utils import instantiate
+
+from models.errors import Refusal
+from pipeline.context import Context
+from pipeline.data.loader import accumulation
+from pipeline.data.source import DataSource
+from pipeline.training.checkpoints import last_checkpoint
+from pipeline.training.observers import callbacks_of
+
+SAVED = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16}  # precision → dtype of the finished weights
+_ATTENTION = ("auto", "sdpa", "eager", "flash_attention_2")
+
+
+@dataclass(frozen=True)
+class Training:
+    """How long and how fast; the first limit that is reached ends the stage."""
+
+    # fields that change nothing that is made, beyond rounding (pipeline/config.py, identity)
+    immaterial: ClassVar[frozenset[str]] = frozenset({"micro_batch", "workers"})
+
+    optimizer: Callable[..., torch.optim.Optimizer]
+    schedule: Callable[[torch.optim.Optimizer, int], Any]
+    global_batch: int  # sequences per optimizer step, over all ranks
+    micro_batch: int  # sequences in one forward and backward of a rank: changes memory and speed, not the result
+    max_steps: int | None = None
+    max_tokens: int | None = None
+    epochs: float | None = None
+    weight_decay: float = 0.1  # norms and biases are exempt
+    gradient_clip: float | None = 1.0
+    activation_checkpointing: bool = False
+    validate_every_steps: int | None = None
+    workers: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_steps is None and self.max_tokens is None and self.epochs is None:
+            raise Refusal("training has no end: set max_steps, max_tokens or epochs")
+        for name in ("max_steps", "max_tokens", "epochs", "global_batch", "micro_batch", "validate_every_steps"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise Refusal(f"training.{name}={value}: need a number above 0")
+
+    def length(self) -> str:
+        """For the plan: what ends the stage."""
+        limits = {"steps": self.max_steps, "tokens": self.max_tokens, "epochs": self.epochs}
+        return " or ".join(f"{value:,} {name}" for name, value in limits.items() if value is not None)
+
+
+def check(context: Context, training: Training, precision: Any) -> None:
+    """Refuse what can be seen to fail before anything is loaded."""
+    trainer = context.config["trainer"]
+    _check_numbers(trainer)
+    if trainer["nodes"] > 1 and not instantiate(context.config["launch"]).several_nodes:
+        raise Refusal(
+            f"trainer.nodes={trainer['nodes']}: several nodes need launch=slurm inside an allocation; "
+            f"slurm/train.sbatch does both"
+        )
+    _check_attention(trainer["attention"])
+    _check_devices(context, precision)
+    accumulation(training.global_batch, training.micro_batch, context.world)
+    if context.config["logger"] is not None:
+        instantiate(context.config["logger"])
+    try:
+        callbacks_of(context)
+        training.schedule(training.optimizer([torch.nn.Parameter(torch.zeros(1))]), 10)
+    except (TypeError, ValueError) as problem:
+        raise Refusal(f"stages.{context.stage}.training or callbacks: {str(problem).splitlines()[0]}") from None
+    last_checkpoint(context.work / "checkpoints", context.strategy.sharded, context.world)
+
+
+def _check_numbers(trainer: dict[str, Any]) -> None:
+    cadence = trainer["checkpoint"]
+    for name, value in {
+        "nodes": trainer["nodes"],
+        "log_every_steps": trainer["log_every_steps"],
+        "objective_memory_mb": trainer["objective_memory_mb"],
+        "checkpoint.every_steps": cadence["every_steps"],
+        "checkpoint.every_minutes": cadence["every_minutes"],
+        "checkpoint.keep": cadence["keep"],
+    }.items():
+        if value is not None and not value > 0:
+            raise Refusal(f"trainer.{name}={value}: need a number above 0")
+
+
+def _check_attention(attention: str) -> None:
+    if attention not in _ATTENTION:
+        raise Refusal(f"trainer.attention={attention}: need {', '.join(_ATTENTION[:-1])} or {_ATTENTION[-1]}")
+    if attention == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
+        raise Refusal("trainer.attention=flash_attention_2: the package flash_attn is not installed; use auto")
+
+
+def _check_devices(context: Context, precision: Any) -> None:
+    """What these devices can compute in, and how many processes the strategy runs on them."""
+    if precision not in SAVED:
+        raise Refusal(f"trainer.precision={precision}: need {' or '.join(SAVED)}")
+    device = context.device
+    if precision == "bf16-mixed" and device == "cuda" and not torch.cuda.is_bf16_supported():
+        raise Refusal(f"trainer.precision=bf16-mixed: {torch.cuda.get_device_name()} has no bf16; use 32-true")
+    if device == "cuda" and context.devices > torch.cuda.device_count() and "SLURM_JOB_ID" not in os.environ:
+        raise Refusal(f"trainer.devices={context.devices}: this machine has {torch.cuda.device_count()} GPUs")
+    if not context.strategy.several_ranks and context.world > 1:
+        raise Refusal(
+            f"strategy=single runs one process, and trainer asks for {context.world}; use strategy=ddp, zero2 or zero3"
+        )
+
+
+def check_length(config: Any, data: DataSource, role: str) -> None:
+    """Refuse sequences that are longer than a model reads; `role` is for the message."""
+    name = "max_length"
+    if role == "teacher" and data.teacher_prompts:
+        name = "teacher_max_length"
+    length = getattr(data, name)
+    if (limit := getattr(config, "max_position_embeddings", None)) and limit < length:
+        raise Refusal(f"{data.node}.{name}={length}: the {role} reads at most {limit} tokens (max_position_embeddings)")
+
+
+def check_disk(context: Context, parameters: int) -> None:
+    """A run that fills the disk dies hours later, with its checkpoint half written."""
+    keep = context.config["trainer"]["checkpoint"]["keep"]
+    needed = parameters * 4 * (1 + 3 * (keep + 1))  # the artifact, and per checkpoint weights and two Adam moments
+    place = context.run_dir
+    while not place.exists():
+        place = place.parent
+    had = sum(p.stat().st_size for p in context.work.rglob("*") if p.is_file()) if context.work.exists() else 0
+    free = shutil.disk_usage(place).free + had
+    if free < needed and not context.finished(str(context.out)):
+        raise Refusal(
+            f"run_dir={context.run_dir}: {context.stage} needs about {needed / 1e9:.1f} GB for checkpoints and "
+            f"result, and {free / 1e9:.1f} GB are free; choose another run_dir or a smaller "
+            f"trainer.checkpoint.keep"
+        )

@@ -1,0 +1,180 @@
+"""From a training run that is over to the published artifact: the weights are gathered, adapters merged, rounded
+matrices made the quantized ones that they stood for, and what is saved is compared with what was trained."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models.errors import Refusal
+from models.load import load_model, save_model
+from models.lora import merge, write_adapter
+from models.quantization.aware import Rounding
+from models.quantization.proof import bits_per_weight, check_held
+from models.quantization.record import BlockRecord, Record, open_record
+from models.sharding import gather_state, unsharded
+from models.sparsity import zeros
+from pipeline import artifact
+from pipeline.context import Context
+from pipeline.data.batch import collate
+from pipeline.data.loader import Rows
+from pipeline.training.fit import Fitted
+
+_PROOF_SEQUENCES = 4
+_TOLERANCE = 1e-4  # of the largest logit
+
+
+@dataclass
+class Settled:
+    """The plain model that is saved, and what is known of it."""
+
+    model: Any
+    state: dict[str, Tensor]
+    certificates: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
+    also: list[Callable[[Path], None]] = field(default_factory=list)  # write more files beside the model
+
+
+def settle(context: Context, fitted: Fitted) -> None:
+    """Publish `<run_dir>/<stage>/`. Every rank calls it; rank 0 does the work once the weights are gathered."""
+    state = gather_state(fitted.module.student, keep=fitted.trainer.is_global_zero)
+    if fitted.trainer.is_global_zero:
+        recipe = fitted.student.recipe
+        if recipe.lora is None and recipe.qat is None:
+            settled = Settled(fitted.module.student, state)
+        else:
+            settled = _made_plain(context, fitted, state)
+        state = settled.state  # the gathered one may be freed
+        if recipe.keep_zeros:
+            settled.certificates["zeros_kept"] = zeros.check_kept(fitted.student.load_start(), settled.state)
+        _publish(context, fitted, settled)
+    fitted.trainer.strategy.barrier()
+
+
+def _made_plain(context: Context, fitted: Fitted, state: dict[str, Tensor]) -> Settled:
+    """Adapters merged and matrices quantized, with the proof that this changed nothing. Raises Refusal where it did."""
+    student, recipe = fitted.student, fitted.student.recipe
+    rounding = student.rounding
+    model = student.load_to_merge()
+    learnt = {name: tensor for name, tensor in state.items() if _is_learnt(name, fitted)}
+    assert learnt.keys() == {name for name in model.state_dict() if name in learnt or "lora_" in name}
+    model.load_state_dict(learnt, strict=False)
+    settled = Settled(model, {})
+    if rounding is not None:
+        _quantize(context, fitted, settled, rounding)
+    else:
+        if not recipe.keep_zeros:
+            start = context.parents["student"]["path"] if "student" in context.parents else student.folder
+            settled.also.append(lambda out: write_adapter(student.adapter, str(start), learnt, out / "adapter"))
+        proof = _unchanged(context, model, fitted.rows, merge, recipe.saved)
+        settled.certificates["merged_equals_adapter"] = proof
+    settled.state = model.state_dict()
+    return settled
+
+
+def _is_learnt(name: str, fitted: Fitted) -> bool:
+    """Whether a tensor of the trained model is taken over: without adapters all are; with adapters the others still
+    are the start's, but for what rounding learns beside them."""
+    rounding = fitted.student.rounding
+    return (
+        fitted.student.recipe.lora is None
+        or "lora_" in name
+        or (rounding is not None and name.rpartition(".")[2] in rounding.rule.own)
+    )
+
+
+def _quantize(context: Context, fitted: Fitted, settled: Settled, rounding: Rounding) -> None:
+    saved = fitted.student.recipe.saved
+    rounding.rule.step = fitted.steps  # also where a restart has found no step left
+    records: list[Record | BlockRecord] = []
+
+    def freeze(model: Any) -> None:
+        records.append(rounding.settle(model))
+
+    proof = _unchanged(context, settled.model, fitted.rows, freeze, saved, rounding.served)
+    settled.certificates["trained_equals_frozen"] = proof
+    settled.also.append(functools.partial(_write_record, context, records[0], saved))
+    settled.certificates["weights_bit_equal"] = True  # or `_write_record` raises
+    settled.metrics["bits_per_weight"] = bits_per_weight(settled.model, records[0], saved)
+
+
+def _write_record(context: Context, record: Record | BlockRecord, saved: torch.dtype, folder: Path) -> None:
+    """Beside a model that was written; its weights are read again, and compared with the record."""
+    record.write(folder / artifact.GRID)
+    with unsharded():
+        check_held(load_model(str(folder), dtype=saved), open_record(folder / artifact.GRID), saved, context.stage)
+
+
+@torch.no_grad()
+def _unchanged(
+    context: Context,
+    model: Any,
+    rows: Rows,
+    change: Callable[[Any], object],
+    saved: torch.dtype,
+    served: Callable[[Any], AbstractContextManager[None]] = nullcontext,
+) -> dict[str, float]:
+    """`change` a trained model in place into the plain one that is saved, and measure on text what that changed, in
+    float32 and in the dtype that is saved, the plain one as it is `served`. Raises Refusal where it is more than
+    float32's rounding."""
+    numbers = range(min(_PROOF_SEQUENCES, len(rows.train)))
+    batch = collate([rows.train[number] for number in numbers], pad_token=rows.pad_token)
+    words = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "use_cache": False}
+    model.eval()
+    before = model(**words).logits
+    change(model)
+    with served(model):
+        after = model(**words).logits
+    real = batch["targets"] >= 0
+    apart, largest = float((after - before)[real].abs().max()), float(before[real].abs().max())
+    if not apart <= _TOLERANCE * largest:
+        raise Refusal(
+            f"{context.stage}: what is saved gives logits that differ by {apart:.1e} from what was trained, of "
+            f"{largest:.1e} at most; nothing was written"
+        )
+    proof = {"max_difference": apart, "largest_logit": largest, "tolerance": _TOLERANCE * largest}
+    if saved != torch.float32:
+        for parameter in model.parameters():
+            parameter.copy_(parameter.to(saved))
+        with served(model):
+            proof["max_difference_saved"] = float((model(**words).logits - before)[real].abs().max())
+    return proof
+
+
+def _publish(context: Context, fitted: Fitted, settled: Settled) -> None:
+    saved, module, steps, rollouts = fitted.student.recipe.saved, fitted.module, fitted.steps, fitted.rollouts
+
+    def build(folder: Path) -> None:
+        save_model(settled.model, fitted.tokenizer, folder, settled.state, saved)
+        for write in settled.also:
+            write(folder)
+        recorded = context.work / artifact.METRICS
+        if recorded.exists():
+            shutil.copy(recorded, folder / artifact.METRICS)
+
+    artifact.publish(
+        context.out,
+        build,
+        {
+            **context.manifest("model"),
+            "tokens": module.tokens_seen,
+            "steps": steps,
+            "seconds": round(module.seconds_spent, 3),
+            "metrics": {
+                "parameters": fitted.student.parameters,
+                **settled.metrics,
+                "data": fitted.prepared.statistics,
+                **({"on_policy": rollouts.metrics(steps)} if rollouts else {}),
+                "validation": module.validation_metrics or None,
+            },
+            "certificates": settled.certificates,
+        },
+    )
