@@ -119,7 +119,7 @@ class Combination:
             cache.check(self.student, qat.cache, "qat.cache")
         if not self.start.path:
             raise Refusal(
-                f"{self._stage}: training with qat starts from what the stage quantize has made; use student=folder "
+                f"{self._stage}.qat: training starts from what the stage quantize has made; use student=folder "
                 f"and give its folder as {self._stage}.student.path"
             )
         if lora is not None and (lora.base is not None or lora.dropout or keep_zeros):
