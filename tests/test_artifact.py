@@ -132,6 +132,15 @@ print("done")
         assert done.returncode == -9, "the first operation must be met, or this test shows nothing"
 
 
+def test_json_is_written_aside_and_never_in_place(tmp_path: Path) -> None:
+    """Whoever has the old file open reads the old file to its end."""
+    artifact.write_json(tmp_path / "a.json", {"a": 1})
+    os.link(tmp_path / "a.json", tmp_path / "old.json")
+    artifact.write_json(tmp_path / "a.json", {"a": 2})
+    assert json.loads((tmp_path / "old.json").read_text()) == {"a": 1}
+    assert json.loads((tmp_path / "a.json").read_text()) == {"a": 2}
+
+
 def test_json_is_replaced_whole(tmp_path: Path) -> None:
     artifact.write_json(tmp_path / "a.json", {"a": 1})
     artifact.write_json(tmp_path / "a.json", {"a": 2})

@@ -3,6 +3,8 @@
 import csv
 import io
 import json
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,9 +19,10 @@ from rich.console import Console
 from torch.utils.data import DataLoader
 
 from callbacks import tracking
+from callbacks.checkpoint import Checkpoint, checkpoints
 from callbacks.metrics import MetricsFile
 from callbacks.progress import Progress
-from models.errors import Refusal
+from models.errors import NotFinite, Refusal
 
 # Lightning 2.6.6 builds torch's LeafSpec, which torch 2.13 deprecates; its advice about workers and resumable loaders
 # is for real data, of which there is none here; a machine that has Slurm need not run the tests under it.
@@ -165,6 +168,80 @@ def test_other_ranks_write_nothing(tmp_path):
     fit(tmp_path, 2, Rank(), MetricsFile(tmp_path / "metrics.jsonl"), Progress("distill", console=Console(file=out)))
     assert not (tmp_path / "metrics.jsonl").exists()
     assert out.getvalue() == ""
+
+
+# --- checkpoints ---------------------------------------------------------------------------------------------------
+
+
+def fit_with_checkpoints(root: Path, steps: int) -> Path:
+    folder = root / "checkpoints"
+    fit(root, steps, Checkpoint(folder, every_steps=2, every_minutes=None), resume=(root / "last.ckpt").exists())
+    return folder
+
+
+def test_only_the_newest_checkpoint_is_kept_and_nothing_else_lies_there(tmp_path):
+    folder = fit_with_checkpoints(tmp_path, 5)
+    assert [path.name for path in folder.iterdir()] == ["step-00000005.ckpt"]
+    assert torch.load(folder / "step-00000005.ckpt")["global_step"] == 5
+
+
+def test_a_checkpoint_that_is_half_written_never_bears_its_final_name(monkeypatch, tmp_path):
+    save = pl.Trainer.save_checkpoint
+
+    def torn(trainer: pl.Trainer, path: Path, *words: Any) -> None:
+        save(trainer, path, *words)
+        if trainer.global_step == 4:
+            path.write_bytes(path.read_bytes()[:100])
+            raise OSError("the disk is full")
+
+    monkeypatch.setattr(pl.Trainer, "save_checkpoint", torn)
+    with pytest.raises(OSError, match="the disk is full"):
+        fit_with_checkpoints(tmp_path, 6)
+    (whole,) = checkpoints(tmp_path / "checkpoints")  # what a restart goes on from
+    assert torch.load(whole)["global_step"] == 2
+    monkeypatch.undo()
+    shutil.copy(whole, tmp_path / "last.ckpt")
+    fit_with_checkpoints(tmp_path, 6)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000006.ckpt"]
+
+
+KILLED_WHILE_SAVING = """
+import os, signal, sys
+from pathlib import Path
+import pytorch_lightning as pl
+from tests.test_callbacks import fit_with_checkpoints
+
+save = pl.Trainer.save_checkpoint
+
+def killed(trainer, path, *words):
+    save(trainer, path, *words)
+    if trainer.global_step == 4:
+        Path(path).write_bytes(Path(path).read_bytes()[:100])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+pl.Trainer.save_checkpoint = killed
+fit_with_checkpoints(Path(sys.argv[1]), 6)
+"""
+
+
+def test_killed_while_a_checkpoint_is_written_the_one_before_it_is_whole(tmp_path):
+    command = [sys.executable, "-c", KILLED_WHILE_SAVING, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=CONF.parent)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    (whole,) = checkpoints(tmp_path / "checkpoints")
+    assert torch.load(whole)["global_step"] == 2
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    class Diverging(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, module: Line, *_: Any) -> None:
+            if trainer.global_step == 4:
+                module.layer.weight.data.fill_(float("nan"))
+
+    folder = tmp_path / "checkpoints"
+    with pytest.raises(NotFinite, match="step 4: the weights are not finite"):
+        fit(tmp_path, 6, Diverging(), Checkpoint(folder, every_steps=2, every_minutes=None))
+    assert [path.name for path in folder.iterdir()] == ["step-00000002.ckpt"]
 
 
 # --- loggers -------------------------------------------------------------------------------------------------------

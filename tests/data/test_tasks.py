@@ -68,6 +68,20 @@ def test_fixed_demonstrations_are_no_queries_and_the_splits_share_none(tmp_path:
     assert not shown & (queries["train"] | queries["test"])
 
 
+def test_a_query_that_also_stands_in_the_given_test_is_not_trained_on(tmp_path: Path) -> None:
+    """Whatever its answer or demonstrations: the test would measure what was learnt by heart."""
+    train = towns(tmp_path, 200)
+    test = [{"query": f"place {i}:", "answer": "another town"} for i in range(150, 250)]
+    task = Task(train=train, test=written(tmp_path, test, "test.jsonl"), shots=4)
+    queries = {split: {e.query for e in task.examples(split)} for split in ("train", "validation", "test")}
+    assert queries["test"] == {row["query"] for row in test}
+    held_out = queries["test"] & {f"place {i}:" for i in range(200)}
+    assert len(held_out) == 50
+    for seen in (queries["train"], queries["validation"], {e.query for e in task.demonstrations}):
+        assert seen
+        assert not seen & held_out
+
+
 @pytest.mark.parametrize("selection", ["fixed", "random", "nearest"])
 def test_one_query_with_several_answers_is_in_one_split_and_never_shown_before_itself(
     tmp_path: Path, selection: str
