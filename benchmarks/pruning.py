@@ -32,8 +32,8 @@ BIG = "random-1.1b"
 class Settings:
     model: str = ""  # a folder; without one the stage `pretrain` makes one; or BIG
     kept_fraction: float = 0.75
-    calibration_rows: int = 10  # LLM-Pruner's
-    calibration_tokens: int = 64
+    calibration_samples: int = 10  # LLM-Pruner's
+    calibration_length: int = 64
     held_out_rows: int = 128  # of 128 tokens each, for the perplexity
     train_steps: int = 1400  # of the model that is made
     dtype: str = "float32"
@@ -311,7 +311,7 @@ def write_inputs(folder: Path, settings: Settings) -> tuple[Settings, float | No
         PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder / name)
     torch.save({"held_out": torch.randint(64, (1, 8))}, folder / "warm/tokens.pt")
     generator = torch.Generator().manual_seed(0)
-    shape = (settings.repeats, settings.calibration_rows, settings.calibration_tokens)
+    shape = (settings.repeats, settings.calibration_samples, settings.calibration_length)
     if settings.model == BIG:
         tokens = {"calibration": torch.randint(32000, shape), "held_out": torch.zeros(0, 128, dtype=torch.long)}
         torch.save(tokens, folder / "tokens.pt")
@@ -465,7 +465,7 @@ def main() -> None:
             f"--peer-python {words.peer_python}: not there; make it as benchmarks/README.md says, or leave "
             f"torch-pruning out with --sides ours"
         )
-    for name, least in (("repeats", 1), ("calibration_rows", 1), ("calibration_tokens", 8), ("held_out_rows", 1)):
+    for name, least in (("repeats", 1), ("calibration_samples", 1), ("calibration_length", 8), ("held_out_rows", 1)):
         if getattr(settings, name) < least:
             parser.error(f"--{name.replace('_', '-')} {getattr(settings, name)}: need {least} or more")
     console = Console()

@@ -32,8 +32,8 @@ class Settings:
     text: str = "stdlib"  # or a file: .txt, .jsonl, …
     documents: int = 20000  # of it, at most
     skip: str = ""  # kinds of matrices that stay float on all sides: gate_proj,up_proj
-    calibration_rows: int = 128
-    calibration_tokens: int = 256
+    calibration_samples: int = 128
+    calibration_length: int = 256
     held_out_rows: int = 128  # of as many tokens each
     iterations: int = 200  # of auto-round's tuning
     train_steps: int = 1400  # of the model that is made
@@ -92,12 +92,12 @@ def asked(side: str, grid: str, skip: list[str], settings: Settings, seed: int) 
     return [
         *(["data=stdlib"] if settings.text == "stdlib" else ["data=files", f"data.train={settings.text}"]),
         "data.holdout=0.2", f"data.max_documents={settings.documents}",
-        f"data.max_length={settings.calibration_tokens}",
+        f"data.max_length={settings.calibration_length}",
         f"quantizer@stages.quantize.method={'gptq' if side in TRAINED else side.removesuffix('_clip')}",
         f"stages.quantize.grid.bits={bits}", f"stages.quantize.grid.granularity={'group' if group else 'channel'}",
         f"stages.quantize.grid.group_size={group or 'null'}", f"stages.quantize.skip=[{','.join(skip)}]",
-        f"stages.quantize.calibration_rows={settings.calibration_rows}", f"stages.quantize.seed={seed}",
-        f"stages.quantize.calibration_tokens={settings.calibration_tokens}", "trainer.accelerator=cpu", "logger=none",
+        f"stages.quantize.calibration.samples={settings.calibration_samples}", f"stages.quantize.seed={seed}",
+        f"stages.quantize.calibration.length={settings.calibration_length}", "trainer.accelerator=cpu", "logger=none",
     ]  # fmt: skip
 
 
@@ -268,7 +268,7 @@ def write_tokens(folder: Path, settings: Settings) -> None:
         calibration.append(torch.cat(batches))
     texts = documents(made.data, "test")["text"][:]
     tokens = [token for text in texts for token in tokenizer(text, verbose=False)["input_ids"]]
-    length = settings.calibration_tokens
+    length = settings.calibration_length
     count = min(settings.held_out_rows, len(tokens) // length)
     if not count:
         sys.exit(f"error: {len(tokens):,} tokens are held out, less than a row of {length}; give more --text")
@@ -394,7 +394,7 @@ def main() -> None:
 
     settings, sides, grids = Settings(threads=os.cpu_count() or 1), list(SIDES), list(GRIDS)
     if words.quick:
-        settings = replace(settings, train_steps=150, repeats=1, calibration_rows=32, held_out_rows=32, qat_steps=20)
+        settings = replace(settings, train_steps=150, repeats=1, calibration_samples=32, held_out_rows=32, qat_steps=20)
         sides, grids = [side for side in SIDES if side not in PEERS], ["int4_group32"]
     settings = replace(
         settings, **{name: value for name in asdict(settings) if (value := getattr(words, name)) is not None}
@@ -414,7 +414,7 @@ def main() -> None:
     for name, path in also.items():
         if not Path(path, "config.json").is_file():
             parser.error(f"--also {name}={path}: no config.json in it; give a model folder")
-    for name in ("repeats", "calibration_rows", "held_out_rows"):
+    for name in ("repeats", "calibration_samples", "held_out_rows"):
         if getattr(settings, name) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(settings, name)}: need 1 or more")
     console = Console()

@@ -1,12 +1,16 @@
-"""In the check: the config of a model that is there already, or that a stage before this one will make."""
+"""In the check: what is known, without weights, of a model that is there already or that an earlier stage will make."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 from models.errors import Refusal
 from models.load import check_folder, load_config
+from models.quantization.record import Known, known, read_known
 from models.teachers.teacher import Source
+from pipeline import artifact
 from pipeline.context import Context
 
 
@@ -22,6 +26,15 @@ def config_of(
     elif context.config_folder(path) == path and not context.finished(path):
         raise needs_stage(context, made_here, setting)
     return load_config(context.config_folder(path), role, trust_remote_code)
+
+
+def config_to_change(context: Context, model: str, trust_remote_code: bool) -> Any:
+    """The config of the model that a stage changes; its weights must not be packed."""
+    setting = f"stages.{context.stage}.model"
+    config = config_of(context, model, "model", setting=setting, trust_remote_code=trust_remote_code)
+    if getattr(config, "quantization_config", None):
+        raise Refusal(f"{setting}={model}: its weights are packed; give the model it was made of")
+    return config
 
 
 def teacher_config(context: Context, teacher: Source, weights: bool) -> Any:
@@ -40,3 +53,13 @@ def needs_stage(context: Context, stage: str, setting: str) -> Refusal:
     return Refusal(
         f"{context.stage} needs the stage {stage}, which has not been run; add it to stages, or give {setting}=FOLDER"
     )
+
+
+def known_of(folder: Path) -> Known | None:
+    """What is known before a weight is read of what a model that is there is made of, or one that a stage before plans;
+    None where it is on no grid."""
+    if (folder / artifact.GRID).is_file():
+        return read_known(folder / artifact.GRID)
+    if (folder / artifact.PLANNED_GRID).is_file():
+        return known(json.loads((folder / artifact.PLANNED_GRID).read_text()))
+    return None

@@ -215,8 +215,8 @@ def test_llm_pruners_algorithm_removes_the_same_units() -> None:
 
 
 TINY_QUANTIZATION = [
-    "--calibration-rows=4",
-    "--calibration-tokens=32",
+    "--calibration-samples=4",
+    "--calibration-length=32",
     "--held-out-rows=4",
     "--documents=200",
     "--repeats=1",

@@ -20,7 +20,7 @@ from models.load import load_model
 from models.matrices import name_of_layers
 from models.offloaded import Offloaded, load_offloaded
 from models.representations import decoder_layers
-from pipeline.calibration import FinishedLayers
+from pipeline.layer_by_layer import FinishedLayers
 from pipeline.stages import quantize
 from tests.pruning.families import FAMILIES, model_of, tokens
 from tests.quantization.little import EXPERIMENT, activations, folder_of, teacher_in

@@ -16,13 +16,12 @@ from models.student import Start
 from models.teachers.teacher import Source
 from models.training.on_policy import OnPolicy
 from pipeline import artifact
-from pipeline.calibration import known_of
 from pipeline.context import Context
 from pipeline.data import conversations
 from pipeline.data.source import DataSource, check_source, source_key
 from pipeline.data.token_bytes import vocabulary_pairs
 from pipeline.data.tokenizer import first_difference, load_tokenizer
-from pipeline.planned import needs_stage, teacher_config
+from pipeline.planned import known_of, needs_stage, teacher_config
 from pipeline.stages.stage import Makes, Stage
 from pipeline.stages.stage import Plan as StagePlan
 from pipeline.training import settings

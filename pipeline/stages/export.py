@@ -29,12 +29,12 @@ from models.quantization.activations import Activations
 from models.quantization.record import BlockRecord, open_record
 from pipeline import artifact
 from pipeline.alone import Alone
-from pipeline.calibration import config_of, known_of
 from pipeline.context import Context
 from pipeline.data.batch import collate, pad_token
 from pipeline.data.conversations import tokenizer_of
 from pipeline.data.prepared import sequences_of
 from pipeline.data.source import DataSource, check_source, source_key
+from pipeline.planned import config_to_change, known_of
 from pipeline.progress import shown
 from pipeline.report import card, units
 from pipeline.stages.stage import Makes, Stage
@@ -111,7 +111,7 @@ class Export(Stage):
 
     def _plan(self, context: Context) -> Plan:
         """What is known before a weight is read, in the check or later."""
-        config = config_of(context, self.model, False)
+        config = config_to_change(context, self.model, False)
         folder = Path(context.config_folder(self.model))
         known = known_of(folder)
         shapes = {} if known is None else dict(known.shapes)

@@ -29,19 +29,21 @@ from models.pruning.plan import Scores, Shapes, Size, Wish, alike, choose
 from models.pruning.surgery import Kept, cut_state, expressible, silence, silent_experts, smaller_config
 from models.sharding import engine_of, load_sharded, zero3
 from models.targets import IGNORED
-from pipeline import artifact, calibration
+from pipeline import artifact
 from pipeline.context import Context
 from pipeline.data.batch import blank, collate, pad_token
+from pipeline.data.calibration import Calibration
 from pipeline.data.conversations import tokenizer_of
 from pipeline.data.prepared import sequences_of
 from pipeline.data.source import DataSource, check_source, source_key
+from pipeline.planned import config_to_change
 from pipeline.progress import shown
 from pipeline.stages.stage import Makes, Stage
 from pipeline.stages.stage import Plan as StagePlan
 from pipeline.training.ranks import join
 from pipeline.training.strategy import prepare_environment
 
-_PROOF_ROWS = 4
+_PROOF_SAMPLES = 4
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class Prune(Stage):
     model: str  # folder or hub id
     data: DataSource  # of whose training split some rows are the calibration
     importance: Importance
+    calibration: Calibration
     kinds: Sequence[str] = ("heads", "mlp")
     kept_fraction: float | None = 0.8
     target_parameters: int | None = None
@@ -65,23 +68,14 @@ class Prune(Stage):
     plan: str | None = None  # a plan.json, as it was written or edited: nothing is scored
     scores: Sequence[str] | None = None  # scores.safetensors of earlier cuts, added up: no text is read for them
     steps: int = 1  # the cut is taken in so many, the units scored anew before each
-    calibration_rows: int = 10
-    calibration_tokens: int = 64  # of each row
-    calibration_batch: int = 10  # rows that are read at once
     tolerance: float = 1e-4  # of the certificate, as a share of the largest logit
     dtype: str = "float32"
     trust_remote_code: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (
-            ("calibration_rows", 1),
-            ("calibration_tokens", 2),
-            ("calibration_batch", 1),
-            ("steps", 1),
-        ):
-            if getattr(self, name) < least:
-                raise Refusal(f"prune.{name}={getattr(self, name)}: need at least {least}")
+        if self.steps < 1:
+            raise Refusal(f"prune.steps={self.steps}: need at least 1")
         if self.dtype not in DTYPES:
             raise Refusal(f"prune.dtype={self.dtype}: need one of {', '.join(DTYPES)}")
         if not self.tolerance > 0:
@@ -153,7 +147,7 @@ class Prune(Stage):
 
     def check(self, context: Context) -> StagePlan:
         corpus = check_source(context, self.data)
-        config = calibration.config_of(context, self.model, self.trust_remote_code)
+        config = config_to_change(context, self.model, self.trust_remote_code)
         whole = empty_model(config)
         anatomy = anatomy_of(whole)
         shapes = Shapes.of_model(whole, anatomy)
@@ -162,7 +156,7 @@ class Prune(Stage):
                 raise Refusal(f"prune.plan={self.plan}: the stage writes that file itself; copy it elsewhere first")
             kept, _ = read_plan(Path(self.plan), anatomy)
         else:
-            calibration.check(config, min(self.calibration_tokens, self.data.max_length), "prune")
+            self.calibration.check("prune", config, corpus, self.data.max_length)
             scoring.check(self.importance, anatomy, self.kinds)
             for path in self._files:
                 self._check_scores(path, _read_scores(path)[1], self._scored(context))
@@ -177,7 +171,7 @@ class Prune(Stage):
             model=smaller.model_type,
             parameters=parameter_count(empty_model(smaller)),
             data=corpus,
-            until="a plan" if self.plan else f"{self.calibration_rows} rows of calibration",
+            until="a plan" if self.plan else str(self.calibration),
             teacher=f"{self.model} ({parameter_count(whole):,})",
             warnings=[note] if note else [],
             # What `auto` comes to is of other stages' settings: a cut is made anew where they have changed.
@@ -327,10 +321,10 @@ class Prune(Stage):
         place = torch.device("cpu")
         if context.device == "cuda":
             place = torch.device("cuda", torch.cuda.current_device())
-        batches = self._batches(context, tokenizer, "train", self.calibration_rows, context.rank, world, place)
+        batches = self._batches(context, tokenizer, "train", self.calibration, context.rank, world, place)
         if context.rank == 0:  # of several ranks, its share; there can be less text than was asked for
             rows, tokens = (sum(int(each.sum()) for each in some) for some in zip(*map(_counts, batches), strict=True))
-            print(f"{context.stage}: scoring on {rows:,} rows with {tokens:,} tokens to predict", flush=True)
+            print(f"{context.stage}: scoring on {rows:,} samples with {tokens:,} tokens to predict", flush=True)
 
         def after(statistics: Statistics) -> None:
             nonlocal done
@@ -369,29 +363,24 @@ class Prune(Stage):
         context: Context,
         tokenizer: Any,
         split: str,
-        count: int,
+        calibration: Calibration,
         rank: int = 0,
         world: int = 1,
         place: torch.device | str = "cpu",
     ) -> list[dict[str, Tensor]]:
-        """Some rows of a split, of `calibration_tokens` each, this rank's part of them; the same for the same seed."""
+        """Samples of a split, this rank's part of them; the same for the same seed."""
         folder = json.loads((context.work / "prepared.json").read_text())[split]
         if folder is None:
             return []
         rows = load_from_disk(folder)
         draw = np.random.default_rng([self.seed, *split.encode()])
-        short: list[dict[str, Any]] = []
-        for number in draw.permutation(len(rows)):
-            if len(short) == count:
-                break
-            if (row := _window(rows[int(number)], self.calibration_tokens)) is not None:
-                short.append(row)
-        if not short:
+        samples = calibration.take("prune", rows, draw)
+        if not samples:
             raise Refusal(f"{context.stage}: no row of data.{split} has a token to predict, to score units on")
-        names = list(short[0])
+        names = list(samples[0])
         batches = []
-        for first in range(0, len(short), self.calibration_batch):
-            mine = short[first : first + self.calibration_batch][rank::world]
+        for first in range(0, len(samples), calibration.batch_size):
+            mine = samples[first : first + calibration.batch_size][rank::world]
             batch = collate(mine or [blank(names, pad_token(tokenizer))], pad_token=pad_token(tokenizer))
             batches.append({name: batch[name].to(place) for name in names})
         return batches
@@ -402,8 +391,9 @@ class Prune(Stage):
     ) -> dict[str, Any]:
         """The masked model's logits against those of the folder that was written, on text. `model` becomes masked."""
         place = next(model.parameters()).device
-        batches = self._batches(context, tokenizer, "validation", _PROOF_ROWS, place=place)
-        batches = batches or self._batches(context, tokenizer, "train", _PROOF_ROWS, place=place)
+        few = replace(self.calibration, samples=_PROOF_SAMPLES, concatenated=False)
+        batches = self._batches(context, tokenizer, "validation", few, place=place)
+        batches = batches or self._batches(context, tokenizer, "train", few, place=place)
         silence(model, anatomy, kept)
         cut = load_model(str(folder), **{**self._words, "role": "pruned"}).to(place)
         model.eval(), cut.eval()
@@ -460,15 +450,6 @@ def _counts(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Rows that predict something, and tokens to predict."""
     real_BT = batch["targets"] != IGNORED
     return real_BT.any(1), real_BT
-
-
-def _window(row: dict[str, Any], length: int) -> dict[str, Any] | None:
-    """The first tokens of a row; of one whose prompt is longer, those around the first that is to be predicted."""
-    first = next((at for at, target in enumerate(row["targets"]) if target != IGNORED), None)
-    if first is None:
-        return None
-    begin = 0 if first < length // 2 else min(first - length // 2, max(0, len(row["targets"]) - length))
-    return {name: row[name][begin : begin + length] for name in ("input_ids", "position_ids", "targets")}
 
 
 def _read_scores(path: Path) -> tuple[Statistics, dict[str, Any]]:

@@ -30,9 +30,11 @@ from models.quantization.proof import bits_per_weight, check_held
 from models.quantization.record import Known, Record, join, read_record
 from models.representations import decoder_layers
 from pipeline import artifact
-from pipeline.calibration import FinishedLayers, Walk, known_of
 from pipeline.context import Context
+from pipeline.data.calibration import Calibration
 from pipeline.data.source import DataSource, source_key
+from pipeline.layer_by_layer import FinishedLayers, LayerByLayer
+from pipeline.planned import known_of
 from pipeline.progress import shown
 from pipeline.stages.stage import Makes, Stage
 from pipeline.stages.stage import Plan as StagePlan
@@ -48,10 +50,9 @@ class Quantize(Stage):
     data: DataSource  # of whose training split some text is the calibration
     grid: Grid
     method: Method
+    calibration: Calibration
     activations: Activations | None = None  # of what the matrices read; None: as it is
     skip: Sequence[str] = ()
-    calibration_rows: int = 128
-    calibration_tokens: int = 256  # of each row
     dtype: str = "float32"
     trust_remote_code: bool = False
     seed: int = 0
@@ -60,14 +61,13 @@ class Quantize(Stage):
         _ = self._walk  # its own checks
 
     @property
-    def _walk(self) -> Walk:
-        return Walk(
+    def _walk(self) -> LayerByLayer:
+        return LayerByLayer(
             "quantize",
             self.model,
             self.data,
             self.method.reading is not None or self.activations is not None,
-            self.calibration_rows,
-            self.calibration_tokens,
+            self.calibration,
             self.dtype,
             self.trust_remote_code,
             self.seed,

@@ -21,9 +21,10 @@ from models.representations import decoder_layers
 from models.sparsity.method import Method, Pattern
 from models.sparsity.zeros import counted
 from pipeline import artifact
-from pipeline.calibration import FinishedLayers, Walk
 from pipeline.context import Context
+from pipeline.data.calibration import Calibration
 from pipeline.data.source import DataSource, source_key
+from pipeline.layer_by_layer import FinishedLayers, LayerByLayer
 from pipeline.progress import shown
 from pipeline.stages.stage import Makes, Stage
 from pipeline.stages.stage import Plan as StagePlan
@@ -38,11 +39,10 @@ class Sparsify(Stage):
     model: str  # folder or hub id
     data: DataSource  # of whose training split some text is the calibration
     method: Method
+    calibration: Calibration
     fraction: float | None = 0.5
     pattern: str | None = None
     skip: Sequence[str] = ()
-    calibration_rows: int = 128
-    calibration_tokens: int = 256  # of each row
     dtype: str = "float32"
     trust_remote_code: bool = False
     seed: int = 0
@@ -59,14 +59,13 @@ class Sparsify(Stage):
         _ = self._walk  # its own checks
 
     @property
-    def _walk(self) -> Walk:
-        return Walk(
+    def _walk(self) -> LayerByLayer:
+        return LayerByLayer(
             "sparsify",
             self.model,
             self.data,
             self.method.reading is not None,
-            self.calibration_rows,
-            self.calibration_tokens,
+            self.calibration,
             self.dtype,
             self.trust_remote_code,
             self.seed,

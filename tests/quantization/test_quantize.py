@@ -16,7 +16,7 @@ from safetensors import safe_open
 from models.errors import Refusal
 from models.quantization.methods.gptq import GPTQ
 from models.quantization.record import Record
-from pipeline.calibration import FinishedLayers
+from pipeline.layer_by_layer import FinishedLayers
 from pipeline.stages import quantize
 from pipeline.worker import check
 from tests.command import weights
@@ -180,8 +180,8 @@ def test_families_of_other_layouts_are_quantized_where_they_read(
         (["stages.quantize.grid.bits=9"], r"grid\.bits=9: need 2 to 8"),
         (["stages.quantize.grid.group_size=128"], r"reads 32 inputs, which it does not divide; need 16 or 8 or 4 or"),
         (["stages.quantize.skip=[w_proj]"], "the layers have no matrix w_proj"),
-        (["stages.quantize.calibration_tokens=5000"], "the model reads at most 512 tokens"),
-        (["stages.quantize.calibration_rows=0"], "need at least 1"),
+        (["stages.quantize.calibration.length=5000"], "the model reads at most 512 tokens"),
+        (["stages.quantize.calibration.samples=0"], "need at least 1"),
         (["stages.quantize.dtype=int8"], "need one of float32"),
         ([activations("int8_token"), "stages.quantize.activations.bits=3"], r"activations\.bits=3: need 4 to 8"),
         (["quantizer@stages.quantize.method=awq", "stages.quantize.method.ratios=0"], r"quantizer\.ratios=0"),
@@ -198,7 +198,7 @@ def test_what_cannot_be_is_refused_before_a_weight_is_read(
 
 def test_too_little_text_is_refused(teacher: Path, tmp_path: Path) -> None:
     with pytest.raises(Refusal, match=r"need 25,600,000 tokens, and data\.train has"):
-        EXPERIMENT.make(tmp_path, "quantize", f"model.path={teacher}", "stages.quantize.calibration_rows=800000")
+        EXPERIMENT.make(tmp_path, "quantize", f"model.path={teacher}", "stages.quantize.calibration.samples=800000")
 
 
 def test_text_that_no_tokenizer_makes_enough_of_is_refused_before_a_weight_is_read(

@@ -82,7 +82,7 @@ def test_activations_are_rounded_as_the_record_says(method: str, choice: str, te
     assert 0 < figures["kl_with_activations"] < 1e-2
 
 
-def test_the_price_is_the_mean_divergence_from_the_parent_over_the_calibration_rows(
+def test_the_price_is_the_mean_divergence_from_the_parent_over_the_calibration_samples(
     teacher: Path, tmp_path: Path
 ) -> None:
     teacher = folder_of("llama", teacher, tmp_path)

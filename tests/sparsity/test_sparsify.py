@@ -34,8 +34,8 @@ LITTLE = [
     "stages.pretrain.model.num_hidden_layers=2",
     "stages.pretrain.training.max_steps=6",
     "stages.pretrain.training.validate_every_steps=6",
-    "stages.sparsify.calibration_rows=12",
-    "stages.sparsify.calibration_tokens=32",
+    "stages.sparsify.calibration.samples=12",
+    "stages.sparsify.calibration.length=32",
     "stages.recover.training.max_steps=6",
     "stages.recover.training.validate_every_steps=6",
     "optimizer.lr=0.01",
@@ -151,9 +151,9 @@ def test_zeros_that_do_not_hold_leave_nothing_behind(
 def test_too_little_text_is_refused_before_a_weight_is_read(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.calibration.load_offloaded", None)
-    with pytest.raises(Refusal, match=r"calibration_rows=90000 .* need 2,880,000 tokens, and data") as refused:
-        make(tmp_path, "sparsify", *from_(made, "stages.sparsify.calibration_rows=90000"))
+    monkeypatch.setattr("pipeline.layer_by_layer.load_offloaded", None)
+    with pytest.raises(Refusal, match=r"calibration\.samples=90000 .* need 2,880,000 tokens, and data") as refused:
+        make(tmp_path, "sparsify", *from_(made, "stages.sparsify.calibration.samples=90000"))
     assert "\n" not in str(refused.value)
 
 
@@ -172,8 +172,8 @@ def test_too_little_text_is_refused_before_a_weight_is_read(
         ),
         (["stages.sparsify.skip=[w_proj]"], "the layers have no matrix w_proj; they have self_attn.q_proj"),
         (["stages.sparsify.skip=[9.mlp.up_proj]"], r"no matrix 9\.mlp\.up_proj"),
-        (["stages.sparsify.calibration_tokens=1"], "calibration_tokens=1: need at least 2"),
-        (["stages.sparsify.calibration_tokens=4096"], "the model reads at most 512 tokens"),
+        (["stages.sparsify.calibration.length=1"], r"calibration\.length=1: need at least 2"),
+        (["stages.sparsify.calibration.length=4096"], "the model reads at most 512 tokens"),
         (["stages.sparsify.dtype=float8"], "dtype=float8: need one of float32"),
         (["stages.sparsify.method.damping=0"], "damping=0: need a number above 0"),
         (["sparsity@stages.sparsify.method=magnitude", "stages.sparsify.method.scope=all"], "scope=all: need layer"),
@@ -191,7 +191,7 @@ def test_experts_are_refused_by_name_where_what_they_read_is_needed(tmp_path: Pa
     from tests.pruning.families import model_of
 
     model_of("mixtral", dtype=torch.float32).save_pretrained(tmp_path / "experts")
-    words = [f"model.path={tmp_path / 'experts'}", "stages.sparsify.calibration_tokens=16"]
+    words = [f"model.path={tmp_path / 'experts'}", "stages.sparsify.calibration.length=16"]
     with pytest.raises(Refusal, match=r"SparseGPT: what .*mlp\.experts\.gate_up_proj reads .*=magnitude, or skip="):
         check({"config": composed(tmp_path, *words), "stages": ["sparsify"]})
     check({"config": composed(tmp_path, *words, "sparsity@stages.sparsify.method=magnitude"), "stages": ["sparsify"]})
@@ -327,8 +327,8 @@ def test_the_more_a_method_looks_at_the_less_is_lost(shared: Path, tmp_path: Pat
     path = shared / "models" / "stories260K"
     words = [
         f"model.path={path}", "data=files", f"data.train={shared}/data/tinystories/train.jsonl",
-        "data.max_documents=400", "data.max_length=256", "data.holdout=0.1", "stages.sparsify.calibration_rows=64",
-        "stages.sparsify.calibration_tokens=128", "stages.sparsify.pattern=null", "stages.sparsify.fraction=0.5",
+        "data.max_documents=400", "data.max_length=256", "data.holdout=0.1", "stages.sparsify.calibration.samples=64",
+        "stages.sparsify.calibration.length=128", "stages.sparsify.pattern=null", "stages.sparsify.fraction=0.5",
     ]  # fmt: skip
     config = composed(tmp_path, *words)
     rows, _, _ = sequences_of(build(config, "sparsify").data, "test", load_tokenizer(str(path)), tmp_path / "rows")

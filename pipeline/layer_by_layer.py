@@ -1,8 +1,7 @@
-"""What stages share that change a finished model by a little text: how the model is found, and rows of one length."""
+"""What stages that change a model layer by layer share: the model, its calibration text, and layers that are done."""
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,36 +18,32 @@ from models.layerwise import Turn
 from models.load import DTYPES, empty_model, parameter_count
 from models.matrices import name_of_layers
 from models.offloaded import Offloaded, load_offloaded
-from models.quantization.record import Known, known, read_known
 from models.representations import decoder_layers
-from pipeline import artifact, planned
 from pipeline.context import Context
+from pipeline.data.calibration import Calibration
 from pipeline.data.conversations import tokenizer_of
 from pipeline.data.prepared import sequences_of
 from pipeline.data.source import DataSource, check_source
+from pipeline.planned import config_to_change
 from pipeline.stages.stage import Plan
-
-_AT_ONCE = 8  # rows in a batch
 
 
 @dataclass(frozen=True)
-class Walk:
-    """Of a stage that goes through a model layer by layer: its model, and the text that the layers read."""
+class LayerByLayer:
+    """A stage's way through its model, layer by layer: which model, and the text that the layers read."""
 
     stage: str  # as its settings are called
     model: str
     data: DataSource
     reads: bool  # whether text is needed
-    rows: int
-    tokens: int  # of each row
+    calibration: Calibration
     dtype: str
     trust_remote_code: bool
     seed: int
 
     def __post_init__(self) -> None:
-        for name, value, least in (("calibration_rows", self.rows, 1), ("calibration_tokens", self.tokens, 2)):
-            if value < least:
-                raise Refusal(f"{self.stage}.{name}={value}: need at least {least}")
+        if not self.calibration.concatenated:  # batches without padding
+            raise Refusal(f"{self.stage}.calibration.concatenated=false: layers read samples of one length; use true")
         if self.dtype not in DTYPES:
             raise Refusal(f"{self.stage}.dtype={self.dtype}: need one of {', '.join(DTYPES)}")
 
@@ -58,12 +53,9 @@ class Walk:
     def check(self, context: Context, fits: Callable[[Any], object]) -> Plan:
         """The stage's plan; `fits` refuses what cannot be asked of the model, which is without memory then."""
         corpus = check_source(context, self.data)
-        config = config_of(context, self.model, self.trust_remote_code)
+        config = config_to_change(context, self.model, self.trust_remote_code)
         if self.reads:
-            check(config, self.tokens, self.stage)
-            most = (corpus.get("train") or {}).get("tokens_at_most")
-            if most is not None and not corpus["chat"] and most < self.rows * self.tokens:
-                raise _too_short(self.stage, self.rows, self.tokens, f"{most:,} at most")
+            self.calibration.check(self.stage, config, corpus)
         whole = empty_model(config)
         fits(whole)
         config.dtype = DTYPES[self.dtype]
@@ -72,17 +64,21 @@ class Walk:
             model=config.model_type,
             parameters=parameter_count(whole),
             data=corpus,
-            until=f"{self.rows} rows of calibration" if self.reads else "no text",
+            until=str(self.calibration) if self.reads else "no text",
             commits={"model": getattr(config, "_commit_hash", None)},
         )
 
     def open(self, context: Context) -> tuple[Any, Offloaded, list[Tensor]]:
         """(tokenizer, model, batches): Int64[B, T] each, none where no text is needed."""
         tokenizer = tokenizer_of(self.model, self.data, self.trust_remote_code)
-        found: list[Tensor] = []
-        if self.reads:
-            found = batches(context, self.data, tokenizer, (self.rows, self.tokens), self.seed, self.stage)
-        return tokenizer, self.load(context, self.model, "given"), found
+        batches = self._batches(context, tokenizer) if self.reads else []
+        return tokenizer, self.load(context, self.model, "given"), batches
+
+    def _batches(self, context: Context, tokenizer: Any) -> list[Tensor]:
+        sequences, _, _ = sequences_of(self.data, "train", tokenizer, context.data_folder)
+        samples = self.calibration.take(self.stage, sequences, np.random.default_rng(self.seed))
+        ids = torch.tensor([sample["input_ids"] for sample in samples], device=context.device)
+        return list(ids.split(self.calibration.batch_size))
 
     def load(self, context: Context, folder: str, role: str) -> Offloaded:
         return load_offloaded(
@@ -129,55 +125,3 @@ class FinishedLayers:
 
     def _path(self, number: int) -> Path:
         return self.folder / f"layer-{number:05d}.safetensors"
-
-
-def config_of(context: Context, model: str, trust_remote_code: bool) -> Any:
-    """In the check: the config of a model that is there, weights and all, or that a stage before will make."""
-    setting = f"stages.{context.stage}.model"
-    config = planned.config_of(context, model, "model", setting=setting, trust_remote_code=trust_remote_code)
-    if getattr(config, "quantization_config", None):
-        raise Refusal(f"stages.{context.stage}.model={model}: its weights are packed; give the model it was made of")
-    return config
-
-
-def known_of(folder: Path) -> Known | None:
-    """What is known before a weight is read of what a model that is there is made of, or one that a stage before plans;
-    None where it is on no grid."""
-    if (folder / artifact.GRID).is_file():
-        return read_known(folder / artifact.GRID)
-    if (folder / artifact.PLANNED_GRID).is_file():
-        return known(json.loads((folder / artifact.PLANNED_GRID).read_text()))
-    return None
-
-
-def check(config: Any, tokens: int, stage: str) -> None:
-    """Refuse rows that are longer than the model reads."""
-    limit = getattr(config, "max_position_embeddings", None)
-    if limit and limit < tokens:
-        raise Refusal(
-            f"{stage}.calibration_tokens={tokens}: the model reads at most {limit} tokens (max_position_embeddings)"
-        )
-
-
-def batches(
-    context: Context, data: DataSource, tokenizer: Any, size: tuple[int, int], seed: int, stage: str
-) -> list[Tensor]:
-    """Int64[B, T] each, rows × tokens in all: training documents in an order drawn by the seed, laid end to end."""
-    rows, _, _ = sequences_of(data, "train", tokenizer, context.data_folder)
-    count, length = size
-    tokens: list[int] = []
-    for number in np.random.default_rng(seed).permutation(len(rows)):
-        tokens += rows[int(number)]["input_ids"]
-        if len(tokens) >= count * length:
-            break
-    if len(tokens) < count * length:
-        raise _too_short(stage, count, length, f"{len(tokens):,}")
-    ids = torch.tensor(tokens[: count * length], device=context.device)
-    return list(ids.view(count, length).split(_AT_ONCE))
-
-
-def _too_short(stage: str, rows: int, tokens: int, found: str) -> Refusal:
-    return Refusal(
-        f"{stage}.calibration_rows={rows} of calibration_tokens={tokens}: need {rows * tokens:,} tokens, and "
-        f"data.train has {found}; take fewer or shorter rows, or more text"
-    )
