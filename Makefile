@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+COVERED ?= tests
+ROOMS ?= models pipeline callbacks
 DEFAULT := -n auto --dist loadfile --no-loadscope-reorder -m "not slow and not gpu and not slurm"
 
 .PHONY: demo help setup test unit test-slow test-gpu test-slurm coverage lint docs clean
@@ -55,9 +57,9 @@ test-gpu: setup  ## the tests that need a CUDA device
 test-slurm: setup  ## on a throw-away Slurm with two pretended nodes (Debian: slurmctld slurmd slurm-client munge)
 	$(BIN)/python -m pytest -m "slurm"
 
-coverage: setup  ## the default tests, and which lines they run (htmlcov/index.html)
-	@echo "==> running the tests with coverage"
-	$(PYTEST) $(DEFAULT) --cov --cov-report=html --cov-report=term:skip-covered
+coverage: setup  ## the default tests, and which lines they run, stages' own processes aside (htmlcov/index.html)
+	@echo "==> running $(COVERED) with coverage"
+	$(PYTEST) $(DEFAULT) $(addprefix --cov=,$(ROOMS)) --cov-report=html --cov-report=term:skip-covered $(COVERED)
 
 lint: setup  ## style (ruff), types (mypy), layers (import-linter)
 	@echo "==> checking style, types and layers"
