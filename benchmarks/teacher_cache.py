@@ -307,11 +307,11 @@ def train(
     from models.training.language_model import LanguageModel
     from models.training.schedules import constant
     from pipeline.data.batch import pad_token
-    from pipeline.data.loader import Rows
+    from pipeline.data.loader import PackedSequences
     from pipeline.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(str(folder / "tokenizer"))
-    data = Rows(
+    data = PackedSequences(
         rows,
         None,
         seed=0,

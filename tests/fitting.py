@@ -32,7 +32,7 @@ from models.training.language_model import LanguageModel
 from models.training.on_policy import OnPolicy, Rollouts
 from models.training.schedules import cosine
 from pipeline.data.batch import collate
-from pipeline.data.loader import Rows, accumulation
+from pipeline.data.loader import PackedSequences, accumulation
 from pipeline.training import strategy as strategies
 
 VOCABULARY, LENGTH = 61, 24
@@ -139,7 +139,7 @@ def answer_rows(count: int = 40, seed: int = 0, scrambled: bool = False) -> Data
     return Dataset.from_list(made)
 
 
-def rollouts(values: dict[str, Any], data: Rows, load_student: Any) -> Rollouts:
+def rollouts(values: dict[str, Any], data: PackedSequences, load_student: Any) -> Rollouts:
     """As the pipeline makes them."""
     return Rollouts(
         OnPolicy(**{**values, "sampling": Sampling(**values["sampling"])}),
@@ -207,7 +207,7 @@ def fit(scenario: Scenario, folder: Path) -> dict[str, Any]:
         return adapted_head(loaded) if scenario.lora_head else loaded
 
     plain = scenario.answers or scenario.on_policy is not None
-    data = Rows(
+    data = PackedSequences(
         answer_rows(scrambled=scenario.scrambled) if plain else rows(),
         rows(9, seed=1),
         seed=0,

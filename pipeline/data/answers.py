@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from models.errors import Refusal
-from pipeline.data.pairs import Pair, cut, write_rows
+from pipeline.data.pairs import Pair, cut, write_sequences
 from pipeline.data.readers import objects, parquet
 from pipeline.data.source import SPLITS, DataSource, Prompt
 from pipeline.data.tokenizer import FILES, begin_token, load_tokenizer, tokenizer_key
@@ -128,7 +128,7 @@ class Answers(DataSource):
     def prepare(
         self, split: str, tokenizer: Any, folder: Path, teacher_tokenizer: Any = None
     ) -> tuple[Dataset, dict[str, Any]]:
-        """Rows of the answers of a split. Raises Refusal where they do not fit, or are another tokenizer's."""
+        """The answers of a split as sequences. Raises Refusal where they do not fit, or are another tokenizer's."""
         if teacher_tokenizer is not None:
             raise Refusal(
                 "data=answers are the teacher's own tokens, which are not compared span by span; leave align=true out, "
@@ -136,7 +136,7 @@ class Answers(DataSource):
             )
         self._check_tokenizer(tokenizer)
         counts = {"documents": 0, "held_out": 0, "empty": 0, "truncated": 0, "unsupervised": 0, "too_long": 0}
-        return write_rows(
+        return write_sequences(
             self._pairs(split, tokenizer, counts),
             max_length=self.max_length,
             packed=self.packing,

@@ -1,10 +1,11 @@
 """The shape contract between data and training.
 
-A row is a dict of equally long lists: input_ids, position_ids (restarting at 0 with every document), targets (the next
-token of the same document, or -100: already shifted, nobody shifts again), and the numbers supervised and bytes. A
-batch is rows padded to one length. Padding is a document of its own, without targets, so no attention mask is needed.
+A sequence is a dict of equally long lists: input_ids, position_ids (restarting at 0 with every document), targets (the
+next token of the same document, or -100: already shifted, nobody shifts again), and the numbers supervised and bytes. A
+batch is sequences padded to one length. Padding is a document of its own, without targets, so no attention mask is
+needed.
 
-Rows may also carry weights (one for each target, 0 where there is none), and what a teacher reads instead:
+Sequences may also carry weights (one for each target, 0 where there is none), and what a teacher reads instead:
 teacher_input_ids and teacher_position_ids, which have a length of their own; and beside them, of a teacher with a
 tokenizer of its own, spans, four numbers each (pipeline/data/packing.py says which), or, of one with prompts of its
 own, teacher_targets (pipeline/data/pairs.py).
@@ -21,31 +22,31 @@ from models.targets import IGNORED
 
 
 def collate(
-    rows: Sequence[dict[str, Any]], *, pad_token: int, length: int | None = None, side: str = "right"
+    sequences: Sequence[dict[str, Any]], *, pad_token: int, length: int | None = None, side: str = "right"
 ) -> dict[str, Any]:
-    """Rows → {input_ids, position_ids, targets: Int64[B, T]}; T is `length`, or the longest row's.
+    """Sequences → {input_ids, position_ids, targets: Int64[B, T]}; T is `length`, or the longest sequence's.
 
-    Of rows that carry them also weights: Float32[B, T]; teacher_input_ids, teacher_position_ids, teacher_targets:
-    Int64[B, Tt], Tt the longest row's; and spans: Int64[S, 5], the row in the batch before the four numbers, in the
-    order of row and place.
+    Of sequences that carry them also weights: Float32[B, T]; teacher_input_ids, teacher_position_ids, teacher_targets:
+    Int64[B, Tt], Tt the longest one's; and spans: Int64[S, 5], the sequence in the batch before the four numbers, in
+    the order of sequence and place.
     """
     batch = _padded(
-        rows, {"input_ids": pad_token, "position_ids": None, "targets": IGNORED, "weights": 0.0}, length, side
+        sequences, {"input_ids": pad_token, "position_ids": None, "targets": IGNORED, "weights": 0.0}, length, side
     )
-    if "teacher_input_ids" in rows[0]:
+    if "teacher_input_ids" in sequences[0]:
         # Token 0, as every vocabulary has it, and the student's padding token may not be in the teacher's.
         fillers: dict[str, float | None] = {
             "teacher_input_ids": 0,
             "teacher_position_ids": None,
             "teacher_targets": IGNORED,
         }
-        batch |= _padded(rows, fillers, None, side)
-    if "spans" in rows[0]:
+        batch |= _padded(sequences, fillers, None, side)
+    if "spans" in sequences[0]:
         spans = []
-        for number, row in enumerate(rows):
-            places = torch.tensor(row["spans"], dtype=torch.long).view(-1, 4)
+        for number, sequence in enumerate(sequences):
+            places = torch.tensor(sequence["spans"], dtype=torch.long).view(-1, 4)
             if side == "left":
-                shifts = [batch[name].shape[1] - len(row[name]) for name in ("input_ids", "teacher_input_ids")]
+                shifts = [batch[name].shape[1] - len(sequence[name]) for name in ("input_ids", "teacher_input_ids")]
                 places = places + torch.tensor([shifts[0], 0, shifts[1], 0])
             spans.append(torch.cat([torch.full((len(places), 1), number), places], dim=1))
         batch["spans"] = torch.cat(spans)
@@ -53,25 +54,25 @@ def collate(
 
 
 def blank(columns: Iterable[str], pad_token: int) -> dict[str, Any]:
-    """A row of one padding token, with these of a row's columns; it counts for nothing."""
-    row: dict[str, Any] = {"input_ids": [pad_token], "position_ids": [0], "targets": [IGNORED], "weights": [0.0]}
-    row |= {"teacher_input_ids": [0], "teacher_position_ids": [0], "teacher_targets": [IGNORED], "spans": []}
-    return {name: row[name] for name in columns if name in row}
+    """A sequence of one padding token, with these of a sequence's columns; it counts for nothing."""
+    made: dict[str, Any] = {"input_ids": [pad_token], "position_ids": [0], "targets": [IGNORED], "weights": [0.0]}
+    made |= {"teacher_input_ids": [0], "teacher_position_ids": [0], "teacher_targets": [IGNORED], "spans": []}
+    return {name: made[name] for name in columns if name in made}
 
 
 def _padded(
-    rows: Sequence[dict[str, Any]], fillers: dict[str, float | None], length: int | None, side: str
+    sequences: Sequence[dict[str, Any]], fillers: dict[str, float | None], length: int | None, side: str
 ) -> dict[str, Any]:
-    """The columns named by `fillers` that the rows have, as tensors; None numbers the padding from 0."""
-    fillers = {name: filler for name, filler in fillers.items() if name in rows[0]}
-    width = length or max(len(row[next(iter(fillers))]) for row in rows)
+    """The columns named by `fillers` that the sequences have, as tensors; None numbers the padding from 0."""
+    fillers = {name: filler for name, filler in fillers.items() if name in sequences[0]}
+    width = length or max(len(each[next(iter(fillers))]) for each in sequences)
     batch = {}
     for name, filler in fillers.items():
         lines = []
-        for row in rows:
-            missing = width - len(row[name])
+        for each in sequences:
+            missing = width - len(each[name])
             padding = list(range(missing)) if filler is None else [filler] * missing
-            lines.append(padding + list(row[name]) if side == "left" else list(row[name]) + padding)
+            lines.append(padding + list(each[name]) if side == "left" else list(each[name]) + padding)
         batch[name] = torch.tensor(lines, dtype=torch.float32 if name == "weights" else torch.long)
     return batch
 

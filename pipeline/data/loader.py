@@ -1,4 +1,4 @@
-"""Which rows make up which optimizer step, on which rank: one endless order, the same for every topology."""
+"""Which sequences make up which optimizer step, on which rank: one endless order, the same for every topology."""
 
 from __future__ import annotations
 
@@ -19,21 +19,19 @@ _BLANK = -1
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """The rows one rank works on at once, and the totals of the optimizer step they belong to."""
+    """The sequences one rank works on at once, and the totals of the optimizer step they belong to."""
 
     rows: list[int]
-    step_tokens: (
-        float  # supervised tokens of the whole step, over all ranks and micro-batches; of weighted rows, weights
-    )
+    step_tokens: float  # supervised tokens of the step, over all ranks and micro-batches; with weights, their sum
     tokens_of_step: int  # all its tokens, padding left out
 
 
 class Order(Sampler[MicroBatch]):
-    """Epoch after epoch of seeded permutations, cut into steps of `global_batch` rows; a step may straddle epochs.
+    """Epoch after epoch of seeded permutations, in steps of `global_batch` sequences; a step may straddle epochs.
 
-    The rows of step k depend on the seed alone. So accumulation, rank count and a restart at any step change nothing,
-    and every rank can count the tokens of the whole step by itself. `supervised` is what each row counts: whole numbers
-    of tokens, or sums of their weights.
+    The sequences of step k depend on the seed alone. So accumulation, rank count and a restart at any step change
+    nothing, and every rank can count the tokens of the whole step by itself. `supervised` is what each sequence counts:
+    whole numbers of tokens, or sums of their weights.
     """
 
     def __init__(
@@ -53,7 +51,7 @@ class Order(Sampler[MicroBatch]):
         self.first_step = first_step
 
     def step_rows(self, step: int) -> np.ndarray:
-        """Row numbers of optimizer step `step`."""
+        """Numbers of the sequences of optimizer step `step`."""
         count = len(self.supervised)
         wanted = np.arange(step * self.global_batch, (step + 1) * self.global_batch)
         return np.concatenate(
@@ -94,8 +92,8 @@ class _Collated(Dataset[dict[str, Any]]):
         }
 
 
-class Rows(pl.LightningDataModule):
-    """Prepared rows → batches of a rank. `length` pads every batch to one width (None: to its longest row)."""
+class PackedSequences(pl.LightningDataModule):
+    """Sequences → batches of a rank. `length` pads every batch to one width (None: to its longest sequence)."""
 
     def __init__(
         self,
@@ -174,9 +172,9 @@ class Rows(pl.LightningDataModule):
 
 
 def in_turn(count: int, micro_batch: int, rank: int, world: int) -> list[MicroBatch]:
-    """Every row once, and as many batches on every rank: one that ran out would leave the others waiting for ever.
+    """Every sequence once, and as many batches on every rank: one that ran out would leave the others waiting for ever.
 
-    Where the rows do not divide, a rank's last place is filled by a blank row (-1).
+    Where the sequences do not divide, a rank's last place is filled by a blank one (-1).
     """
     mine = list(range(rank, count, world))
     mine += [_BLANK] * (-(-count // world) - len(mine))

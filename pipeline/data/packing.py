@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 BYTES_AT_ONCE = 2**23  # of documents, tokenized together: tokens with their places take 100 times the memory
-TOKENS_AT_ONCE = 2**22  # in rows, written together
+TOKENS_AT_ONCE = 2**22  # in sequences, written together
 
 
 def prepare(
@@ -56,13 +56,13 @@ def prepare(
     folder: Path,
     teacher_tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> tuple[Dataset, dict[str, Any]]:
-    """The rows of `documents` (a column `text` or `messages`), memory mapped from `folder`; their statistics.
+    """The sequences of `documents` (a column `text` or `messages`), memory mapped from `folder`; their statistics.
 
-    With data.weight_column the documents also have a column `weight`. A `teacher_tokenizer` aligns the rows with the
-    teacher's tokens (see the module); statistics then count `spans`, `spanned` (supervised tokens that lie in spans),
-    `long_spans` (left out, see alignment.LONGEST) and `teacher_tokens`.
+    With data.weight_column the documents also have a column `weight`. A `teacher_tokenizer` aligns the sequences with
+    the teacher's tokens (see the module); statistics then count `spans`, `spanned` (supervised tokens that lie in
+    spans), `long_spans` (left out, see alignment.LONGEST) and `teacher_tokens`.
 
-    Rows stand in the order of their first piece.
+    Sequences stand in the order of their first piece.
     """
 
     def build(aside: Path) -> None:
@@ -73,33 +73,33 @@ def prepare(
 
 
 def best_fit_decreasing(lengths: Ints, capacity: int) -> Ints:
-    """The row of every piece: longest piece first, each into the fullest row that still takes it.
+    """The sequence of every piece: longest piece first, each into the fullest sequence that still takes it.
 
-    Rows are numbered by their first piece. O(n log n); needs every length to be at most `capacity`.
+    Sequences are numbered by their first piece. O(n log n); needs every length to be at most `capacity`.
     """
-    row_of = np.zeros(len(lengths), dtype=np.int64)
-    rooms: list[int] = []  # what is left in some open row, each value once, ascending
-    rows_with: dict[int, list[int]] = {}
+    sequence_of = np.zeros(len(lengths), dtype=np.int64)
+    rooms: list[int] = []  # what is left in some open sequence, each value once, ascending
+    open_with: dict[int, list[int]] = {}
     count = 0
     for piece in np.argsort(-lengths, kind="stable").tolist():
         length = int(lengths[piece])
         at = bisect_left(rooms, length)
         if at == len(rooms):
-            row, room = count, capacity
+            sequence, room = count, capacity
             count += 1
         else:
             room = rooms[at]
-            row = rows_with[room].pop()
-            if not rows_with[room]:
-                del rooms[at], rows_with[room]
-        row_of[piece] = row
+            sequence = open_with[room].pop()
+            if not open_with[room]:
+                del rooms[at], open_with[room]
+        sequence_of[piece] = sequence
         room -= length
-        if room and room not in rows_with:
+        if room and room not in open_with:
             insort(rooms, room)
         if room:
-            rows_with.setdefault(room, []).append(row)
-    _, first_piece = np.unique(row_of, return_index=True)
-    return np.argsort(np.argsort(first_piece))[row_of]
+            open_with.setdefault(room, []).append(sequence)
+    _, first_piece = np.unique(sequence_of, return_index=True)
+    return np.argsort(np.argsort(first_piece))[sequence_of]
 
 
 def _build(
@@ -140,10 +140,10 @@ def _build(
         "unsupervised": tally["unsupervised"],
     }
     also = {name: tally[name] for name in ("spans", "spanned", "long_spans", "teacher_tokens")} if teacher else {}
-    write_rows(pieces, aside, max_length=data.max_length, packing=data.packing, counted=counted, also=also)
+    write_sequences(pieces, aside, max_length=data.max_length, packing=data.packing, counted=counted, also=also)
 
 
-def write_rows(
+def write_sequences(
     pieces: Dataset,
     aside: Path,
     *,
@@ -152,32 +152,32 @@ def write_rows(
     counted: dict[str, Any],
     also: dict[str, Any] | None = None,
 ) -> None:
-    """Fill rows with pieces (see _no_pieces) and write aside/rows; `counted` and `also` go into their statistics."""
+    """Fill sequences with pieces and write aside/rows; `counted` and `also` go into their statistics."""
     import pyarrow.compute as pc
 
     lengths = pc.list_value_length(pieces.data.column("input_ids")).to_numpy()
-    row_of = best_fit_decreasing(lengths, max_length) if packing else np.arange(len(lengths))
-    rows = _fill(pieces, row_of, max_length, aside / "rows.arrow")
-    # Without rows datasets would write no shard at all, and then not open what it wrote.
-    rows.save_to_disk(str(aside / "rows"), num_shards=None if len(rows) else 1)
+    sequence_of = best_fit_decreasing(lengths, max_length) if packing else np.arange(len(lengths))
+    sequences = _fill(pieces, sequence_of, max_length, aside / "rows.arrow")
+    # Without sequences datasets would write no shard at all, and then not open what it wrote.
+    sequences.save_to_disk(str(aside / "rows"), num_shards=None if len(sequences) else 1)
     tokens = int(lengths.sum())
     statistics = {
         **counted,
         "pieces": len(pieces),
-        "rows": len(rows),
+        "rows": len(sequences),
         "tokens": tokens,
-        "supervised": pc.sum(rows.data.column("supervised")).as_py() or 0,
-        "bytes": pc.sum(rows.data.column("bytes")).as_py() or 0,
-        "packing_efficiency": tokens / max(1, len(rows) * max_length),
+        "supervised": pc.sum(sequences.data.column("supervised")).as_py() or 0,
+        "bytes": pc.sum(sequences.data.column("bytes")).as_py() or 0,
+        "packing_efficiency": tokens / max(1, len(sequences) * max_length),
     }
-    if "weight" in rows.column_names:
-        statistics["weight"] = pc.sum(rows.data.column("weight")).as_py() or 0.0
+    if "weight" in sequences.column_names:
+        statistics["weight"] = pc.sum(sequences.data.column("weight")).as_py() or 0.0
     statistics |= also or {}
     (aside / "rows" / STATISTICS).write_text(json.dumps(statistics, indent=2) + "\n")
 
 
-def _fill(pieces: Dataset, row_of: Ints, max_length: int, path: Path) -> Dataset:
-    """Write the rows to an Arrow file, each row's pieces in their order."""
+def _fill(pieces: Dataset, sequence_of: Ints, max_length: int, path: Path) -> Dataset:
+    """Write the sequences to an Arrow file, the pieces of each in their order."""
     import pyarrow as pa
     import pyarrow.compute as pc
     from datasets import Dataset
@@ -192,8 +192,8 @@ def _fill(pieces: Dataset, row_of: Ints, max_length: int, path: Path) -> Dataset
         *("supervised", "bytes"),
         *(["weight"] if weighted else []),
     )
-    order = np.argsort(row_of, kind="stable")
-    starts = np.concatenate([[0], np.cumsum(np.bincount(row_of))])  # of each row, in `order`
+    order = np.argsort(sequence_of, kind="stable")
+    starts = np.concatenate([[0], np.cumsum(np.bincount(sequence_of))])  # of each sequence, in `order`
     arrow = pieces.with_format("arrow")
     at_once = TOKENS_AT_ONCE // max_length + 1
     with ArrowWriter(features=features, path=str(path)) as writer:
@@ -217,8 +217,8 @@ def _fill(pieces: Dataset, row_of: Ints, max_length: int, path: Path) -> Dataset
                 spans = lists["spans"].reshape(-1, 4).copy()
                 for place, ids in ((0, "input_ids"), (2, "teacher_input_ids")):
                     begins = edges[ids][:-1]
-                    in_row = begins - np.repeat(begins[bounds[:-1]], np.diff(bounds))
-                    spans[:, place] += np.repeat(in_row, np.diff(edges["spans"]) // 4)
+                    in_sequence = begins - np.repeat(begins[bounds[:-1]], np.diff(bounds))
+                    spans[:, place] += np.repeat(in_sequence, np.diff(edges["spans"]) // 4)
                 lists["spans"] = spans.ravel()
             if weighted:
                 cells["weight"] = np.add.reduceat(lists["weights"].astype(np.float64), edges["weights"][bounds[:-1]])

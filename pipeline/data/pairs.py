@@ -1,6 +1,6 @@
-"""Pairs of prompt and answer → rows: only the answer is learnt, and a teacher may see another prompt before it.
+"""Pairs of prompt and answer as sequences: only the answer is learnt, and a teacher may see another prompt before it.
 
-A row is as pipeline/data/packing.py says. Where the teacher's prompts are its own, a row also has, int32,
+A sequence is as pipeline/data/packing.py says. Where the teacher's prompts are its own, it also has, int32,
 
     teacher_input_ids      the teacher's prompt and the answer; of several prompts one after another
     teacher_position_ids   from 0 again with every prompt
@@ -49,7 +49,7 @@ def cut(query: str, answer: str, ids: Callable[[str], list[int]]) -> tuple[list[
     return prompt, behind[len(line) :] if behind[: len(line)] == line else ids(answer)[1:], True
 
 
-def write_rows(
+def write_sequences(
     pairs: Iterable[Pair],
     *,
     max_length: int,
@@ -58,14 +58,14 @@ def write_rows(
     counts: dict[str, Any],
     draws: int = 0,
 ) -> tuple[Dataset, dict[str, Any]]:
-    """Rows of the pairs, memory mapped from `folder`, and their statistics: `counts`, when all pairs were read, and
-    what packing counts.
+    """Sequences of the pairs, memory mapped from `folder`, and their statistics: `counts`, when all pairs were read,
+    and what packing counts.
 
-    `draws`: how many prompts of its own a teacher sees for each pair; 0 none. `max_length` is of the student's rows;
-    a longer pair is a ValueError, as the caller has to say what becomes of it.
+    `draws`: how many prompts of its own a teacher sees for each pair; 0 none. `max_length` is of the student's
+    sequences; a longer pair is a ValueError, as the caller has to say what becomes of it.
     """
     if draws > 1 and packed:
-        raise ValueError("rows of several teacher's prompts are not packed")
+        raise ValueError("sequences of several teacher's prompts are not packed")
 
     def build(aside: Path) -> None:
         from datasets import Dataset
@@ -82,7 +82,7 @@ def write_rows(
             writer.finalize()
         pieces = Dataset.from_file(str(path)) if written else Dataset.from_dict({n: [] for n in features}, features)
         with packing.progress(shown=written > 100_000):
-            packing.write_rows(pieces, aside, max_length=max_length, packing=packed, counted=counts)
+            packing.write_sequences(pieces, aside, max_length=max_length, packing=packed, counted=counts)
 
     return once(folder, build)
 
@@ -113,25 +113,26 @@ def _targets(prompt: list[int], answer: list[int]) -> list[int]:
     return [IGNORED] * (len(prompt) - 1) + answer + [IGNORED]
 
 
-def teacher_side(rows: Dataset) -> Dataset:
-    """Rows as the teacher reads them: where its prompts are its own, their columns under the usual names."""
-    if "teacher_targets" not in rows.column_names:
-        return rows
+def teacher_side(sequences: Dataset) -> Dataset:
+    """Sequences as the teacher reads them: where its prompts are its own, their columns under the usual names."""
+    if "teacher_targets" not in sequences.column_names:
+        return sequences
     names = ("input_ids", "position_ids", "targets")
-    rows = rows.remove_columns([name for name in rows.column_names if not name.startswith("teacher_")])
-    return rows.rename_columns({f"teacher_{name}": name for name in names})
+    others = [name for name in sequences.column_names if not name.startswith("teacher_")]
+    return sequences.remove_columns(others).rename_columns({f"teacher_{name}": name for name in names})
 
 
-def common_prefix(rows: Any, least: int = 16) -> list[int]:
-    """The tokens with which the teacher's side of every row begins: its keys and values are made only once.
+def common_prefix(sequences: Any, least: int = 16) -> list[int]:
+    """The tokens with which the teacher's side of every sequence begins: its keys and values are made only once.
 
-    The last token before an answer is left to the row itself. Fewer than `least` tokens are not worth it: then none.
+    The last token before an answer is left to the sequence itself. Fewer than `least` tokens are not worth it: then
+    none.
     """
-    if "teacher_targets" not in rows.column_names or not len(rows):
+    if "teacher_targets" not in sequences.column_names or not len(sequences):
         return []
-    table = rows.with_format("arrow")
+    table = sequences.with_format("arrow")
     shared: np.ndarray | None = None
-    for first in range(0, len(rows), 4096):
+    for first in range(0, len(sequences), 4096):
         part = table[first : first + 4096]
         ids = part["teacher_input_ids"].combine_chunks()
         offsets = np.concatenate([[0], np.cumsum(ids.value_lengths().to_numpy())])
@@ -142,11 +143,11 @@ def common_prefix(rows: Any, least: int = 16) -> list[int]:
             if (positions[begin + 1 : end] == 0).any():  # several texts: nothing stands before the later ones
                 return []
             asked = int(np.flatnonzero(targets[begin:end] != IGNORED)[0])
-            row = flat[begin : begin + asked]
+            prompt = flat[begin : begin + asked]
             if shared is None:
-                shared = row
-            length = min(len(shared), len(row))
-            differing = np.flatnonzero(shared[:length] != row[:length])
+                shared = prompt
+            length = min(len(shared), len(prompt))
+            differing = np.flatnonzero(shared[:length] != prompt[:length])
             shared = shared[: differing[0] if len(differing) else length]
             if len(shared) < least:
                 return []

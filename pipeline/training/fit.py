@@ -17,7 +17,7 @@ from models.training.language_model import LanguageModel
 from models.training.on_policy import Rollouts, ends_of
 from pipeline.context import Context
 from pipeline.data.batch import collate, pad_token
-from pipeline.data.loader import Rows, accumulation
+from pipeline.data.loader import PackedSequences, accumulation
 from pipeline.data.token_bytes import vocabulary_pairs
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.training.checkpoints import last_checkpoint
@@ -35,7 +35,7 @@ class Fitted:
     trainer: pl.Trainer
     module: LanguageModel
     student: Student
-    rows: Rows
+    rows: PackedSequences
     tokenizer: Any
     prepared: Prepared
     rollouts: Rollouts | None
@@ -63,14 +63,14 @@ def fit(context: Context, recipe: Recipe) -> Fitted:
     return Fitted(trainer, module, student, rows, tokenizer, prepared, rollouts, steps)
 
 
-def _rows(context: Context, recipe: Recipe, prepared: Prepared, tokenizer: Any) -> Rows:
+def _rows(context: Context, recipe: Recipe, prepared: Prepared, tokenizer: Any) -> PackedSequences:
     from datasets import load_from_disk
 
     data, training = recipe.data, recipe.training
     validation = load_from_disk(prepared.validation) if prepared.validation else None
     if validation is not None and data.validation_sequences is not None and len(validation) > data.validation_sequences:
         validation = validation.select(np.linspace(0, len(validation) - 1, data.validation_sequences, dtype=int))
-    return Rows(
+    return PackedSequences(
         load_from_disk(prepared.train),
         validation,
         seed=context.seed,
@@ -94,7 +94,9 @@ def _opening(context: Context, recipe: Recipe, prepared: Prepared, tokenizer: An
     return Opening(vocabulary, attention, packed, pairs, prepared.prefix, context.device)
 
 
-def _rollouts(context: Context, recipe: Recipe, rows: Rows, student: Student, tokenizer: Any) -> Rollouts | None:
+def _rollouts(
+    context: Context, recipe: Recipe, rows: PackedSequences, student: Student, tokenizer: Any
+) -> Rollouts | None:
     if recipe.on_policy is None:
         return None
     ends = {tokenizer.eos_token_id, *ends_of(rows.train)} - {None}

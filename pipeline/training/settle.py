@@ -25,7 +25,7 @@ from models.sparsity import zeros
 from pipeline import artifact
 from pipeline.context import Context
 from pipeline.data.batch import collate
-from pipeline.data.loader import Rows
+from pipeline.data.loader import PackedSequences
 from pipeline.training.fit import Fitted
 
 _PROOF_SEQUENCES = 4
@@ -117,7 +117,7 @@ def _write_record(context: Context, record: Record | BlockRecord, saved: torch.d
 def _unchanged(
     context: Context,
     model: Any,
-    rows: Rows,
+    rows: PackedSequences,
     change: Callable[[Any], object],
     saved: torch.dtype,
     served: Callable[[Any], AbstractContextManager[None]] = nullcontext,

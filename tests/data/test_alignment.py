@@ -22,7 +22,7 @@ from pipeline.data import packing
 from pipeline.data.alignment import LONGEST, Aligner
 from pipeline.data.batch import collate
 from pipeline.data.documents import Documents
-from pipeline.data.loader import Rows
+from pipeline.data.loader import PackedSequences
 from pipeline.data.packing import prepare
 from pipeline.data.pieces import tokenized
 from pipeline.data.prepared import sequences_of
@@ -529,7 +529,7 @@ def test_blank_rows_have_no_spans(tmp_path: Path, kinds: dict[str, Any]) -> None
     from pipeline.data.loader import MicroBatch
 
     rows, _ = taught_rows(tmp_path, kinds["bpe400"], kinds["bpe800"], max_length=64)
-    module = Rows(rows, rows, seed=0, global_batch=2, micro_batch=2, pad_token=0, length=None)
+    module = PackedSequences(rows, rows, seed=0, global_batch=2, micro_batch=2, pad_token=0, length=None)
     batch = next(iter(module._loader(rows, [MicroBatch([0, -1], 0, 0)])))
     assert batch["teacher_input_ids"].shape[0] == 2
     assert set(batch["spans"][:, 0].tolist()) == {0}

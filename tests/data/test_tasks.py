@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from models.errors import Refusal
-from pipeline.data.pairs import Pair, common_prefix, teacher_side, write_rows
+from pipeline.data.pairs import Pair, common_prefix, teacher_side, write_sequences
 from pipeline.data.tasks import Task
 from pipeline.data.tokenizer import train_tokenizer
 
@@ -297,6 +297,8 @@ def test_labels_choose_among_choices_and_csv_is_read(tmp_path: Path, tokenizer: 
         assert question.answer == [" no", " yes"][question.right]
 
 
-def test_pairs_longer_than_a_row_are_not_cut_silently(tmp_path: Path) -> None:
+def test_pairs_longer_than_a_sequence_are_not_cut_silently(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="3 \\+ 3 tokens"):
-        write_rows([Pair([1, 2, 3], [4, 5, 6], 3)], max_length=5, packed=False, folder=tmp_path / "rows", counts={})
+        write_sequences(
+            [Pair([1, 2, 3], [4, 5, 6], 3)], max_length=5, packed=False, folder=tmp_path / "rows", counts={}
+        )

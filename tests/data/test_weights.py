@@ -15,7 +15,7 @@ from models.errors import Refusal
 from models.targets import IGNORED
 from pipeline.data.batch import collate
 from pipeline.data.documents import Documents, check, content_key, documents
-from pipeline.data.loader import MicroBatch, Order, Rows
+from pipeline.data.loader import MicroBatch, Order, PackedSequences
 from pipeline.data.packing import prepare
 from pipeline.data.tokenizer import train_tokenizer
 
@@ -228,7 +228,7 @@ def test_a_batch_carries_the_weights_beside_the_targets(tmp_path: Path, tokenize
 
 def test_the_tokens_of_a_step_are_its_weights_on_every_rank(tmp_path: Path, tokenizer: Any) -> None:
     rows, _ = rows_of(tmp_path, tokenizer, weighted(tmp_path))
-    module = Rows(rows, None, seed=0, global_batch=4, micro_batch=1, pad_token=0, length=None)
+    module = PackedSequences(rows, None, seed=0, global_batch=4, micro_batch=1, pad_token=0, length=None)
     assert len(rows) > 4
     for rank in range(2):
         order = module.order(rank, 2)
@@ -249,7 +249,7 @@ def test_without_weights_the_tokens_of_a_step_are_a_whole_number() -> None:
 
 def test_blank_rows_weigh_nothing(tmp_path: Path, tokenizer: Any) -> None:
     rows, _ = rows_of(tmp_path, tokenizer, weighted(tmp_path))
-    module = Rows(rows, rows, seed=0, global_batch=2, micro_batch=2, pad_token=0, length=None)
+    module = PackedSequences(rows, rows, seed=0, global_batch=2, micro_batch=2, pad_token=0, length=None)
     batch = next(iter(module._loader(rows, [MicroBatch([0, -1], 0, 0)])))
     assert batch["weights"][1].tolist() == [0.0] * batch["targets"].shape[1]
 

@@ -37,7 +37,7 @@ from models.targets import IGNORED
 from models.teachers.online import Resident
 from models.teachers.teacher import Opening
 from models.training.on_policy import OnPolicy, Replica, Rollouts, ends_of
-from pipeline.data.loader import Rows
+from pipeline.data.loader import PackedSequences
 from pipeline.worker import build
 from tests.command import SMALL, train
 from tests.fitting import VOCABULARY, Scenario, answer_rows, fit, model, on_two_ranks, rollouts, write_models
@@ -284,7 +284,7 @@ def test_columns_beyond_the_tokenizer_are_never_written(folder: Path, reference:
 
 
 def rolls_of(data: Dataset, **values: Any) -> Rollouts:
-    rows = Rows(data, None, seed=0, global_batch=8, micro_batch=8, pad_token=0, length=None)
+    rows = PackedSequences(data, None, seed=0, global_batch=8, micro_batch=8, pad_token=0, length=None)
     return rollouts({**ALWAYS, **values}, rows, torch.nn.Identity)
 
 
@@ -333,7 +333,9 @@ def test_a_row_is_the_prompt_and_what_was_written_and_all_of_that_is_supervised(
 
 @pytest.mark.parametrize(("world", "micro_batch"), [(1, 8), (1, 2), (2, 4), (2, 1), (4, 2)])
 def test_every_row_of_a_step_is_taken_once_where_the_order_would_have_it(world: int, micro_batch: int) -> None:
-    rows = Rows(answer_rows(), None, seed=0, global_batch=8, micro_batch=micro_batch, pad_token=0, length=None)
+    rows = PackedSequences(
+        answer_rows(), None, seed=0, global_batch=8, micro_batch=micro_batch, pad_token=0, length=None
+    )
     rolls, _ = begun(answer_rows())
     for rank in range(world):
         order = iter(rows.order(rank, world))

@@ -14,7 +14,7 @@ from callbacks.checkpoint import Checkpoint
 from models.errors import NotFinite, Refusal
 from models.heads import check_split, hidden_states
 from pipeline.data.batch import collate
-from pipeline.data.loader import Order, Rows, accumulation, in_turn
+from pipeline.data.loader import Order, PackedSequences, accumulation, in_turn
 from pipeline.training.checkpoints import last_checkpoint
 from tests import fitting
 from tests.fitting import LENGTH, VOCABULARY, Scenario, fit, on_ranks, on_two_ranks, rows, write_models
@@ -420,12 +420,13 @@ def test_validation_shows_every_row_once_and_keeps_ranks_together() -> None:
 )
 def test_the_first_limit_ends_the_training(limits: dict[str, Any], steps: int) -> None:
     assert (
-        Rows(rows(20), None, seed=0, global_batch=4, micro_batch=4, pad_token=0, length=None).steps(**limits) == steps
+        PackedSequences(rows(20), None, seed=0, global_batch=4, micro_batch=4, pad_token=0, length=None).steps(**limits)
+        == steps
     )
 
 
 def test_max_tokens_stops_at_the_first_step_that_reaches_it() -> None:
-    data = Rows(rows(20), None, seed=0, global_batch=4, micro_batch=4, pad_token=0, length=None)
+    data = PackedSequences(rows(20), None, seed=0, global_batch=4, micro_batch=4, pad_token=0, length=None)
     steps = data.steps(max_steps=None, max_tokens=300, epochs=None)
     lengths = [data.order().step_length(step) for step in range(steps)]
     assert sum(lengths) >= 300 > sum(lengths[:-1])
