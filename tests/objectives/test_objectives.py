@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.objectives import chunked
 from models.objectives.chunked import objective_sum
@@ -23,6 +22,7 @@ from models.objectives.jensen_shannon import JensenShannon
 from models.objectives.reverse_kl import ReverseKL
 from models.objectives.signal import Dense, Sampled, TopK
 from models.objectives.softmax import softmax
+from tests.objectives.largest_tensor import LargestTensor
 
 ROOT = Path(__file__).resolve().parents[2]
 ROWS, LENGTH, VOCABULARY, WIDTH, TEACHER_WIDTH = 3, 7, 23, 5, 6
@@ -267,21 +267,6 @@ def test_the_teacher_gets_no_gradient() -> None:
     objective_sum(Distillation(0.5, ForwardKL()), case.hidden, case.head, case.targets, case.signal)[0].backward()
     assert case.teacher_hidden.grad is None
     assert case.teacher_weight.grad is None
-
-
-class LargestTensor(TorchDispatchMode):
-    """Elements of the largest tensor any operation brings forth."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        for each in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(each, Tensor):
-                self.elements = max(self.elements, each.numel())
-        return result
 
 
 def test_no_tensor_is_larger_than_a_chunk_of_logits() -> None:

@@ -15,7 +15,6 @@ import transformers
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.errors import Refusal
 from models.objectives import attention_relations
@@ -24,6 +23,7 @@ from models.objectives.hidden_states import HiddenStates
 from models.objectives.representation import RepresentationTerm, Wanted
 from models.representations import Capture, check_capture, decoder_layers, projection_widths
 from tests.command import ROOT
+from tests.objectives.largest_tensor import LargestTensor
 
 LAYERS, WIDTH, HEADS, KV_HEADS, VOCABULARY = 3, 24, 4, 2, 31
 COMMON = {
@@ -566,21 +566,6 @@ def test_weights_multiply_and_sums_add(term: Any) -> None:
         one[row, place] = 1
         apart += WEIGHTS[row, place] * module(case.student, case.teacher, POSITIONS, one)
     assert_close([whole], [apart], 1e-12)
-
-
-class LargestTensor(TorchDispatchMode):
-    """Elements of the largest tensor any operation brings forth."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        for each in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(each, Tensor):
-                self.elements = max(self.elements, each.numel())
-        return result
 
 
 def test_no_relation_of_a_whole_row_exists(monkeypatch: pytest.MonkeyPatch) -> None:
