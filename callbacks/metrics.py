@@ -1,4 +1,4 @@
-"""The record of a training run that is always there: one JSON object a line, whole after any kill."""
+"""metrics.jsonl, which every training run writes: one JSON object for each line, readable after any kill."""
 
 import json
 import math
@@ -14,16 +14,16 @@ Line = dict[str, Any]
 
 
 class MetricsFile(pl.Callback):
-    """Append what the module measured to `path`, and give the same numbers to every logger of the trainer.
+    """Append what the module measured to `path`, and pass the same numbers to every logger of the trainer.
 
     The module sets, on every rank, `step_metrics` before `on_train_batch_end` (None: not a step to log) and
     `validation_metrics` before `on_validation_end`; Lightning calls callbacks before the module's own hook of that
     name. Both are dicts of numbers, already reduced over ranks; `step` defaults to the trainer's global step. Only
     rank zero writes. Numbers that are not finite become null.
 
-    On a restart at step k the file is cut back to the lines of steps up to k, and the loggers are given those lines
-    before any new one: a logger that begins anew with the process (CSV, TensorBoard, W&B offline) so holds the whole
-    run, and one that goes on where it was (W&B online) leaves out what it has. No step is written twice.
+    On a restart at step k the file keeps only the lines of steps up to k, and the loggers get those lines before any
+    new one. So a logger that starts empty in every process (CSV, TensorBoard, W&B offline) holds the whole run; one
+    that continues (W&B online) skips the steps it has. No step is written twice.
     """
 
     def __init__(self, path: str | Path) -> None:

@@ -1,4 +1,4 @@
-"""How a stage shows that it moves: a bar on a terminal, a line now and then in a log."""
+"""How a training stage shows its progress: a bar on a terminal, a line now and then in a log."""
 
 import time
 from typing import Any

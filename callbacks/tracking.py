@@ -1,10 +1,10 @@
 """Where a stage's metrics go besides its own metrics.jsonl: a CSV file, TensorBoard or Weights & Biases.
 
 The functions without an underscore are the `_target_`s of conf/logger. They refuse what is missing, load nothing heavy
-and answer a Tracker, which the stage's process calls on rank zero. Logs lie in the `folder` it is given,
-`<run_dir>/logs/<stage>`, and so outlive the stage's work folder.
+and return a Tracker, which the stage's process calls on rank zero. Logs lie in the `folder` that it gets,
+`<run_dir>/logs/<stage>`, which outlives the stage's work folder.
 
-CSV, TensorBoard and W&B offline begin anew with every restart; MetricsFile gives them the steps before it.
+CSV, TensorBoard and W&B offline start empty at every restart; MetricsFile then passes them the steps before it.
 """
 
 import re
@@ -56,10 +56,10 @@ def tensorboard() -> Tracker:
 
 
 def wandb(*, project: str, entity: str | None = None, mode: str = "auto", tags: tuple[str, ...] = ()) -> Tracker:
-    """One W&B run a stage: group = the run's name, job type = the stage.
+    """One W&B run for each stage: group = the run's name, job type = the stage.
 
-    `auto` is online where W&B finds an account (WANDB_API_KEY, netrc, settings), else offline, as it is when the
-    server does not answer; WANDB_MODE=offline has the last word. Offline runs go to the server with `wandb sync`.
+    `auto` is online where W&B finds an account (WANDB_API_KEY, netrc, settings) and its server answers, else offline.
+    WANDB_MODE=offline overrides every mode. `wandb sync` uploads an offline run later.
     """
     _need("wandb")
     if mode not in MODES:
@@ -101,7 +101,7 @@ def _clear(folder: Path, *patterns: str) -> None:
 def _identity(folder: Path, name: str, restart: int) -> str:
     """The run's id on the server, kept beside the logs so that every restart goes on in the same run.
 
-    It ends in a random part: two folders may hold runs of one name, and W&B never gives an id of a deleted run again.
+    It ends in a random part: two folders may hold runs of one name, and W&B does not accept the id of a deleted run.
     """
     path = folder / "wandb-id"
     if restart and path.exists():

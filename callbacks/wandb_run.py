@@ -1,4 +1,4 @@
-"""Weights & Biases, opened so that it never stops a training run and closed so that nothing is lost."""
+"""A Weights & Biases run that never stops a training run when it opens, and loses nothing when it closes."""
 
 import os
 from collections.abc import Mapping
@@ -13,12 +13,12 @@ STEP = "trainer/global_step"  # Lightning's name for the x axis
 
 
 class WandbRun(WandbLogger):
-    """Lightning's logger over one W&B run, begun at once and finished with the fit, also when that fails.
+    """Lightning's logger over one W&B run, which starts at once and is finished with the fit, also when that fails.
 
-    Online the id stays the same over restarts, and steps that the server has are left out. Offline a second folder
-    with the same id would replace the first when both are synced, so each restart is a run of its own,
-    `<id>-r<restart>`. Lightning's logger leaves the run open; a process that then ends with a signal or exit code 75
-    would lose what is not written.
+    Online, the id stays the same over restarts, and steps that the server has are skipped. Offline, a second folder
+    with the same id would replace the first when both are synced; so each restart is a run of its own,
+    `<id>-r<restart>`. Lightning's logger leaves the run open: a process that ends with a signal or exit code 75 would
+    then lose what is not yet written.
     """
 
     def __init__(self, *, identity: str, mode: str, restart: int, **settings: Any) -> None:
@@ -39,7 +39,7 @@ class WandbRun(WandbLogger):
 
 
 def _start(identity: str, mode: str, restart: int, settings: dict[str, Any]) -> "wandb.Run":
-    # what a person needs is said here in one line, and a progress bar is no log
+    # this module prints the one line that a person needs, and a progress bar does not belong in a log
     wandb.setup(settings=wandb.Settings(silent=True, console="off"))
     reason = None
     if (wanted := os.environ.get("WANDB_MODE", "online")) != "online":

@@ -18,13 +18,13 @@ from typing import Any
 from models.errors import Refusal
 
 MANIFEST = "manifest.json"
-PLAN = "plan.json"  # of a cut: which units it keeps
-SCORES = "scores.safetensors"  # of a cut: what calibration text had to say
-METRICS = "metrics.jsonl"  # of a training: it tells the time
+PLAN = "plan.json"  # of a pruned model: which units it keeps
+SCORES = "scores.safetensors"  # of a pruned model: the calibration statistics
+METRICS = "metrics.jsonl"  # of a training: it holds timings
 GRID = "grid.safetensors"  # of a quantized model: its integers and scales
 PLANNED_GRID = "grid.json"  # of a model that is still to be quantized: what its grid will be
 CARD = "README.md"  # of an export
-BESIDE = (PLAN, SCORES, METRICS)  # they lie beside a model, and are not of it
+BESIDE = (PLAN, SCORES, METRICS)  # they lie beside a model, and do not belong to it
 _PARTIAL = ".partial"
 
 
@@ -69,7 +69,7 @@ def publish(folder: Path, build: Callable[[Path], None], manifest: dict[str, Any
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a finished artifact, or None when `folder` is none or its files are not all there."""
+    """The manifest of a finished artifact, or None when `folder` is none or some of its files are missing."""
     try:
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
         whole = all((folder / name).stat().st_size == entry["bytes"] for name, entry in manifest["files"].items())
@@ -110,8 +110,8 @@ def content_hash(path: Path, cache: Path | None = None) -> str:
 
 
 def _beside(name: str) -> bool:
-    """Whether a file of an artifact is not of the model. An adapter is merged, and what lies there names its folder;
-    the manifest of an export and its card tell the time."""
+    """Whether a file of an artifact does not belong to the model. An adapter is merged, and its files name its folder;
+    the manifest of an export and its card hold timings."""
     return name in BESIDE or name.startswith("adapter/") or name.endswith((f"/{MANIFEST}", f"/{CARD}"))
 
 

@@ -1,4 +1,4 @@
-"""The model card of an export: what it is worth, how it is served, where it comes from."""
+"""The model card of an export: its measurements and certificate, how it is served, where it comes from."""
 
 from __future__ import annotations
 
@@ -50,17 +50,17 @@ def _row(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def lineage(path: str) -> list[dict[str, Any]]:
-    """The model's own stage first, then its parents, each once."""
+    """The model's own stage first, then its parents; each stands there once."""
     found: dict[str, dict[str, Any]] = {}
 
-    def walk(role: str, at: str, said: str | None, deep: int) -> None:
+    def walk(role: str, at: str, known: str | None, deep: int) -> None:
         if at in found or deep > 32:
             return
         manifest = artifact.read_manifest(Path(at))
         found[at] = {
             "role": role,
             "stage": manifest["stage"] if manifest else Path(at).name,
-            "hash": ((manifest or {}).get("content_hash") or said or "").removeprefix("sha256:")[:12],
+            "hash": ((manifest or {}).get("content_hash") or known or "").removeprefix("sha256:")[:12],
             "recipe": _recipe(manifest) if manifest else "",
         }
         for name, parent in ((manifest or {}).get("parents") or {}).items():
@@ -72,7 +72,7 @@ def lineage(path: str) -> list[dict[str, Any]]:
 
 
 def _recipe(manifest: dict[str, Any]) -> str:
-    """A stage's own choices in short: plain values, and the classes of the others."""
+    """A stage's own settings in short: plain values, and the class names of what has settings of its own."""
     parts = []
     for key, value in (manifest.get("config") or {}).items():
         if isinstance(value, dict) and "_target_" in value:

@@ -33,32 +33,34 @@ COLUMNS = (
     Column("seconds", "time spent", "time", units.duration),
     Column("tokens", "tokens spent", "tokens", units.si),
 )
-# Of a task, where there is one.
+# Shown where a task was evaluated.
 TASK_COLUMNS = (
     Column("accuracy", "accuracy", "acc.", _fixed(3)),
     Column("accuracy_on_training_queries", "accuracy on training queries", "acc.\ntrain", _fixed(3)),
     Column("gap_closed", "gap closed", "gap\nclosed", _fixed(3)),
-    Column("gap_closed_low", "gap closed, 2.5 %", "low", _fixed(3)),
-    Column("gap_closed_high", "gap closed, 97.5 %", "high", _fixed(3)),
+    Column("gap_closed_low", "gap closed, 2.5th percentile", "low", _fixed(3)),
+    Column("gap_closed_high", "gap closed, 97.5th percentile", "high", _fixed(3)),
     Column("gap_closed_on_training_queries", "gap closed on training queries", "gap\ntrain", _fixed(3)),
 )
-# Of zeros in place (stage sparsify), where a model has some; and what they are good for.
-ZEROS = Column("zeros", "zeros in matrices", "zeros", lambda v: units.NOTHING if v is None else f"{100 * v:.1f} %")
+# Shown where a model has zeros in place (stage sparsify), with a note on what they are good for.
+ZEROS = Column(
+    "zeros", "zeros in weight matrices", "zeros", lambda v: units.NOTHING if v is None else f"{100 * v:.1f} %"
+)
 ZEROS_NOTE = (
     "Zeros in place save neither time nor memory in dense runtimes (transformers, vLLM's dense kernels, llama.cpp). "
-    "2:4 can be faster with sparse kernels on NVIDIA GPUs since Ampere. Structured cuts (stage prune) are smaller and "
-    "faster everywhere."
+    "2:4 can be faster with sparse kernels on NVIDIA GPUs since Ampere. Structured pruning (stage prune) makes a "
+    "model smaller and faster everywhere."
 )
-# Of keys and values, where it differs between models.
+# The size of the key-value cache, shown where it differs between models.
 CACHE = Column("cache_bytes_per_token", "cache bytes per token", "cache\nB/tok", units.si)
-# Of exports: what a weight takes with its scales, and what the figures were measured by.
+# Shown for exports: how many bits a weight takes, its scales included, and which runtime measured the figures.
 BITS = Column("bits_per_weight", "bits per weight", "bits/\nweight", _fixed(2))
 RUNTIME = Column("runtime", "measured by", "by", lambda value: units.NOTHING if value is None else str(value))
 FIELDS = ("stage", "path", *(column.key for column in COLUMNS))
 
 
 def columns_of(rows: Sequence[Json]) -> list[Column]:
-    """The report's own columns, then whatever else the rows bring (accuracy, bits_per_weight, ...)."""
+    """The report's own columns, then one for each further key of the rows."""
     extra = dict.fromkeys(key for row in rows for key in row if key not in FIELDS)
     task = [column for column in TASK_COLUMNS if extra.pop(column.key, 0) is None]
     own = {column.key: column for column in (ZEROS, CACHE, BITS, RUNTIME) if extra.pop(column.key, 0) is None}
@@ -73,7 +75,7 @@ def columns_of(rows: Sequence[Json]) -> list[Column]:
 
 
 def notes_on(rows: Sequence[Json]) -> list[str]:
-    """What a reader of the table could take wrongly."""
+    """What a reader of the table could misunderstand."""
     return [ZEROS_NOTE] if any(row.get(ZEROS.key) for row in rows) else []
 
 

@@ -11,6 +11,7 @@ Json = dict[str, Any]
 
 
 def as_html(page: Json) -> str:
+    """`page` as `page_of` gives it, with the `plots` of `plots_of`."""
     templates = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,  # everything a user named is escaped unless it is a chart's Markup

@@ -34,14 +34,14 @@ def read_artifacts(run_dir: Path) -> list[Artifact]:
             manifest = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise Refusal(f"{path} is not JSON ({error}): delete that folder and run its stage again") from None
-        if manifest["stage"] == path.parent.name:  # a folder still being written aside has another name
+        if manifest["stage"] == path.parent.name:  # a folder that is still being written has another name
             curves = _curves(path.parent / METRICS)
             found[path.parent.name] = Artifact(path.parent.name, path.parent, manifest, *curves)
-    rows = [
+    evaluated = [
         row["stage"] for a in found.values() if a.manifest["kind"] == "results" for row in a.manifest["metrics"]["rows"]
     ]
     ordered: dict[str, Artifact] = {}
-    pending = [name for name in rows if name in found] + list(found)
+    pending = [name for name in evaluated if name in found] + list(found)
 
     def place(name: str) -> None:
         if name in found:
@@ -56,6 +56,7 @@ def read_artifacts(run_dir: Path) -> list[Artifact]:
 
 
 def parents_of(manifest: Json) -> Json:
+    """Role → path and content hash."""
     return manifest.get("parents") or {}
 
 

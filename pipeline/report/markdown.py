@@ -10,7 +10,9 @@ Json = dict[str, Any]
 
 
 def as_markdown(page: Json) -> str:
-    def grid(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """`page` as `page_of` gives it."""
+
+    def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
         rule = ["---", *["---:"] * (len(headings) - 1)]
         return [f"| {' | '.join(line)} |" for line in (headings, rule, *([_md(cell) for cell in row] for row in rows))]
 
@@ -22,14 +24,14 @@ def as_markdown(page: Json) -> str:
         )
         return f"- {_md(stage['stage'])} `{stage['hash']}`" + (f" ← {parents}" if parents else "")
 
-    lines = [f"# {_md(page['run'])}", "", *grid([_md(h) for h in page["headings"]], page["rows"]), ""]
+    lines = [f"# {_md(page['run'])}", "", *table([_md(h) for h in page["headings"]], page["rows"]), ""]
     for note in page["notes"]:
         lines += [_md(note), ""]
     if page["comparisons"]:
         lines += ["## Side by side", "", "Test perplexity, lower is better.", ""]
         lines += [f"- {_md(comparison['sentence'])}" for comparison in page["comparisons"]] + [""]
     lines += ["## Lineage", "", *map(lineage, page["lineage"]), ""]
-    lines += ["## Cost", "", *grid(["stage", "steps", "tokens", "time", "tokens/s"], page["cost"]), ""]
+    lines += ["## Cost", "", *table(["stage", "steps", "tokens", "time", "tokens/s"], page["cost"]), ""]
     lines += [f"{page['total']} in all.", "", "## Environment", ""]
     lines += [f"- {_md(key)}: {_md(value)}" for key, value in page["environment"]]
     return "\n".join(lines) + "\n"

@@ -14,44 +14,50 @@ Json = dict[str, Any]
 
 
 def measurements(artifacts: Sequence[Artifact]) -> Json:
+    """What report.json holds: `rows`, one for each model and each export, and `comparisons`.
+
+    Models that no evaluation measured have a row too, with what their manifests know.
+    """
+    rows, comparisons = _measured(artifacts)
+    measured = {stage for stage, _ in rows}
+    for artifact in artifacts:
+        if artifact.manifest["kind"] == "model" and artifact.name not in measured:
+            rows[artifact.name, str(artifact.folder)] = _unmeasured(artifact)
+        if artifact.manifest["kind"] == "exports":
+            for form, figures in artifact.manifest["metrics"]["formats"].items():
+                if (name := f"{artifact.name}/{form}") not in measured:
+                    rows[name, str(artifact.folder / form)] = _unmeasured_export(artifact, form, figures)
+    return {"rows": _finite(list(rows.values())), "comparisons": _finite(comparisons)}
+
+
+def _measured(artifacts: Sequence[Artifact]) -> tuple[dict[tuple[str, str], Json], list[Json]]:
+    """(stage, path) → row, and the comparisons, of all evaluations; figures of a model that was made again since are
+    left out."""
     by_name = {artifact.name: artifact for artifact in artifacts}
     rows: dict[tuple[str, str], Json] = {}
     comparisons: list[Json] = []
     for results in (a.manifest for a in artifacts if a.manifest["kind"] == "results"):
         parents, replaced = parents_of(results), set()
         for row in results["metrics"]["rows"]:
-            owner = row["stage"].partition("/")[0]  # export/gptq is of the stage export
+            owner = row["stage"].partition("/")[0]  # export/gptq belongs to the stage export
             artifact = by_name.get(owner)
             measured = parents.get(owner, {}).get("content_hash")
             if artifact and measured and measured != artifact.manifest["content_hash"]:
                 replaced.add(row["stage"])
                 continue
             known = rows.setdefault((row["stage"], row["path"]), dict.fromkeys(FIELDS))
-            # a second evaluation may add what the first did not measure, and contradicts nothing
+            # a second evaluation may add what the first did not measure, and replaces nothing
             known.update({key: value for key, value in row.items() if known.get(key) is None})
         comparisons += [
             comparison
             for comparison in results["metrics"].get("comparisons", [])
             if not {comparison["stage"], comparison["against"]} & replaced and comparison not in comparisons
         ]
-    measured_stages = {stage for stage, _ in rows}
-    for artifact in artifacts:
-        if artifact.manifest["kind"] == "model" and artifact.name not in measured_stages:
-            rows[artifact.name, str(artifact.folder)] = _unmeasured(artifact)
-        for form, told in (
-            artifact.manifest["metrics"]["formats"].items() if artifact.manifest["kind"] == "exports" else ()
-        ):
-            if (name := f"{artifact.name}/{form}") not in measured_stages:
-                rows[name, str(artifact.folder / form)] = dict.fromkeys(FIELDS) | {
-                    "stage": name,
-                    "path": str((artifact.folder / form).resolve()),
-                    "parameters": artifact.manifest["metrics"]["parameters"],
-                    **{column.key: told[column.key] for column in (*COLUMNS, BITS) if column.key in told},
-                }
-    return {"rows": _finite(list(rows.values())), "comparisons": _finite(comparisons)}
+    return rows, comparisons
 
 
 def _unmeasured(artifact: Artifact) -> Json:
+    """What a model's manifest knows without an evaluation."""
     manifest = artifact.manifest
     files = manifest["files"]
     return dict.fromkeys(FIELDS) | {
@@ -65,8 +71,18 @@ def _unmeasured(artifact: Artifact) -> Json:
     }
 
 
+def _unmeasured_export(artifact: Artifact, form: str, figures: Json) -> Json:
+    """`figures` are those that the export stage took for the model card."""
+    return dict.fromkeys(FIELDS) | {
+        "stage": f"{artifact.name}/{form}",
+        "path": str((artifact.folder / form).resolve()),
+        "parameters": artifact.manifest["metrics"]["parameters"],
+        **{column.key: figures[column.key] for column in (*COLUMNS, BITS) if column.key in figures},
+    }
+
+
 def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: null."""
+    """JSON has no NaN and no infinity; null stands for both."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list):

@@ -14,7 +14,7 @@ Json = dict[str, Any]
 
 
 def page_of(run_dir: Path, artifacts: Sequence[Artifact], report: Json) -> Json:
-    """What both the Markdown and the HTML say, as text."""
+    """What the Markdown and the HTML page both show, as text."""
     columns = columns_of(report["rows"])
     manifests = {artifact.name: artifact.manifest for artifact in artifacts}
     cost = [
@@ -89,6 +89,7 @@ def _environment(manifests: dict[str, Json]) -> list[tuple[str, str]]:
 
 
 def sentence(comparison: Json) -> str:
+    """A comparison of two models in one line."""
     return (
         f"{comparison['stage']} {units.score(comparison['perplexity'])} against {comparison['against']} "
         f"{units.score(comparison['against_perplexity'])}: {units.percent(comparison['relative'])}"

@@ -1,4 +1,4 @@
-"""Write what a run came to: all manifests of a run folder side by side, as JSON, Markdown and one HTML page.
+"""Write the report of a run: all manifests of its folder side by side, as JSON, Markdown and one HTML page.
 
 The parent process imports this, so nothing here loads torch. The same folder always gives the same bytes.
 """

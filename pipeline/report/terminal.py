@@ -13,7 +13,7 @@ from pipeline.report.page import sentence
 
 Json = dict[str, Any]
 
-# What a terminal has no room for beside a task's figures; the page has all.
+# Left out where further columns need the room; the page shows all.
 _ASIDE = {"bits_per_byte", "prefill_tokens_per_second", "first_token_ms", "peak_memory_bytes", "tokens"}
 _ASIDE |= {"runtime"}
 _ASIDE |= {"accuracy_on_training_queries", "gap_closed_on_training_queries"}

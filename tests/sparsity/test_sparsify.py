@@ -311,7 +311,7 @@ def test_the_report_counts_zeros_and_says_what_they_are_good_for(made: Path, tmp
     report = write_report(run)
     assert {row["stage"]: row["zeros"] for row in report["rows"]} == {"pretrain": 0.0, "sparsify": 0.5, "recover": 0.5}
     text, page = (run / "report.md").read_text(), (run / "report.html").read_text()
-    assert "zeros in matrices" in text.splitlines()[2]
+    assert "zeros in weight matrices" in text.splitlines()[2]
     assert "50.0 %" in text
     for said in (text, page.replace("&#39;", "'")):
         assert ZEROS_NOTE in said
