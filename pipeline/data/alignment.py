@@ -21,7 +21,7 @@ from pipeline.data.tokenizer import first_difference
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-LONGEST = 16  # tokens of one side in a span; over more, neither side says much about the other's single tokens
+LONGEST = 16  # tokens of one side in a span; longer ones hold little about the other side's single tokens
 
 Ints = NDArray[np.integer[Any]]
 Tokens = tuple[Sequence[int], Sequence[tuple[int, int]]]  # ids, and where each stands in the text, in characters
@@ -33,7 +33,7 @@ class Places:
     """Where N tokens stand in a text, in half bytes (see the module).
 
     To the byte where `spelled`: there the text reads as the token says, right behind the spelled token before it or
-    after a gap. Elsewhere (special tokens, what a normalizer changed) as far as the tokenizer's offsets tell.
+    after a gap. Elsewhere (special tokens, what a normalizer changed) as far as the tokenizer's offsets go.
     """
 
     starts: Ints  # [N]
@@ -58,7 +58,7 @@ class Aligned:
         """
         starts, ends = self._teachers
         after, until = (np.searchsorted(self.spans[:, i], bound, side="right") for i, bound in ((0, begin), (1, end)))
-        # Where a span begins or ends is a boundary of both sides for certain, which places told by offsets are not.
+        # Where a span begins or ends is a boundary of both sides for certain; places known by offsets alone may not be.
         first, last = 0, len(starts)
         if begin >= 0 and after and self.spans[after - 1, 0] == begin:
             first = int(self.spans[after - 1, 2])
@@ -78,7 +78,7 @@ class Aligned:
 
 
 class Aligner:
-    """Aligns texts and conversations that a student's and a teacher's tokenizer have cut into tokens."""
+    """Aligns texts and conversations that a student's and a teacher's tokenizer have tokenized."""
 
     def __init__(self, student_tokenizer: PreTrainedTokenizerBase, teacher_tokenizer: PreTrainedTokenizerBase) -> None:
         self.student_words, self.teacher_words = token_bytes(student_tokenizer), token_bytes(teacher_tokenizer)
@@ -138,7 +138,7 @@ class Aligner:
 
     def _spans(self, student: Tokens, teacher: Tokens, ours: Places, theirs: Places) -> tuple[Ints, int]:
         if self.same and list(student[0]) == list(teacher[0]):
-            # Also where the bytes cannot be told: the same token stands for the same.
+            # Also where the bytes are not known: the same token stands for the same.
             number = np.arange(len(student[0]))
             return np.stack([number, number + 1, number, number + 1], axis=1), 0
         return spans_between(ours, theirs)
@@ -155,13 +155,13 @@ def places(text: str, tokens: Tokens, words: Sequence[bytes | None]) -> Places:
     characters = np.array(offsets, dtype=np.int64).reshape(-1, 2)
     starts, ends = at[characters[:, 0]], at[characters[:, 1]]
     spelled = np.zeros(len(ids), dtype=bool)
-    said = [words[id_] if id_ < len(words) else None for id_ in ids]
+    spellings = [words[id_] if id_ < len(words) else None for id_ in ids]
     # Sections between tokens that stand for no bytes: what such a one leaves for the others is known by its offsets,
     # and SentencePiece puts its space in front of each section.
     begin, here = 0, 0
-    for stop in [*(i for i, word in enumerate(said) if word is None), len(ids)]:
+    for stop in [*(i for i, word in enumerate(spellings) if word is None), len(ids)]:
         until = len(raw) if stop == len(ids) else max(here, int(starts[stop]) // 2)
-        section = [word for word in said[begin:stop] if word is not None]
+        section = [word for word in spellings[begin:stop] if word is not None]
         together, part = b"".join(section), raw[here:until]
         if section and together in (part, b" " + part):
             edges = 2 * (here + np.cumsum([0, *map(len, section)]))

@@ -1,7 +1,7 @@
 """A teacher's answers as training data: what the stage `generate` wrote, or any pairs of prompt and completion.
 
 The prompt is read and the completion is learnt. Where the file holds tokens they are taken as they are: what a student
-learns from is what the teacher wrote, not what its text would be cut into.
+learns from is what the teacher wrote, not what its text would be tokenized to.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from models.errors import Refusal
-from pipeline.data.pairs import Pair, cut, write_sequences
+from pipeline.data.pairs import Pair, split_pair, write_sequences
 from pipeline.data.readers import objects, parquet
 from pipeline.data.source import SPLITS, DataSource, Prompt
 from pipeline.data.tokenizer import FILES, begin_token, load_tokenizer, tokenizer_key
@@ -47,7 +47,7 @@ class Answers(DataSource):
     packing: bool = False
     context: bool = False  # the teacher reads its own prompt (teacher_prompt_ids), as it did when it answered
     as_text: bool = False  # tokenize the texts anew, for a tokenizer that is not the teacher's
-    too_long: str = "refuse"  # drop: left out; truncate: the completion is cut; both counted
+    too_long: str = "refuse"  # drop: left out; truncate: the completion is shortened; both counted
     holdout: float = 0.05
     max_answers: int | None = None  # of each split, the first ones
     validation_sequences: int | None = None
@@ -250,7 +250,7 @@ class Answers(DataSource):
             found: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
             return found if found[:1] == [begin] else [begin, *found]  # a rendered conversation can have it
 
-        prompt, answer, _ = cut(row["prompt"] or "", row["completion"] or "", ids)
+        prompt, answer, _ = split_pair(row["prompt"] or "", row["completion"] or "", ids)
         if answer and row.get("finish_reason") != "length" and tokenizer.eos_token_id is not None:
             answer = [*answer, tokenizer.eos_token_id]
         return prompt, answer, str(row["completion"] or "")
@@ -274,9 +274,9 @@ class Answers(DataSource):
                     yield row
 
     def _split_of(self, row: dict[str, Any], prompt: str) -> str:
-        told = row.get("split")
-        if told is not None:
-            return str(told)
+        named = row.get("split")
+        if named is not None:
+            return str(named)
         digest = hashlib.sha256(json.dumps(row[prompt]).encode()).digest()
         fraction = int.from_bytes(digest[:8], "big") / 2**64
         for held_out, share in (("test", self.holdout), ("validation", 2 * self.holdout)):
@@ -287,8 +287,8 @@ class Answers(DataSource):
 
 def _asked(row: dict[str, Any]) -> set[bytes]:
     """What a row's prompt is known by: its tokens, its text, or both."""
-    told = [row[name] for name in ("prompt_ids", "prompt") if row.get(name)]
-    return {hashlib.blake2b(json.dumps(each).encode(), digest_size=16).digest() for each in told}
+    known = [row[name] for name in ("prompt_ids", "prompt") if row.get(name)]
+    return {hashlib.blake2b(json.dumps(each).encode(), digest_size=16).digest() for each in known}
 
 
 def _records(path: Path, names: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -7,7 +7,7 @@ needed.
 
 Sequences may also carry weights (one for each target, 0 where there is none), and what a teacher reads instead:
 teacher_input_ids and teacher_position_ids, which have a length of their own; and beside them, of a teacher with a
-tokenizer of its own, spans, four numbers each (pipeline/data/packing.py says which), or, of one with prompts of its
+tokenizer of its own, spans, four numbers each (see pipeline/data/packing.py), or, of one with prompts of its
 own, teacher_targets (pipeline/data/pairs.py).
 """
 

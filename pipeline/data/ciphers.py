@@ -1,4 +1,4 @@
-"""An embedded corpus in which only examples tell what is asked: words in one of several secret alphabets.
+"""An embedded corpus in which only examples show what is asked: words in one of several secret alphabets.
 
 A document is lines such as `gabd>RWQT`, all in one cipher; which one, only earlier lines reveal. A model of such
 documents learns to read it off the examples before it, as large models do with tasks; and a cipher's letters stand one

@@ -127,6 +127,6 @@ def _compared(
         if not (text.startswith(through) and through.startswith(prompt)):
             raise Refusal(
                 f"{where}: the chat template writes message {turn} differently once others follow, so the "
-                "assistant's part cannot be told; give a data.chat_template with {% generation %} marks"
+                "assistant's part is not known; give a data.chat_template with {% generation %} marks"
             )
     return text, [(len(prompt), len(through)) for prompt, through in zip(before, after, strict=True)]

@@ -129,7 +129,7 @@ def check(data: Documents) -> dict[str, Any]:
     """Refuse what can be refused without reading the corpus, and describe the rest for the printed plan.
 
     Returns {"chat": bool, SPLIT: {"sources": [...], "bytes": int, "documents": int, "tokens_at_most": int}}, with None
-    for what only reading would tell (a hub is not asked); a split to be taken out of train is {"holdout": fraction}.
+    for what only reading would show (a hub is not asked); a split to be taken out of train is {"holdout": fraction}.
     """
     if data.max_length < 2:
         raise Refusal(f"data.max_length={data.max_length}: need 2 tokens or more, the second is predicted")
@@ -178,7 +178,7 @@ def documents(data: Documents, split: str, unanswered: bool = False) -> Dataset:
     """The documents of one split in reading order: a dataset with the single column `text` or `messages`.
 
     Files are held in memory as Arrow, about the size of their text; a hub dataset's text stays memory mapped.
-    Empty documents are left out, and `empty_documents` of the result says how many. A held-out split has no
+    Empty documents are left out, and `empty_documents` of the result is how many. A held-out split has no
     documents when `holdout` is 0; that it gets none by chance is refused. `unanswered`: conversations in which the
     assistant says nothing are taken too, as what it may be asked.
     """
@@ -301,8 +301,8 @@ def _split_of(data: Documents, digest: bytes) -> str:
 
 def _unweighted(messages: Conversation) -> str:
     """What the split of a conversation depends on: a copy that only weighs otherwise falls to the same."""
-    told = [{name: value for name, value in message.items() if name != "weight"} for message in messages]
-    return json.dumps(told, ensure_ascii=False, sort_keys=True)
+    plain = [{name: value for name, value in message.items() if name != "weight"} for message in messages]
+    return json.dumps(plain, ensure_ascii=False, sort_keys=True)
 
 
 def _read_file(data: Documents, path: Path, chat: bool, unanswered: bool = False) -> Iterator[Document]:

@@ -26,7 +26,7 @@ class Candidate:
     prompt: str
     completion: str
     ids: list[int]  # of the completion, with the token that ended it
-    log_probabilities: list[float] | None  # natural, of each id that was generated; None where a server tells none
+    log_probabilities: list[float] | None  # natural, of each id that was generated; None where a server reports none
     finish_reason: str  # "stop" or "length"
 
 
@@ -92,9 +92,9 @@ class LogProbability:
 
     def keep(self, answers: list[Candidate]) -> list[bool]:
         if any(answer.log_probabilities is None for answer in answers):
-            raise Refusal("filter log_probability: the server tells no log-probabilities; leave the filter out")
-        told = [answer.log_probabilities or [0.0] for answer in answers]
-        return [sum(each) / len(each) >= self.minimum for each in told]
+            raise Refusal("filter log_probability: the server reports no log-probabilities; leave the filter out")
+        found = [answer.log_probabilities or [0.0] for answer in answers]
+        return [sum(each) / len(each) >= self.minimum for each in found]
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class MajorityVote:
     """Of the answers to a prompt, those that come to what most of them come to (self-consistency, arXiv:2203.11171).
 
     `pattern`: a regular expression; what an answer comes to is the last match of it, of its first group if it has one.
-    Answers without a match stay out. Of equally many, what was said first wins.
+    Answers without a match stay out. Of equally many, the first one wins.
     """
 
     pattern: str = r"-?\d+(?:\.\d+)?"

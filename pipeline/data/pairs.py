@@ -37,8 +37,8 @@ class Pair:
     teacher_prompts: list[list[int]] = field(default_factory=list)  # where they are not the student's
 
 
-def cut(query: str, answer: str, ids: Callable[[str], list[int]]) -> tuple[list[int], list[int], bool]:
-    """(prompt, answer, whether a token would have reached across)."""
+def split_pair(query: str, answer: str, ids: Callable[[str], list[int]]) -> tuple[list[int], list[int], bool]:
+    """(prompt, answer, whether a token would have reached across both), in tokens."""
     bare = query.rstrip(" ")
     answer = query[len(bare) :] + answer
     prompt, both = ids(bare), ids(bare + answer)
@@ -62,7 +62,7 @@ def write_sequences(
     and what packing counts.
 
     `draws`: how many prompts of its own a teacher sees for each pair; 0 none. `max_length` is of the student's
-    sequences; a longer pair is a ValueError, as the caller has to say what becomes of it.
+    sequences; a longer pair is a ValueError, as the caller decides what becomes of it.
     """
     if draws > 1 and packed:
         raise ValueError("sequences of several teacher's prompts are not packed")

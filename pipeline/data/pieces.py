@@ -1,10 +1,11 @@
-"""Pieces: documents tokenized and cut to what fits into a sequence, with what is supervised in each.
+"""Pieces: documents, tokenized, in parts that fit into a sequence, with what is supervised in each.
 
 A piece is a window of a text, or a conversation. A text is begin + tokens + end, and its windows overlap by
-one token, so that all after begin is a target exactly once. A conversation is cut off, never into windows.
+one token, so that all after begin is a target exactly once. A conversation has no windows: one that is too long is
+truncated.
 
 The teacher's piece of a text is those of its tokens of the text that lie within the student's piece; begin + these, if
-the piece begins the text, and + end, if it ends it. So tokens are those of the whole text, not cut anew at every
+the piece begins the text, and + end, if it ends it. So tokens are those of the whole text, not tokenized anew at every
 window, and the teacher sees just the text that the student sees: with identical tokenizers, the very same pieces.
 """
 
@@ -143,7 +144,7 @@ def text_cutter(
 
 
 def tokenized(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> Iterator[Tokens]:
-    """Tokens of each text and where they stand in it, in characters; nothing is added and nothing cut."""
+    """Tokens of each text and where they stand in it, in characters; nothing is added or left out."""
     if not texts:
         return
     encoded = tokenizer(
@@ -157,7 +158,7 @@ def tokenized(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> Iterator[
     for i, tokens in enumerate(encoded["input_ids"]):
         if tokenizer.is_fast:
             yield tokens, encoded["offset_mapping"][i]
-        else:  # it does not tell: take all tokens of the text as equally long
+        else:  # it has no offsets: take all tokens of the text as equally long
             places = [len(texts[i]) * k // max(1, len(tokens)) for k in range(len(tokens) + 1)]
             yield tokens, list(pairwise(places))
 
@@ -189,11 +190,11 @@ def conversation_cutter(
     def cut(batch: dict[str, list[Any]], indices: list[int]) -> Pieces:
         pieces = no_pieces(data, teacher)
         places = [f"conversation {index}" for index in indices]
-        told = [conversation(messages, where) for messages, where in zip(batch["messages"], places, strict=True)]
-        given = batch["weight"] if data.weight_column is not None else [1.0] * len(told)
-        sides = _spoken(tokenizer, template, told, places)
-        taught = _spoken(teacher.tokenizer, taught_template, told, places) if teacher else repeat(None, len(told))
-        for messages, where, weight, side, theirs in zip(told, places, given, sides, taught, strict=True):
+        read = [conversation(messages, where) for messages, where in zip(batch["messages"], places, strict=True)]
+        given = batch["weight"] if data.weight_column is not None else [1.0] * len(read)
+        sides = _spoken(tokenizer, template, read, places)
+        taught = _spoken(teacher.tokenizer, taught_template, read, places) if teacher else repeat(None, len(read))
+        for messages, where, weight, side, theirs in zip(read, places, given, sides, taught, strict=True):
             text, spans, (tokens, offsets) = side
             ids = np.array(tokens)
             # Inside are the starts before which an odd number of spans' ends lie: [from, to, from, to, ...]
@@ -225,10 +226,10 @@ def conversation_cutter(
 
 
 def _spoken(
-    tokenizer: PreTrainedTokenizerBase, template: str, told: list[Conversation], places: list[str]
+    tokenizer: PreTrainedTokenizerBase, template: str, read: list[Conversation], places: list[str]
 ) -> Iterator[_Spoken]:
     """Each conversation as text, where in it the assistant speaks, and its tokens."""
-    plain = [[{"role": message["role"], "content": message["content"]} for message in messages] for messages in told]
+    plain = [[{"role": message["role"], "content": message["content"]} for message in messages] for messages in read]
     texts = [rendered(tokenizer, template, *given) for given in zip(plain, places, strict=True)]
     found = tokenized(tokenizer, [text for text, _ in texts])
     return ((text, spans, tokens) for (text, spans), tokens in zip(texts, found, strict=True))
@@ -237,8 +238,8 @@ def _spoken(
 def _check_parts(parts: int, turns: int, whose: str, where: str) -> None:
     if parts != turns:
         raise Refusal(
-            f"{where}: {whose} marks {parts} parts where the assistant speaks {turns} times, so its turns cannot be "
-            "told apart; give a data.chat_template with one {% generation %} mark around each"
+            f"{where}: {whose} marks {parts} parts where the assistant speaks {turns} times, so its turns are not "
+            "known; give a data.chat_template with one {% generation %} mark around each"
         )
 
 

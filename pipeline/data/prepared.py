@@ -21,7 +21,7 @@ STATISTICS = "statistics.json"
 def sequences_of(
     data: DataSource, split: str, tokenizer: Any, root: Path, teacher_tokenizer: Any | None = None
 ) -> tuple[Any, dict[str, Any], Path]:
-    """(packed sequences, statistics, folder) of a split; the folder's name says everything the sequences depend on.
+    """(packed sequences, statistics, folder) of a split; the folder is named by everything the sequences depend on.
 
     With `teacher_tokenizer` they carry the teacher's tokens and the spans between both (pipeline/data/packing.py).
     """

@@ -58,9 +58,9 @@ def _conversations(
     while some := list(islice(conversations, _AT_ONCE)):
         texts = []
         for messages in some:
-            told = [{"role": message["role"], "content": message["content"]} for message in messages]
-            last = max((i for i, message in enumerate(told) if message["role"] == "assistant"), default=len(told))
-            asked = told if told[-1]["role"] == "user" else told[:last]
+            plain = [{"role": message["role"], "content": message["content"]} for message in messages]
+            last = max((i for i, message in enumerate(plain) if message["role"] == "assistant"), default=len(plain))
+            asked = plain if plain[-1]["role"] == "user" else plain[:last]
             if not asked:
                 tally["without_prompt"] += 1
                 continue

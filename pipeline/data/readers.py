@@ -33,7 +33,7 @@ SAMPLE_BY = {
 def text_documents(path: Path, sample_by: str) -> Iterator[str]:
     """The documents of a .txt file, without blank lines around them.
 
-    `<|endoftext|>` always separates documents, and a file that has it is not cut into sections.
+    `<|endoftext|>` always separates documents, and a file that has it is not divided into sections.
     """
     blank_line, line_end = SAMPLE_BY[sample_by]
     if sample_by == "section" and _holds(path, SEPARATOR.encode()):

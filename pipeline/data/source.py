@@ -39,14 +39,14 @@ class Prompt:
 class DataSource(ABC):
     """conf/data and conf/task: where packed sequences come from."""
 
-    node: ClassVar[str] = "data"  # of the configuration, as messages call it
+    node: ClassVar[str] = "data"  # of the configuration, for messages
 
     max_length: int  # tokens in a packed sequence
     packing: bool  # several pieces in a sequence; else each is padded by itself
     validation_sequences: int | None  # measured at each validation while training; None: all
     holdout: float = 0.0  # share of train held out for each split that is not given; for messages
     weight_column: str | None = None  # set: documents have a column `weight`, what each counts in the loss
-    teacher_max_length: int = 0  # tokens of what a teacher reads, where `teacher_prompts` says that it is its own
+    teacher_max_length: int = 0  # tokens of what a teacher reads, where `teacher_prompts` is above 0
 
     @property
     def chat_template(self) -> str | None:

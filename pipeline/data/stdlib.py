@@ -18,7 +18,7 @@ def library_files() -> list[Path]:
     """The source files of Python's standard library in a fixed order, without installed packages and tests.
 
     The folders `test`, `tests` and `idle_test` are left out: Linux distributions drop them, and their
-    docstrings say little.
+    docstrings are short.
     """
     skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
     root = Path(sysconfig.get_path("stdlib"))

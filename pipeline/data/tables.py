@@ -56,7 +56,7 @@ def of_one_kind(parts: list[Dataset]) -> list[Dataset]:
 
 
 def with_empty(dataset: Dataset, count: int) -> Dataset:
-    """The dataset, which now says how many empty documents were left out of it."""
+    """The dataset, with the number of empty documents that were left out of it."""
     dataset.info.description = f"empty documents left out: {count}"
     return dataset
 

@@ -24,7 +24,7 @@ from models.errors import Refusal
 from models.questions import Question
 from pipeline.data.demonstrations import SELECTIONS, Demonstrations, random_of
 from pipeline.data.examples import Example, Templates
-from pipeline.data.pairs import Pair, cut, write_sequences
+from pipeline.data.pairs import Pair, split_pair, write_sequences
 from pipeline.data.records import records, source_key
 from pipeline.data.source import DataSource, Prompt
 from pipeline.data.tokenizer import begin_token
@@ -89,7 +89,7 @@ class Task(DataSource):
         """Without context and demonstrations the teacher reads the student's prompt."""
         return self.draws if self.shots or self.context else 0
 
-    # What can be said without a tokenizer
+    # What is known without a tokenizer
 
     def check(self, planned: bool = False) -> dict[str, Any]:
         for name, least in (("shots", 0), ("draws", 1), ("max_length", 2), ("teacher_max_length", 2)):
@@ -238,8 +238,8 @@ class Task(DataSource):
             yield item
 
     def _item(self, example: Example, ids: Callable[[str], list[int]]) -> Item:
-        prompt, answer, across = cut(example.query, example.answer + self.separator, ids)
-        pieces = [cut(example.query, each + self.separator, ids) for each in example.choices]
+        prompt, answer, across = split_pair(example.query, example.answer + self.separator, ids)
+        pieces = [split_pair(example.query, each + self.separator, ids) for each in example.choices]
         choices, across = [each[1] for each in pieces], across or any(each[2] for each in pieces)
         room = self.teacher_max_length - max([len(answer), *map(len, choices)])
         prompts, left_out = [], 0

@@ -141,8 +141,8 @@ def _steps(rule: dict[str, Any] | None) -> list[dict[str, Any]]:
 
 def _not_understood(kind: str) -> Refusal:
     return Refusal(
-        f"the tokenizer's decoder {kind} does not tell which bytes a token stands for; across tokenizers both must be "
-        "byte-level (as GPT-2's) or SentencePiece's"
+        f"the tokenizer's decoder {kind} does not define which bytes a token stands for; across tokenizers both must "
+        "be byte-level (as GPT-2's) or SentencePiece's"
     )
 
 

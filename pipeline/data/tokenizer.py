@@ -1,4 +1,4 @@
-"""Tokenizers: train one, open one, and tell whether two are the same."""
+"""Tokenizers: train one, open one, and compare two."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> PreTrai
 
 
 def first_difference(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> str | None:
-    """What first tells two tokenizers apart, in words, or None: token ids, then merges, then a text's tokens.
+    """The first difference between two tokenizers, in words, or None: token ids, then merges, then a text's tokens.
 
     Compares tokenizers only: the vocabulary of a model may be padded beyond them, and which token ends a text
     or a turn may differ.
@@ -138,12 +138,12 @@ def _merges(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
 
 def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
     """A hash of the vocabulary and the rules: equal for tokenizers that make the same tokens of any text."""
-    told: list[Any] = [sorted(tokenizer.get_vocab().items()), tokenizer.bos_token_id, tokenizer.eos_token_id]
+    rules_of: list[Any] = [sorted(tokenizer.get_vocab().items()), tokenizer.bos_token_id, tokenizer.eos_token_id]
     if tokenizer.is_fast:
         rules = json.loads(tokenizer.backend_tokenizer.to_str())
         # not these two: they are whatever the last call asked for
-        told.append({name: rule for name, rule in rules.items() if name not in ("truncation", "padding")})
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+        rules_of.append({name: rule for name, rule in rules.items() if name not in ("truncation", "padding")})
+    return hashlib.sha256(json.dumps(rules_of, sort_keys=True).encode()).hexdigest()
 
 
 def begin_token(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -46,7 +46,7 @@ class Pretrain(Stage):
         return context.world
 
     def parents(self, context: Context) -> dict[str, str]:
-        return {"tokenizer": self.tokenizer.path} if self.tokenizer.path else {}
+        return ({"tokenizer": self.tokenizer.path} if self.tokenizer.path else {}) | self.data.made_by_stages
 
     def content(self) -> str:
         return source_key(self.data)

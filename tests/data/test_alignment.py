@@ -168,7 +168,7 @@ def test_a_decoder_that_is_not_understood_is_refused_by_its_name(backend: Any, m
 def test_decoders_of_words_and_slow_tokenizers_are_refused() -> None:
     backend = Tokenizer(models.BPE({"a": 0}, []))
     backend.decoder = decoders.CTC()
-    with pytest.raises(Refusal, match="the tokenizer's decoder CTC does not tell which bytes"):
+    with pytest.raises(Refusal, match="the tokenizer's decoder CTC does not define which bytes"):
         token_bytes(wrapped(backend))
     with pytest.raises(Refusal, match=r"ByT5Tokenizer has no tokenizer\.json"):
         token_bytes(ByT5Tokenizer())

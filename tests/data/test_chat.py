@@ -237,7 +237,7 @@ def test_a_conversation_may_begin_with_the_assistant(tmp_path: Path, tokenizer: 
             [SHORT[1], turn("assistant", "Hm</think>It ends."), SHORT[3], SHORT[4]],
             FORGETFUL,
             "conversation 1: the chat template writes message 1 differently once others follow, so the "
-            "assistant's part cannot be told; give a data.chat_template with {% generation %} marks",
+            "assistant's part is not known; give a data.chat_template with {% generation %} marks",
         ),
         (
             [SHORT[2], SHORT[1]],
