@@ -156,7 +156,7 @@ def test_added_tokens_stand_for_what_they_are_written_as(tmp_path: Path) -> None
     ("backend", "message"),
     [
         (lambda: Tokenizer(models.WordPiece({"a": 0}, unk_token="a")), "WordPiece with continuing_subword_prefix '##'"),
-        (lambda: Tokenizer(models.WordLevel({"a": 0}, unk_token="a")), "the tokenizer's decoder none does not tell"),
+        (lambda: Tokenizer(models.WordLevel({"a": 0}, unk_token="a")), "the tokenizer's decoder none does not define"),
     ],
 )
 def test_a_decoder_that_is_not_understood_is_refused_by_its_name(backend: Any, message: str) -> None:
