@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import artifact
+from pipeline import artifact, run
 from tests.command import ROOT
 
 HEAD = {"stage": "distill", "kind": "model", "parents": {}}
@@ -102,7 +102,7 @@ def test_killed_at_any_rename_or_write_the_folder_is_old_or_new_and_never_half(t
     code = """
 import os, signal, sys
 from pathlib import Path
-from pipeline import artifact
+from pipeline import artifact, run
 left = [int(sys.argv[2])]
 def hook(event, arguments):
     if event in ("os.rename", "shutil.rmtree") or (event == "open" and ".partial" in str(arguments[0])):
@@ -146,3 +146,17 @@ def test_json_is_replaced_whole(tmp_path: Path) -> None:
     artifact.write_json(tmp_path / "a.json", {"a": 2})
     assert json.loads((tmp_path / "a.json").read_text()) == {"a": 2}
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+@pytest.mark.parametrize(("attempt", "verdict"), [("one", "skip"), ("two", "resume")])
+def test_killed_between_two_stages_the_finished_one_is_skipped(tmp_path: Path, attempt: str, verdict: str) -> None:
+    """Its result is in place and its work folder not yet removed; a later attempt, by force, goes on instead."""
+    settings = {"max_steps": 4}
+    artifact.publish(tmp_path / "distill", _build, {**HEAD, "config": settings, "attempt": "one"})
+    work = tmp_path / "work" / "distill"
+    (work / "checkpoints" / "step-00000004.ckpt").mkdir(parents=True)
+    artifact.write_json(work / "stage.json", {"attempt": attempt, "identity": settings, "parents": {}})
+    plan = {"parents": {}, "commits": {}, "content": "", "data": None}
+    job = {"stage": "distill", "identity": settings, "fingerprint": "", "plan": plan}
+    config = {"run_dir": str(tmp_path), "stages": {"distill": {}}, "force": [], "resume": "continue"}
+    assert run._verdict(config, job, set()) == verdict
