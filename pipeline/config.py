@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Any
 
 from omegaconf import MISSING, OmegaConf
@@ -86,13 +87,14 @@ class Config:
 def nearest(word: str, words: list[str]) -> str:
     """', did you mean …?' for the closest of `words`, or the words themselves when none is close."""
     close = difflib.get_close_matches(word, words, n=1, cutoff=0.6)
+    close = close or [known for known in words if known == "".join(part[:1] for part in word.split("_"))]  # lr
     return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(sorted(words))}"
 
 
 def parse(composed: Any) -> dict[str, Any]:
     """Hydra's composed config → plain resolved dict that fits the schema. Raises Refusal in one line."""
     try:
-        plain = OmegaConf.to_container(composed, resolve=True)
+        plain = _numbers(OmegaConf.to_container(composed, resolve=True))
         merged = OmegaConf.merge(OmegaConf.structured(Config), plain)
         config: dict[str, Any] = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
     except ConfigKeyError as problem:
@@ -139,6 +141,23 @@ def parse(composed: Any) -> dict[str, Any]:
             if name not in order:
                 raise Refusal(f"{option}=[{name}]: no such stage{nearest(name, order)}")
     return config
+
+
+_COUNTS = re.compile(r"(^|_)(parameters|tokens|bytes)$")
+_SUFFIXES = {"K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9, "T": 10**12}
+
+
+def _numbers(node: Any, key: str = "") -> Any:
+    """Counts of parameters, tokens and bytes as whole numbers: 6B, 900M and 6e9 are 6,000,000,000, … ."""
+    if isinstance(node, dict):
+        return {name: _numbers(value, str(name)) for name, value in node.items()}
+    if isinstance(node, list):
+        return [_numbers(value) for value in node]
+    if not _COUNTS.search(key):
+        return node
+    if isinstance(node, str) and (found := re.fullmatch(r"(\d+(?:\.\d+)?)([KMGBT])", node.strip(), re.IGNORECASE)):
+        return int(Decimal(found[1]) * _SUFFIXES[found[2].upper()])
+    return int(node) if isinstance(node, float) and node.is_integer() else node
 
 
 def selected(config: dict[str, Any]) -> list[str]:

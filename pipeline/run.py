@@ -35,6 +35,10 @@ def run(config: dict[str, Any]) -> None:
     run_dir = Path(config["run_dir"]).absolute()
     config = {**config, "run_dir": str(run_dir)} if config["run_dir"] == str(run_dir) else _rooted(config, run_dir)
     plan = {entry["stage"]: entry for entry in _check(config, selected(config))}
+    if config["dry_run"]:
+        _show(config, _jobs(config, plan))
+        console.print("dry_run=true: nothing was started")
+        return
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as problem:

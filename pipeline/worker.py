@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from models.errors import NotFinite, Refusal
+from pipeline.command_line import spelling
 from pipeline.config import identity, nearest
 from pipeline.launch import die_with
 
@@ -81,8 +82,22 @@ def check(spec: dict[str, Any]) -> dict[str, Any]:
                 "parents": stage.parents(context),
                 "identity": identity(spec["config"], name, immaterial),
             }
+            entry["warnings"] += _out_of_size(spec["config"], name, entry["parameters"])
             plan.append({"stage": name, **surroundings, **entry})
     return {"plan": plan}
+
+
+def _out_of_size(config: dict[str, Any], name: str, parameters: int | None) -> list[str]:
+    """Told of a stage that trains a model for whose size the experiment's learning rate and batch were not chosen."""
+    if not config["sized_for"] or not parameters or "training" not in config["stages"][name]:
+        return []
+    least, most = config["sized_for"]
+    if least / 10 <= parameters <= most * 10:
+        return []
+    return [
+        f"the settings of this experiment are for models of {least:,.0f} to {most:,.0f} parameters, and this one has "
+        f"{parameters:,}; choose optimizer.lr, the batch and the length of the training yourself"
+    ]
 
 
 def needed(config: dict[str, Any], stages: list[str]) -> list[str]:
@@ -152,14 +167,35 @@ def check_kinds(node: Any, where: str) -> None:
         built = get_object(node["_target_"])
     except (ImportError, ValueError):
         return  # Hydra says so, in better words
-    for field in dataclasses.fields(built) if dataclasses.is_dataclass(built) else ():
-        kinds = str(field.type).split(" | ")
-        if field.name not in node or not set(kinds) <= set(_KINDS):
-            continue
-        value = node[field.name]
+    if not dataclasses.is_dataclass(built):
+        _check_numbers(built, node, where)
+        return
+    for field in dataclasses.fields(built):
+        if field.name in node:
+            _check_kind(str(field.type), node[field.name], where, field.name)
+
+
+def _check_kind(annotation: str, value: Any, where: str, name: str) -> None:
+    kinds = annotation.split(" | ")
+    if set(kinds) <= set(_KINDS):
         if not any(_KINDS[kind][1](value) for kind in kinds):
             needed = " or ".join(_KINDS[kind][0] for kind in kinds)
-            raise Refusal(f"{where}.{field.name}={value}: need {needed}")
+            raise Refusal(f"{where}.{name}={value}: need {needed}")
+    elif isinstance(value, str) and all(
+        re.fullmatch(r"(?!Any$|Path$)[A-Z]\w*|None|(dict|Mapping)\[.*", kind) for kind in kinds
+    ):
+        raise Refusal(f"{where}.{name}={value}: a name stands where settings are needed; write {spelling(name, value)}")
+
+
+def _check_numbers(built: Any, node: dict[str, Any], where: str) -> None:
+    """Of what is no dataclass, as an optimizer: a word where its default is a number."""
+    try:
+        known = inspect.signature(built).parameters
+    except (TypeError, ValueError):
+        return
+    for key, value in node.items():
+        if isinstance(value, str) and key in known and isinstance(known[key].default, int | float):
+            raise Refusal(f"{where}.{key}={value}: need a number, e.g. {key}={known[key].default}")
 
 
 @contextmanager

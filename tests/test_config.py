@@ -466,17 +466,18 @@ def refused(*words: str) -> str:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
+    from pipeline.command_line import arguments, explain
     from pipeline.config import selected
     from pipeline.worker import check
-    from train import arguments, explain
 
     try:
-        config = composed(*arguments(list(words)))
+        words = tuple(arguments(list(words)))
+        config = composed(*words)
         check({"config": config, "stages": selected(config)})
     except Refusal as problem:
         return str(problem)
     except (HydraException, OmegaConfBaseException) as problem:
-        return explain(problem)
+        return explain(problem, list(words))
     raise AssertionError("nothing was refused")
 
 

@@ -163,3 +163,14 @@ def test_a_selection_is_a_part_of_the_order_within_its_bounds(data: st.DataObjec
     else:
         with pytest.raises(Refusal):
             selected(config)
+
+
+@given(st.integers(1, 99_999), st.integers(0, 3), st.sampled_from("KMBT"))
+def test_a_number_with_a_suffix_is_that_many(digits: int, places: int, suffix: str) -> None:
+    text = str(Decimal(digits).scaleb(-places))
+    config = composed()
+    config["stages"]["a"]["max_tokens"] = text + suffix
+    wanted = Decimal(text) * 10 ** {"K": 3, "M": 6, "B": 9, "T": 12}[suffix]
+    found = parse(OmegaConf.create(config))["stages"]["a"]["max_tokens"]
+    assert found == wanted
+    assert isinstance(found, int)

@@ -1,0 +1,172 @@
+"""The command line: what a person types as Hydra wants it, and Hydra's complaints in one line that a person can act on.
+
+Imports nothing heavy: the front door answers `--cfg job` through this module.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from models.errors import Refusal
+from pipeline.config import Config, nearest
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
+_ANSWERED_BY_HYDRA = {"--hydra-help", "--version", "--info", "-i", "--shell-completion", "-sc"}
+
+
+def arguments(given: Sequence[str]) -> list[str]:
+    """The command line as Hydra wants it. Raises Refusal for words that its grammar does not take.
+
+    quickstart where no experiment is named; `stages=[…]` as a selection; `~` as the home folder; GROUP=null as its
+    choice `none`; and a sweep whose runs would all have one folder gives each its own.
+    """
+    words = [_word(word) for word in given]
+    if _ANSWERED_BY_HYDRA & set(words):
+        return words
+    for word in words:
+        if not word.startswith("-"):
+            _check_grammar(word)
+    at = next((i for i, word in enumerate(words) if "=" in word and not word.startswith("-")), len(words))
+    # beside the other overrides: argparse wants them all in one place
+    if not any(word.startswith("+experiment=") for word in words):
+        words.insert(at, "+experiment=quickstart")
+    if {"-m", "--multirun"} & set(words) and not any(word.startswith("run_dir=") for word in words):
+        words.insert(at, "run_dir=runs/${name}/${hydra:job.override_dirname}")
+    return words
+
+
+def _word(word: str) -> str:
+    if re.match(r"experiment=", word):
+        raise Refusal(f"{word}: write +{word} (an experiment is added to the configuration)")
+    word = re.sub(r"^stages=(?=\[|\w)", "only=", word)
+    word = re.sub(r"^(only|force)=(?!null$)([^\[].*)$", r"\1=[\2]", word)
+    word = re.sub(r"(?<==)~(?=/|$)|(?<=[\[,])~(?=/)", lambda _: os.path.expanduser("~"), word)
+    group, _, value = word.partition("=")
+    if value == "null" and (CONF / group / "none.yaml").is_file():
+        return f"{group}=none"
+    return word
+
+
+def _check_grammar(word: str) -> None:
+    """Refuse what Hydra's grammar does not take, with the spelling that works."""
+    parser = OverridesParser.create()
+    try:
+        parser.parse_overrides([word])
+        return
+    except HydraException:
+        pass
+    key, equals, value = word.partition("=")
+    if not equals:
+        raise Refusal(f"{word}: it names no value; write {word}=VALUE")
+    quoted = f'{key}="{value.strip(chr(34))}"'
+    try:
+        parser.parse_overrides([quoted])
+    except HydraException:
+        raise Refusal(f"{word}: Hydra's grammar does not take this value; see hydra.cc's override grammar") from None
+    raise Refusal(f"{word}: a value with = or brackets needs quotes of its own; write '{quoted}'")
+
+
+def explain(problem: Exception, words: Sequence[str]) -> str:
+    """Hydra's and OmegaConf's errors in one line; `words` are the arguments that were composed."""
+    text = " ".join(str(problem).split())
+    if found := re.search(r"Could not override '([^']+)'", text):
+        return _unknown(found[1], words)
+    if found := re.search(r"Error merging override (\S+)", text):
+        return _unfit(found[1], str(problem.__cause__ or ""))
+    if found := re.search(
+        r"Could not find '([^']+)/([^'/]+)' Available options in '[^']+': (.*?) Config search path", text
+    ):
+        return f"{found[1]}={found[2]}: no such choice{nearest(found[2], found[3].split())}"
+    return text
+
+
+def _unfit(word: str, why: str) -> str:
+    """A value of another kind than the schema's."""
+    key, _, value = word.partition("=")
+    kinds = {"Integer": "a whole number", "Float": "a number", "Boolean": "true or false"}
+    if found := re.search(r"could not be converted to (\w+)", why):
+        return f"{key}={value}: need {kinds.get(found[1], found[1])}"
+    node = OmegaConf.select(OmegaConf.structured(Config), key)
+    if OmegaConf.is_dict(node):
+        keys = ", ".join(f"{key}.{name}=…" for name in node)
+        return f"{key}={value}: need settings; set its keys one by one: {keys}"
+    return f"{key}={value}: {why or 'does not fit'}"
+
+
+def _unknown(key: str, words: Sequence[str]) -> str:
+    """A key that is not there: taken from another place, a choice in the wrong place, or misspelt."""
+    key = key.lstrip("+~")
+    value = next((word.partition("=")[2] for word in words if word.lstrip("+~").startswith(f"{key}=")), "")
+    told = f"unknown config key {key!r}"
+    node: Any = composed_without_values(words)
+    walked: list[str] = []
+    for part in key.split("."):
+        if isinstance(node, ListConfig) or not isinstance(node, DictConfig):
+            return told
+        if part not in node:
+            if choice := _choice(node, value):
+                return f"{told}; write {choice}={value}"
+            known = [str(name) for name in node]
+            return told + (nearest(part, known) if known else f"; nothing is set there yet: +{key}=…")
+        walked.append(part)
+        if OmegaConf.is_interpolation(node, part) and ".".join(walked) != key:
+            source = re.fullmatch(r"\$\{([\w.]+)\}", str(OmegaConf.to_container(node, resolve=False)[part]))
+            if source:
+                rest = key[len(".".join(walked)) :]
+                return f"{key}={value}: {'.'.join(walked)} is taken from {source[1]}; write {source[1]}{rest}={value}"
+        node = node[part]
+    return told
+
+
+def _choice(node: DictConfig, value: str) -> str:
+    """The group whose choice `value` is, among those that this node takes."""
+    return next((str(name) for name in node if value and (CONF / str(name) / f"{value}.yaml").is_file()), "")
+
+
+def spelling(name: str, value: str) -> str:
+    """How `value` is chosen where the field `name` of a stage takes a choice."""
+    groups = [name, name.removesuffix("s"), *sorted(path.name for path in CONF.iterdir() if path.is_dir())]
+    found = next((group for group in groups if (CONF / group / f"{value}.yaml").is_file()), None)
+    return f"{found}={value}" if found else f"one of the choices in conf/, as {name}=CHOICE"
+
+
+def composed_without_values(words: Sequence[str]) -> DictConfig:
+    """The configuration by the choices on the command line alone."""
+    groups = [word for word in words if re.match(r"\+?[\w/@.]+=", word) and _names_choice(word)]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        try:
+            return compose("config", groups)
+        except HydraException:
+            return compose("config", [word for word in words if word.startswith("+experiment=")])
+
+
+def _names_choice(word: str) -> bool:
+    group, _, value = word.lstrip("+").partition("=")
+    names = value.strip("[]").split(",")
+    return all((CONF / group.partition("@")[0] / f"{name}.yaml").is_file() for name in names)
+
+
+def choices() -> Iterator[tuple[str, str, str]]:
+    """(group, choice, what its yaml says of it in its first comment) of everything in conf/."""
+    for path in sorted(CONF.glob("*/**/*.yaml")):
+        group = path.relative_to(CONF).parts[0]
+        yield group, str(path.relative_to(CONF / group).with_suffix("")), first_comment(path)
+
+
+def first_comment(path: Path) -> str:
+    """The first sentence of a yaml's head comment, the package header left out; it ends with a full stop, or with a
+    colon at the end of a line."""
+    lines = [line for line in path.read_text().splitlines() if not line.startswith("# @package")]
+    head = itertools.takewhile(lambda line: line.startswith("#"), lines)
+    text = "\n".join(line.lstrip("# ") for line in head)
+    return " ".join(re.split(r"\.\s|:\n", text, maxsplit=1)[0].rstrip(".:").split())

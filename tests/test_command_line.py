@@ -1,0 +1,154 @@
+"""What a person types: spellings that are understood, and answers that say what to type instead."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+from models.errors import Refusal
+from pipeline.command_line import CONF, arguments, choices
+from pipeline.config import parse
+from tests.command import train
+from tests.test_config import composed, quickstart, refused
+
+WRONG = {  # what is typed → what the answer says
+    "seed=abc": "seed=abc: need a whole number",
+    "trainer.checkpoint=null": "trainer.checkpoint=null: need settings; set its keys one by one: "
+    "trainer.checkpoint.every_steps=…",
+    "trainer.checkpoint.every_minutes=10m": "trainer.checkpoint.every_minutes=10m: need a number",
+    "run_dir=runs/lr=1e-3": "write 'run_dir=\"runs/lr=1e-3\"'",
+    "teacher.path=a/epoch=3-step=100": "write 'teacher.path=\"a/epoch=3-step=100\"'",
+    "data.train=[a": "write 'data.train=\"[a\"'",
+    "data.max_length": "write data.max_length=VALUE",
+    "optimizer.learning_rate=1": "unknown config key 'optimizer.learning_rate'; did you mean lr?",
+    "optimizer.lr=fast": "optimizer.lr=fast: need a number",
+    "stages.distill.training.optimizer.lr=3": "stages.distill.training.optimizer is taken from optimizer; "
+    "write optimizer.lr=3",
+    "stages.distill.student.shape.hidden_size=8": "write student.shape.hidden_size=8",
+    "stages.distill.lora=qlora": "a name stands where settings are needed; write lora=qlora",
+    "stages.distill.objective=cross_entropy": "write objective=cross_entropy",
+    "experiment=distill": "write +experiment=distill",
+    "order=[pretrain,distill,control,prune,recover,quantize,qat,unquantized,export,evaluate]": "stages.record is not "
+    "in order, which says when a stage runs: add it, e.g. order=[",
+}
+
+
+@pytest.mark.parametrize("word", WRONG)
+def test_an_answer_names_the_argument_and_the_spelling_that_works(word: str) -> None:
+    told = refused(word)
+    assert WRONG[word] in told
+    assert len(told.splitlines()) == 1
+
+
+@pytest.mark.parametrize("word", ["run_dir=runs/lr=1e-3", "teacher.path=a (b)/c=[1]", "data.train={x"])
+def test_the_quotes_that_an_answer_proposes_are_what_hydra_takes(word: str) -> None:
+    with pytest.raises(Refusal) as told:
+        arguments([word])
+    quoted = str(told.value).rpartition("write '")[2].removesuffix("'")
+    parsed = OverridesParser.create().parse_overrides([quoted])[0]
+    assert f"{parsed.key_or_group}={parsed.value()}" == word
+
+
+@pytest.mark.parametrize(
+    ("written", "count"),
+    [("6B", 6_000_000_000), ("6e9", 6_000_000_000), ("900M", 900_000_000), ("1.5k", 1500), ("12", 12)],
+)
+def test_counts_are_written_as_people_write_them(written: str, count: int) -> None:
+    config = quickstart(f"stages.prune.target_parameters={written}", f"stages.distill.training.max_tokens={written}")
+    assert config["stages"]["prune"]["target_parameters"] == count
+    assert config["stages"]["distill"]["training"]["max_tokens"] == count
+    assert isinstance(config["stages"]["distill"]["training"]["max_tokens"], int)
+
+
+def test_other_words_stay_words() -> None:
+    assert quickstart("name=6B", "run_dir=runs/6B")["name"] == "6B"
+
+
+def test_the_home_folder_is_meant_by_a_tilde() -> None:
+    home = os.path.expanduser("~")
+    assert arguments(["run_dir=~/x", "data.train=[~/a,~/b]", "teacher.path=~"])[1:] == [
+        f"run_dir={home}/x",
+        f"data.train=[{home}/a,{home}/b]",
+        f"teacher.path={home}",
+    ]
+
+
+def test_only_and_stages_select_alike() -> None:
+    assert arguments(["stages=[a,b]"])[1:] == arguments(["only=[a,b]"])[1:] == ["only=[a,b]"]
+    assert arguments(["only=a"])[1:] == ["only=[a]"]
+
+
+@pytest.mark.parametrize("group", ["lora", "on_policy", "task", "logger"])
+def test_none_of_a_group_is_null(group: str) -> None:
+    words = arguments(["+experiment=demo/prune_recover", f"{group}=null"])
+    assert words[1] == f"{group}=none"
+    assert composed(*words)[group] is None
+
+
+def test_values_of_choices_reach_the_stages_that_take_them() -> None:
+    config = quickstart("divergence=reverse_kl", "divergence.temperature=1.5", "optimizer.lr=0.5", "schedule=wsd")
+    for stage in ("distill", "recover", "qat"):
+        assert config["stages"][stage]["objective"]["divergence"]["temperature"] == 1.5
+        assert config["stages"][stage]["objective"]["divergence"]["_target_"].endswith("ReverseKL")
+    assert config["stages"]["distill"]["training"]["optimizer"]["lr"] == 0.5
+    assert config["stages"]["control"]["training"]["optimizer"]["lr"] == 0.5
+    assert config["stages"]["distill"]["training"]["schedule"]["decay_fraction"] == 0.2
+    assert config["stages"]["recover"]["training"]["optimizer"]["lr"] == 2.0e-3  # of its own
+
+
+def test_a_sweep_gives_each_run_a_folder_of_its_own() -> None:
+    folders = [word for word in arguments(["-m", "seed=1,2"]) if word.startswith("run_dir=")]
+    assert folders == ["run_dir=runs/${name}/${hydra:job.override_dirname}"]
+    assert [word for word in arguments(["-m", "seed=1,2", "run_dir=x"]) if word.startswith("run_dir=")] == ["run_dir=x"]
+
+
+def test_help_is_the_products_own_page_and_names_every_choice() -> None:
+    from pipeline.help import page
+
+    told = page()
+    for group, name, _ in choices():
+        if group not in ("stage", "training", "callbacks"):
+            assert name in told, (group, name)
+    assert told.count("python train.py") >= 7
+    done = train("--help")
+    assert done.returncode == 0
+    assert done.stdout.strip() == told.strip()
+
+
+def test_every_choice_says_what_it_is() -> None:
+    assert [f"{group}/{name}" for group, name, told in choices() if not told] == []
+
+
+def test_a_dry_run_shows_the_plan_and_writes_nothing(tmp_path: Path) -> None:
+    done = train("dry_run=true", f"run_dir={tmp_path / 'run'}", "data.max_documents=50")
+    assert done.returncode == 0, done.stderr
+    assert "pretrain" in done.stdout
+    assert "nothing was started" in done.stdout
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_recipe_far_from_its_size_is_warned_of() -> None:
+    from pipeline.config import selected
+    from pipeline.worker import check
+
+    config = {**quickstart("only=[pretrain]"), "sized_for": [1e9, 1e10]}
+    (entry,) = check({"config": config, "stages": selected(config)})["plan"]
+    assert "for models of 1,000,000,000 to 10,000,000,000 parameters" in entry["warnings"][0]
+    config = quickstart("only=[pretrain]")
+    (entry,) = check({"config": config, "stages": selected(config)})["plan"]
+    assert entry["warnings"] == []
+
+
+def test_the_model_that_an_experiment_changes_is_its_teacher_too() -> None:
+    for path in sorted((CONF / "experiment").glob("*.yaml")):
+        if "model:\n  path: ???" in path.read_text():
+            with initialize_config_dir(str(CONF), version_base="1.3"):
+                text = "data.test=t" if path.stem == "evaluate_only" else "data.train=t"
+                config = parse(compose("config", [f"+experiment={path.stem}", "model.path=some/folder", text]))
+            first = config["stages"][config["order"][0]]
+            assert "some/folder" in (first.get("model"), *(first.get("models") or []))
+            assert config["teacher"]["path"] == "some/folder"
