@@ -122,11 +122,11 @@ def parse(composed: Any) -> dict[str, Any]:
                 f"conf/stage, as `- /stage@stages.{name}: NAME` in the experiment's defaults"
             )
     if unknown := [name for name in config["stages"] if name not in order]:
-        close = difflib.get_close_matches(unknown[0], order, n=1, cutoff=0.75)
+        node = config["stages"][unknown[0]]
+        if not isinstance(node, dict) or "_target_" not in node:
+            raise Refusal(f"unknown stage stages.{unknown[0]}{nearest(unknown[0], order)}")
         raise Refusal(
-            f"unknown stage stages.{unknown[0]}; did you mean stages.{close[0]}?"
-            if close
-            else f"stages.{unknown[0]} is not in order, which says when a stage runs: add it, e.g. "
+            f"stages.{unknown[0]} is not in order, which says when a stage runs: add it, e.g. "
             f"order=[{','.join([*order, unknown[0]])}]"
         )
     if not config["run_dir"]:

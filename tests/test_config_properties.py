@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import random
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
