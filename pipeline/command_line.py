@@ -120,7 +120,7 @@ def _unknown(key: str, words: Sequence[str]) -> str:
             return told + (nearest(part, known) if known else f"; nothing is set there yet: +{key}=…")
         walked.append(part)
         if OmegaConf.is_interpolation(node, part) and ".".join(walked) != key:
-            source = re.fullmatch(r"\$\{([\w.]+)\}", str(OmegaConf.to_container(node, resolve=False)[part]))
+            source = re.fullmatch(r"\$\{([\w.]+)\}", str(dict(node.items_ex(resolve=False))[part]))
             if source:
                 rest = key[len(".".join(walked)) :]
                 return f"{key}={value}: {'.'.join(walked)} is taken from {source[1]}; write {source[1]}{rest}={value}"
