@@ -33,8 +33,8 @@ def arguments(given: Sequence[str]) -> list[str]:
     words = [_word(word) for word in given]
     if _ANSWERED_BY_HYDRA & set(words):
         return words
-    for word in words:
-        if not word.startswith("-"):
+    for before, word in itertools.pairwise(["", *words]):
+        if not word.startswith("-") and not (before.startswith("-") and "=" not in word):  # as in `--cfg job`
             _check_grammar(word)
     at = next((i for i, word in enumerate(words) if "=" in word and not word.startswith("-")), len(words))
     # beside the other overrides: argparse wants them all in one place

@@ -77,6 +77,11 @@ def test_the_home_folder_is_meant_by_a_tilde() -> None:
     ]
 
 
+def test_options_of_hydra_keep_their_values() -> None:
+    assert arguments(["--cfg", "job"]) == ["--cfg", "job", "+experiment=quickstart"]
+    assert arguments(["seed=1", "-c", "job"]) == ["+experiment=quickstart", "seed=1", "-c", "job"]
+
+
 def test_only_and_stages_select_alike() -> None:
     assert arguments(["stages=[a,b]"])[1:] == arguments(["only=[a,b]"])[1:] == ["only=[a,b]"]
     assert arguments(["only=a"])[1:] == ["only=[a]"]
