@@ -247,7 +247,7 @@ def record(folder: Path, settings: Settings, side: str) -> dict[str, Any]:
         text(folder, "epoch", settings),
         Cached(path, str(folder / side), settings.dtype, recorder=TimedOnline(path, settings.dtype)),
         encoding_of(side),
-        batch_rows=settings.rows,
+        batch_size=settings.rows,
         sample_tokens=settings.rows * settings.length,
     )
     context = Context(

@@ -75,6 +75,9 @@ class Config:
     on_policy: Any = None
     lora: Any = None
     qat: Any = None
+    importance: Any = None
+    encoding: Any = None
+    filters: dict[str, Any] = field(default_factory=dict)
     optimizer: Any = None
     schedule: Any = None
     trainer: Trainer = field(default_factory=Trainer)

@@ -94,13 +94,13 @@ def test_every_part_of_a_stage_can_be_chosen(choice: str) -> None:
 
 @pytest.mark.parametrize("encoding", sorted(p.stem for p in (CONF / "encoding").glob("*.yaml")))
 def test_every_encoding_can_be_recorded_in(encoding: str) -> None:
-    stage = build(quickstart("teacher=cached", f"encoding@stages.record.encoding={encoding}"), "record")
+    stage = build(quickstart("teacher=cached", f"encoding={encoding}"), "record")
     assert stage.encoding.name == encoding
 
 
 @pytest.mark.parametrize("importance", sorted(p.stem for p in (CONF / "importance").glob("*.yaml")))
 def test_every_importance_can_decide_what_is_pruned(importance: str) -> None:
-    words = ["+experiment=demo/prune_recover", f"importance@stages.prune.importance={importance}"]
+    words = ["+experiment=demo/prune_recover", f"importance={importance}"]
     made = build(composed(*words), "prune").importance
     assert type(made).__module__.endswith(importance)
     assert build(composed(*words, "lora=none"), "recover").lora is None
@@ -332,9 +332,9 @@ def leaves(node: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 SPEED_AND_MEMORY = {  # of these experiments' stages: all that may change in the middle of a stage
     ("training", "micro_batch"),
     ("training", "workers"),
-    ("batch_rows",),
+    ("batch_size",),
     ("shard_mb",),
-    ("shard_rows",),
+    ("shard_answers",),
     ("sample_tokens",),
 }
 
@@ -360,7 +360,7 @@ def test_a_key_is_left_out_of_the_identity_where_its_class_says_so_and_nowhere_e
     """A field of that name elsewhere may decide what is made: of another class, or of a node that builds none."""
     config = quickstart("run_dir=here")
     for place in ("student", "data", "objective"):
-        for name in ("micro_batch", "workers", "batch_rows", "shard_mb", "concurrency", "retries"):
+        for name in ("micro_batch", "workers", "batch_size", "shard_mb", "concurrency", "retries"):
             changed = copy.deepcopy(config)
             changed["stages"]["distill"][place][name] = 3
             assert identity(changed, "distill", immaterial) != identity(config, "distill", immaterial), (place, name)
@@ -418,7 +418,7 @@ MISTAKES = {
     "teacher.path=./nowhere": ["teacher.path=./nowhere"],
     "logger=wandb logger.mode=sometimes": ["mode"],
     "stages.evaluate.dtype=bf16": ["dtype=bf16", "bfloat16"],
-    "stages.evaluate.batch_rows=0": ["batch_rows=0"],
+    "stages.evaluate.batch_size=0": ["batch_size=0"],
     "stages.evaluate.speed.repeats=0": ["repeats"],
     "trainer.log_every_steps=0": ["trainer.log_every_steps=0"],
     "trainer.checkpoint.every_steps=0": ["checkpoint.every_steps=0"],
@@ -436,10 +436,8 @@ MISTAKES = {
     "teacher=sharded teacher.offload=disk": ["teacher.offload=disk", "cpu"],
     "teacher=sharded teacher.offload=nvme": ["teacher.nvme_path"],
     "teacher=cached divergence.temperature=3.0": ["temperature=3", "recorded for 1, 2", "temperatures"],
-    "teacher=cached encoding@stages.record.encoding=sampled": ["temperature=2", "encoding.temperature=2"],
-    "teacher=cached encoding@stages.record.encoding=sampled divergence=reverse_kl": [
-        "reverse_kl cannot be worked out from samples"
-    ],
+    "teacher=cached encoding=sampled": ["temperature=2", "encoding.temperature=2"],
+    "teacher=cached encoding=sampled divergence=reverse_kl": ["reverse_kl cannot be worked out from samples"],
     "teacher=cached divergence=universal_logit": ["universal_logit", "encoding=hidden_states"],
     "teacher=cached auxiliary=[hidden_states]": ["hidden_states compares layers", "online"],
     "teacher=cached teacher.cache=./nowhere": ["nowhere", "run the stage record"],
@@ -448,11 +446,11 @@ MISTAKES = {
     "teacher=served teacher.endpoint.url=nonsense divergence.temperature=1": ["nonsense"],
     "teacher=served teacher.endpoint.url=http://localhost:1/v1": ["temperature=2", "forward_kl to 1"],
     "teacher=served": ["teacher.endpoint.url is not set"],
-    "teacher=served teacher.endpoint.url=http://localhost:1/v1 encoding@stages.record.encoding=hidden_states": [
+    "teacher=served teacher.endpoint.url=http://localhost:1/v1 encoding=hidden_states": [
         "encoding=hidden_states: a server gives the best k"
     ],
     "stages.distill.align=true": ["align=true", "student=folder"],
-    "stages.record.encoding.k=0 teacher=cached": ["encoding.k=0"],
+    "encoding.k=0 teacher=cached": ["encoding.k=0"],
     "+divergence@objective.also.more=forward_kl": ["two terms are named forward_kl"],
     "auxiliary=[attention_relations] auxiliaries.attention_relations.relation_heads=7": ["relation_heads=7"],
     "auxiliary=[hidden_states] auxiliaries.hidden_states.layers=[[9,1]]": ["student layer 9"],

@@ -44,7 +44,7 @@ class OnPolicy:
     """
 
     # fields that change nothing that is made, beyond rounding (pipeline/config.py, identity)
-    immaterial: ClassVar[frozenset[str]] = frozenset({"batch_rows"})
+    immaterial: ClassVar[frozenset[str]] = frozenset({"batch_size"})
 
     sampling: Sampling
     share: float = 0.5  # of the optimizer steps; GKD's λ

@@ -39,20 +39,20 @@ UNSEEN, SEEN = "unseen", "seen"  # queries held out, and trained on
 SHOWN, SHOWN_SEEN = "unseen, shown", "seen, shown"  # the same behind demonstrations
 RESAMPLES = 2000
 LEFT_OUT = ("too_long", "demonstrations_left_out", "across")
-_KILLED = "measuring {} was killed, most likely for lack of memory; try stages.evaluate.dtype=bfloat16, batch_rows=1"
+_KILLED = "measuring {} was killed, most likely for lack of memory; try stages.evaluate.dtype=bfloat16, batch_size=1"
 
 
 @dataclass(frozen=True)
 class Evaluate(Stage):
     makes: ClassVar[Makes] = "results"
-    immaterial: ClassVar[frozenset[str]] = frozenset({"batch_rows"})
+    immaterial: ClassVar[frozenset[str]] = frozenset({"batch_size"})
 
     data: DataSource
     models: list[str] | None = None  # stage names or folders; None: every model this run has made, and the teacher
     teacher: Source | None = None
     compare: list[list[str]] = field(default_factory=list)  # pairs of stages to be put side by side
     dtype: str = "float32"
-    batch_rows: int = 8
+    batch_size: int = 8
     speed: Speed = field(default_factory=Speed)
     task: Task | None = None
     task_queries: int = 300  # at most, of the test's and of those that were trained on
@@ -65,7 +65,7 @@ class Evaluate(Stage):
             raise Refusal(f"evaluate.dtype={self.dtype}: need one of {', '.join(DTYPES)}")
         if self.choices_per not in PER:
             raise Refusal(f"evaluate.choices_per={self.choices_per}: need one of {', '.join(PER)}")
-        for name in ("batch_rows", "task_queries"):
+        for name in ("batch_size", "task_queries"):
             if getattr(self, name) < 1:
                 raise Refusal(f"evaluate.{name}={getattr(self, name)}: need at least 1")
 
@@ -245,10 +245,10 @@ class Evaluate(Stage):
             raise Refusal("data.test: no text to measure on; give data.test or a data.holdout above 0")
         batches = [
             collate(
-                [packed[i] for i in range(at, min(at + self.batch_rows, len(packed)))],
+                [packed[i] for i in range(at, min(at + self.batch_size, len(packed)))],
                 pad_token=pad_token(tokenizer),
             )
-            for at in range(0, len(packed), self.batch_rows)
+            for at in range(0, len(packed), self.batch_size)
         ]
         return batches, statistics["bytes"], batches[0]["input_ids"][:1, : self.speed.prompt_tokens]
 
@@ -297,7 +297,7 @@ class Evaluate(Stage):
                 questions[behind] = [other for _, other in both]
         if not questions[UNSEEN]:
             raise Refusal(f"task.test: none of its queries fits ({dict(counts)}); raise task.max_length")
-        end, rows = self.task.separator, 4 * self.batch_rows
+        end, rows = self.task.separator, 4 * self.batch_size
         return Quiz(questions, tokenizer, pad_token(tokenizer), end, rows, self.choices_per), dict(counts)
 
     def _with_accuracy(

@@ -79,7 +79,7 @@ class Generate(Stage):
     """Prompts of `data`, answered by `teacher`. What is held out of training is answered apart: the column `split`."""
 
     makes: ClassVar[Makes] = "answers"
-    immaterial: ClassVar[frozenset[str]] = frozenset({"batch_rows", "shard_rows"})
+    immaterial: ClassVar[frozenset[str]] = frozenset({"batch_size", "shard_answers"})
 
     data: DataSource
     teacher: Any  # a Source, or one that is recorded elsewhere: cached, served
@@ -89,11 +89,11 @@ class Generate(Stage):
     filters: dict[str, Filter] = field(default_factory=dict)
     splits: list[str] = field(default_factory=lambda: list(SPLITS))
     too_long: str = "refuse"  # a prompt without room for its answer in the teacher's context; drop: left out, counted
-    batch_rows: int = 16  # answers made at once; memory only
-    shard_rows: int = 4096  # answers; what an interrupt costs at most, or what five minutes gave
+    batch_size: int = 16  # answers made at once; memory only
+    shard_answers: int = 4096  # answers; what an interrupt costs at most, or what five minutes gave
 
     def __post_init__(self) -> None:
-        for name in ("batch_rows", "shard_rows"):
+        for name in ("batch_size", "shard_answers"):
             if getattr(self, name) < 1:
                 raise Refusal(f"generate.{name}={getattr(self, name)}: need at least 1")
         if self.prompt_tokens is not None and self.prompt_tokens < 1:
@@ -262,7 +262,7 @@ class Generate(Stage):
         tokenizer = self._tokenizer()
         prompts = pa.concat_tables(pq.read_table(path) for path in self._prompt_files(context))
         todo: dict[str, list[int]] = json.loads((context.work / "todo.json").read_text())
-        shards = Shards(Path(prepared["shards"]), context.rank, self.shard_rows)
+        shards = Shards(Path(prepared["shards"]), context.rank, self.shard_answers)
         asked: dict[str, int] = {}  # each provenance's first prompt
         for number, key in enumerate(prompts["provenance"].to_pylist()):
             asked.setdefault(key, number)
@@ -308,7 +308,7 @@ class Generate(Stage):
             teacher.to(place)
         units = self._units(prompts, asked)
         open_units = [unit for unit in units if any(key in todo for key in unit)]
-        words = {"pad_token": pad_token(tokenizer), "batch_size": self.batch_rows}
+        words = {"pad_token": pad_token(tokenizer), "batch_size": self.batch_size}
         made = 0
         with torch.no_grad():
             teacher.check()
@@ -345,7 +345,7 @@ class Generate(Stage):
         """
         lengths = pc.list_value_length(prompts["teacher_ids"]).to_pylist()
         order = sorted(asked, key=lambda key: (-lengths[asked[key]], asked[key]))
-        size = max(1, self.batch_rows // (self.sampling.samples * self.sampling.beams))
+        size = max(1, self.batch_size // (self.sampling.samples * self.sampling.beams))
         return [order[at : at + size] for at in range(0, len(order), size)]
 
     def _ask(

@@ -64,17 +64,17 @@ _FLUSH_SECONDS = 300.0
 class Record(Stage):
     makes: ClassVar[Makes] = "signal"
     on_demand: ClassVar[bool] = True
-    immaterial: ClassVar[frozenset[str]] = frozenset({"batch_rows", "shard_mb", "sample_tokens"})
+    immaterial: ClassVar[frozenset[str]] = frozenset({"batch_size", "shard_mb", "sample_tokens"})
 
     data: DataSource
     teacher: Any  # a Source that needs a record: cached, served
     encoding: Encoding
-    batch_rows: int = 8  # rows the teacher reads at once; memory only
+    batch_size: int = 8  # rows the teacher reads at once; memory only
     shard_mb: int = 256  # of one file; what an interrupted run has to do again, at most, or what five minutes gave
     sample_tokens: int = 512  # on which the encoding is measured against the dense teacher
 
     def __post_init__(self) -> None:
-        for name in ("batch_rows", "shard_mb", "sample_tokens"):
+        for name in ("batch_size", "shard_mb", "sample_tokens"):
             if getattr(self, name) < 1:
                 raise Refusal(f"record.{name}={getattr(self, name)}: need at least 1")
 
@@ -104,12 +104,12 @@ class Record(Stage):
             self.teacher.endpoint.check()
             if not isinstance(self.encoding, TopK):
                 raise Refusal(
-                    f"stages.{context.stage}.encoding={self.encoding.name}: a server gives the best k tokens alone; "
-                    f"use encoding@stages.{context.stage}.encoding=top_k and teacher.endpoint.top_k"
+                    f"encoding={self.encoding.name}: a server gives the best k tokens alone; use encoding=top_k and "
+                    f"teacher.endpoint.top_k"
                 )
             if self.encoding.k not in (TopK().k, self.teacher.endpoint.top_k):
                 raise Refusal(
-                    f"stages.{context.stage}.encoding.k={self.encoding.k}: of a server, teacher.endpoint.top_k="
+                    f"encoding.k={self.encoding.k}: of a server, teacher.endpoint.top_k="
                     f"{self.teacher.endpoint.top_k} decides; set that one"
                 )
         if self.data.teacher_prompts > 1:
@@ -224,14 +224,14 @@ class Record(Stage):
             teacher.check()
             mine = todo[rank::world]
             # As many batches on every rank: a sharded teacher takes all of them for every forward.
-            rounds = -(-len(todo) // (self.batch_rows * world))
+            rounds = -(-len(todo) // (self.batch_size * world))
             for number in shown(range(rounds), rounds, "recording", rank == 0):
-                numbers = mine[number * self.batch_rows : (number + 1) * self.batch_rows]
+                numbers = mine[number * self.batch_size : (number + 1) * self.batch_size]
                 batch = _batch(rows, numbers or [0], tokenizer, place)
                 teacher.give(teacher.look(batch, Wanted()), partial(encode if numbers else _nothing, batch))
                 writer.flush_after(_FLUSH_SECONDS)
             writer.flush()
-            batch = _batch(rows, list(range(min(self.batch_rows, len(rows)))), tokenizer, place)
+            batch = _batch(rows, list(range(min(self.batch_size, len(rows)))), tokenizer, place)
             teacher.give(teacher.look(batch, Wanted()), partial(measure, batch))
         teacher.close()
         if world > 1:

@@ -122,7 +122,7 @@ def test_a_plan_that_was_reviewed_gives_the_same_bytes_and_an_edited_one_what_it
 
 def test_layers_that_change_little_go_and_the_rest_generates(made: Path, tmp_path: Path) -> None:
     words = [
-        f"model.path={made / 'pretrain'}", "importance@stages.prune.importance=block_influence",
+        f"model.path={made / 'pretrain'}", "importance=block_influence",
         "stages.prune.kinds=[layers]", "stages.prune.kept_fraction=0.5",
     ]  # fmt: skip
     folder = make(tmp_path / "run", "prune", *words)

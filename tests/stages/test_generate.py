@@ -51,8 +51,8 @@ NEW = 12
 LITTLE = [
     f"stages.generate.sampling.max_new_tokens={NEW}",
     "stages.generate.prompt_tokens=8",
-    "stages.generate.batch_rows=3",
-    "stages.generate.shard_rows=6",
+    "stages.generate.batch_size=3",
+    "stages.generate.shard_answers=6",
     "data.holdout=0.2",
     "student.shape={num_hidden_layers: 1, hidden_size: 16, num_attention_heads: 2, num_key_value_heads: 2}",
     "stages.distill.training.max_steps=4",
@@ -255,11 +255,11 @@ def test_killed_half_way_it_goes_on_to_the_same_bytes_also_with_two_ranks(
     assert (other / "generate" / "answers.parquet").read_bytes() == (sampled / "answers.parquet").read_bytes()
 
 
-@pytest.mark.parametrize("batch_rows", [1, 64])
+@pytest.mark.parametrize("batch_size", [1, 64])
 def test_another_batch_gives_the_same_text(
-    batch_rows: int, sampled: Path, teacher: Path, corpus: Path, tmp_path: Path
+    batch_size: int, sampled: Path, teacher: Path, corpus: Path, tmp_path: Path
 ) -> None:
-    words = [*words_of(teacher, corpus), *SAMPLED, f"stages.generate.batch_rows={batch_rows}"]
+    words = [*words_of(teacher, corpus), *SAMPLED, f"stages.generate.batch_size={batch_size}"]
     other = rows_of(make(tmp_path, "generate", *words))
     for mine, theirs in zip(other, rows_of(sampled), strict=True):
         assert mine.pop("log_probabilities") == pytest.approx(theirs.pop("log_probabilities"), abs=1e-4)
@@ -289,12 +289,12 @@ def test_other_filters_and_more_prompts_ask_only_for_what_is_new(
         return plain(model, prompts, *rest, **words)
 
     monkeypatch.setattr("models.teachers.online.generate", spy)
-    words = [*words_of(teacher, corpus), "stages.generate.batch_rows=1"]
+    words = [*words_of(teacher, corpus), "stages.generate.batch_size=1"]
     first = rows_of(make(tmp_path, "generate", *words, "data.max_documents=4"))
     assert sum(asked) == len(first)
     asked.clear()
-    finished = ["+filter@stages.generate.filters.length=length"]
-    finished += [f"stages.generate.filters.length.{told}" for told in ("finished=true", "minimum=1")]
+    finished = ["filter=[length]"]
+    finished += [f"filters.length.{told}" for told in ("finished=true", "minimum=1")]
     folder = make(tmp_path, "generate", *words, *finished)
     both = rows_of(folder) + rows_of(folder, "dropped.parquet")
     assert sum(asked) == len(both) - len(first) > 0
@@ -473,9 +473,9 @@ def test_every_filter_has_its_yaml_and_what_leaves_nothing_is_refused(
 ) -> None:
     names = sorted(path.stem for path in (ROOT / "conf" / "filter").glob("*.yaml"))
     assert names == ["length", "log_probability", "majority_vote", "predicate", "repetition"]
-    words = [f"+filter@stages.generate.filters.{name}={name}" for name in names]
-    words.append("stages.generate.filters.predicate.function=tests.test_generate.has_a_space")
-    words += ["stages.generate.filters.length.minimum=1000", "data.max_documents=3"]
+    words = [f"filter=[{','.join(names)}]"]
+    words.append("filters.predicate.function=tests.test_generate.has_a_space")
+    words += ["filters.length.minimum=1000", "data.max_documents=3"]
     with pytest.raises(Refusal, match=r"filters leave none of 9 answers .* loosen them, the answers are kept"):
         make(tmp_path, "generate", *words_of(teacher, corpus), *words)
     assert list((tmp_path / "work" / "answers" / "generate").glob("shard-*"))
@@ -626,7 +626,7 @@ REFUSED = {
     "no way": (["stages.generate.too_long=cut"], "need one of refuse, drop"),
     "no prompt": (["stages.generate.prompt_tokens=0"], "prompt_tokens=0: need at least 1"),
     "answers": (["data=answers", "data.max_length=32"], "answers are no prompts"),
-    "no batch": (["stages.generate.batch_rows=0"], "generate.batch_rows=0: need at least 1"),
+    "no batch": (["stages.generate.batch_size=0"], "generate.batch_size=0: need at least 1"),
     "a typo": (["+stages.generate.sampling.temprature=1"], "did you mean temperature"),
 }
 
@@ -693,7 +693,7 @@ def test_logit_distillation_on_answers_is_the_same_online_and_cached(
     for name in ("online", "cached"):
         run_dir = tmp_path / name
         shutil.copytree(made, run_dir / "generate")
-        words = ["teacher=cached", "stages.record.encoding.k=400", "stages.record.encoding.dtype=float32"]
+        words = ["teacher=cached", "encoding.k=400", "encoding.dtype=float32"]
         config = on_answers(run_dir, teacher, corpus, *(words if name == "cached" else []))
         if name == "cached":
             make(run_dir, "record", config=config)

@@ -39,7 +39,7 @@ LITTLE = [
     "stages.evaluate.speed={_target_: models.measure.Speed, prompt_tokens: 4, new_tokens: 4, repeats: 1}",
     "trainer.log_every_steps=1",
 ]
-HIDDEN = ["teacher=cached", "encoding@stages.record.encoding=hidden_states"]
+HIDDEN = ["teacher=cached", "encoding=hidden_states"]
 
 
 def composed(run_dir: Path, *words: str, experiment: str = "in_context") -> dict[str, Any]:

@@ -45,8 +45,8 @@ LITTLE = [
     "+student.shape.attention_dropout=0.0",  # which draws differently on every rank
 ]
 CACHED = ["teacher=cached", "stages.record.shard_mb=1"]
-HIDDEN = [*CACHED, "encoding@stages.record.encoding=hidden_states", "stages.record.encoding.dtype=float32"]
-WHOLE = [*CACHED, "stages.record.encoding.k=400", "stages.record.encoding.dtype=float32"]
+HIDDEN = [*CACHED, "encoding=hidden_states", "encoding.dtype=float32"]
+WHOLE = [*CACHED, "encoding.k=400", "encoding.dtype=float32"]
 
 
 def composed(run_dir: Path, *words: str) -> dict[str, Any]:
@@ -203,7 +203,7 @@ def test_a_recording_killed_half_way_goes_on_with_two_ranks_to_the_same_pieces(h
     first = shards / "shard-0000-000000.safetensors"
     before, held = first.stat().st_mtime_ns, len(Cache(shards))
     # Other values of what the signal does not depend on: what is there is kept.
-    done = train(*words, "stages.record.batch_rows=3", "strategy=ddp", "trainer.accelerator=cpu", "trainer.devices=2")
+    done = train(*words, "stages.record.batch_size=3", "strategy=ddp", "trainer.accelerator=cpu", "trainer.devices=2")
     assert done.returncode == 0, done.stdout + done.stderr
     record = tmp_path / "record"
     assert not list(record.glob(".*"))
@@ -235,9 +235,9 @@ def test_the_manifest_states_bytes_and_errors(hidden: Path) -> None:
 
 @pytest.mark.parametrize("encoding", ["top_k", "sampled"])
 def test_a_coarser_encoding_states_its_error(encoding: str, online: Path, tmp_path: Path) -> None:
-    words = ["teacher=cached", f"encoding@stages.record.encoding={encoding}", teacher_of(online)]
+    words = ["teacher=cached", f"encoding={encoding}", teacher_of(online)]
     if encoding == "top_k":
-        words.append("stages.record.encoding.temperatures=[2.0,3.0]")
+        words.append("encoding.temperatures=[2.0,3.0]")
     record = make(tmp_path, "record", *words)
     fidelity = json.loads((record / "manifest.json").read_text())["metrics"]["fidelity"]
     assert list(fidelity) == (["2", "3"] if encoding == "top_k" else ["1"])
@@ -278,14 +278,14 @@ def test_what_an_earlier_result_holds_is_not_recorded_again(
 # --- refusals ---
 
 TOP_K = ["teacher=cached"]
-SAMPLED = ["teacher=cached", "encoding@stages.record.encoding=sampled"]
+SAMPLED = ["teacher=cached", "encoding=sampled"]
 REFUSED = {
-    "another temperature": ([*TOP_K, "divergence.temperature=3.0"], "add it to stages.record.encoding.temp"),
+    "another temperature": ([*TOP_K, "divergence.temperature=3.0"], "add it to encoding.temp"),
     "reverse KL of samples": (
         [*SAMPLED, "divergence=reverse_kl"],
         "cannot be worked out from samples",
     ),
-    "another temperature of samples": ([*SAMPLED], "set stages.record.encoding.temperature=2"),
+    "another temperature of samples": ([*SAMPLED], "set encoding.temperature=2"),
     "whole distributions": (
         [*TOP_K, "divergence=universal_logit"],
         "record with encoding=hidden_states",
@@ -298,8 +298,8 @@ REFUSED = {
         ["teacher=served", "teacher.endpoint.url=http://127.0.0.1:1/v1"],
         "set the temperature of forward_kl to 1",
     ),
-    "no dtype": ([*HIDDEN, "stages.record.encoding.dtype=int4"], "need bfloat16, float16, int8, float32"),
-    "no draws": ([*SAMPLED, "stages.record.encoding.draws=0"], "need 1 to 65535"),
+    "no dtype": ([*HIDDEN, "encoding.dtype=int4"], "need bfloat16, float16, int8, float32"),
+    "no draws": ([*SAMPLED, "encoding.draws=0"], "need 1 to 65535"),
     "no shard": ([*TOP_K, "stages.record.shard_mb=0"], "record.shard_mb=0: need at least 1"),
     "no cache": (["teacher=cached", "teacher.cache=/nowhere"], "run the stage record, or give the folder it wrote"),
 }
@@ -438,7 +438,7 @@ def test_a_served_teacher_killed_half_way_goes_on_and_trains_as_the_one_beside(
         "teacher.endpoint.top_k=400",
         "teacher.endpoint.retries=1",
         "teacher.endpoint.concurrency=2",
-        "stages.record.encoding.dtype=float32",
+        "encoding.dtype=float32",
         "divergence.temperature=1.0",
         "data.max_documents=1",
     ]

@@ -264,7 +264,7 @@ def test_the_own_kl_of_an_exact_encoding_is_nothing_and_a_coarse_one_states_its_
         (TopK(), UniversalLogit(1.0), "universal_logit needs whole distributions; record with encoding=hidden_states"),
         (TopK(), TopKDivergence(8, ForwardKL(1.0)), "name the divergence it wraps"),
         (Sampled(), ReverseKL(1.0), "reverse_kl cannot be worked out from samples"),
-        (Sampled(temperature=2.0), ForwardKL(1.0), "set stages.record.encoding.temperature=1"),
+        (Sampled(temperature=2.0), ForwardKL(1.0), "set encoding.temperature=1"),
     ],
 )
 def test_what_an_encoding_cannot_give_it_refuses(encoding: Encoding, term: Any, said: str) -> None:

@@ -72,6 +72,6 @@ class Sampled:
         if term.temperature != self.temperature:
             return (
                 f"temperature={term.temperature:g}, and the signal is drawn at {self.temperature:g}; set "
-                f"stages.record.encoding.temperature={term.temperature:g}"
+                f"encoding.temperature={term.temperature:g}"
             )
         return None

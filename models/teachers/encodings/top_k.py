@@ -76,7 +76,7 @@ class TopK:
         if term.temperature not in self.temperatures:
             return (
                 f"temperature={term.temperature:g}, and the signal is recorded for "
-                f"{', '.join(f'{t:g}' for t in self.temperatures)}; add it to stages.record.encoding.temperatures"
+                f"{', '.join(f'{t:g}' for t in self.temperatures)}; add it to encoding.temperatures"
             )
         return None
 
