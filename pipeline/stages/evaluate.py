@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 from hydra.utils import instantiate
 
 from models.errors import Refusal
@@ -24,6 +23,7 @@ from models.student import Start
 from models.teachers.cache import HEADER
 from models.teachers.teacher import Source
 from pipeline import artifact
+from pipeline.accuracy import SEEN, SHOWN, SHOWN_SEEN, UNSEEN, with_accuracy
 from pipeline.alone import Alone
 from pipeline.context import Context
 from pipeline.data.batch import collate, pad_token
@@ -35,9 +35,6 @@ from pipeline.stages.stage import Makes, Stage
 from pipeline.stages.stage import Plan as StagePlan
 
 BEFORE = "student before"
-UNSEEN, SEEN = "unseen", "seen"  # queries held out, and trained on
-SHOWN, SHOWN_SEEN = "unseen, shown", "seen, shown"  # the same behind demonstrations
-RESAMPLES = 2000
 LEFT_OUT = ("too_long", "demonstrations_left_out", "across")
 _KILLED = "measuring {} was killed, most likely for lack of memory; try stages.evaluate.dtype=bfloat16, batch_size=1"
 
@@ -207,7 +204,7 @@ class Evaluate(Stage):
                 print(f"{role}: perplexity {measured['perplexity']:.2f}", flush=True)
         rows += [self._export_row(context, role, *found, alone) for role, found in exports.items()]
         if self.task is not None:
-            rows = self._with_accuracy(rows, right, self._teacher_role(context))
+            rows = with_accuracy(rows, right, self._teacher_role(context), self.task)
         artifact.publish(
             context.out,
             lambda folder: None,
@@ -300,26 +297,6 @@ class Evaluate(Stage):
         end, rows = self.task.separator, 4 * self.batch_size
         return Quiz(questions, tokenizer, pad_token(tokenizer), end, rows, self.choices_per), dict(counts)
 
-    def _with_accuracy(
-        self, rows: list[dict[str, Any]], right: dict[str, dict[str, dict[str, bool]]], teacher: str | None
-    ) -> list[dict[str, Any]]:
-        """The rows with their accuracies, one more for the teacher with its demonstrations, and the gaps closed."""
-        assert self.task is not None
-        result = []
-        for row in rows:
-            told = right[row["stage"]]
-            row = {**row, "accuracy": _mean(told[UNSEEN]), "accuracy_on_training_queries": _mean(told[SEEN])}
-            if teacher in right and row["stage"] != teacher:
-                row |= gap_closed(told[UNSEEN], right[teacher][UNSEEN], right[teacher][SHOWN])
-                seen = gap_closed(told[SEEN], right[teacher][SEEN], right[teacher][SHOWN_SEEN])
-                row["gap_closed_on_training_queries"] = seen["gap_closed"]
-            result.append(row)
-            if row["stage"] == teacher and self.task.teacher_prompts:
-                name = f"{teacher}, {self.task.shots} shots" if self.task.shots else f"{teacher}, with context"
-                shown = {"accuracy": _mean(told[SHOWN]), "accuracy_on_training_queries": _mean(told[SHOWN_SEEN])}
-                result.append({"stage": name, "path": row["path"], **shown})
-        return result
-
     def _comparisons(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         by_stage = {row["stage"]: row["perplexity"] for row in rows if "perplexity" in row}
         return [
@@ -334,31 +311,6 @@ class Evaluate(Stage):
             for one, other in self.compare
             if one in by_stage and other in by_stage
         ]
-
-
-def gap_closed(student: dict[str, bool], without: dict[str, bool], shown: dict[str, bool]) -> dict[str, float | None]:
-    """The student's share of what demonstrations add to the teacher's accuracy, with its 95 % bootstrap interval.
-
-    Over the queries that all three were asked; each resample draws queries. None where demonstrations add nothing, and
-    for the interval where they add nothing in more than one of forty resamples.
-    """
-    nothing: dict[str, float | None] = {"gap_closed": None, "gap_closed_low": None, "gap_closed_high": None}
-    asked = [query for query in student if query in without and query in shown]
-    told = np.array([[each[query] for query in asked] for each in (student, without, shown)], dtype=float)
-    if not asked or told[2].mean() <= told[1].mean():
-        return nothing
-    closed = (told[0] - told[1]).mean() / (told[2] - told[1]).mean()
-    draws = np.random.default_rng(0).integers(len(asked), size=(RESAMPLES, len(asked)))
-    resampled = told[:, draws].mean(-1)
-    gap, gained = resampled[2] - resampled[1], resampled[0] - resampled[1]
-    if (gap <= 0).mean() > 0.025:
-        return {**nothing, "gap_closed": float(closed)}
-    low, high = np.percentile(gained[gap > 0] / gap[gap > 0], [2.5, 97.5])
-    return {"gap_closed": float(closed), "gap_closed_low": float(low), "gap_closed_high": float(high)}
-
-
-def _mean(told: dict[str, bool]) -> float | None:
-    return sum(told.values()) / len(told) if told else None
 
 
 def _formats_of(context: Context, stage: str) -> dict[str, dict[str, Any]]:

@@ -5,13 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-import shutil
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import groupby
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -28,6 +25,16 @@ from models.load import DTYPES, attention_for, empty_model, load_config, paramet
 from models.teachers.teacher import Opening, Source
 from pipeline import artifact
 from pipeline.context import Context
+from pipeline.data.answer_shards import (
+    ANSWERS_SCHEMA,
+    AT_ONCE,
+    DROPPED_SCHEMA,
+    PROMPTS_SCHEMA,
+    Found,
+    Shards,
+    in_parts,
+    write_whole,
+)
 from pipeline.data.answers import ANSWERS, DROPPED
 from pipeline.data.batch import pad_token
 from pipeline.data.conversations import tokenizer_of
@@ -36,42 +43,13 @@ from pipeline.data.source import SPLITS, DataSource, check_source, source_key
 from pipeline.data.tokenizer import tokenizer_key
 from pipeline.planned import teacher_config
 from pipeline.progress import shown
+from pipeline.shelf import Shelf
 from pipeline.stages.stage import Makes, Stage
 from pipeline.stages.stage import Plan as StagePlan
 from pipeline.training.ranks import join
 from pipeline.training.strategy import prepare_environment
 
 TOO_LONG = ("refuse", "drop")
-_FLUSH_SECONDS = 300.0
-_PROMPTS_AT_ONCE = 1000
-_IDS, _FLOATS = pa.list_(pa.int32()), pa.list_(pa.float32())
-_PROMPTS = pa.schema(
-    {"split": pa.string(), "provenance": pa.string(), "prompt": pa.string(), "ids": _IDS, "teacher_ids": _IDS}
-)
-_SHARD = pa.schema(
-    {
-        "provenance": pa.string(),
-        "sample": pa.int32(),
-        "completion_ids": _IDS,
-        "log_probabilities": _FLOATS,  # null where a server tells none; an end that was added to its answer has none
-        "finish_reason": pa.string(),
-    }
-)
-_ANSWERS = pa.schema(
-    {
-        "prompt": pa.string(),
-        "completion": pa.string(),
-        "prompt_ids": _IDS,
-        "completion_ids": _IDS,
-        "log_probabilities": _FLOATS,
-        "finish_reason": pa.string(),
-        "split": pa.string(),
-        "sample": pa.int32(),
-        "provenance": pa.string(),
-        "teacher_prompt_ids": _IDS,
-    }
-)
-_DROPPED = _ANSWERS.append(pa.field("dropped_by", pa.string()))
 
 
 @dataclass(frozen=True)
@@ -175,12 +153,8 @@ class Generate(Stage):
         context.work.mkdir(parents=True, exist_ok=True)
         ends = end_tokens(self.teacher.path, tokenizer, config)
         header = self._header(context, tokenizer, ends)
-        # Not in the stage's own folder, which goes when the stage is begun with other values: answers are found again
-        # by their provenance, whatever else has changed.
-        shards = self._shelf(context)
-        if context.stage in context.config["force"] and not context.restart:
-            shutil.rmtree(shards, ignore_errors=True)
-        shards.mkdir(parents=True, exist_ok=True)
+        # Answers are found again by their provenance, whatever else has changed.
+        shards = self._shelf(context).open(context)
         counts = self._write_prompts(context, tokenizer, header, self._room(config))
         adopted: list[str] = []
         if context.stage not in context.config["force"] and artifact.read_manifest(context.out) is not None:
@@ -240,7 +214,7 @@ class Generate(Stage):
                             "teacher_ids": prompt.teacher_ids,
                         }
 
-            _write(context.work / f"prompts-{split}.parquet", _PROMPTS, kept())
+            write_whole(context.work / f"prompts-{split}.parquet", PROMPTS_SCHEMA, kept())
         if tally["too_long"] and self.too_long == "refuse":
             raise Refusal(
                 f"stages.{context.stage}: {tally['too_long']:,} of {tally['found']:,} prompts (the longest has "
@@ -417,17 +391,17 @@ class Generate(Stage):
         there = Found(shards, prepared["adopted"])
 
         def answers() -> Iterator[dict[str, Any]]:
-            for first in range(0, len(prompts), _PROMPTS_AT_ONCE):
-                for prompt in prompts.slice(first, _PROMPTS_AT_ONCE).to_pylist():
+            for first in range(0, len(prompts), AT_ONCE):
+                for prompt in prompts.slice(first, AT_ONCE).to_pylist():
                     yield from self._judged(prompt, there, tokenizer, dropped, tally, total)
 
         def build(folder: Path) -> None:
             with (
-                pq.ParquetWriter(folder / ANSWERS, _ANSWERS) as kept,
-                pq.ParquetWriter(folder / DROPPED, _DROPPED) as left_out,
+                pq.ParquetWriter(folder / ANSWERS, ANSWERS_SCHEMA) as kept,
+                pq.ParquetWriter(folder / DROPPED, DROPPED_SCHEMA) as left_out,
             ):
-                for some in _batched(answers(), _PROMPTS_AT_ONCE):
-                    for writer, schema, wanted in ((kept, _ANSWERS, False), (left_out, _DROPPED, True)):
+                for some in in_parts(answers(), AT_ONCE):
+                    for writer, schema, wanted in ((kept, ANSWERS_SCHEMA, False), (left_out, DROPPED_SCHEMA, True)):
                         rows = [row for row in some if (row["dropped_by"] is not None) == wanted]
                         writer.write_table(pa.Table.from_pylist(rows, schema))
             if not self.filters:
@@ -451,7 +425,7 @@ class Generate(Stage):
 
         manifest: dict[str, Any] = {**context.manifest(self.makes), "metrics": {}, "certificates": {}}
         artifact.publish(context.out, build, manifest)
-        shutil.rmtree(self._shelf(context))
+        self._shelf(context).clear()
         told = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in tally.items() if name != "made")
         print(f"{context.stage}: {prepared['counts']['prompts']:,} prompts; {told}")
 
@@ -515,62 +489,8 @@ class Generate(Stage):
             )
         return rows
 
-    def _shelf(self, context: Context) -> Path:
-        """Unfinished shards."""
-        return context.work.parent / "answers" / context.stage
-
-
-class Found:
-    """(provenance, sample) → the answer, of all shards in a folder and of earlier results."""
-
-    def __init__(self, folder: Path, also: Sequence[str] = ()) -> None:
-        paths = [*sorted(folder.glob("shard-*.parquet")), *map(Path, also)]
-        tables = [pq.read_table(path, columns=_SHARD.names).cast(_SHARD) for path in paths]
-        self.table = pa.concat_tables([_SHARD.empty_table(), *tables]).combine_chunks()
-        keys = zip(self.table["provenance"].to_pylist(), self.table["sample"].to_pylist(), strict=True)
-        self.places: dict[tuple[str, int], int] = {}
-        for place, key in enumerate(keys):
-            self.places.setdefault(key, place)
-
-    def __contains__(self, key: tuple[str, int]) -> bool:
-        return key in self.places
-
-    def __getitem__(self, key: tuple[str, int]) -> dict[str, Any]:
-        answer: dict[str, Any] = self.table.slice(self.places[key], 1).to_pylist()[0]
-        return answer
-
-
-class Shards:
-    """Answers on their way: gathered, and written as files that are whole or absent; `rank` keeps writers apart."""
-
-    def __init__(self, folder: Path, rank: int, rows: int) -> None:
-        self.folder, self.rank, self.rows_at_once = folder, rank, rows
-        folder.mkdir(parents=True, exist_ok=True)
-        mine = [int(path.stem.split("-")[2]) for path in folder.glob(f"shard-{rank:04d}-*.parquet")]
-        self.number = max(mine, default=-1) + 1
-        self.rows: list[dict[str, Any]] = []
-        self.flushed = time.monotonic()
-
-    def add(self, key: str, sample: int, answer: Answer, log_probabilities: list[float] | None) -> None:
-        self.rows.append(
-            {
-                "provenance": key,
-                "sample": sample,
-                "completion_ids": answer.ids,
-                "log_probabilities": log_probabilities,
-                "finish_reason": answer.finish_reason,
-            }
-        )
-
-    def flush_where_due(self) -> None:
-        if len(self.rows) >= self.rows_at_once or time.monotonic() - self.flushed > _FLUSH_SECONDS:
-            self.flush()
-
-    def flush(self) -> None:
-        if self.rows:
-            _write(self.folder / f"shard-{self.rank:04d}-{self.number:06d}.parquet", _SHARD, self.rows)
-            self.number, self.rows = self.number + 1, []
-        self.flushed = time.monotonic()
+    def _shelf(self, context: Context) -> Shelf:
+        return Shelf(context.work.parent / "answers" / context.stage)
 
 
 def provenance(header: str, teacher_ids: Sequence[int]) -> str:
@@ -605,19 +525,3 @@ def _completion(tokenizer: Any, prompt: list[int], ids: list[int]) -> str:
 def _column(path: Path, name: str) -> list[Any]:
     values: list[Any] = pq.read_table(path, columns=[name])[name].to_pylist()
     return values
-
-
-def _batched(rows: Iterable[dict[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:
-    counted = groupby(enumerate(rows), key=lambda pair: pair[0] // size)
-    return ([row for _, row in some] for _, some in counted)
-
-
-def _write(path: Path, schema: pa.Schema, rows: Iterable[dict[str, Any]]) -> None:
-    """Aside, synced, renamed: under its name a file is whole."""
-    aside = path.with_name(f".{path.name}.partial")
-    with pq.ParquetWriter(aside, schema) as writer:
-        for some in _batched(rows, _PROMPTS_AT_ONCE):
-            writer.write_table(pa.Table.from_pylist(some, schema))
-    with open(aside, "rb") as handle:
-        os.fsync(handle.fileno())
-    os.rename(aside, path)

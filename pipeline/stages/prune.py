@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,7 +14,6 @@ import numpy as np
 import torch
 from datasets import load_from_disk
 from hydra.utils import instantiate
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -23,9 +21,10 @@ from transformers import AutoModelForCausalLM
 from models.errors import Refusal
 from models.load import DTYPES, empty_model, load_config, load_model, parameter_count, save_model
 from models.pruning import importance as scoring
+from models.pruning.files import plan_of, read_partial_scores, read_plan, read_scores, write_partial_scores, write_plan
 from models.pruning.groups import Anatomy, anatomy_of
 from models.pruning.importance import Importance, Statistics
-from models.pruning.plan import Scores, Shapes, Size, Wish, alike, choose
+from models.pruning.plan import Scores, Shapes, Wish, alike, choose
 from models.pruning.surgery import Kept, cut_state, expressible, silence, silent_experts, smaller_config
 from models.sharding import engine_of, load_sharded, zero3
 from models.targets import IGNORED
@@ -159,7 +158,7 @@ class Prune(Stage):
             self.calibration.check("prune", config, corpus, self.data.max_length)
             scoring.check(self.importance, anatomy, self.kinds)
             for path in self._files:
-                self._check_scores(path, _read_scores(path)[1], self._scored(context))
+                self._check_scores(path, read_scores(path)[1], self._scored(context))
             # As if all scores were known: what cannot be met or said is refused before a weight is read. How units of
             # several groups compare is not known, so that later stages are checked with every group's own share.
             scores = {group.name: np.arange(group.units, dtype=float) for group in anatomy.groups.values()}
@@ -220,7 +219,9 @@ class Prune(Stage):
         model = model or load_model(self.model, **self._words).to("cpu" if sharded else place)
         smaller, said = smaller_config(config, anatomy, kept)
         sizes = shapes.size({}), shapes.size(kept)
-        plan = _plan(context, anatomy, kept, scores, sizes, smaller, [each for each in (note, said) if each])
+        plan = plan_of(
+            context.parents.get("model"), anatomy, kept, scores, sizes, smaller, [each for each in (note, said) if each]
+        )
         manifest = context.manifest(self.makes)
 
         def build(folder: Path) -> None:
@@ -229,7 +230,7 @@ class Prune(Stage):
             cut.generation_config = model.generation_config
             state = cut_state(model.state_dict(), anatomy, kept)
             save_model(cut, tokenizer, folder, state, DTYPES[self.dtype])
-            _write_plan(folder / artifact.PLAN, plan)
+            write_plan(folder / artifact.PLAN, plan)
             if statistics:
                 save_file(statistics, folder / artifact.SCORES, metadata={"of": json.dumps(self._scored(context))})
             del cut, state
@@ -316,7 +317,7 @@ class Prune(Stage):
         if not self.importance.needs_calibration_data:
             return {}
         path = context.work / f"{step}.{artifact.SCORES}"
-        before, done = _resumed(path, context.fingerprint)
+        before, done = read_partial_scores(path, context.fingerprint)
         world = self.ranks(context)
         place = torch.device("cpu")
         if context.device == "cuda":
@@ -330,9 +331,7 @@ class Prune(Stage):
             nonlocal done
             done += 1
             if context.rank == 0:
-                aside = path.with_name(f".{path.name}.partial")
-                save_file(statistics, aside, metadata={"of": context.fingerprint, "batches": str(done)})
-                os.replace(aside, path)
+                write_partial_scores(path, statistics, context.fingerprint, done)
 
         left = shown(batches[done:], len(batches) - done, "scoring", context.rank == 0 and len(batches) - done > 1)
         with silent_experts(model, anatomy, kept):
@@ -353,7 +352,7 @@ class Prune(Stage):
     def _added(self, context: Context) -> Statistics:
         total: Statistics = {}
         for path in self._files:
-            statistics, of = _read_scores(path)
+            statistics, of = read_scores(path)
             self._check_scores(path, of, self._scored(context))
             total = {name: total[name] + values if total else values for name, values in statistics.items()}
         return total
@@ -415,75 +414,10 @@ class Prune(Stage):
         return {"max_difference": apart, "largest_logit": largest, "tolerance": allowed, "tokens": tokens}
 
 
-def read_plan(path: Path, anatomy: Anatomy, model: str | None = None) -> tuple[dict[str, np.ndarray], str]:
-    """Kept units of a plan.json, and a note. Raises Refusal for what this model does not have.
-
-    `model`: the hash of the model that is cut; that the plan was made of another one is only told, as weights may have
-    been trained since.
-    """
-    try:
-        plan = json.loads(path.read_text())
-        named, units = dict(plan["kept"]), dict(plan.get("units", {}))
-        made_of = (plan.get("model") or {}).get("content_hash")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
-        raise Refusal(f"prune.plan={path}: no plan: {type(problem).__name__} {problem}; need a plan.json") from None
-    if not named:
-        raise Refusal(f"prune.plan={path}: it keeps everything; nothing is to be cut")
-    kept = {}
-    for name, numbers in named.items():
-        group = anatomy.groups.get(name)
-        if group is None:
-            raise Refusal(f"prune.plan={path}: this model has no group {name}")
-        if units.get(name, group.units) != group.units:
-            raise Refusal(f"prune.plan={path}: {name} has {units[name]} units there, and {group.units} in this model")
-        there = isinstance(numbers, list) and all(type(n) is int and 0 <= n < group.units for n in numbers)
-        if not there or not numbers or sorted(set(numbers)) != numbers:
-            raise Refusal(
-                f"prune.plan={path}: {name} keeps {str(numbers)[:60]}; need rising numbers from 0 to {group.units - 1}"
-            )
-        kept[name] = np.array(numbers)
-    other = made_of is not None and model is not None and made_of != model
-    return kept, "as the plan says" + (", which was made of other weights" if other else "")
-
-
 def _counts(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Rows that predict something, and tokens to predict."""
     real_BT = batch["targets"] != IGNORED
     return real_BT.any(1), real_BT
-
-
-def _read_scores(path: Path) -> tuple[Statistics, dict[str, Any]]:
-    """Statistics, and what they are of."""
-    try:
-        with safe_open(path, "np") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["of"])
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as problem:
-        raise Refusal(
-            f"prune.scores={path}: no scores: {problem}; need a {artifact.SCORES} of an earlier cut"
-        ) from None
-
-
-def _resumed(path: Path, fingerprint: str) -> tuple[Statistics, int]:
-    """What a killed run had gathered, and of how many batches."""
-    if not path.exists():
-        return {}, 0
-    with safe_open(path, "np") as file:
-        metadata = file.metadata()
-        if metadata["of"] != fingerprint:
-            return {}, 0
-        return {name: file.get_tensor(name) for name in file.keys()}, int(metadata["batches"])
-
-
-def _write_plan(path: Path, plan: dict[str, Any]) -> None:
-    """JSON with each group's units on one line: there can be ten thousand."""
-    lines = []
-    for name, value in plan.items():
-        if name in ("kept", "scores"):
-            inner = ",\n".join(f"    {json.dumps(key)}: {json.dumps(units)}" for key, units in value.items())
-            lines.append(f"  {json.dumps(name)}: {{\n{inner}\n  }}")
-        else:
-            lines.append(f"  {json.dumps(name)}: {json.dumps(value)}")
-    path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
 def _apart(shapes: Shapes, wanted: Kept, kept: Kept, wish: Wish) -> str:
@@ -500,50 +434,3 @@ def _apart(shapes: Shapes, wanted: Kept, kept: Kept, wish: Wish) -> str:
     if wish.protect_first + wish.protect_last and set(wish.kinds) - {"layers"}:
         told += "; layers that were to be protected have it too, and only moved the average"
     return told
-
-
-def _plan(
-    context: Context,
-    anatomy: Anatomy,
-    kept: Kept,
-    scores: Scores,
-    sizes: tuple[Size, Size],
-    config: Any,
-    notes: list[str],
-) -> dict[str, Any]:
-    heads = config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    layer = kept["layers"][0] if "layers" in kept else 0
-    mlp = next(group for group in anatomy.of("mlp") if group.layer == layer)
-    widths = {"mlp": len(kept.get(mlp.name, range(mlp.units))), "heads": heads * anatomy.head_dim}
-    return {
-        "model": context.parents.get("model"),
-        "kept": {name: units.tolist() for name, units in sorted(kept.items())},
-        "units": {name: anatomy.groups[name].units for name in sorted(kept)},
-        "before": vars(sizes[0]),
-        "after": vars(sizes[1]),
-        "notes": notes,
-        "loads_in": {
-            "transformers": f"AutoModelForCausalLM, as {config.model_type}",
-            "vllm": f"tensor parallel sizes {_parallel(heads, kv_heads, widths['mlp'])}",
-            "llama.cpp": _blocks_of(config.hidden_size, widths),
-        },
-        "config": {k: v for k, v in config.to_dict().items() if k != "transformers_version"},
-        "scores": {name: [float(f"{value:.6g}") for value in each] for name, each in sorted(scores.items())},
-    }
-
-
-def _parallel(heads: int, kv_heads: int, width: int) -> str:
-    """vLLM splits heads and MLP evenly, and KV heads evenly or as copies."""
-    even = [n for n in (1, 2, 4, 8, 16, 32) if heads % n == 0 and width % n == 0]
-    return ", ".join(str(n) for n in even if kv_heads % n == 0 or n % kv_heads == 0)
-
-
-def _blocks_of(hidden: int, widths: Mapping[str, int]) -> str:
-    """llama.cpp's quantized rows come in blocks of 32, those of K-quants of 256; what does not fit stays in 16 bits."""
-    rows = {"hidden": hidden, **widths}
-    said = []
-    for block, kinds in ((256, "K-quants"), (32, "Q4_0 and Q8_0")):
-        odd = [f"{name} {width}" for name, width in rows.items() if width % block]
-        said.append(f"{kinds} fit all rows" if not odd else f"{kinds} do not fit rows of {', '.join(odd)}")
-    return "; ".join(said)

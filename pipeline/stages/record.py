@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -51,6 +49,7 @@ from pipeline.data.source import DataSource, check_source, source_key
 from pipeline.data.tokenizer import load_tokenizer, tokenizer_key
 from pipeline.planned import teacher_config
 from pipeline.progress import shown
+from pipeline.shelf import Shelf, link
 from pipeline.stages.stage import Makes, Stage
 from pipeline.stages.stage import Plan as StagePlan
 from pipeline.training.ranks import join
@@ -145,15 +144,9 @@ class Record(Stage):
         if not len(rows):
             raise Refusal(f"{context.stage}: no row of data.train is left after tokenizing ({statistics})")
         header = self._header(context, tokenizer)
-        # Not in the stage's own folder, which goes when the stage is begun with other values: hours of a teacher's
-        # answers must survive them, and wait for the old values to come back, until a result is published.
-        shards = self._shelf(context) / header.fingerprint.hex()[:16]
-        forced = context.stage in context.config["force"]
-        if forced and not context.restart:
-            shutil.rmtree(shards, ignore_errors=True)
-        shards.mkdir(parents=True, exist_ok=True)
+        shards = self._shelf(context).open(context, header.fingerprint.hex()[:16])
         write_header(shards, header)
-        if not forced:
+        if context.stage not in context.config["force"]:
             _adopt(context.out, shards, header)
         there = Cache(shards, header)
         row_P, tokens_P, keys, new_P = [], [], [], []
@@ -335,7 +328,7 @@ class Record(Stage):
         def build(folder: Path) -> None:
             for path in sorted(shards.iterdir()):
                 if not path.name.startswith("."):
-                    _link(path, folder / path.name)
+                    link(path, folder / path.name)
             tokenizer.save_pretrained(folder)
             load_config(self.teacher.path, "teacher", self.teacher.trust_remote_code).save_pretrained(folder)
 
@@ -359,11 +352,10 @@ class Record(Stage):
                 "certificates": {},
             },
         )
-        shutil.rmtree(self._shelf(context))
+        self._shelf(context).clear()
 
-    def _shelf(self, context: Context) -> Path:
-        """Unfinished shards, one folder for everything that decides the signal."""
-        return context.work.parent / "signals" / context.stage
+    def _shelf(self, context: Context) -> Shelf:
+        return Shelf(context.work.parent / "signals" / context.stage)
 
 
 class Known:
@@ -394,7 +386,7 @@ def _adopt(old: Path, shards: Path, header: Header) -> None:
         except Refusal:
             continue
         if not (shards / path.name).exists():
-            _link(path, shards / path.name)
+            link(path, shards / path.name)
 
 
 def _first(keys_P2: Any) -> Any:
@@ -445,11 +437,3 @@ def _nothing(batch: dict[str, Any], signal: Signal) -> None:
 def _batch(rows: Any, numbers: list[int], tokenizer: Any, place: torch.device) -> dict[str, Any]:
     batch = collate([rows[number] for number in numbers], pad_token=pad_token(tokenizer))
     return {name: value.to(place) if isinstance(value, Tensor) else value for name, value in batch.items()}
-
-
-def _link(source: Path, target: Path) -> None:
-    """The same bytes under a second name: killed in between, neither is lost."""
-    try:
-        os.link(source, target)
-    except OSError:  # a file system without hard links
-        shutil.copy(source, target)

@@ -16,13 +16,12 @@ from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
 
 from models.errors import Refusal
-from models.pruning import surgery
+from models.pruning import files, surgery
 from models.pruning.groups import Anatomy, Axis, anatomy_of
 from models.pruning.importance import gather
 from models.pruning.importances.taylor import Taylor
 from models.pruning.plan import Wish
 from models.training.language_model import LanguageModel
-from pipeline.stages import prune
 from pipeline.worker import build, check
 from tests.command import train, weights
 from tests.pruning.families import config_of
@@ -342,11 +341,11 @@ def test_a_plan_that_the_stage_would_write_over_is_refused(made: Path) -> None:
 
 def test_a_plan_says_where_its_widths_run() -> None:
     """vLLM divides heads and MLP evenly and copies KV heads; llama.cpp's blocks are of 32 and 256."""
-    assert prune._parallel(24, 6, 11039) == "1"
-    assert prune._parallel(24, 6, 11008) == "1, 2"
-    assert prune._parallel(24, 2, 11008) == "1, 2, 4, 8"
-    assert prune._parallel(32, 8, 14336) == "1, 2, 4, 8, 16, 32"
-    said = prune._blocks_of(4096, {"mlp": 11040, "heads": 3072})
+    assert files._parallel(24, 6, 11039) == "1"
+    assert files._parallel(24, 6, 11008) == "1, 2"
+    assert files._parallel(24, 2, 11008) == "1, 2, 4, 8"
+    assert files._parallel(32, 8, 14336) == "1, 2, 4, 8, 16, 32"
+    said = files._blocks_of(4096, {"mlp": 11040, "heads": 3072})
     assert said == "K-quants do not fit rows of mlp 11040; Q4_0 and Q8_0 fit all rows"
 
 

@@ -16,11 +16,11 @@ from hydra.core.config_store import ConfigStore
 from models.errors import Refusal
 from models.measure import _names
 from models.questions import Question, answered
+from pipeline.accuracy import gap_closed
 from pipeline.artifact import content_hash
 from pipeline.config import Config, parse
 from pipeline.context import Context
 from pipeline.data.tokenizer import load_tokenizer
-from pipeline.stages.evaluate import gap_closed
 from pipeline.worker import build, check
 from tests.command import ROOT, train, weights
 
