@@ -1,4 +1,4 @@
-"""Where finished shards of an unfinished stage wait: `record` and `generate` lose one shard of a teacher's work at most.
+"""Where finished shards of an unfinished stage wait: `record` and `generate` lose one shard of their work at most.
 
 Not in the stage's own work folder, which goes when the stage is begun with other values: hours of a teacher's answers
 survive them, and wait for the old values to come back, until a result is published.
