@@ -410,7 +410,7 @@ def test_filters_divide_real_answers_by_what_they_say(sampled: Path) -> None:
         Length(3, 8): lambda answer: 3 <= len(answer.ids) <= 8,
         Length(finished=True): lambda answer: answer.finish_reason == "stop",
         LogProbability(-1.0): lambda answer: sum(answer.log_probabilities) / len(answer.ids) >= -1.0,
-        Predicate("tests.test_generate.has_a_space"): lambda answer: " " in answer.completion,
+        Predicate("tests.stages.test_generate.has_a_space"): lambda answer: " " in answer.completion,
     }
     for each, rule in rules.items():
         told = kept(each, sampled)
@@ -474,7 +474,7 @@ def test_every_filter_has_its_yaml_and_what_leaves_nothing_is_refused(
     names = sorted(path.stem for path in (ROOT / "conf" / "filter").glob("*.yaml"))
     assert names == ["length", "log_probability", "majority_vote", "predicate", "repetition"]
     words = [f"filter=[{','.join(names)}]"]
-    words.append("filters.predicate.function=tests.test_generate.has_a_space")
+    words.append("filters.predicate.function=tests.stages.test_generate.has_a_space")
     words += ["filters.length.minimum=1000", "data.max_documents=3"]
     with pytest.raises(Refusal, match=r"filters leave none of 9 answers .* loosen them, the answers are kept"):
         make(tmp_path, "generate", *words_of(teacher, corpus), *words)
