@@ -1,8 +1,8 @@
-"""Perplexity of a model whose weights lie on a grid of few bits, by the method that put them there.
+"""Perplexity of a model with quantized weights, by the method that quantized them.
 
     .venv/bin/python benchmarks/quantization.py --quick
 
-The same model, calibration tokens, grids and matrices for all sides; ours goes through the stage `quantize` and is
+The same model, calibration tokens, schemes and matrices for all sides; ours goes through the stage `quantize` and is
 measured from the folder that it wrote. Each side is a fresh process. The peer lives in an environment of its own
 (benchmarks/README.md), whose Python runs this very file.
 """
@@ -37,19 +37,19 @@ class Settings:
     held_out_rows: int = 128  # of as many tokens each
     iterations: int = 200  # of auto-round's tuning
     train_steps: int = 1400  # of the model that is made
-    qat_steps: int = 200  # of training on the grid
+    qat_steps: int = 200  # of quantization-aware training
     threads: int = 2
     repeats: int = 3  # each with other calibration rows
 
 
 SIDES = {
-    "nearest": "quantizer=nearest",
+    "round_to_nearest": "quantizer=round_to_nearest",
     "clipped": "quantizer=clipped",
     "gptq": "quantizer=gptq with clip: false",
     "gptq_clip": "quantizer=gptq",
     "awq": "quantizer=awq",
     "qat": "gptq_clip, then the stage qat by the objective of conf/, the float model teaching",
-    "trained": "the same training on no grid: what of it is the text's and not the grid's",
+    "trained": "the same training without quantization: what of the gain is the text's",
     "auto_round_rtn": "auto-round: rounding with searched scales, without tuning",
     "auto_round_awq": "auto-round's AWQ, then the same rounding",
     "auto_round": "auto-round: rounding and ranges tuned by signed gradients",
@@ -57,19 +57,19 @@ SIDES = {
 PEERS = [side for side in SIDES if side.startswith("auto_round")]
 PAIRS = {"clipped": "auto_round_rtn", "awq": "auto_round_awq", "gptq_clip": "auto_round"}  # ours ÷ theirs
 TRAINED = ("qat", "trained")
-NEEDS_NO_TEXT = ("nearest", "clipped")  # every repeat would be the same
-GRIDS = {  # bits, group; None: a channel
-    "int8_channel": (8, None),
-    "int4_channel": (4, None),
-    "int4_group32": (4, 32),
-    "int4_group128": (4, 128),
-    "int3_channel": (3, None),
-    "int3_group32": (3, 32),
-    "int3_group128": (3, 128),
+NEEDS_NO_TEXT = ("round_to_nearest", "clipped")  # every repeat would be the same
+SCHEMES = {  # bits, group; None: a channel
+    "w8a16": (8, None),
+    "w4a16": (4, None),
+    "w4a16_g32": (4, 32),
+    "w4a16_g128": (4, 128),
+    "w3a16": (3, None),
+    "w3a16_g32": (3, 32),
+    "w3a16_g128": (3, 128),
 }
 
 
-def stage(side: str, grid: str, skip: list[str], folder: Path, settings: Settings, seed: int) -> tuple[Any, Any]:
+def stage(side: str, scheme: str, skip: list[str], folder: Path, settings: Settings, seed: int) -> tuple[Any, Any]:
     """Our stage and its context, as train.py would build them."""
     from hydra import compose, initialize_config_dir
     from hydra.core.config_store import ConfigStore
@@ -78,39 +78,39 @@ def stage(side: str, grid: str, skip: list[str], folder: Path, settings: Setting
     from pipeline.context import Context
     from pipeline.worker import build
 
-    words = ["+experiment=quantize_only", f"model.path={settings.model}", *asked(side, grid, skip, settings, seed)]
-    words += [f"run_dir={folder}", *(["stages.quantize.method.clip=false"] if side == "gptq" else [])]
+    words = ["+experiment=quantize_only", f"model.path={settings.model}", *asked(side, scheme, skip, settings, seed)]
+    words += [f"run_dir={folder}", *(["quantizer.clip=false"] if side == "gptq" else [])]
     ConfigStore.instance().store(name="schema", node=Config)
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         config = parse(compose("config", words))
     return build(config, "quantize"), Context(config, "quantize")
 
 
-def asked(side: str, grid: str, skip: list[str], settings: Settings, seed: int) -> list[str]:
-    """What every side says of text and grid."""
-    bits, group = GRIDS[grid]
+def asked(side: str, scheme: str, skip: list[str], settings: Settings, seed: int) -> list[str]:
+    """What every side is given: text and scheme."""
+    bits, group = SCHEMES[scheme]
     return [
         *(["data=stdlib"] if settings.text == "stdlib" else ["data=files", f"data.train={settings.text}"]),
         "data.holdout=0.2", f"data.max_documents={settings.documents}",
         f"data.max_length={settings.calibration_length}",
-        f"quantizer@stages.quantize.method={'gptq' if side in TRAINED else side.removesuffix('_clip')}",
-        f"stages.quantize.grid.bits={bits}", f"stages.quantize.grid.granularity={'group' if group else 'channel'}",
-        f"stages.quantize.grid.group_size={group or 'null'}", f"stages.quantize.skip=[{','.join(skip)}]",
+        f"quantizer={'gptq' if side in TRAINED else side.removesuffix('_clip')}",
+        f"scheme.weights.bits={bits}", f"scheme.weights.granularity={'group' if group else 'channel'}",
+        f"scheme.weights.group_size={group or 'null'}", f"stages.quantize.skip=[{','.join(skip)}]",
         f"stages.quantize.calibration.samples={settings.calibration_samples}", f"stages.quantize.seed={seed}",
         f"stages.quantize.calibration.length={settings.calibration_length}", "trainer.accelerator=cpu", "logger=none",
     ]  # fmt: skip
 
 
-def trained(side: str, grid: str, folder: Path, settings: Settings, repeat: int) -> tuple[Any, list[str], float]:
+def trained(side: str, scheme: str, folder: Path, settings: Settings, repeat: int) -> tuple[Any, list[str], float]:
     """As a user runs it; seconds are of both stages."""
     import torch
 
     from models.load import load_model
-    from models.quantization.record import read_record
+    from models.quantization.stored import read_quantized
 
     words = ["+experiment=demo/quantize_aware", "start=quantize", f"model.path={settings.model}"]
-    words += asked(side, grid, left_out(settings, grid), settings, repeat)
-    words += [f"run_dir={folder}/{side}-{grid}", f"stages.qat.training.max_steps={settings.qat_steps}"]
+    words += asked(side, scheme, left_out(settings, scheme), settings, repeat)
+    words += [f"run_dir={folder}/{side}-{scheme}", f"stages.qat.training.max_steps={settings.qat_steps}"]
     words += [f"stages.qat.seed={repeat}"]
     if side == "trained":
         words += ["stages=[qat]", "stages.qat.qat=null", f"stages.qat.student.path={settings.model}"]
@@ -121,39 +121,39 @@ def trained(side: str, grid: str, folder: Path, settings: Settings, repeat: int)
     seconds = time.perf_counter() - begin
     if done.returncode:
         sys.exit(f"{done.stdout[-2000:]}{done.stderr[-4000:]}\nerror: {side} failed")
-    out = folder / f"{side}-{grid}" / "qat"
-    grid_file = out / "grid.safetensors"
-    names = [each.removesuffix(".weight") for each in read_record(grid_file).matrices] if side == "qat" else []
+    out = folder / f"{side}-{scheme}" / "qat"
+    held = out / "quantized.safetensors"
+    names = [each.removesuffix(".weight") for each in read_quantized(held).matrices] if side == "qat" else []
     return load_model(str(out), dtype=torch.float32), names, seconds
 
 
-def ours(side: str, grid: str, folder: Path, settings: Settings, repeat: int) -> tuple[Any, list[str], float]:
-    """(model, names of what is on the grid, seconds)."""
+def ours(side: str, scheme: str, folder: Path, settings: Settings, repeat: int) -> tuple[Any, list[str], float]:
+    """(model, names of what is quantized, seconds)."""
     import torch
 
     from models.load import load_model
-    from models.quantization.record import read_record
+    from models.quantization.stored import read_quantized
 
-    made, context = stage(side, grid, left_out(settings, grid), folder / f"{side}-{grid}", settings, repeat)
+    made, context = stage(side, scheme, left_out(settings, scheme), folder / f"{side}-{scheme}", settings, repeat)
     begin = time.perf_counter()
     made.prepare(context)
     made.run(context)
     seconds = time.perf_counter() - begin
-    names = [name.removesuffix(".weight") for name in read_record(context.out / "grid.safetensors").matrices]
+    names = [name.removesuffix(".weight") for name in read_quantized(context.out / "quantized.safetensors").matrices]
     return load_model(str(context.out), dtype=torch.float32), names, seconds
 
 
-def peer(side: str, grid: str, folder: Path, settings: Settings, repeat: int) -> tuple[Any, list[str], float]:
+def peer(side: str, scheme: str, folder: Path, settings: Settings, repeat: int) -> tuple[Any, list[str], float]:
     import torch
     from auto_round import AutoRound
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    bits, group = GRIDS[grid]
+    bits, group = SCHEMES[scheme]
     model = AutoModelForCausalLM.from_pretrained(settings.model, dtype=torch.float32)
     skipped = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and name.endswith(tuple(left_out(settings, grid)))
+        if isinstance(module, torch.nn.Linear) and name.endswith(tuple(left_out(settings, scheme)))
     ]
     rows = torch.load(folder / "tokens.pt")["calibration"][repeat]
     begin = time.perf_counter()
@@ -185,14 +185,16 @@ def peer(side: str, grid: str, folder: Path, settings: Settings, repeat: int) ->
     return made.float(), names, seconds
 
 
-def left_out(settings: Settings, grid: str) -> list[str]:
+def left_out(settings: Settings, scheme: str) -> list[str]:
     """Kinds of matrices that stay float on all sides: those named, and those whose inputs the groups do not divide."""
     config = json.loads(Path(settings.model, "config.json").read_text())
     heads, hidden = config["num_attention_heads"], config["hidden_size"]
     attention = heads * (config.get("head_dim") or hidden // heads)
     widths = dict.fromkeys(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), hidden)
     widths |= {"o_proj": attention, "down_proj": config["intermediate_size"]}
-    return [name for name, width in widths.items() if name in settings.skip.split(",") or width % (GRIDS[grid][1] or 1)]
+    return [
+        name for name, width in widths.items() if name in settings.skip.split(",") or width % (SCHEMES[scheme][1] or 1)
+    ]
 
 
 def worth(model: Any, folder: Path, settings: Settings) -> dict[str, float]:
@@ -213,7 +215,7 @@ def worth(model: Any, folder: Path, settings: Settings) -> dict[str, float]:
     return {"perplexity": math.exp(nats / tokens), "kl": divergence / tokens}
 
 
-def run_child(side: str, folder: Path, settings: Settings, grids: list[str], also: dict[str, str]) -> None:
+def run_child(side: str, folder: Path, settings: Settings, schemes: list[str], also: dict[str, str]) -> None:
     """In the side's own process: the last line printed is its figures."""
     import warnings
     from importlib import metadata
@@ -230,12 +232,12 @@ def run_child(side: str, folder: Path, settings: Settings, grids: list[str], als
             found[name] = worth(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), folder, settings)
     else:
         run = peer if side in PEERS else trained if side in TRAINED else ours
-        for grid in grids:
-            found[grid] = []
+        for scheme in schemes:
+            found[scheme] = []
             for repeat in range(1 if side in NEEDS_NO_TEXT else settings.repeats):
                 place = folder / f"repeat-{repeat}" if run is not peer else folder
-                model, names, seconds = run(side, grid, place, settings, repeat)
-                found[grid].append({**worth(model, folder, settings), "matrices": sorted(names), "seconds": seconds})
+                model, names, seconds = run(side, scheme, place, settings, repeat)
+                found[scheme].append({**worth(model, folder, settings), "matrices": sorted(names), "seconds": seconds})
     packages = ("torch", "transformers", *(("auto-round",) if side in PEERS else ()))
     versions = {name: metadata.version(name) for name in packages}
     print(json.dumps({"found": found, "versions": versions, "load": os.getloadavg()[0]}))
@@ -263,7 +265,7 @@ def write_tokens(folder: Path, settings: Settings) -> None:
 
     calibration = []
     for repeat in range(settings.repeats):
-        made, context = stage("gptq", "int8_channel", [], folder / f"rows-{repeat}", settings, repeat)
+        made, context = stage("gptq", "w8a16", [], folder / f"rows-{repeat}", settings, repeat)
         tokenizer, _, batches = made._walk.open(context)
         calibration.append(torch.cat(batches))
     texts = documents(made.data, "test")["text"][:]
@@ -278,7 +280,7 @@ def write_tokens(folder: Path, settings: Settings) -> None:
 
 def measure(
     sides: list[str],
-    grids: list[str],
+    schemes: list[str],
     also: dict[str, str],
     settings: Settings,
     python: str,
@@ -292,44 +294,44 @@ def measure(
         for side in ["also", *sides]:
             say(f"{side} …")
             words = ["--side", side, "--folder", folder, "--settings", json.dumps(asdict(settings))]
-            words += ["--grids", ",".join(grids), *(f"--also={name}={path}" for name, path in also.items())]
+            words += ["--schemes", ",".join(schemes), *(f"--also={name}={path}" for name, path in also.items())]
             command = [python if side in PEERS else sys.executable, __file__, *words]
             done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
             if done.returncode:
                 sys.exit(f"{done.stderr[-4000:]}\nerror: side {side} failed under {command[0]}")
             runs[side] = json.loads(done.stdout.splitlines()[-1])
-    return summary(runs, sides, grids)
+    return summary(runs, sides, schemes)
 
 
-def summary(runs: dict[str, Any], sides: list[str], grids: list[str]) -> dict[str, Any]:
+def summary(runs: dict[str, Any], sides: list[str], schemes: list[str]) -> dict[str, Any]:
     """Medians over repeats. `increase`: of the perplexity over the float model's, a share of it."""
     plain = runs["also"]["found"]
     dense = plain["float"]["perplexity"]
     found: dict[str, Any] = {}
     for side in sides:
-        for grid in grids:
-            each = runs[side]["found"][grid]
+        for scheme in schemes:
+            each = runs[side]["found"][scheme]
             middle = {key: statistics.median(run[key] for run in each) for key in ("perplexity", "kl", "seconds")}
             values = [run["perplexity"] for run in each]
             names = each[0]["matrices"]
-            of_grid = found.setdefault(grid, {})
-            of_grid[side] = {
+            of_scheme = found.setdefault(scheme, {})
+            of_scheme[side] = {
                 **middle,
                 "perplexity_range": [min(values), max(values)],
                 "increase": middle["perplexity"] / dense - 1,
                 "matrices": names,
             }
     ratio = {
-        f"{mine} ÷ {theirs}, {grid}": {"perplexity": a["perplexity"] / b["perplexity"], "kl": a["kl"] / b["kl"]}
-        for grid, of_grid in found.items()
+        f"{mine} ÷ {theirs}, {scheme}": {"perplexity": a["perplexity"] / b["perplexity"], "kl": a["kl"] / b["kl"]}
+        for scheme, of_scheme in found.items()
         for mine, theirs in PAIRS.items()
-        if (a := of_grid.get(mine)) and (b := of_grid.get(theirs)) and a["matrices"] == b["matrices"]
+        if (a := of_scheme.get(mine)) and (b := of_scheme.get(theirs)) and a["matrices"] == b["matrices"]
     }
-    for of_grid in found.values():
-        for each in of_grid.values():
+    for of_scheme in found.values():
+        for each in of_scheme.values():
             each["matrices"] = len(each["matrices"])
     return {
-        "grids": found,
+        "schemes": found,
         "ratio": ratio,
         "float": plain.pop("float"),
         "also": plain,
@@ -341,13 +343,13 @@ def summary(runs: dict[str, Any], sides: list[str], grids: list[str]) -> dict[st
 def table(found: dict[str, Any]) -> Any:
     from rich.table import Table
 
-    shown = Table("grid", "side", "perplexity", "range", "increase", "KL", "seconds", "matrices")
+    shown = Table("scheme", "side", "perplexity", "range", "increase", "KL", "seconds", "matrices")
     shown.add_row("", "float", f"{found['float']['perplexity']:.3f}")
-    for grid, of_grid in found["grids"].items():
-        for side, each in of_grid.items():
+    for scheme, of_scheme in found["schemes"].items():
+        for side, each in of_scheme.items():
             low, high = each["perplexity_range"]
             shown.add_row(
-                grid,
+                scheme,
                 side,
                 f"{each['perplexity']:.3f}",
                 f"{low:.3f}–{high:.3f}",
@@ -365,14 +367,16 @@ def table(found: dict[str, Any]) -> Any:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="two minutes on 2 cores: 150 steps, one grid, ours alone")
+    parser.add_argument(
+        "--quick", action="store_true", help="two minutes on 2 cores: 150 steps, one scheme, ours alone"
+    )
     parser.add_argument(
         "--peer-python",
         help="has auto-round (default: $RETORT_AUTO_ROUND_PYTHON or .venv-auto-round/bin/python)",
         default=os.environ.get("RETORT_AUTO_ROUND_PYTHON", str(ROOT / ".venv-auto-round/bin/python")),
     )
     parser.add_argument("--sides", help=f"comma-separated, of {', '.join(SIDES)}; `ours`: all of ours")
-    parser.add_argument("--grids", help=f"comma-separated, of {', '.join(GRIDS)}")
+    parser.add_argument("--schemes", help=f"comma-separated, of {', '.join(SCHEMES)}")
     parser.add_argument(
         "--also", action="append", default=[], metavar="NAME=FOLDER", help="a model that was made already; repeatable"
     )
@@ -386,16 +390,18 @@ def main() -> None:
     if len(also) < len(words.also):
         parser.error(f"--also {' '.join(words.also)}: need NAME=FOLDER, each name once")
     if words.side:
-        run_child(words.side, Path(words.folder), Settings(**json.loads(words.settings)), words.grids.split(","), also)
+        run_child(
+            words.side, Path(words.folder), Settings(**json.loads(words.settings)), words.schemes.split(","), also
+        )
         return
 
     os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed, wherever it is imported, looks for a GPU and says so
     from rich.console import Console
 
-    settings, sides, grids = Settings(threads=os.cpu_count() or 1), list(SIDES), list(GRIDS)
+    settings, sides, schemes = Settings(threads=os.cpu_count() or 1), list(SIDES), list(SCHEMES)
     if words.quick:
         settings = replace(settings, train_steps=150, repeats=1, calibration_samples=32, held_out_rows=32, qat_steps=20)
-        sides, grids = [side for side in SIDES if side not in PEERS], ["int4_group32"]
+        sides, schemes = [side for side in SIDES if side not in PEERS], ["w4a16_g32"]
     settings = replace(
         settings, **{name: value for name in asdict(settings) if (value := getattr(words, name)) is not None}
     )
@@ -403,9 +409,9 @@ def main() -> None:
         sides = [each for each in SIDES if each not in PEERS] if words.sides == "ours" else words.sides.split(",")
     if unknown := set(sides) - set(SIDES):
         parser.error(f"--sides {','.join(sorted(unknown))}: need some of {', '.join(SIDES)}")
-    grids = words.grids.split(",") if words.grids else grids
-    if unknown := set(grids) - set(GRIDS):
-        parser.error(f"--grids {','.join(sorted(unknown))}: need some of {', '.join(GRIDS)}")
+    schemes = words.schemes.split(",") if words.schemes else schemes
+    if unknown := set(schemes) - set(SCHEMES):
+        parser.error(f"--schemes {','.join(sorted(unknown))}: need some of {', '.join(SCHEMES)}")
     if set(sides) & set(PEERS) and not Path(words.peer_python).is_file():
         parser.error(
             f"--peer-python {words.peer_python}: not there; make it as benchmarks/README.md says, or leave auto-round "
@@ -425,14 +431,14 @@ def main() -> None:
         console.print(line, highlight=False)
 
     settings = replace(settings, model=settings.model or teacher(settings, say))
-    for grid in list(grids):
-        skipped = left_out(settings, grid)
+    for scheme in list(schemes):
+        skipped = left_out(settings, scheme)
         if len(skipped) == 7:
-            say(f"left out: {grid}, whose groups divide no width of the model")
-            grids.remove(grid)
+            say(f"left out: {scheme}, whose groups divide no width of the model")
+            schemes.remove(scheme)
         elif skipped:
-            say(f"{grid}: {', '.join(skipped)} stay float")
-    found = measure(sides, grids, also, settings, words.peer_python, say)
+            say(f"{scheme}: {', '.join(skipped)} stay float")
+    found = measure(sides, schemes, also, settings, words.peer_python, say)
     console.print(table(found))
     for name, each in found["ratio"].items():
         say(f"{name}: perplexity {each['perplexity']:.4f}, KL {each['kl']:.3f}")

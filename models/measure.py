@@ -206,10 +206,10 @@ def measure_folder(
     peak = memory.bytes()  # what serving one request takes; scoring long texts below is another matter
     check_split(model, model.config.vocab_size, packed)
     if record is not None:
-        from models.quantization.proof import read_as_recorded
-        from models.quantization.record import open_record
+        from models.quantization.proof import round_as_quantized
+        from models.quantization.stored import open_quantized
 
-        read_as_recorded(model, open_record(record))
+        round_as_quantized(model, open_quantized(record))
     nats, tokens = negative_log_likelihood(model, batches)
     right = {}
     for name, questions in (quiz.questions if quiz else {}).items():

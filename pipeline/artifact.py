@@ -21,8 +21,8 @@ MANIFEST = "manifest.json"
 PLAN = "plan.json"  # of a pruned model: which units it keeps
 SCORES = "scores.safetensors"  # of a pruned model: the calibration statistics
 METRICS = "metrics.jsonl"  # of a training: it holds timings
-GRID = "grid.safetensors"  # of a quantized model: its integers and scales
-PLANNED_GRID = "grid.json"  # of a model that is still to be quantized: what its grid will be
+QUANTIZED = "quantized.safetensors"  # of a quantized model: its integers and scales
+PLANNED_QUANTIZED = "quantized.json"  # of a model that is still to be quantized: its scheme and shapes
 CARD = "README.md"  # of an export
 BESIDE = (PLAN, SCORES, METRICS)  # they lie beside a model, and do not belong to it
 _PARTIAL = ".partial"
@@ -76,6 +76,15 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return manifest if whole else None
+
+
+def quantized_file(folder: Path) -> Path | None:
+    """The integers that a model's weights are made of, where it is quantized."""
+    if (folder / "grid.safetensors").is_file():
+        raise Refusal(
+            f"{folder}: it was quantized by a version before 0.2 (grid.safetensors); run the stage quantize again"
+        )
+    return folder / QUANTIZED if (folder / QUANTIZED).is_file() else None
 
 
 def content_hash(path: Path, cache: Path | None = None) -> str:

@@ -80,6 +80,10 @@ class Config:
     filters: dict[str, Any] = field(default_factory=dict)
     optimizer: Any = None
     schedule: Any = None
+    scheme: Any = None
+    quantizer: Any = None
+    sparsity: Any = None
+    formats: Any = None  # folder of an export → what is written there
     trainer: Trainer = field(default_factory=Trainer)
     strategy: Any = None
     logger: Any = None

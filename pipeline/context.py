@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from models.errors import Refusal
-from pipeline.artifact import PLANNED_GRID, git_commit, read_manifest, versions, write_json
+from pipeline.artifact import PLANNED_QUANTIZED, git_commit, read_manifest, versions, write_json
 from pipeline.training.strategy import Strategy
 
 
@@ -113,6 +113,12 @@ class Context:
         found: str = get_class(self.config["stages"][stage]["_target_"]).makes  # type: ignore[attr-defined]
         return found
 
+    def setting(self, stage: str, field: str) -> str:
+        """How a field of a stage is set on the command line: by the choice at the top where the stage takes that."""
+        chosen = self.config.get(field)
+        taken = chosen is not None and self.config["stages"][stage].get(field) == chosen
+        return field if taken else f"stages.{stage}.{field}"
+
     def produced_by(self, path: str) -> str | None:
         """The stage of this run whose artifact `path` is, if any."""
         candidate = Path(path)
@@ -133,7 +139,7 @@ class Context:
         assert self.plans is not None
         hf_config.save_pretrained(self.plans / self.stage)
 
-    def plan_grid(self, said: dict[str, Any]) -> None:
-        """In the check process, of a planned model: what is known of what it will be made of."""
+    def plan_quantized(self, said: dict[str, Any]) -> None:
+        """In the check process, of a planned model: the outline of its quantized weights."""
         assert self.plans is not None
-        write_json(self.plans / self.stage / PLANNED_GRID, said)
+        write_json(self.plans / self.stage / PLANNED_QUANTIZED, said)

@@ -8,7 +8,7 @@ from typing import Any
 
 from models.errors import Refusal
 from models.load import check_folder, load_config
-from models.quantization.record import Known, known, read_known
+from models.quantization.stored import Outline, read_outline
 from models.teachers.teacher import Source
 from pipeline import artifact
 from pipeline.context import Context
@@ -55,11 +55,11 @@ def needs_stage(context: Context, stage: str, setting: str) -> Refusal:
     )
 
 
-def known_of(folder: Path) -> Known | None:
-    """What is known before a weight is read of what a model that is there is made of, or one that a stage before plans;
-    None where it is on no grid."""
-    if (folder / artifact.GRID).is_file():
-        return read_known(folder / artifact.GRID)
-    if (folder / artifact.PLANNED_GRID).is_file():
-        return known(json.loads((folder / artifact.PLANNED_GRID).read_text()))
+def outline_of(folder: Path) -> Outline | None:
+    """Of the quantized weights of a model that is there, or that a stage before plans; None where it is not
+    quantized."""
+    if (path := artifact.quantized_file(folder)) is not None:
+        return read_outline(path)
+    if (folder / artifact.PLANNED_QUANTIZED).is_file():
+        return Outline.from_json(json.loads((folder / artifact.PLANNED_QUANTIZED).read_text()))
     return None

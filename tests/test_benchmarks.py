@@ -242,39 +242,40 @@ def tiny_llama(tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_a_grid_is_measured_by_method_and_beside_models_that_were_made_already(tiny_llama: Path) -> None:
+def test_a_scheme_is_measured_by_method_and_beside_models_that_were_made_already(tiny_llama: Path) -> None:
     found = figures(
         quantization(
             f"--model={tiny_llama}", "--sides=awq", f"--also=itself={tiny_llama}",
-            "--grids=int3_group32,int3_group128",
+            "--schemes=w3a16_g32,w3a16_g128",
         )
     )  # fmt: skip
     assert found["also"]["itself"] == found["float"]
     assert found["float"]["kl"] == 0
-    assert set(found["grids"]) == {"int3_group32"}  # 128 divides nothing here
-    of_grid = found["grids"]["int3_group32"]
-    assert of_grid["awq"]["matrices"] == 3 * 6  # down_proj reads 20
-    assert of_grid["awq"]["kl"] > 0
-    assert of_grid["awq"]["increase"] == pytest.approx(of_grid["awq"]["perplexity"] / found["float"]["perplexity"] - 1)
+    assert set(found["schemes"]) == {"w3a16_g32"}  # 128 divides nothing here
+    of_scheme = found["schemes"]["w3a16_g32"]
+    assert of_scheme["awq"]["matrices"] == 3 * 6  # down_proj reads 20
+    assert of_scheme["awq"]["kl"] > 0
+    found_awq = of_scheme["awq"]
+    assert found_awq["increase"] == pytest.approx(found_awq["perplexity"] / found["float"]["perplexity"] - 1)
 
 
 @pytest.mark.slow
-def test_training_on_the_grid_is_measured_beside_the_same_training_on_none(tiny_llama: Path) -> None:
-    words = [f"--model={tiny_llama}", "--sides=gptq,qat,trained", "--grids=int3_channel", "--qat-steps=4"]
-    of_grid = figures(quantization(*words))["grids"]["int3_channel"]
-    assert [of_grid[side]["matrices"] for side in ("gptq", "qat", "trained")] == [3 * 7, 3 * 7, 0]
-    assert of_grid["trained"]["kl"] < of_grid["qat"]["kl"]
+def test_quantization_aware_training_is_measured_beside_the_same_training_on_none(tiny_llama: Path) -> None:
+    words = [f"--model={tiny_llama}", "--sides=gptq,qat,trained", "--schemes=w3a16", "--qat-steps=4"]
+    of_scheme = figures(quantization(*words))["schemes"]["w3a16"]
+    assert [of_scheme[side]["matrices"] for side in ("gptq", "qat", "trained")] == [3 * 7, 3 * 7, 0]
+    assert of_scheme["trained"]["kl"] < of_scheme["qat"]["kl"]
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not AUTO_ROUND_PYTHON.is_file(), reason="no environment with auto-round; see benchmarks/README.md")
-def test_auto_round_puts_the_same_matrices_on_the_grid(tiny_llama: Path) -> None:
-    words = [f"--model={tiny_llama}", "--sides=awq,auto_round_awq", "--grids=int8_channel"]
+def test_auto_round_quantizes_the_same_matrices(tiny_llama: Path) -> None:
+    words = [f"--model={tiny_llama}", "--sides=awq,auto_round_awq", "--schemes=w8a16"]
     found = figures(quantization(*words, f"--peer-python={AUTO_ROUND_PYTHON}"))
-    of_grid = found["grids"]["int8_channel"]
-    assert of_grid["awq"]["matrices"] == 3 * 7
+    of_scheme = found["schemes"]["w8a16"]
+    assert of_scheme["awq"]["matrices"] == 3 * 7
     # It leaves widths alone that 32 does not divide.
-    assert of_grid["auto_round_awq"]["matrices"] < 3 * 7
+    assert of_scheme["auto_round_awq"]["matrices"] < 3 * 7
     assert found["ratio"] == {}
 
 
@@ -282,7 +283,7 @@ def test_auto_round_puts_the_same_matrices_on_the_grid(tiny_llama: Path) -> None
     ("word", "said"),
     [
         ("--peer-python=/nowhere/python", "leave auto-round out with --sides ours"),
-        ("--grids=int5", "need some of int8_channel"),
+        ("--schemes=int5", "need some of w8a16"),
         ("--also=/some/folder", "need NAME=FOLDER"),
         ("--also=qat=/nowhere", "give a model folder"),
     ],

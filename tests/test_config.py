@@ -108,17 +108,21 @@ def test_every_importance_can_decide_what_is_pruned(importance: str) -> None:
 
 @pytest.mark.parametrize("method", sorted(p.stem for p in (CONF / "sparsity").glob("*.yaml")))
 def test_every_method_can_decide_what_becomes_zero(method: str) -> None:
-    made = build(composed("+experiment=demo/sparsify_recover", f"sparsity@stages.sparsify.method={method}"), "sparsify")
-    assert type(made.method).__module__.endswith(method)
+    made = build(composed("+experiment=demo/sparsify_recover", f"sparsity={method}"), "sparsify")
+    assert type(made.sparsity).__module__.endswith(method)
 
 
-@pytest.mark.parametrize("grid", sorted(p.stem for p in (CONF / "grid").glob("*.yaml")))
+@pytest.mark.parametrize("scheme", sorted(p.stem for p in (CONF / "scheme").glob("*.yaml")))
 @pytest.mark.parametrize("method", sorted(p.stem for p in (CONF / "quantizer").glob("*.yaml")))
-def test_every_grid_can_be_rounded_to_by_every_method(grid: str, method: str) -> None:
-    words = [f"grid@stages.quantize.grid={grid}", f"quantizer@stages.quantize.method={method}"]
+def test_every_scheme_can_be_quantized_to_by_every_method(scheme: str, method: str) -> None:
+    words = [f"scheme={scheme}", f"quantizer={method}"]
     made = build(composed("+experiment=quantize_only", "model.path=some/folder", "data=stdlib", *words), "quantize")
-    assert type(made.method).__module__.endswith(method)
-    assert grid.startswith(f"int{made.grid.bits}_{made.grid.granularity}")
+    assert type(made.quantizer).__module__.endswith(method)
+    printed = str(made.scheme).lower().replace(" ", "_")
+    assert printed.removesuffix("_dynamic") == scheme
+    assert build(composed("+experiment=quantize_only", "model.path=m", "data=stdlib", *words, "scheme.weights.bits=5",
+                          "scheme.weights.granularity=group", "scheme.weights.group_size=64"),
+                 "quantize").scheme.weights.group_size == 64  # fmt: skip
 
 
 @pytest.mark.parametrize("scales", sorted(p.stem for p in (CONF / "qat").glob("*.yaml")))
@@ -131,19 +135,32 @@ def test_every_kind_of_scale_can_be_trained_with(scales: str) -> None:
 @pytest.mark.parametrize("name", sorted(p.stem for p in (CONF / "format").glob("*.yaml")))
 def test_every_format_can_be_exported_to_beside_others(name: str) -> None:
     words = ["+experiment=quantize_export", "model.path=some/folder", "data=stdlib"]
-    words += [f"+format@stages.export.formats.one={name}", "stages.export.formats.compressed_tensors=null"]
-    made = build(composed(*words), "export")
-    assert type(made.formats["one"]).__module__.endswith(name)
-    assert made.formats["compressed_tensors"] is None
-    assert list(made._formats) == ["huggingface", "one"]
+    one = name.partition("_q8_0_")[0]  # variants stand in the folder of their format
+    chosen = dict.fromkeys(["torchao", "huggingface", name])
+    words.append(f"format=[{','.join(chosen)}]")
+    made = build(composed(*words, *([] if one == "torchao" else ["formats.torchao=null"])), "export")
+    assert list(made.formats) == list(dict.fromkeys(["torchao", "huggingface", one]))
+    assert list(made._formats) == [each for each in made.formats if each == one or each != "torchao"]
+    assert all(type(form).__module__.endswith(f".{folder}") for folder, form in made._formats.items())
 
 
-@pytest.mark.parametrize("choice", sorted(p.stem for p in (CONF / "activations").glob("*.yaml")))
-def test_what_matrices_read_can_be_rounded_too(choice: str) -> None:
+def test_activations_can_be_quantized_too_and_set_by_their_fields() -> None:
     words = ["+experiment=quantize_only", "model.path=some/folder", "data=stdlib"]
-    assert build(composed(*words), "quantize").activations is None
-    made = build(composed(*words, f"activations@stages.quantize.activations={choice}"), "quantize").activations
-    assert (choice == "int8_token") == made.dynamic
+    assert build(composed(*words), "quantize").scheme.activations is None
+    for more, dynamic in ((["scheme=w8a8"], True), (["scheme=w8a8_static"], False)):
+        assert build(composed(*words, *more), "quantize").scheme.activations.dynamic == dynamic
+    made = build(composed(*words, "scheme=w8a8", "scheme.activations.dynamic=false"), "quantize")
+    assert str(made.scheme) == "W8A8 static"
+
+
+def test_an_export_stage_with_formats_of_its_own_keeps_them_whatever_the_others_are() -> None:
+    own = quickstart("format=[gptq,awq]")["stages"]
+    assert {stage: list(own[stage]["formats"]) for stage in ("unquantized", "export")} == {
+        "unquantized": ["f16", "q8_0"],
+        "export": ["gptq", "awq"],
+    }
+    one = quickstart("format=[gguf]", "formats.gguf.type=q4_k_m")["stages"]["export"]["formats"]["gguf"]
+    assert one["type"] == "q4_k_m"
 
 
 @pytest.mark.parametrize("recorder", ["online", "sharded"])
@@ -212,10 +229,9 @@ def test_every_yaml_is_met_by_one_of_these_tests() -> None:
         "importance",
         "sparsity",
         "lora",
-        "grid",
+        "scheme",
         "quantizer",
         "format",
-        "activations",
         "qat",
     }
     assert {p.stem for p in (CONF / "stage").glob("*.yaml")} == {
@@ -232,6 +248,7 @@ def test_every_yaml_is_met_by_one_of_these_tests() -> None:
         "quantize",
         "qat",
         "export",
+        "unquantized",
     }
 
 

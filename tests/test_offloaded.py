@@ -149,8 +149,8 @@ def test_two_layers_are_in_memory_at_most_however_many_there_are(
 ) -> None:
     words = {
         "quantize": [
-            "stages.quantize.grid.group_size=4", activations("int8_tensor"),
-            "quantizer@stages.quantize.method=smoothquant",
+            "scheme.weights.group_size=4", *activations("w8a8_static"),
+            "quantizer=smoothquant",
         ],
         "sparsify": [],
     }  # fmt: skip

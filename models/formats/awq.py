@@ -18,11 +18,11 @@ from torch import Tensor
 
 from models.errors import Refusal
 from models.formats.checkpoint import rewritten
-from models.formats.container import changed, check_divides, grid_of, left_out, record_of, scales_OG
+from models.formats.container import changed, check_divides, left_out, quantized_of, scales_OG, scheme_of
 from models.formats.format import Finished, Plan, Runtime, Written
 from models.formats.unpacked import unpacked
 from models.load import load_config
-from models.quantization.grid import Quantized
+from models.quantization.scheme import QuantizedMatrix
 
 _NAME = "awq"
 _ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -32,28 +32,31 @@ _ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 @dataclass(frozen=True)
 class AWQ:
-    """A symmetric grid is held with the zero point 8."""
+    """A symmetric scheme is held with the zero point 8."""
 
     needs: ClassVar[tuple[str, ...]] = ()
     multiple: ClassVar[int] = 8
 
     def check(self, plan: Plan) -> None:
-        grid = grid_of(plan, _NAME)
-        if grid.bits != 4:
+        scheme = scheme_of(plan, _NAME)
+        weights = scheme.weights
+        if weights.bits != 4:
             raise Refusal(
-                f"format={_NAME}: grid.bits={grid.bits}; need 4, or use format=compressed_tensors (2 to 8 bits)"
+                f"format={_NAME}: scheme.weights.bits={weights.bits}; need 4, or use format=[compressed_tensors] (2 to "
+                f"8 bits)"
             )
-        if grid.scale_dtype != "float16":
-            raise Refusal(f"format={_NAME}: grid.scale_dtype={grid.scale_dtype}; scales are float16 there")
-        if plan.activations is not None:
-            raise Refusal(f"format={_NAME}: it has no activations of few bits; use format=compressed_tensors")
+        if weights.scale_dtype != "float16":
+            raise Refusal(f"format={_NAME}: scheme.weights.scale_dtype={weights.scale_dtype}; scales are float16 there")
+        if scheme.activations is not None:
+            raise Refusal(f"format={_NAME}: it has no activations of few bits; use format=[compressed_tensors]")
         check_divides(plan, _NAME, 8, 1)
 
     def write(self, finished: Finished, folder: Path) -> Written:
-        record = record_of(finished)
-        up = 8 if record.grid.symmetric else 0
+        held = quantized_of(finished)
+        weights = held.scheme.weights
+        up = 8 if weights.symmetric else 0
 
-        def packed(name: str, quantized: Quantized) -> dict[str, Tensor]:
+        def packed(name: str, quantized: QuantizedMatrix) -> dict[str, Tensor]:
             scales_GO = scales_OG(quantized, "float16").T.contiguous()
             zero_GO = (quantized.zero_point + up).expand(scales_GO.T.shape).T
             return {
@@ -65,10 +68,10 @@ class AWQ:
         config = {
             "quant_method": "awq",
             "bits": 4,
-            "group_size": record.grid.group_size or -1,
+            "group_size": weights.group_size or -1,
             "zero_point": True,
             "version": "gemm",
-            "modules_to_not_convert": left_out(load_config(str(finished.folder)), record.matrices),
+            "modules_to_not_convert": left_out(load_config(str(finished.folder)), held.matrices),
         }
         said = {"dtype": finished.dtype, "quantization_config": config}
         return Written(rewritten(finished.folder, folder, changed(finished, packed), said))

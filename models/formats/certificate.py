@@ -22,11 +22,10 @@ from models.formats.loaded import Loaded
 from models.load import DTYPES, load_model
 from models.matrices import matrices
 from models.measure import Speed, served
-from models.quantization.activations import Activations
 from models.quantization.ggml import Blocks
-from models.quantization.grid import Quantized
-from models.quantization.proof import read_as_recorded
-from models.quantization.record import Record, open_record
+from models.quantization.proof import round_as_quantized
+from models.quantization.scheme import Activations, QuantizedMatrix
+from models.quantization.stored import QuantizedWeights, open_quantized
 
 # T tokens of a row, V vocabulary, O what a matrix gives, I what it reads
 
@@ -36,17 +35,17 @@ _AT_ONCE = 64  # tokens whose distributions are compared at once
 @torch.no_grad()
 def refer(
     folder: str,
-    record: Path | None,
+    quantized: Path | None,
     dtype: str,
     rows: Sequence[Tensor],
     out: Path,
     device: str,
     activations: Activations | None = None,
 ) -> None:
-    """The plain model's logits of each row (Int64[T]), a file each. `activations`: how the record's matrices round what
-    they read. Raises Refusal where the weights are no longer those that the record beside them stands for."""
+    """The plain model's logits of each row (Int64[T]), a file each. `activations`: how inputs of quantized
+    matrices are rounded. Raises Refusal where the weights are no longer made of the integers beside them."""
     model = load_model(folder, dtype=DTYPES[dtype]).to(device).eval()
-    held = open_record(record) if record else None
+    held = open_quantized(quantized) if quantized else None
     made = held.matrices if held else {}
     for matrix in matrices(model) if held else ():
         if str(matrix) not in made:
@@ -55,12 +54,14 @@ def refer(
         held_OI = weight_OI.cpu()  # the checkpoint may have rounded it to a dtype of its own
         if not any(torch.equal(held_OI, said_OI.to(kind).to(held_OI.dtype)) for kind in DTYPES.values()):
             raise Refusal(
-                f"{folder}: {matrix} is not what {record.name if record else ''} beside it stands for, having been "
-                f"changed since; put the model on a grid again, or delete that file to export the weights as they are"
+                f"{folder}: {matrix} is not what {quantized.name if quantized else ''} beside it stands for, having "
+                f"been changed since; quantize the model again, or delete that file to export the weights as they are"
             )
         weight_OI.copy_(said_OI)
     if held:
-        read_as_recorded(model, replace(held, activations=activations) if isinstance(held, Record) else held)
+        if isinstance(held, QuantizedWeights):
+            held = replace(held, scheme=replace(held.scheme, activations=activations))
+        round_as_quantized(model, held)
     for number, ids_T in enumerate(rows):
         logits_TV = model(input_ids=ids_T[None].to(device), use_cache=False).logits[0]
         save_file({"logits": logits_TV.float().cpu().contiguous()}, reference(out, number))
@@ -74,7 +75,7 @@ def certify(
     form: Format,
     folder: Path,
     finished: Finished,
-    record: Path | None,
+    quantized: Path | None,
     rows: Sequence[Tensor],
     references: Path,
     device: str,
@@ -84,13 +85,13 @@ def certify(
 ) -> dict[str, Any]:
     """The figures of an export's certificate, by what they were measured, and what serving one request takes.
 
-    Weights are compared as the numbers that the plain model is made of, in the export's dtype: what the record says of
-    its matrices, the plain checkpoint of all others. `otherwise`: parameters that the container holds in another way,
-    as it says. `references`: of a model that rounds what matrices read as the runtime does; `as_quantized`: as the
-    record has it, where that is another way.
+    Weights are compared in the export's dtype: quantized ones with their dequantized values, all others with the plain
+    checkpoint. `otherwise`: parameters that the container holds in another way,
+    as it says. `references`: of a model that rounds activations as the runtime does; `as_quantized`: as the scheme
+    does, where that is another way.
     """
     runtime, quick = served(form, folder, rows[0][None, : settings.prompt_tokens], device, settings)
-    odd = _odd(runtime, finished, record, set(otherwise))
+    odd = _odd(runtime, finished, quantized, set(otherwise))
     told, other = _Compared(), _Compared()
     for number, ids_T in enumerate(rows):
         logits_TV = runtime.logits(ids_T[None])[0]
@@ -107,22 +108,22 @@ def certify(
     }
 
 
-def _odd(runtime: Runtime, finished: Finished, record: Path | None, otherwise: Collection[str]) -> str | None:
+def _odd(runtime: Runtime, finished: Finished, quantized: Path | None, otherwise: Collection[str]) -> str | None:
     """The first parameter that is another one once reopened."""
     kind = DTYPES[finished.dtype]
-    for name, want in _truth(finished, record, otherwise):
+    for name, want in _truth(finished, quantized, otherwise):
         if not torch.equal(runtime.weight(name).cpu().to(kind), want.to(kind)):
             return name
     return None
 
 
-def _truth(finished: Finished, record: Path | None, otherwise: Collection[str]) -> Iterator[tuple[str, Tensor]]:
-    """(parameter, or slot of one; numbers): those on the grid first, and of a model on none the layers' matrices,
-    which it is asked for in any case."""
+def _truth(finished: Finished, quantized: Path | None, otherwise: Collection[str]) -> Iterator[tuple[str, Tensor]]:
+    """(parameter, or slot of one; numbers): the quantized ones first, and of a model that has none the layers'
+    matrices, which it is asked for in any case."""
     plain = Loaded(load_model(str(finished.folder), dtype=DTYPES[finished.dtype]))
-    held: Mapping[str, Quantized | Blocks] = open_record(record).matrices if record is not None else {}
-    for name, quantized in held.items():
-        yield name, quantized.dequantized()
+    held: Mapping[str, QuantizedMatrix | Blocks] = open_quantized(quantized).matrices if quantized is not None else {}
+    for name, matrix in held.items():
+        yield name, matrix.dequantized()
     layers = {} if held else {str(matrix): matrix.parameter for matrix in matrices(plain.model)}
     for name in layers:
         yield name, plain.weight(name)

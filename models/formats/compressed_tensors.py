@@ -16,12 +16,11 @@ from torch import Tensor
 
 from models.errors import Refusal
 from models.formats.checkpoint import rewritten
-from models.formats.container import changed, check_scales, grid_of, left_out, record_of, scales_OG
+from models.formats.container import changed, check_scales, left_out, quantized_of, scales_OG, scheme_of
 from models.formats.format import Finished, Plan, Runtime, Written
 from models.formats.loaded import loaded
 from models.load import load_config
-from models.quantization.activations import Activations
-from models.quantization.grid import Quantized
+from models.quantization.scheme import Activations, QuantizedMatrix
 
 _NAME = "compressed_tensors"
 
@@ -43,60 +42,61 @@ class CompressedTensors:
     needs: ClassVar[tuple[str, ...]] = ("compressed-tensors",)
 
     def check(self, plan: Plan) -> None:
-        grid = grid_of(plan, _NAME)
-        if not grid.symmetric:
+        scheme = scheme_of(plan, _NAME)
+        weights, activations = scheme.weights, scheme.activations
+        if not weights.symmetric:
             raise Refusal(
                 f"format={_NAME}: asymmetric weights are not opened again by transformers; quantize with "
-                f"grid.symmetric=true, or use format=awq or torchao"
+                f"scheme.weights.symmetric=true, or use format=[awq] or format=[torchao]"
             )
-        check_scales(plan, grid, _NAME)
-        if plan.activations is None:
+        check_scales(plan, weights, _NAME)
+        if activations is None:
             return
-        if plan.activations.bits != 8 or grid.bits != 8 or grid.granularity == "group":
+        if activations.bits != 8 or weights.bits != 8 or weights.granularity == "group":
             raise Refusal(
-                f"format={_NAME}: weights of {grid.bits} bits by {grid.granularity} with activations of "
-                f"{plan.activations.bits}; need 8 and 8 bits, by channel or tensor"
+                f"format={_NAME}: weights of {weights.bits} bits by {weights.granularity} with activations of "
+                f"{activations.bits}; need 8 and 8 bits, by channel or tensor"
             )
 
     def write(self, finished: Finished, folder: Path) -> Written:
         from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
-        record = record_of(finished)
-        grid = record.grid
+        held = quantized_of(finished)
+        weights, activations = held.scheme.weights, held.scheme.activations
 
-        def packed(name: str, quantized: Quantized) -> dict[str, Tensor]:
-            integers, scale = quantized.integers.to(torch.int8), scales_OG(quantized, grid.scale_dtype)
-            if record.activations is None:
+        def packed(name: str, quantized: QuantizedMatrix) -> dict[str, Tensor]:
+            integers, scale = quantized.integers.to(torch.int8), scales_OG(quantized, weights.scale_dtype)
+            if activations is None:
                 shape = torch.tensor(integers.shape)
                 return {
-                    "weight_packed": pack_to_int32(integers, grid.bits),
+                    "weight_packed": pack_to_int32(integers, weights.bits),
                     "weight_scale": scale,
                     "weight_shape": shape,
                 }
-            held = {"weight": integers, "weight_scale": scale}
-            if not record.activations.dynamic:
-                held["input_scale"] = record.input_scales[name].reshape(1).to(torch.float32)
-            return held
+            parts = {"weight": integers, "weight_scale": scale}
+            if not activations.dynamic:
+                parts["input_scale"] = held.input_scales[name].reshape(1).to(torch.float32)
+            return parts
 
         said = {"dtype": finished.dtype, "quantization_config": self._said(finished)}
-        bits, trained = rewritten(finished.folder, folder, changed(finished, packed), said), record.activations
-        if trained is None or not trained.dynamic:
-            return Written(bits, activations=trained)
+        bits = rewritten(finished.folder, folder, changed(finished, packed), said)
+        if activations is None or not activations.dynamic:
+            return Written(bits, activations=activations)
         other = "transformers has scales of 2 max |x| / 255 for each token that matrices read, vLLM max |x| / 127"
         return Written(bits, {"activations": other}, activations=_WholeRange())
 
     def _said(self, finished: Finished) -> dict[str, Any]:
         from compressed_tensors.quantization import QuantizationConfig
 
-        record = finished.record
-        assert record is not None
-        grid, activations = record.grid, record.activations
-        weights: dict[str, Any] = {"num_bits": grid.bits, "type": "int", "symmetric": True, "strategy": "channel"}
-        if grid.granularity == "group":
-            weights |= {"strategy": "group", "group_size": grid.group_size}
-        scheme: dict[str, Any] = {"targets": ["Linear"], "weights": weights}
+        held = finished.quantized
+        assert held is not None
+        scheme, activations = held.scheme.weights, held.scheme.activations
+        weights: dict[str, Any] = {"num_bits": scheme.bits, "type": "int", "symmetric": True, "strategy": "channel"}
+        if scheme.granularity == "group":
+            weights |= {"strategy": "group", "group_size": scheme.group_size}
+        group: dict[str, Any] = {"targets": ["Linear"], "weights": weights}
         if activations is not None:
-            scheme["input_activations"] = {
+            group["input_activations"] = {
                 "num_bits": 8,
                 "type": "int",
                 "symmetric": True,
@@ -104,8 +104,8 @@ class CompressedTensors:
                 "dynamic": activations.dynamic,
             }
         config = QuantizationConfig(
-            config_groups={"group_0": scheme},
-            ignore=left_out(load_config(str(finished.folder)), record.matrices),
+            config_groups={"group_0": group},
+            ignore=left_out(load_config(str(finished.folder)), held.matrices),
             format="pack-quantized" if activations is None else "int-quantized",
             quantization_status="compressed",
         )

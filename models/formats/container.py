@@ -15,8 +15,8 @@ from models.formats.checkpoint import dtype_of, in_dtype, names
 from models.formats.format import Finished, Format, Plan
 from models.load import empty_model
 from models.matrices import matrices
-from models.quantization.grid import SCALE_DTYPES, Grid, Quantized
-from models.quantization.record import Record
+from models.quantization.scheme import SCALE_DTYPES, QuantizedMatrix, Scheme, WeightScheme
+from models.quantization.stored import QuantizedWeights
 
 # O what a matrix gives, I what it reads, G groups of I
 
@@ -35,38 +35,38 @@ def check_installed(setting: str, form: Format) -> None:
             ) from None
 
 
-def grid_of(plan: Plan, name: str) -> Grid:
+def scheme_of(plan: Plan, name: str) -> Scheme:
     """Raises Refusal where there is none, and where its matrices are no linear modules of their own."""
-    if plan.grid is None:
+    if plan.scheme is None:
         raise Refusal(
-            f"format={name}: the model's weights are on no grid; run the stage quantize before export, or leave the "
+            f"format={name}: the model's weights are not quantized; run the stage quantize before export, or leave the "
             f"format out (huggingface takes any model)"
         )
     plain = {str(matrix): matrix for matrix in matrices(empty_model(plan.config))}
     for each in plan.shapes:
         matrix = plain.get(each)
         if matrix is None:
-            raise Refusal(f"format={name}: {each} is on the grid, and the model has no such matrix")
+            raise Refusal(f"format={name}: {each} is quantized, and the model has no such matrix")
         if matrix.slot is not None:
             raise Refusal(
                 f"format={name}: {each} lies in one tensor with other experts, and the container holds linear modules; "
-                f"use format=huggingface, or leave it out of the grid: stages.quantize.skip=[{matrix.name}]"
+                f"use format=[huggingface], or do not quantize it: stages.quantize.skip=[{matrix.name}]"
             )
         if matrix.transposed:
             raise Refusal(
                 f"format={name}: {each} is a Conv1D ({plan.config.model_type}), and the container holds linear "
-                f"modules; use format=huggingface"
+                f"modules; use format=[huggingface]"
             )
-    return plan.grid
+    return plan.scheme
 
 
-def check_scales(plan: Plan, grid: Grid, name: str) -> None:
+def check_scales(plan: Plan, scheme: WeightScheme, name: str) -> None:
     """Refuse scales that the model's dtype rounds: this container's are opened in that dtype."""
     dtype = dtype_of(plan.config)
-    if dtype not in ("float32", grid.scale_dtype):
+    if dtype not in ("float32", scheme.scale_dtype):
         raise Refusal(
-            f"format={name}: the model is {dtype}, which rounds scales of grid.scale_dtype={grid.scale_dtype}; "
-            f"quantize with grid.scale_dtype={dtype}, or export with stages.export.dtype={grid.scale_dtype}"
+            f"format={name}: the model is {dtype}, which rounds scales in {scheme.scale_dtype}; quantize with "
+            f"scheme.weights.scale_dtype={dtype}, or export with stages.export.dtype={scheme.scale_dtype}"
         )
 
 
@@ -76,17 +76,17 @@ def check_divides(plan: Plan, name: str, outputs: int, inputs: int) -> None:
         for width, word, what in ((gives, outputs, "gives"), (reads, inputs, "reads")):
             if width % word:
                 raise Refusal(
-                    f"format={name}: {each} {what} {width} numbers, and the container packs {word} at once; cut to "
+                    f"format={name}: {each} {what} {width} numbers, and the container packs {word} at once; prune to "
                     f"stages.prune.multiple_of={word}, skip the matrix in stages.quantize.skip, or use "
-                    f"format=compressed_tensors"
+                    f"format=[compressed_tensors]"
                 )
 
 
-def check_group(grid: Grid, name: str, sizes: Collection[int]) -> None:
-    if grid.granularity == "group" and grid.group_size not in sizes:
+def check_group(scheme: WeightScheme, name: str, sizes: Collection[int]) -> None:
+    if scheme.granularity == "group" and scheme.group_size not in sizes:
         raise Refusal(
-            f"format={name}: grid.group_size={grid.group_size}; need one of {', '.join(map(str, sizes))}, or "
-            f"granularity=channel"
+            f"format={name}: scheme.weights.group_size={scheme.group_size}; need one of "
+            f"{', '.join(map(str, sizes))}, or granularity=channel"
         )
 
 
@@ -101,33 +101,33 @@ def left_out(config: Any, taken: Iterable[str]) -> list[str]:
 
 
 def changed(
-    finished: Finished, packed: Callable[[str, Quantized], Mapping[str, Tensor]]
+    finished: Finished, packed: Callable[[str, QuantizedMatrix], Mapping[str, Tensor]]
 ) -> Callable[[str, Tensor], Mapping[str, Tensor]]:
     """For models.formats.checkpoint.rewritten: matrices as `packed` makes them, by their modules' names; all else in
     the export's dtype."""
-    assert finished.record is not None
-    record = finished.record
+    assert finished.quantized is not None
+    matrices = finished.quantized.matrices
 
     def change(name: str, tensor: Tensor) -> Mapping[str, Tensor]:
-        if name not in record.matrices:
+        if name not in matrices:
             return {name: in_dtype(tensor, finished.dtype)}
         module = name.removesuffix(".weight")
-        return {f"{module}.{part}": value for part, value in packed(name, record.matrices[name]).items()}
+        return {f"{module}.{part}": value for part, value in packed(name, matrices[name]).items()}
 
     return change
 
 
-def record_of(finished: Finished) -> Record:
-    """Raises Refusal for a checkpoint in which a matrix of the record is not found under its name."""
-    assert finished.record is not None
+def quantized_of(finished: Finished) -> QuantizedWeights:
+    """Raises Refusal for a checkpoint in which a quantized matrix is not found under its name."""
+    assert finished.quantized is not None
     present = names(finished.folder)
-    if missing := [name for name in finished.record.matrices if name not in present]:
-        raise Refusal(f"{finished.folder}: {missing[0]} is on the grid, and the checkpoint has no tensor of that name")
-    return finished.record
+    if missing := [name for name in finished.quantized.matrices if name not in present]:
+        raise Refusal(f"{finished.folder}: {missing[0]} is quantized, and the checkpoint has no tensor of that name")
+    return finished.quantized
 
 
-def scales_OG(quantized: Quantized, dtype: str) -> Tensor:
-    """[O, G], one for each output also where the whole matrix has one; in the grid's dtype, exactly."""
+def scales_OG(quantized: QuantizedMatrix, dtype: str) -> Tensor:
+    """[O, G], one for each output also where the whole matrix has one; in the scheme's dtype, exactly."""
     outputs = quantized.integers.shape[0]
     found = quantized.scale.to(SCALE_DTYPES[dtype])
     if not torch.equal(found.float(), quantized.scale):

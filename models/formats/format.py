@@ -10,9 +10,8 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 from torch import Tensor
 
 from models.measure import Speed
-from models.quantization.activations import Activations
-from models.quantization.grid import Grid
-from models.quantization.record import BlockRecord, Record
+from models.quantization.scheme import Activations, Scheme
+from models.quantization.stored import BlockWeights, QuantizedWeights
 
 # B sequences, T tokens, V vocabulary, O what a matrix gives, I what it reads
 
@@ -22,29 +21,28 @@ class Plan:
     """What is known of a model before its weights are read."""
 
     config: Any  # transformers'
-    shapes: Mapping[str, tuple[int, int]]  # [O, I] of the matrices that are on the grid, or could be
-    grid: Grid | None  # None: the model is not quantized
-    activations: Activations | None = None
-    blocks: str | None = None  # of models.quantization.ggml.TYPES: the model is on these
+    shapes: Mapping[str, tuple[int, int]]  # [O, I] of the matrices that are quantized, or could be
+    scheme: Scheme | None  # None: the model is not quantized, or to ggml's blocks
+    blocks: str | None = None  # of models.quantization.ggml.TYPES: the model is quantized to these
 
 
 @dataclass(frozen=True)
 class Finished:
-    """A model to be written: plain weights, and what they are made of where they are on a grid."""
+    """A model to be written: plain weights, and the integers that they are made of where they are quantized."""
 
     folder: Path  # an ordinary checkpoint with its tokenizer
-    record: Record | None
-    dtype: str  # of what is not on the grid
-    blocks: BlockRecord | None = None  # in place of a record
+    quantized: QuantizedWeights | None
+    dtype: str  # of what is not quantized
+    blocks: BlockWeights | None = None  # in place of `quantized`
 
 
 @dataclass(frozen=True)
 class Written:
     bits_per_weight: float  # of all parameters, scales and padding counted
     fallbacks: Mapping[str, str] = field(default_factory=dict)  # parameter → what it is held in, not being as asked
-    rounded: bool = False  # whether weights that are on no grid were put into fewer bits, as was asked
-    activations: Activations | None = None  # how its runtime rounds what matrices read; None: not at all
-    otherwise: Collection[str] = ()  # parameters, on no grid, whose numbers are held in another way: fewer bits, moved
+    rounded: bool = False  # whether the format itself quantized plain weights, as was asked
+    activations: Activations | None = None  # how its runtime rounds activations; None: not at all
+    otherwise: Collection[str] = ()  # parameters that are not quantized, and held in another way: fewer bits, moved
 
 
 class Runtime(Protocol):
@@ -85,7 +83,7 @@ class Format(Protocol):
         ...
 
     def write(self, finished: Finished, folder: Path) -> Written:
-        """Fill the folder. Integers and scales of a record are packed as they are, never rounded anew."""
+        """Fill the folder. Integers and scales are packed as they are, never rounded anew."""
         ...
 
     def open(self, folder: Path, device: str) -> Runtime:

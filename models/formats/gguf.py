@@ -41,10 +41,10 @@ from models.quantization.ggml import (
     GgmlType,
     Mixture,
     fitting,
-    packed_grid,
-    type_of_grid,
+    packed_integers,
+    type_of_scheme,
 )
-from models.quantization.grid import Grid, Quantized
+from models.quantization.scheme import QuantizedMatrix, WeightScheme
 
 # E experts, O what a matrix gives, I what it reads, R bytes of a row
 
@@ -60,9 +60,9 @@ _FILE_TYPES = {
 class Gguf:
     """One file for llama.cpp.
 
-    A model on a grid is packed from its own integers and fp16 scales (q4_0 up to 4 bits, q8_0 up to 8; symmetric), one
-    on ggml's blocks from these; both are exact. Plain weights become `type` by ggml's own quantizer, with
-    llama-quantize's mixtures and fallbacks; `auto` keeps them as they are.
+    A quantized model is packed from its own integers and fp16 scales (q4_0 up to 4 bits, q8_0 up to 8; symmetric), or
+    from the ggml blocks that it was trained on; both are exact. Plain weights become `type` by ggml's own quantizer,
+    with llama-quantize's mixtures and fallbacks; `auto` keeps them as they are.
     """
 
     type: str = "auto"  # or one of f32, f16, bf16 and MIXTURES
@@ -92,7 +92,7 @@ class Gguf:
         width = head_width(plan.config)
         if self.cache == "q8_0" and width % 32:
             raise Refusal(f"format.cache=q8_0: blocks of 32 do not divide heads {width} wide; use cache=f16")
-        if plan.activations is not None:
+        if plan.scheme is not None and plan.scheme.activations is not None:
             raise Refusal(
                 "format=gguf: llama.cpp rounds what matrices read by a way of its own; export compressed_tensors, or "
                 "quantize without activations"
@@ -102,8 +102,8 @@ class Gguf:
                 raise Refusal(f"format.type={self.type}: the model is on ggml's {plan.blocks} already; use type=auto")
             for name, (_, inputs) in plan.shapes.items():
                 GgmlType(plan.blocks).check(name, inputs)
-        elif plan.grid is not None:
-            exact = self.exact_for(plan.grid)
+        elif plan.scheme is not None:
+            exact = self.exact_for(plan.scheme.weights)
             for name, (_, inputs) in plan.shapes.items():
                 if exact != "f32" and inputs % 32:
                     raise Refusal(
@@ -121,16 +121,17 @@ class Gguf:
                     f"stages.prune.multiple_of={width}"
                 )
 
-    def exact_for(self, grid: Grid) -> str:
-        """The type that holds the grid's numbers to the bit. Raises Refusal where the one asked for does not."""
+    def exact_for(self, scheme: WeightScheme) -> str:
+        """The type that holds a scheme's integers and scales to the bit. Raises Refusal where that asked for
+        does not."""
         if self.type == "f32":
             return "f32"
-        exact = type_of_grid(grid)
+        exact = type_of_scheme(scheme)
         if self.type in ("auto", exact) or (self.type, exact) == ("q8_0", "q4_0"):
             return exact if self.type == "auto" else self.type
         raise Refusal(
-            f"format.type={self.type}: the model is on a grid of {grid.bits} bits already, and would be rounded twice; "
-            f"use type=auto ({exact}), or export the model that was not quantized"
+            f"format.type={self.type}: the model is quantized to {scheme.bits} bits already, and would be rounded "
+            f"twice; use type=auto ({exact}), or export the model that was not quantized"
         )
 
     def write(self, finished: Finished, folder: Path) -> Written:
@@ -146,9 +147,9 @@ class Gguf:
         fallbacks = {}
         if (problem := context_length(config)[1]) is not None:
             fallbacks["context"] = problem
-        held = finished.record or finished.blocks
+        held = finished.quantized or finished.blocks
         if writing.others != "mixture" and FLOATS.get(writing.others) != DTYPES[finished.dtype]:
-            fallbacks["others"] = f"embeddings, head and matrices on no grid are {writing.others}"
+            fallbacks["others"] = f"embeddings, head and matrices that are not quantized are {writing.others}"
         if held is not None and held.cache not in (None, self.cache):
             fallbacks["cache"] = f"the model was trained with keys and values in {held.cache}: say cache={held.cache}"
         if (problem := _add_tokenizer(writer, finished.folder, config.vocab_size)) is not None:
@@ -210,11 +211,12 @@ class _Writing:
     """What becomes of a model's parameters, one after another."""
 
     def __init__(self, chosen: Gguf, finished: Finished, config: Any) -> None:
-        self.record, self.config = finished.record, config
-        self.matrices: Mapping[str, Quantized | Blocks] = {}
-        self.exact: str | None = None  # what the matrices on the grid are held in
-        if finished.record is not None:
-            self.matrices, self.exact = finished.record.matrices, chosen.exact_for(finished.record.grid)
+        self.config = config
+        self.matrices: Mapping[str, QuantizedMatrix | Blocks] = {}
+        self.exact: str | None = None  # what matrices quantized by a scheme are held in
+        if finished.quantized is not None:
+            self.matrices = finished.quantized.matrices
+            self.exact = chosen.exact_for(finished.quantized.scheme.weights)
         elif finished.blocks is not None:
             self.matrices = finished.blocks.matrices
         self.dtype = DTYPES[finished.dtype]
@@ -248,7 +250,7 @@ class _Writing:
                 make = functools.partial(self._bytes, parameter, piece, whole, kind)
                 moved = self.offset and piece.part.endswith("norm")
                 same = kind == "f32" or FLOATS.get(kind) == self.dtype
-                same = self._recorded(parameter) is not None or (same and not moved)
+                same = self._held(parameter) is not None or (same and not moved)
                 yield _Tensor(piece.name, tuple(shape), kind, asked, parameter, same, make)
         for name, values in extra_tensors(self.config).items():
             yield _Tensor(name, tuple(values.shape), "f32", "f32", None, True, functools.partial(torch.clone, values))
@@ -258,7 +260,7 @@ class _Writing:
         part = piece.part
         if len(shape) == 1 or part in ALWAYS_F32:
             return "f32", "f32"
-        if (held := self._recorded(parameter)) is not None:
+        if (held := self._held(parameter)) is not None:
             kind = held.type if isinstance(held, Blocks) else self.type
             return kind, kind
         asked = self.type
@@ -275,12 +277,12 @@ class _Writing:
             return self.others
         return self.mixture.type_of(part, layer) if self.type in MIXTURES else self.type
 
-    def _recorded(self, parameter: str) -> Quantized | Blocks | None:
+    def _held(self, parameter: str) -> QuantizedMatrix | Blocks | None:
         name = parameter if parameter in self.matrices else f"{parameter}[0]"
         return self.matrices.get(name)
 
     def _bytes(self, parameter: str, piece: Piece, whole: Tensor, kind: str) -> Tensor:
-        if self._recorded(parameter) is not None:
+        if self._held(parameter) is not None:
             names = [parameter] if whole.ndim == 2 else [f"{parameter}[{slot}]" for slot in range(len(whole))]
             made = [self._exactly(self.matrices[name], kind) for name in names]
             held = made[0] if whole.ndim == 2 else torch.stack(made)
@@ -300,10 +302,10 @@ class _Writing:
         return held.view(torch.int16) if kind == "bf16" else held  # numpy has no bfloat16
 
     @staticmethod
-    def _exactly(held: Quantized | Blocks, kind: str) -> Tensor:
+    def _exactly(held: QuantizedMatrix | Blocks, kind: str) -> Tensor:
         if isinstance(held, Blocks):
             return held.bytes
-        return held.dequantized() if kind == "f32" else packed_grid(held, kind).bytes
+        return held.dequantized() if kind == "f32" else packed_integers(held, kind).bytes
 
 
 def _add_tokenizer(writer: Any, folder: Path, vocabulary: int) -> str | None:

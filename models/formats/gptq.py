@@ -22,11 +22,11 @@ from torch import Tensor
 
 from models.errors import Refusal
 from models.formats.checkpoint import rewritten
-from models.formats.container import changed, check_divides, grid_of, left_out, record_of, scales_OG
+from models.formats.container import changed, check_divides, left_out, quantized_of, scales_OG, scheme_of
 from models.formats.format import Finished, Plan, Runtime, Written
 from models.formats.unpacked import unpacked
 from models.load import load_config
-from models.quantization.grid import Quantized
+from models.quantization.scheme import QuantizedMatrix
 
 _NAME = "gptq"
 _BITS = (2, 3, 4, 8)
@@ -41,40 +41,44 @@ class GPTQ:
     multiple: ClassVar[int] = 32  # integers of any width fill whole words then
 
     def check(self, plan: Plan) -> None:
-        grid = grid_of(plan, _NAME)
-        if grid.bits not in _BITS:
-            raise Refusal(f"format={_NAME}: grid.bits={grid.bits}; need one of {', '.join(map(str, _BITS))}")
-        if not grid.symmetric:
+        scheme = scheme_of(plan, _NAME)
+        weights = scheme.weights
+        if weights.bits not in _BITS:
             raise Refusal(
-                f"format={_NAME}: grid.symmetric=false, and a zero point of 0 cannot be said there; use format=awq, or "
-                f"quantize with grid.symmetric=true"
+                f"format={_NAME}: scheme.weights.bits={weights.bits}; need one of {', '.join(map(str, _BITS))}"
             )
-        if grid.scale_dtype != "float16":
-            raise Refusal(f"format={_NAME}: grid.scale_dtype={grid.scale_dtype}; scales are float16 there")
-        if plan.activations is not None:
+        if not weights.symmetric:
+            raise Refusal(
+                f"format={_NAME}: scheme.weights.symmetric=false, and a zero point of 0 cannot be expressed there; use "
+                f"format=[awq], or quantize with scheme.weights.symmetric=true"
+            )
+        if weights.scale_dtype != "float16":
+            raise Refusal(f"format={_NAME}: scheme.weights.scale_dtype={weights.scale_dtype}; scales are float16 there")
+        if scheme.activations is not None:
             raise Refusal(f"format={_NAME}: it has no activations of few bits; use format=compressed_tensors")
-        word = 32 if grid.bits == 3 else 32 // grid.bits
+        word = 32 if weights.bits == 3 else 32 // weights.bits
         check_divides(plan, _NAME, word, word)
 
     def write(self, finished: Finished, folder: Path) -> Written:
-        record = record_of(finished)
-        grid = record.grid
+        held = quantized_of(finished)
+        weights = held.scheme.weights
 
-        def packed(name: str, quantized: Quantized) -> dict[str, Tensor]:
-            zero = 2 ** (grid.bits - 1)
+        def packed(name: str, quantized: QuantizedMatrix) -> dict[str, Tensor]:
+            zero = 2 ** (weights.bits - 1)
             scales_GO = scales_OG(quantized, "float16").T.contiguous()
+            zeros_OG = torch.full_like(scales_GO.T, zero - 1, dtype=torch.int32)
             inputs = quantized.integers.shape[1]
             return {
-                "qweight": _words(quantized.integers.T + zero, grid.bits),
-                "qzeros": _words(torch.full_like(scales_GO.T, zero - 1, dtype=torch.int32), grid.bits).T.contiguous(),
+                "qweight": _words(quantized.integers.T + zero, weights.bits),
+                "qzeros": _words(zeros_OG, weights.bits).T.contiguous(),
                 "scales": scales_GO,
                 "g_idx": torch.arange(inputs, dtype=torch.int32) // (inputs // len(scales_GO)),
             }
 
         config = {
             "quant_method": "gptq",
-            "bits": grid.bits,
-            "group_size": grid.group_size or -1,
+            "bits": weights.bits,
+            "group_size": weights.group_size or -1,
             "sym": True,
             "desc_act": False,
             "static_groups": True,
@@ -85,7 +89,7 @@ class GPTQ:
             "pack_dtype": "int32",
         }
         plain = load_config(str(finished.folder))
-        if skipped := [name for name in left_out(plain, record.matrices) if _in_layers(name, record.matrices)]:
+        if skipped := [name for name in left_out(plain, held.matrices) if _in_layers(name, held.matrices)]:
             # GPTQModel and vLLM leave out what these expressions match; others know no such thing (see serving)
             config["dynamic"] = {f"-:^{name.replace('.', chr(92) + '.')}$": {} for name in skipped}
         said = {"dtype": finished.dtype, "quantization_config": config}
@@ -110,7 +114,7 @@ class GPTQ:
 
 
 def _in_layers(name: str, matrices: Any) -> bool:
-    """Whether a module lies among those on the grid: the head does not, and GPTQ never takes it."""
+    """Whether a module lies among the quantized ones: the head does not, and GPTQ never takes it."""
     return name.split(".")[0] in {each.split(".")[0] for each in matrices}
 
 

@@ -19,7 +19,7 @@ from models.matrices import Matrix, matrices
 
 @dataclass(frozen=True)
 class HuggingFace:
-    """Weights that are on a grid are written as the numbers that they stand for: larger, and opened by everything."""
+    """Quantized weights are written as their dequantized values: larger, and opened by everything."""
 
     needs: ClassVar[tuple[str, ...]] = ()
 
@@ -27,8 +27,8 @@ class HuggingFace:
         """Any model."""
 
     def write(self, finished: Finished, folder: Path) -> Written:
-        record = finished.record or finished.blocks
-        held = record.matrices if record else {}
+        quantized = finished.quantized or finished.blocks
+        held = quantized.matrices if quantized else {}
         taken: dict[str, list[Matrix]] = defaultdict(list)
         for matrix in matrices(empty_model(load_config(str(finished.folder)))) if held else ():
             if str(matrix) in held:
@@ -42,9 +42,9 @@ class HuggingFace:
             return {name: in_dtype(exact, finished.dtype)}
 
         bits = rewritten(finished.folder, folder, change, {"dtype": finished.dtype})
-        if finished.record is None or finished.record.activations is None:
+        if finished.quantized is None or finished.quantized.scheme.activations is None:
             return Written(bits)
-        return Written(bits, {"activations": "what matrices read is not rounded by anything that opens this"})
+        return Written(bits, {"activations": "no runtime that opens this rounds activations"})
 
     def open(self, folder: Path, device: str) -> Runtime:
         return loaded(folder, device)

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from models.errors import Refusal
 from models.formats.checkpoint import beside, in_dtype, shards, tensors
-from models.formats.container import check_scales, grid_of, left_out, record_of, scales_OG
+from models.formats.container import check_scales, left_out, quantized_of, scales_OG, scheme_of
 from models.formats.format import Finished, Plan, Runtime, Written
 from models.formats.loaded import loaded
 from models.load import DTYPES, empty_model, load_config, parameter_count
-from models.quantization.grid import Grid, Quantized
+from models.quantization.scheme import QuantizedMatrix, WeightScheme
 
 _NAME = "torchao"
 
@@ -31,9 +31,9 @@ class TorchAO:
     needs: ClassVar[tuple[str, ...]] = ("torchao",)
 
     def check(self, plan: Plan) -> None:
-        grid = grid_of(plan, _NAME)
-        check_scales(plan, grid, _NAME)
-        if plan.activations is not None:
+        scheme = scheme_of(plan, _NAME)
+        check_scales(plan, scheme.weights, _NAME)
+        if scheme.activations is not None:
             raise Refusal(
                 f"format={_NAME}: it rounds activations by another rule than they were quantized by; use "
                 f"format=compressed_tensors"
@@ -42,13 +42,13 @@ class TorchAO:
     def write(self, finished: Finished, folder: Path) -> Written:
         from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
 
-        record = record_of(finished)
-        grid, state = record.grid, {}
+        quantized = quantized_of(finished)
+        weights, matrices, state = quantized.scheme.weights, quantized.matrices, {}
         for path in shards(finished.folder):
             for name, tensor in tensors(path):
-                held = name in record.matrices
+                held = name in matrices
                 state[name] = (
-                    _tensor(record.matrices[name], grid, finished.dtype) if held else in_dtype(tensor, finished.dtype)
+                    _tensor(matrices[name], weights, finished.dtype) if held else in_dtype(tensor, finished.dtype)
                 )
         data, metadata = flatten_tensor_state_dict(state)
         data = {name: tensor.contiguous() for name, tensor in data.items()}
@@ -61,16 +61,16 @@ class TorchAO:
         from torchao.quantization import IntxWeightOnlyConfig, MappingType, PerAxis, PerGroup
         from transformers import TorchAoConfig
 
-        record = finished.record
-        assert record is not None
-        grid = record.grid
+        quantized = finished.quantized
+        assert quantized is not None
+        weights = quantized.scheme.weights
         config = TorchAoConfig(
             IntxWeightOnlyConfig(
-                weight_dtype=getattr(torch, f"int{grid.bits}"),
-                granularity=PerGroup(grid.group_size) if grid.granularity == "group" else PerAxis(0),
-                mapping_type=MappingType.SYMMETRIC if grid.symmetric else MappingType.ASYMMETRIC,
+                weight_dtype=getattr(torch, f"int{weights.bits}"),
+                granularity=PerGroup(weights.group_size) if weights.granularity == "group" else PerAxis(0),
+                mapping_type=MappingType.SYMMETRIC if weights.symmetric else MappingType.ASYMMETRIC,
             ),
-            modules_to_not_convert=left_out(load_config(str(finished.folder)), record.matrices),
+            modules_to_not_convert=left_out(load_config(str(finished.folder)), quantized.matrices),
         )
         found: dict[str, Any] = json.loads(json.dumps(config.to_dict()))
         return found
@@ -85,18 +85,18 @@ class TorchAO:
         return [("transformers", f"transformers serve {shlex.quote(path)}")]
 
 
-def _tensor(quantized: Quantized, grid: Grid, dtype: str) -> Any:
-    """Its integers are always around zero: of an asymmetric grid, both they and the zero points are moved down."""
+def _tensor(quantized: QuantizedMatrix, scheme: WeightScheme, dtype: str) -> Any:
+    """Its integers are always around zero: of an asymmetric scheme, both they and the zero points are moved down."""
     from torchao.quantization import IntxUnpackedToInt8Tensor
 
-    moved = 0 if grid.symmetric else 2 ** (grid.bits - 1)
-    scale = scales_OG(quantized, grid.scale_dtype).to(DTYPES[dtype])
+    moved = 0 if scheme.symmetric else 2 ** (scheme.bits - 1)
+    scale = scales_OG(quantized, scheme.scale_dtype).to(DTYPES[dtype])
     zero = (quantized.zero_point - moved).to(torch.int8).expand(scale.shape).contiguous()
     return IntxUnpackedToInt8Tensor(
         qdata=(quantized.integers - moved).to(torch.int8),
         scale=scale,
         zero_point=zero,
-        target_dtype=getattr(torch, f"int{grid.bits}"),
+        target_dtype=getattr(torch, f"int{scheme.bits}"),
         block_size=[1, quantized.integers.shape[1] // scale.shape[1]],
         dtype=DTYPES[dtype],
         activation_quantization=None,

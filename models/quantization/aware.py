@@ -19,8 +19,8 @@ from models.lora import merge
 from models.matrices import Matrix
 from models.quantization import cache as caches
 from models.quantization.ggml import Blocks
-from models.quantization.grid import Quantized
-from models.quantization.record import BlockRecord, Known, Record
+from models.quantization.scheme import QuantizedMatrix
+from models.quantization.stored import BlockWeights, Outline, QuantizedWeights
 from models.sharding import gather_children
 
 # O what a matrix gives, I what it reads
@@ -31,15 +31,15 @@ class Aware(Protocol):
     """conf/qat/*.yaml"""
 
     cache: str | None  # of models.quantization.cache: keys and values are rounded too, as a runtime keeps them
-    needs_record: ClassVar[bool]  # whether training starts from what the stage quantize has made
+    needs_quantized: ClassVar[bool]  # whether training starts from what the stage quantize has made
 
-    def known(self, plain: Any, start: Known | None) -> Known:
+    def outline(self, plain: Any, start: Outline | None) -> Outline:
         """What the result will be made of; `start`: what its beginning is. Raises Refusal for what cannot be."""
         ...
 
-    def open(self, record: Path, plain: Any) -> Rounding:
-        """`record`: beside the weights that training starts from. `plain`: a model of the architecture, be it without
-        memory."""
+    def open(self, quantized: Path, plain: Any) -> Rounding:
+        """`quantized`: the file beside the weights that training starts from. `plain`: a model of the
+        architecture, be it without memory."""
         ...
 
 
@@ -65,11 +65,11 @@ class Rule(Protocol):
         """What becomes of what a matrix is given to read."""
         ...
 
-    def held(self, weight_OI: Tensor, matrix: Matrix, owned: Mapping[str, Tensor | None]) -> Quantized | Blocks:
+    def held(self, weight_OI: Tensor, matrix: Matrix, owned: Mapping[str, Tensor | None]) -> QuantizedMatrix | Blocks:
         """What an export will hold of a weight that is trained; `owned`: what its module was given."""
         ...
 
-    def record(self, made: Mapping[str, Any], cache: str | None) -> Record | BlockRecord: ...
+    def stored(self, made: Mapping[str, Any], cache: str | None) -> QuantizedWeights | BlockWeights: ...
 
 
 class Rounding:
@@ -105,7 +105,7 @@ class Rounding:
                 caches.detach(model, before)
 
     @torch.no_grad()
-    def settle(self, model: Any) -> Record | BlockRecord:
+    def settle(self, model: Any) -> QuantizedWeights | BlockWeights:
         """A trained model plain again, adapters merged, its weights as they were multiplied; and what they are made
         of."""
         owned = {}
@@ -122,7 +122,7 @@ class Rounding:
             weight_OI = matrix.of(model.get_parameter(matrix.parameter))
             made[str(matrix)] = self.rule.held(weight_OI, matrix, owned[matrix])
             weight_OI.copy_(made[str(matrix)].dequantized())
-        return self.rule.record(made, self.cache)
+        return self.rule.stored(made, self.cache)
 
     def _wrap(self, module: Any, matrix: Matrix) -> None:
         base = module.get_base_layer() if hasattr(module, "get_base_layer") else module

@@ -13,7 +13,7 @@ from models.errors import Refusal
 from models.matrices import Matrix, chosen
 from models.quantization.aware import Rounding, check_trainable
 from models.quantization.ggml import Blocks, GgmlType
-from models.quantization.record import BlockRecord, Known
+from models.quantization.stored import BlockWeights, Outline
 from models.quantization.straight_through import straight_through
 
 
@@ -25,7 +25,7 @@ class BlockQAT:
     type: str = "q4_k"  # of models.quantization.ggml.TYPES
     skip: Sequence[str] = ()
     cache: str | None = None
-    needs_record: ClassVar[bool] = False
+    needs_quantized: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         GgmlType(self.type)
@@ -35,10 +35,10 @@ class BlockQAT:
         """What widths have to be multiples of."""
         return GgmlType(self.type).width
 
-    def known(self, plain: Any, start: Known | None) -> Known:
+    def outline(self, plain: Any, start: Outline | None) -> Outline:
         if start is not None:
             raise Refusal(
-                f"qat.type={self.type}: the student is on a grid already and would be rounded twice; give the model "
+                f"qat.type={self.type}: the student is quantized already and would be rounded twice; give the model "
                 f"before the stage quantize"
             )
         shapes = {}
@@ -46,10 +46,10 @@ class BlockQAT:
             outputs, inputs = matrix.of(plain.get_parameter(matrix.parameter)).shape
             GgmlType(self.type).check(str(matrix), inputs)
             shapes[str(matrix)] = (outputs, inputs)
-        return Known(shapes, ggml=self.type)
+        return Outline(shapes, ggml=self.type)
 
-    def open(self, record: Path, plain: Any) -> Rounding:
-        return Rounding(OnBlocks(GgmlType(self.type)), self._taken(plain), self.cache)
+    def open(self, quantized: Path, plain: Any) -> Rounding:
+        return Rounding(BlockRule(GgmlType(self.type)), self._taken(plain), self.cache)
 
     def _taken(self, plain: Any) -> list[Matrix]:
         taken = chosen(plain, self.skip, "qat.skip")
@@ -57,7 +57,7 @@ class BlockQAT:
         return taken
 
 
-class OnBlocks:
+class BlockRule:
     """A models.quantization.aware.Rule."""
 
     own: Sequence[str] = ()
@@ -78,5 +78,5 @@ class OnBlocks:
     def held(self, weight_OI: Tensor, matrix: Matrix, owned: Mapping[str, Tensor | None]) -> Blocks:
         return self.kind.pack(weight_OI)
 
-    def record(self, made: Mapping[str, Any], cache: str | None) -> BlockRecord:
-        return BlockRecord(made, cache)
+    def stored(self, made: Mapping[str, Any], cache: str | None) -> BlockWeights:
+        return BlockWeights(made, cache)

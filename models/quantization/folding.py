@@ -21,8 +21,8 @@ from torch.utils._pytree import tree_map
 from models.layerwise import Turn
 from models.matrices import Matrix, is_linear
 from models.pruning.groups import Anatomy, Group
-from models.quantization.grid import Grid
-from models.quantization.method import Scales
+from models.quantization.quantizer import Scales
+from models.quantization.scheme import WeightScheme
 
 # K channels of a fold, I what a reader reads: a channel of values is read by all query heads that share it
 # U units of a group, O what a matrix gives
@@ -59,7 +59,7 @@ class Fold:
 
 @torch.no_grad()
 def fold(
-    anatomy: Anatomy, turn: Turn, taken: Sequence[Matrix], read: Mapping[str, Any], scales: Scales, grid: Grid
+    anatomy: Anatomy, turn: Turn, taken: Sequence[Matrix], read: Mapping[str, Any], scales: Scales, scheme: WeightScheme
 ) -> dict[str, Any]:
     """Scale what can be scaled of one layer. Gives what is read now. A fold has none but matrices that are `taken`."""
     found = dict(read)
@@ -71,7 +71,7 @@ def fold(
         ]
         if len(readers) < len(each.readers):
             continue
-        scale_K = scales(readers, each.channel_I, grid)
+        scale_K = scales(readers, each.channel_I, scheme)
         each.apply(turn.layer, scale_K)
         scale_I = scale_K[each.channel_I.to(scale_K.device)]
         divided = {id(of): of.divided(scale_I) for _, of in readers}  # once, where they share it

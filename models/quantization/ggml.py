@@ -16,7 +16,7 @@ from torch import Tensor
 
 from models.errors import Refusal
 from models.llama_library import library, row_reader
-from models.quantization.grid import Grid, Quantized
+from models.quantization.scheme import QuantizedMatrix, WeightScheme
 
 # O what a matrix gives, I what it reads, N blocks of a row, R bytes of a row
 
@@ -138,22 +138,26 @@ def _shared(work: Any, rows: int) -> None:
     return None
 
 
-def type_of_grid(grid: Grid) -> str:
-    """The smallest type whose blocks hold the grid's own integers and scales. Raises Refusal where none does."""
-    if not grid.symmetric:
+def type_of_scheme(scheme: WeightScheme) -> str:
+    """The smallest type whose blocks hold a scheme's own integers and scales. Raises Refusal where none does."""
+    if not scheme.symmetric:
         raise Refusal(
-            "gguf: blocks hold −scale · zero point in half precision, which is not exact; train on a grid with "
-            "symmetric=true"
+            "gguf: blocks hold −scale · zero point in half precision, which is not exact; quantize with "
+            "scheme.weights.symmetric=true"
         )
-    if grid.scale_dtype != "float16":
-        raise Refusal(f"gguf: blocks hold scales in float16, not {grid.scale_dtype}; use grid.scale_dtype=float16")
-    if grid.group_size is not None and grid.group_size % 32:
-        raise Refusal(f"gguf: blocks are of 32 neighbours; grid.group_size={grid.group_size} is no multiple of 32")
-    return "q4_0" if grid.bits <= 4 else "q8_0"
+    if scheme.scale_dtype != "float16":
+        raise Refusal(
+            f"gguf: blocks hold scales in float16, not {scheme.scale_dtype}; use scheme.weights.scale_dtype=float16"
+        )
+    if scheme.group_size is not None and scheme.group_size % 32:
+        raise Refusal(
+            f"gguf: blocks are of 32 neighbours; scheme.weights.group_size={scheme.group_size} is no multiple of 32"
+        )
+    return "q4_0" if scheme.bits <= 4 else "q8_0"
 
 
-def packed_grid(quantized: Quantized, kind: str) -> Blocks:
-    """The very integers and scales of a symmetric grid, as `kind`: q4_0 (up to 4 bits) or q8_0; nothing is rounded."""
+def packed_integers(quantized: QuantizedMatrix, kind: str) -> Blocks:
+    """The very integers and scales of a symmetric scheme as q4_0 (up to 4 bits) or q8_0; nothing is rounded."""
     outputs, inputs = quantized.integers.shape
     blocks = inputs // 32
     scale = quantized.scale.cpu()
@@ -166,7 +170,7 @@ def packed_grid(quantized: Quantized, kind: str) -> Blocks:
     elif kind == "q8_0":
         held = integers_ONW.to(torch.int8).view(torch.uint8)
     else:
-        raise ValueError(f"{kind} holds no grid; need q4_0 or q8_0")
+        raise ValueError(f"{kind} holds no integers of a scheme; need q4_0 or q8_0")
     return Blocks(kind, torch.cat([scale_ONB, held], dim=-1).flatten(1))
 
 

@@ -1,4 +1,4 @@
-"""Training on a grid, from what the stage `quantize` has made."""
+"""Quantization-aware training, from what the stage `quantize` has made."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from models.errors import Refusal
 from models.matrices import Matrix, matrices
 from models.quantization.aware import Rounding, check_trainable
-from models.quantization.grid import SCALE_DTYPES, Grid, Quantized
 from models.quantization.methods.clipped import Clipped
-from models.quantization.record import Known, Record, read_record
+from models.quantization.scheme import SCALE_DTYPES, QuantizedMatrix, WeightScheme
+from models.quantization.stored import Outline, QuantizedWeights, read_quantized
 from models.quantization.straight_through import straight_through
 
 SCALES = ("learned", "frozen", "min_max", "mse")
@@ -32,7 +32,7 @@ class QAT:
     scales: str = "learned"
     freeze_step: int | None = None
     cache: str | None = None
-    needs_record: ClassVar[bool] = True
+    needs_quantized: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.scales not in SCALES:
@@ -51,33 +51,33 @@ class QAT:
         """Whether scales are those of the present weights at this step; not before the first."""
         return self._follow and step is not None and (self.freeze_step is None or step < self.freeze_step)
 
-    def known(self, plain: Any, start: Known | None) -> Known:
-        if start is None or start.grid is None:
+    def outline(self, plain: Any, start: Outline | None) -> Outline:
+        if start is None or start.scheme is None:
             raise Refusal(
-                "qat: the student that training starts from is on no grid; give what the stage quantize makes"
+                "qat: the student that training starts from is not quantized; give what the stage quantize makes"
             )
         check_trainable([matrix for matrix in matrices(plain) if str(matrix) in start.shapes])
         return start
 
-    def open(self, record: Path, plain: Any) -> Rounding:
-        """Raises Refusal where the record is of another model."""
-        return on_grid(self, read_record(record), plain)
+    def open(self, quantized: Path, plain: Any) -> Rounding:
+        """Raises Refusal where the integers are of another model."""
+        return rounding_of(self, read_quantized(quantized), plain)
 
 
-def on_grid(settings: QAT, record: Record, plain: Any) -> Rounding:
+def rounding_of(settings: QAT, start: QuantizedWeights, plain: Any) -> Rounding:
     by_name = {str(matrix): matrix for matrix in matrices(plain)}
-    if odd := [name for name in record.matrices if name not in by_name]:
-        raise Refusal(f"qat: the model has no matrix {odd[0]}, which its grid.safetensors names")
-    return Rounding(OnGrid(settings, record), [by_name[name] for name in record.matrices], settings.cache)
+    if odd := [name for name in start.matrices if name not in by_name]:
+        raise Refusal(f"qat: the model has no matrix {odd[0]}, which quantized.safetensors names")
+    return Rounding(SchemeRule(settings, start), [by_name[name] for name in start.matrices], settings.cache)
 
 
-class OnGrid:
+class SchemeRule:
     """A models.quantization.aware.Rule."""
 
     own: Sequence[str] = ("log_ratio", "scale_bits", "zero_point")
 
-    def __init__(self, settings: QAT, record: Record) -> None:
-        self.settings, self.start = settings, record
+    def __init__(self, settings: QAT, start: QuantizedWeights) -> None:
+        self.settings, self.start, self.scheme = settings, start, start.scheme.weights
         self.step: int | None = None
 
     def give(self, module: Any, base: Any, matrix: Matrix) -> None:
@@ -92,50 +92,50 @@ class OnGrid:
 
     def rounded(self, module: Any, weight_OI: Tensor, matrix: Matrix) -> Tensor:
         owned = {name: getattr(module, name, None) for name in self.own}
-        scale, zero_point = self._grid_of(weight_OI, owned)
+        scale, zero_point = self._scales_of(weight_OI, owned)
         if self.settings.follows(self.step) and module.training:  # validation comes after the step it belongs to
             module.scale_bits.copy_(scale.view(torch.int32))
             module.zero_point.copy_(zero_point)
-        return rounded(weight_OI, scale, zero_point, self.start.grid)
+        return rounded(weight_OI, scale, zero_point, self.scheme)
 
     def reading(self, matrix: Matrix) -> Callable[[Tensor], Tensor]:
-        activations, static = self.start.activations, self.start.input_scales.get(str(matrix))
+        activations, static = self.start.scheme.activations, self.start.input_scales.get(str(matrix))
         if activations is None:
             return lambda hidden: hidden
         return lambda hidden: activations.rounded(hidden, None if static is None else static.to(hidden.device))
 
-    def held(self, weight_OI: Tensor, matrix: Matrix, owned: Mapping[str, Tensor | None]) -> Quantized:
-        return self.start.grid.nearest(weight_OI, *self._grid_of(weight_OI, owned))
+    def held(self, weight_OI: Tensor, matrix: Matrix, owned: Mapping[str, Tensor | None]) -> QuantizedMatrix:
+        return self.scheme.quantize(weight_OI, *self._scales_of(weight_OI, owned))
 
-    def record(self, made: Mapping[str, Any], cache: str | None) -> Record:
+    def stored(self, made: Mapping[str, Any], cache: str | None) -> QuantizedWeights:
         return replace(self.start, matrices=made, cache=cache)
 
-    def _grid_of(self, weight_OI: Tensor, owned: Mapping[str, Tensor | None]) -> tuple[Tensor, Tensor]:
+    def _scales_of(self, weight_OI: Tensor, owned: Mapping[str, Tensor | None]) -> tuple[Tensor, Tensor]:
         """(scale, zero_point) of the present step, the scale with a gradient where it is learned."""
-        grid, bits, zero_point = self.start.grid, owned["scale_bits"], owned["zero_point"]
+        scheme, bits, zero_point = self.scheme, owned["scale_bits"], owned["zero_point"]
         assert bits is not None
         assert zero_point is not None
         if self.settings.follows(self.step):
             detached = weight_OI.detach()
-            fitted = Clipped().fitted(detached, grid) if self.settings.scales == "mse" else None
-            return fitted or grid.of_range(*grid.ranges(detached))
+            fitted = Clipped().fitted(detached, scheme) if self.settings.scales == "mse" else None
+            return fitted or scheme.of_range(*scheme.ranges(detached))
         start = bits.view(torch.float32)
         if (log_ratio := owned["log_ratio"]) is None:
             return start, zero_point
         exact = start * log_ratio.float().exp().view(start.shape)
-        return straight_through(exact, held(exact.detach(), grid)), zero_point
+        return straight_through(exact, held(exact.detach(), scheme)), zero_point
 
 
-def held(scale: Tensor, grid: Grid) -> Tensor:
+def held(scale: Tensor, scheme: WeightScheme) -> Tensor:
     """Learned scales as an export will hold them: neither zero nor infinite there."""
-    limits = torch.finfo(SCALE_DTYPES[grid.scale_dtype])
-    return scale.clamp(limits.tiny * limits.eps, limits.max).to(SCALE_DTYPES[grid.scale_dtype]).float()
+    limits = torch.finfo(SCALE_DTYPES[scheme.scale_dtype])
+    return scale.clamp(limits.tiny * limits.eps, limits.max).to(SCALE_DTYPES[scheme.scale_dtype]).float()
 
 
-def rounded(weight_OI: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
-    """Float32[O, I]: what `grid.nearest` says, to the bit, with gradients for the weight (of what is in range) and the
-    scale, Float32[O | 1, G] (LSQ's: q − w / s in range, q outside)."""
+def rounded(weight_OI: Tensor, scale: Tensor, zero_point: Tensor, scheme: WeightScheme) -> Tensor:
+    """Float32[O, I]: what `scheme.quantize` gives, to the bit, with gradients for the weight (of what is in range)
+    and the scale, Float32[O | 1, G] (LSQ's: q − w / s in range, q outside)."""
     exact = weight_OI.float().unflatten(1, (scale.shape[1], -1)) / scale[..., None] + zero_point[..., None]
-    inside = exact.clamp(grid.lowest, grid.highest)
+    inside = exact.clamp(scheme.lowest, scheme.highest)
     integers_OGS = straight_through(inside, inside.detach().round())
     return (scale[..., None] * (integers_OGS - zero_point[..., None])).flatten(1)

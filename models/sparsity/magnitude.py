@@ -25,7 +25,7 @@ class Magnitude:
 
     def __post_init__(self) -> None:
         if self.scope not in ("layer", "global"):
-            raise Refusal(f"sparsify.method.scope={self.scope}: need layer (each matrix by itself) or global")
+            raise Refusal(f"sparsity.scope={self.scope}: need layer (each matrix by itself) or global")
 
     def zeros(self, weights: Sequence[Tensor], fraction: float) -> list[int]:
         if self.scope == "layer":

@@ -30,16 +30,16 @@ class SparseGPT:
 
     def __post_init__(self) -> None:
         if not self.damping > 0:
-            raise Refusal(f"sparsify.method.damping={self.damping}: need a number above 0; 0.01 is usual")
+            raise Refusal(f"sparsity.damping={self.damping}: need a number above 0; 0.01 is usual")
         if self.block < 1:
-            raise Refusal(f"sparsify.method.block={self.block}: need at least 1; 128 is usual")
+            raise Refusal(f"sparsity.block={self.block}: need at least 1; 128 is usual")
 
     def zeros(self, weights: Sequence[Tensor], fraction: float) -> list[int]:
         return same_share(weights, fraction)
 
     def sparsified(self, weight_OI: Tensor, zeros: int | Pattern, read: Any) -> Tensor:
         w_OI = at_least_float(weight_OI).clone()
-        u_II, dead_I = inverse_factor(read.mean_II.to(w_OI), self.damping, "sparsify.method.damping")
+        u_II, dead_I = inverse_factor(read.mean_II.to(w_OI), self.damping, "sparsity.damping")
         cost_I = torch.where(dead_I, 0.0, u_II.diagonal().square().reciprocal())
         width = w_OI.shape[1]
         block = self.block

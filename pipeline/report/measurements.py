@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from pipeline.artifact import BESIDE, GRID
+from pipeline.artifact import BESIDE, QUANTIZED
 from pipeline.report.columns import BITS, COLUMNS, FIELDS
 from pipeline.report.manifests import Artifact, parents_of
 
@@ -64,7 +64,9 @@ def _unmeasured(artifact: Artifact) -> Json:
         "stage": artifact.name,
         "path": str(artifact.folder.resolve()),
         "parameters": manifest.get("metrics", {}).get("parameters"),
-        "bytes": sum(file["bytes"] for name, file in files.items() if name not in (*BESIDE, GRID) and "/" not in name),
+        "bytes": sum(
+            file["bytes"] for name, file in files.items() if name not in (*BESIDE, QUANTIZED) and "/" not in name
+        ),
         "seconds": manifest.get("seconds"),
         "tokens": manifest.get("tokens"),
         **({} if (bits := manifest.get("metrics", {}).get(BITS.key)) is None else {BITS.key: bits}),

@@ -21,7 +21,7 @@ from pipeline.data import conversations
 from pipeline.data.source import DataSource, check_source, source_key
 from pipeline.data.token_bytes import vocabulary_pairs
 from pipeline.data.tokenizer import first_difference, load_tokenizer
-from pipeline.planned import known_of, needs_stage, teacher_config
+from pipeline.planned import needs_stage, outline_of, teacher_config
 from pipeline.stages.stage import Makes, Stage
 from pipeline.stages.stage import Plan as StagePlan
 from pipeline.training import settings
@@ -158,7 +158,7 @@ class Distill(Stage):
         context.plan_model(student)
         if self.qat is not None:
             folder = Path(context.config_folder(str(self.student.path)))
-            context.plan_grid(self.qat.known(empty_model(student), known_of(folder)).said())
+            context.plan_quantized(self.qat.outline(empty_model(student), outline_of(folder)).as_json())
 
     def _check_tokenizers(self, context: Context, teacher: Any, student: Any, chat: bool) -> None:
         tokenizer = load_tokenizer(self.teacher.path, self.teacher.trust_remote_code)
@@ -193,5 +193,5 @@ class Distill(Stage):
 
     def _write_start(self, tokenizer: Any, folder: Path) -> None:
         self.student.materialise(self.teacher.path, tokenizer, folder, self.seed)
-        if self.qat is not None and self.qat.needs_record:
-            shutil.copy(Path(str(self.student.path)) / artifact.GRID, folder)
+        if self.qat is not None and self.qat.needs_quantized:
+            shutil.copy(Path(str(self.student.path)) / artifact.QUANTIZED, folder)

@@ -135,10 +135,10 @@ class Evaluate(Stage):
             name = role.partition("/")[2]
             if stage not in context.planned and name not in _formats_of(context, stage):
                 raise Refusal(
-                    f"{context.stage}: {stage} has made no {name}; add {stage} to stages, or say "
-                    f"stages.{stage}.formats.{name}=null"
+                    f"{context.stage}: {stage} has made no {name}; add {stage} to stages, or leave it out with "
+                    f"{context.setting(stage, 'formats')}.{name}=null"
                 )
-            check_installed(f"stages.{stage}.formats.{name}", instantiate(form, _convert_="all"))
+            check_installed(f"{context.setting(stage, 'formats')}.{name}", instantiate(form, _convert_="all"))
         if not {**parents, **exports}:
             raise Refusal(
                 f"{context.stage} has no model to measure; run a training stage first or name folders in "
@@ -188,7 +188,7 @@ class Evaluate(Stage):
                 manifest = artifact.read_manifest(Path(folder)) or {}
                 if (bits := (manifest.get("metrics") or {}).get("bits_per_weight")) is not None:
                     measured["bits_per_weight"] = bits  # as a container will hold it
-                    measured.pop("zeros", None)  # a grid has a zero, and nothing is sparse for it
+                    measured.pop("zeros", None)  # quantized weights have zeros, and are not sparse for it
                 path = None if role == BEFORE else str(Path(folder).resolve()) if Path(folder).exists() else folder
                 rows.append(
                     {
@@ -257,8 +257,7 @@ class Evaluate(Stage):
             f"{name.replace('_', ' ')} {n:,}" for name, n in left_out.items() if n and name in LEFT_OUT
         ):
             print(f"{role}: of the task's queries: {told}", flush=True)
-        grid = Path(folder) / artifact.GRID
-        record = grid if grid.is_file() else None
+        record = artifact.quantized_file(Path(folder))
         settings = (context.device, self.dtype, self.speed, self.data.packing, self._trusted)
         words = (folder, batches, text_bytes, prompt, *settings, quiz, record)
         measured: dict[str, Any] = alone(measure_folder, *words, killed=_KILLED.format(role))
@@ -327,7 +326,7 @@ def bytes_on_disk(folder: str) -> int | None:
     beside = (
         artifact.MANIFEST,
         artifact.CARD,
-        artifact.GRID,
+        artifact.QUANTIZED,
         *artifact.BESIDE,
     )  # and folders: adapters that are merged already
     return sum(p.stat().st_size for p in path.glob("*") if p.is_file() and p.name not in beside)

@@ -25,8 +25,8 @@ from models.formats.format import Finished, Format, Plan, Written
 from models.load import DTYPES, empty_model, load_config, parameter_count
 from models.matrices import matrices
 from models.measure import Speed, documents
-from models.quantization.activations import Activations
-from models.quantization.record import BlockRecord, open_record
+from models.quantization.scheme import Activations
+from models.quantization.stored import BlockWeights, open_quantized
 from pipeline import artifact
 from pipeline.alone import Alone
 from pipeline.context import Context
@@ -34,7 +34,7 @@ from pipeline.data.batch import collate, pad_token
 from pipeline.data.conversations import tokenizer_of
 from pipeline.data.prepared import sequences_of
 from pipeline.data.source import DataSource, check_source, source_key
-from pipeline.planned import config_to_change, known_of
+from pipeline.planned import config_to_change, outline_of
 from pipeline.progress import shown
 from pipeline.report import card, units
 from pipeline.stages.stage import Makes, Stage
@@ -55,7 +55,7 @@ class Export(Stage):
     formats: Mapping[str, Format | None] | None  # folder → what is written there; None: nothing
     rows: int = 8
     tokens: int = 128  # of each row, at most
-    dtype: str | None = None  # of what is on no grid; None: the model's
+    dtype: str | None = None  # of what is not quantized; None: the model's
     logits_tolerance: float = 0.05  # as a share of the largest logit
     kl_tolerance: float = 1e-3  # nats for each token
     rounded_kl_tolerance: float = 0.5  # likewise, where a container was asked to round
@@ -71,12 +71,15 @@ class Export(Stage):
         if self.dtype is not None and self.dtype not in DTYPES:
             raise Refusal(f"export.dtype={self.dtype}: need one of {', '.join(DTYPES)}, or null for the model's")
         if not self._formats:
-            raise Refusal("export.formats: none is left; add one, e.g. +format@stages.export.formats.gptq=gptq")
+            raise Refusal("formats: none is left; choose some, e.g. format=[huggingface,gptq]")
         for name, form in self._formats.items():
             if not isinstance(form, Format):
-                raise Refusal(f"export.formats.{name}: {type(form).__name__} is no format; name one of conf/format")
+                raise Refusal(
+                    f"formats.{name}: {form} is no format; choose one of conf/format, e.g. format=[gguf], or "
+                    f"leave it out with formats.{name}=null"
+                )
             if not re.fullmatch(r"\w[\w.-]*", name):
-                raise Refusal(f"export.formats.{name}: it names a folder; use letters, digits, _, - and .")
+                raise Refusal(f"formats.{name}: it names a folder; use letters, digits, _, - and .")
 
     @property
     def _formats(self) -> dict[str, Format]:
@@ -99,7 +102,7 @@ class Export(Stage):
         if limit and limit < self.tokens:
             raise Refusal(f"export.tokens={self.tokens}: the model reads at most {limit} (max_position_embeddings)")
         for name, form in self._formats.items():
-            check_installed(f"stages.{context.stage}.formats.{name}", form)
+            check_installed(f"{context.setting(context.stage, 'formats')}.{name}", form)
             form.check(plan)
         return StagePlan(
             model=plan.config.model_type,
@@ -113,21 +116,21 @@ class Export(Stage):
         """What is known before a weight is read, in the check or later."""
         config = config_to_change(context, self.model, False)
         folder = Path(context.config_folder(self.model))
-        known = known_of(folder)
-        shapes = {} if known is None else dict(known.shapes)
+        outline = outline_of(folder)
+        shapes = {} if outline is None else dict(outline.shapes)
         own = dtype_of(config)
         if (own, self.dtype) == ("float16", "bfloat16"):
             raise Refusal(
                 f"stages.{context.stage}.dtype={self.dtype}: the model is {own}, which it would round; leave it null"
             )
         config.dtype = DTYPES[self.dtype or own]
-        if known is None:
+        if outline is None:
             whole = empty_model(config)
             for matrix in matrices(whole):
                 outputs, inputs = matrix.of(whole.get_parameter(matrix.parameter)).shape
                 shapes[str(matrix)] = (outputs, inputs)
             return Plan(config, shapes, None)
-        return Plan(config, shapes, known.grid, known.activations, known.ggml)
+        return Plan(config, shapes, outline.scheme, outline.ggml)
 
     def prepare(self, context: Context) -> None:
         """Nothing to share: one process does it all."""
@@ -138,23 +141,22 @@ class Export(Stage):
         folder = local_folder(self.model)
         plan = self._plan(context)
         dtype = dtype_of(plan.config)
-        grid = folder / artifact.GRID
-        record = grid if grid.is_file() else None
+        quantized = artifact.quantized_file(folder)
         rows = self._rows(context, folder)
         # A package that is missing is passed over, and is none of these formats' needs.
         quantizers = ["transformers.quantizers.auto", "torchao.quantization", "compressed_tensors"]
         alone = Alone(["models.formats.certificate", *quantizers])
-        trained = known.activations if (known := known_of(folder)) else None
+        trained = plan.scheme.activations if plan.scheme else None
         for name in shown(list(self._formats), len(self._formats), context.stage):
             if (context.work / name / artifact.MANIFEST).exists():
                 continue  # a run that was killed had got so far
-            held = open_record(record) if record else None
-            if isinstance(held, BlockRecord):
+            held = open_quantized(quantized) if quantized else None
+            if isinstance(held, BlockWeights):
                 finished = Finished(folder, None, dtype, held)
             else:
                 finished = Finished(folder, held, dtype)
-            refer_as = functools.partial(self._references, context, alone, finished, record, rows)
-            self._make(context, name, finished, record, rows, refer_as, trained, alone)
+            refer_as = functools.partial(self._references, context, alone, finished, quantized, rows)
+            self._make(context, name, finished, quantized, rows, refer_as, trained, alone)
         manifests = {name: json.loads((context.work / name / artifact.MANIFEST).read_text()) for name in self._formats}
         manifest = context.manifest(self.makes)
         manifest["certificates"] = {name: told["certificates"] for name, told in manifests.items()}
@@ -191,16 +193,16 @@ class Export(Stage):
         context: Context,
         alone: Alone,
         finished: Finished,
-        record: Path | None,
+        quantized: Path | None,
         rows: list[Tensor],
         activations: Activations | None,
     ) -> Path:
-        """What the model itself says of the rows, its matrices reading so; made once."""
+        """The model's own logits of the rows, with its activations rounded so; made once."""
         folder = context.work / (".references" + re.sub(r"\W+", "-", repr(activations)))
         if not (folder / "done").exists():
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
-            words = (str(finished.folder), record, finished.dtype, rows, folder, context.device, activations)
+            words = (str(finished.folder), quantized, finished.dtype, rows, folder, context.device, activations)
             alone(refer, *words, killed=f"{context.stage}: the model itself {_KILLED}")
             (folder / "done").touch()
         return folder
@@ -210,7 +212,7 @@ class Export(Stage):
         context: Context,
         name: str,
         finished: Finished,
-        record: Path | None,
+        quantized: Path | None,
         rows: list[Tensor],
         refer_as: Callable[[Activations | None], Path],
         trained: Activations | None,
@@ -228,8 +230,8 @@ class Export(Stage):
                 certify,
                 form,
                 aside,
-                replace(finished, record=None, blocks=None),
-                record,
+                replace(finished, quantized=None, blocks=None),
+                quantized,
                 rows,
                 refer_as(written.activations),
                 context.device,
@@ -246,7 +248,7 @@ class Export(Stage):
         del manifest["run_config"]  # the stage's manifest has it
         fallbacks = dict(written.fallbacks)
         if "kl_as_quantized" in told:
-            how = fallbacks.get("activations", "what matrices read is rounded in another way")
+            how = fallbacks.get("activations", "activations are rounded in another way")
             fallbacks["activations"] = f"{how}; KL {told['kl_as_quantized']:.1e} from the model as it was quantized"
         odd, serving = told.pop("first_odd_weight"), told.pop("serving")
         manifest |= {
@@ -276,7 +278,7 @@ class Export(Stage):
         (aside / artifact.CARD).write_text(text)
         artifact.write_json(aside / artifact.MANIFEST, manifest)
         os.rename(aside, context.work / name)
-        rounded = "" if odd is None else ", which rounds anew what is on no grid"
+        rounded = "" if odd is None else ", quantized by the format itself"
         print(
             f"{context.stage}: {name}{rounded}: {written.bits_per_weight:.2f} bits per weight, "
             f"{units.size(manifest['metrics']['bytes'])}, KL {told['kl']:.1e}, perplexity "
@@ -285,11 +287,11 @@ class Export(Stage):
         )
 
     def _judge(self, context: Context, name: str, told: dict[str, Any], written: Written) -> None:
-        """A container that was asked to put a model that is on no grid in fewer bits may be another model, within
+        """A format that was asked to quantize plain weights may give another model, within
         `rounded_kl_tolerance`; everything else has to be the same.
 
-        Activations on a grid are rounded by runtimes' own scales, and a number that falls to the other side moves its
-        logits: then the distributions count alone.
+        Runtimes round activations by scales of their own, and a number that falls to the other side moves its logits:
+        then the distributions count alone.
         """
         if not told["weights_bit_equal"] and not written.rounded:
             raise Refusal(

@@ -63,7 +63,7 @@ class Prune(Stage):
     per: str = "parameter"
     protect_first: int = 0
     protect_last: int = 0
-    multiple_of: int | str = 1  # auto: what the grid and the formats of later stages need
+    multiple_of: int | str = 1  # auto: what the scheme and the formats of later stages need
     plan: str | None = None  # a plan.json, as it was written or edited: nothing is scored
     scores: Sequence[str] | None = None  # scores.safetensors of earlier cuts, added up: no text is read for them
     steps: int = 1  # the cut is taken in so many, the units scored anew before each
@@ -109,15 +109,17 @@ class Prune(Stage):
         return self.multiple_of == "auto"
 
     def _multiple(self, context: Context) -> int:
-        """Where it is `auto`, the least that the grids and the formats of this run's later stages divide."""
+        """Where it is `auto`, the least that the schemes and the formats of this run's later stages divide."""
         if not self._automatic:
             return self.multiple_of  # type: ignore[return-value]
         order, stages = context.config["order"], context.config["stages"]
         needed = 1
         for name in order[order.index(context.stage) + 1 :]:
-            if (grid := stages[name].get("grid")) is not None:
-                needed = math.lcm(needed, instantiate(grid, _convert_="all").group_size or 1)
-            for node in [stages[name].get("qat"), *(stages[name].get("formats") or {}).values()]:
+            for node in [
+                stages[name].get("scheme"),
+                stages[name].get("qat"),
+                *(stages[name].get("formats") or {}).values(),
+            ]:
                 if node is not None:
                     needed = math.lcm(needed, getattr(instantiate(node, _convert_="all"), "multiple", 1))
         return needed

@@ -1,4 +1,4 @@
-"""Put the weights of a model's layers on a grid of few bits, layer by layer, and show that the result is on it."""
+"""Quantize the weights of a model's layers, layer by layer, and prove that the result is made of its integers."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from models.objectives.forward_kl import ForwardKL
 from models.objectives.signal import Dense
 from models.offloaded import Offloaded
 from models.pruning.groups import Anatomy, anatomy_of
-from models.quantization.activations import Activations, Largest, attach, round_inputs
+from models.quantization.activations import Largest, attach, round_inputs
 from models.quantization.folding import fold
-from models.quantization.grid import Grid, Quantized
-from models.quantization.method import Method
 from models.quantization.proof import bits_per_weight, check_held
-from models.quantization.record import Known, Record, join, read_record
+from models.quantization.quantizer import Quantizer
+from models.quantization.scheme import QuantizedMatrix, Scheme
+from models.quantization.stored import Outline, QuantizedWeights, join, read_quantized
 from models.representations import decoder_layers
 from pipeline import artifact
 from pipeline.context import Context
 from pipeline.data.calibration import Calibration
 from pipeline.data.source import DataSource, source_key
 from pipeline.layer_by_layer import FinishedLayers, LayerByLayer
-from pipeline.planned import known_of
+from pipeline.planned import outline_of
 from pipeline.progress import shown
 from pipeline.stages.stage import Makes, Stage
 from pipeline.stages.stage import Plan as StagePlan
@@ -42,16 +42,15 @@ from pipeline.stages.stage import Plan as StagePlan
 
 @dataclass(frozen=True)
 class Quantize(Stage):
-    """The result is an ordinary checkpoint whose weights are numbers of the grid; the integers lie beside it."""
+    """The result is an ordinary checkpoint of dequantized values; the integers lie beside it."""
 
     makes: ClassVar[Makes] = "model"
 
     model: str  # folder or hub id
     data: DataSource  # of whose training split some text is the calibration
-    grid: Grid
-    method: Method
+    scheme: Scheme
+    quantizer: Quantizer
     calibration: Calibration
-    activations: Activations | None = None  # of what the matrices read; None: as it is
     skip: Sequence[str] = ()
     dtype: str = "float32"
     trust_remote_code: bool = False
@@ -66,7 +65,7 @@ class Quantize(Stage):
             "quantize",
             self.model,
             self.data,
-            self.method.reading is not None or self.activations is not None,
+            self.quantizer.reading is not None or self.scheme.activations is not None,
             self.calibration,
             self.dtype,
             self.trust_remote_code,
@@ -84,10 +83,10 @@ class Quantize(Stage):
         return source_key(self.data)
 
     def check(self, context: Context) -> StagePlan:
-        if known_of(Path(context.config_folder(self.model))) is not None:
+        if outline_of(Path(context.config_folder(self.model))) is not None:
             raise Refusal(
-                f"stages.{context.stage}.model={self.model}: its weights are on a grid already; give the model it was "
-                f"made of"
+                f"stages.{context.stage}.model={self.model}: its weights are quantized already; give the "
+                f"model it was made of"
             )
         taken: dict[str, tuple[int, int]] = {}
 
@@ -97,7 +96,7 @@ class Quantize(Stage):
                 taken[str(matrix)] = (outputs, inputs)
 
         told = self._walk.check(context, fits)
-        context.plan_grid(Known(taken, self.grid, self.activations).said())
+        context.plan_quantized(Outline(taken, self.scheme).as_json())
         return told
 
     def prepare(self, context: Context) -> None:
@@ -110,7 +109,7 @@ class Quantize(Stage):
         tokenizer, given, batches = self._walk.open(context)
         model = given.model
         taken = self._chosen(model)
-        anatomy = None if self.method.scales is None else anatomy_of(model)
+        anatomy = None if self.quantizer.scales is None else anatomy_of(model)
         finished, count = FinishedLayers(context.work, model), len(decoder_layers(model))
         finished.tell(context.stage)
         rounding: list[RemovableHandle] = []
@@ -123,90 +122,88 @@ class Quantize(Stage):
 
         def build(folder: Path) -> None:
             save_model(model, tokenizer, folder, finished.state(), dtype)
-            join([_record_of(context, number) for number in range(count)], folder / artifact.GRID)
-            again, record = self._walk.load(context, str(folder), "made"), read_record(folder / artifact.GRID)
-            check_held(again.model, record, dtype, context.stage, again.weights)
+            join([_part(context, number) for number in range(count)], folder / artifact.QUANTIZED)
+            again, held = self._walk.load(context, str(folder), "made"), read_quantized(folder / artifact.QUANTIZED)
+            check_held(again.model, held, dtype, context.stage, again.weights)
             manifest["certificates"] = {"weights_bit_equal": True}
-            bits = bits_per_weight(again.model, record, dtype)
+            bits = bits_per_weight(again.model, held, dtype)
             manifest["metrics"] = {"parameters": parameter_count(again.model), "bits_per_weight": bits}
-            if self.activations is not None:
-                manifest["metrics"] |= _price(given, again, record, batches)
+            if self.scheme.activations is not None:
+                manifest["metrics"] |= _price(given, again, held, batches)
             manifest["seconds"] = round(time.monotonic() - begin, 3)
 
         artifact.publish(context.out, build, manifest)
         bits = manifest["metrics"]["bits_per_weight"]
-        print(f"{context.stage}: {len(taken)} matrices on {self.grid}; {bits:.2f} bits per weight of the whole model")
+        print(f"{context.stage}: {len(taken)} matrices to {self.scheme}; {bits:.2f} bits per weight of the whole model")
 
     def _chosen(self, model: Any) -> list[Matrix]:
-        """The matrices that go onto the grid. Raises Refusal for what cannot be asked of this model."""
+        """The matrices that are quantized. Raises Refusal for what cannot be asked of this model."""
         taken = chosen(model, self.skip, "quantize.skip")
-        if self.method.reading is not None:
-            check_read(
-                taken, f"quantize.method={type(self.method).__name__}", "quantizer@stages.quantize.method=nearest"
-            )
-        if self.activations is not None:
-            check_read(taken, "quantize.activations", "stages.quantize.activations=null")
-        if self.method.scales is not None:
+        if self.quantizer.reading is not None:
+            check_read(taken, f"quantizer={type(self.quantizer).__name__}", "quantizer=round_to_nearest")
+        if self.scheme.activations is not None:
+            check_read(taken, f"scheme={self.scheme}", "scheme=w8a16")
+        if self.quantizer.scales is not None:
             try:
                 anatomy_of(model)
             except Refusal as problem:
                 raise Refusal(
-                    f"quantize.method={type(self.method).__name__}: which parts its scales could be folded into is not "
-                    f"known ({problem}); use quantizer@stages.quantize.method=gptq"
+                    f"quantizer={type(self.quantizer).__name__}: which parts its scales could be folded into is not "
+                    f"known ({problem}); use quantizer=gptq"
                 ) from None
         widths = {str(matrix): matrix.of(model.get_parameter(matrix.parameter)).shape[-1] for matrix in taken}
         for name, inputs in widths.items():
-            self.grid.check(name, inputs, widths.values())
+            self.scheme.weights.check(name, inputs, widths.values())
         return taken
 
     @torch.no_grad()
     def _take(
         self, context: Context, finished: FinishedLayers, turn: Turn, taken: Sequence[Matrix], anatomy: Anatomy | None
     ) -> list[RemovableHandle]:
-        """Quantize one layer; or, where a run that was killed had done so, take what it left. The handles are of what
-        rounds what its matrices read from now on."""
-        path = _record_of(context, turn.number)
+        """Quantize one layer; or, where a run that was killed had done so, take what it left. The handles
+        round the inputs of its matrices from now on."""
+        path = _part(context, turn.number)
         if turn in finished:
             finished.restore(turn)
         else:
-            read: dict[str, Any] = {} if self.method.reading is None else turn.read(self.method.reading)
-            if self.method.reading is not None:
+            read: dict[str, Any] = {} if self.quantizer.reading is None else turn.read(self.quantizer.reading)
+            if self.quantizer.reading is not None:
                 _check_reached(context, taken, read)
-            if anatomy is not None and self.method.scales is not None:
-                read = fold(anatomy, turn, taken, read, self.method.scales, self.grid)
-            made: dict[str, Quantized] = {}
+            if anatomy is not None and self.quantizer.scales is not None:
+                read = fold(anatomy, turn, taken, read, self.quantizer.scales, self.scheme.weights)
+            made: dict[str, QuantizedMatrix] = {}
             for matrix in taken:
                 weight_OI = matrix.of(finished.model.get_parameter(matrix.parameter))
-                made[str(matrix)] = self.method.quantized(weight_OI, self.grid, read.get(matrix.name))
+                made[str(matrix)] = self.quantizer.quantized(weight_OI, self.scheme.weights, read.get(matrix.name))
                 weight_OI.copy_(made[str(matrix)].dequantized().to(weight_OI))
             input_scales = self._input_scales(context, turn, taken)
-            Record(self.grid, made, self.activations, input_scales).write(path)
+            QuantizedWeights(self.scheme, made, input_scales).write(path)
             finished.keep(turn)  # last: with it the layer counts as done
-        if self.activations is None:
+        if self.scheme.activations is None:
             return []
-        handles, found = [], read_record(path)
+        handles, found = [], read_quantized(path)
         for matrix in taken:  # what comes after reads what these give then
             module: nn.Module = turn.layer.get_submodule(matrix.name)
-            handles.append(round_inputs(module, self.activations, found.input_scales.get(str(matrix))))
+            handles.append(round_inputs(module, self.scheme.activations, found.input_scales.get(str(matrix))))
         return handles
 
     def _input_scales(self, context: Context, turn: Turn, taken: Sequence[Matrix]) -> dict[str, Tensor]:
-        """Of a layer whose weights are on the grid; matrices that read the same tensor have the same."""
-        if self.activations is None or self.activations.dynamic:
+        """Of a layer whose weights are quantized; matrices that share an input have the same."""
+        if self.scheme.activations is None or self.scheme.activations.dynamic:
             return {}
         read = turn.read(Largest)
         _check_reached(context, taken, read)
-        return {str(matrix): self.activations.scale(read[matrix.name].largest_I.amax()) for matrix in taken}
+        return {str(matrix): self.scheme.activations.scale(read[matrix.name].largest_I.amax()) for matrix in taken}
 
 
 @torch.no_grad()
-def _price(parent: Offloaded, made: Offloaded, record: Record, batches: Sequence[Tensor]) -> dict[str, float]:
-    """KL of the model's next tokens from its parent's, nats a token of the calibration rows: with the weights rounded,
-    and with what they read rounded too."""
+def _price(parent: Offloaded, made: Offloaded, held: QuantizedWeights, batches: Sequence[Tensor]) -> dict[str, float]:
+    """KL of the model's next tokens from its parent's, nats a token of the calibration rows: with quantized weights,
+    and with quantized activations too."""
     want = Passage(parent.model, batches, parent.weights).last()
     sums = {"kl_of_weights": 0.0, "kl_with_activations": 0.0}
     for name in sums:
-        handles = attach(made.model, record) if name == "kl_with_activations" else []
+        handles = attach(made.model, held) if name == "kl_with_activations" else []
         got = Passage(made.model, batches, made.weights).last()
         for ids, hidden, of_parent in zip(batches, got, want, strict=True):
             signal = Dense(of_parent, head_of(parent.model))
@@ -218,9 +215,9 @@ def _price(parent: Offloaded, made: Offloaded, record: Record, batches: Sequence
     return {name: total / tokens for name, total in sums.items()}
 
 
-def _record_of(context: Context, number: int) -> Path:
+def _part(context: Context, number: int) -> Path:
     """Of one layer, while the stage runs."""
-    return context.work / f"grid-{number:05d}.safetensors"
+    return context.work / f"quantized-{number:05d}.safetensors"
 
 
 def _check_reached(context: Context, taken: Sequence[Matrix], read: Mapping[str, Any]) -> None:

@@ -38,7 +38,7 @@ class Sparsify(Stage):
 
     model: str  # folder or hub id
     data: DataSource  # of whose training split some text is the calibration
-    method: Method
+    sparsity: Method
     calibration: Calibration
     fraction: float | None = 0.5
     pattern: str | None = None
@@ -64,7 +64,7 @@ class Sparsify(Stage):
             "sparsify",
             self.model,
             self.data,
-            self.method.reading is not None,
+            self.sparsity.reading is not None,
             self.calibration,
             self.dtype,
             self.trust_remote_code,
@@ -116,11 +116,11 @@ class Sparsify(Stage):
     def _chosen(self, model: Any) -> list[Matrix]:
         """The matrices that lose weights. Raises Refusal for what cannot be asked of this model."""
         taken = chosen(model, self.skip, "sparsify.skip")
-        if self.method.reading is not None:
+        if self.sparsity.reading is not None:
             check_read(
                 taken,
-                f"sparsify.method={type(self.method).__name__}",
-                "sparsity@stages.sparsify.method=magnitude",
+                f"sparsity={type(self.sparsity).__name__}",
+                "sparsity=magnitude",
             )
         if self.pattern is not None:
             self._check_widths(model, taken, Pattern.parse(self.pattern))
@@ -142,7 +142,7 @@ class Sparsify(Stage):
         if self.pattern is not None:
             return dict.fromkeys(chosen, Pattern.parse(self.pattern))
         assert self.fraction is not None
-        return dict(zip(chosen, self.method.zeros(_Read(given, chosen), self.fraction), strict=True))
+        return dict(zip(chosen, self.sparsity.zeros(_Read(given, chosen), self.fraction), strict=True))
 
     @torch.no_grad()
     def _take(
@@ -152,14 +152,14 @@ class Sparsify(Stage):
         if turn in finished:
             finished.restore(turn)
             return
-        read = {} if self.method.reading is None else turn.read(self.method.reading)
+        read = {} if self.sparsity.reading is None else turn.read(self.sparsity.reading)
         for matrix, zeros in wanted.items():
-            if self.method.reading is not None and matrix.name not in read:
+            if self.sparsity.reading is not None and matrix.name not in read:
                 raise Refusal(
                     f"{context.stage}: no calibration token reaches {matrix}; take more rows, or skip=[{matrix.name}]"
                 )
             weight = matrix.of(finished.model.get_parameter(matrix.parameter))
-            weight.copy_(self.method.sparsified(weight, zeros, read.get(matrix.name)))
+            weight.copy_(self.sparsity.sparsified(weight, zeros, read.get(matrix.name)))
         finished.keep(turn)
 
 

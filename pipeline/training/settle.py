@@ -19,7 +19,7 @@ from models.load import load_model, save_model
 from models.lora import merge, write_adapter
 from models.quantization.aware import Rounding
 from models.quantization.proof import bits_per_weight, check_held
-from models.quantization.record import BlockRecord, Record, open_record
+from models.quantization.stored import BlockWeights, QuantizedWeights, open_quantized
 from models.sharding import gather_state, unsharded
 from models.sparsity import zeros
 from pipeline import artifact
@@ -94,23 +94,26 @@ def _is_learnt(name: str, fitted: Fitted) -> bool:
 def _quantize(context: Context, fitted: Fitted, settled: Settled, rounding: Rounding) -> None:
     saved = fitted.student.recipe.saved
     rounding.rule.step = fitted.steps  # also where a restart has found no step left
-    records: list[Record | BlockRecord] = []
+    made: list[QuantizedWeights | BlockWeights] = []
 
     def freeze(model: Any) -> None:
-        records.append(rounding.settle(model))
+        made.append(rounding.settle(model))
 
     proof = _unchanged(context, settled.model, fitted.rows, freeze, saved, rounding.served)
     settled.certificates["trained_equals_frozen"] = proof
-    settled.also.append(functools.partial(_write_record, context, records[0], saved))
-    settled.certificates["weights_bit_equal"] = True  # or `_write_record` raises
-    settled.metrics["bits_per_weight"] = bits_per_weight(settled.model, records[0], saved)
+    settled.also.append(functools.partial(_write_quantized, context, made[0], saved))
+    settled.certificates["weights_bit_equal"] = True  # or `_write_quantized` raises
+    settled.metrics["bits_per_weight"] = bits_per_weight(settled.model, made[0], saved)
 
 
-def _write_record(context: Context, record: Record | BlockRecord, saved: torch.dtype, folder: Path) -> None:
-    """Beside a model that was written; its weights are read again, and compared with the record."""
-    record.write(folder / artifact.GRID)
+def _write_quantized(
+    context: Context, quantized: QuantizedWeights | BlockWeights, saved: torch.dtype, folder: Path
+) -> None:
+    """Beside a model that was written; its weights are read again, and compared with their dequantized values."""
+    quantized.write(folder / artifact.QUANTIZED)
     with unsharded():
-        check_held(load_model(str(folder), dtype=saved), open_record(folder / artifact.GRID), saved, context.stage)
+        again = load_model(str(folder), dtype=saved)
+        check_held(again, open_quantized(folder / artifact.QUANTIZED), saved, context.stage)
 
 
 @torch.no_grad()

@@ -34,7 +34,7 @@ class Student:
         config = load_config(folder)
         empty = empty_model(config)
         adapter = None if recipe.lora is None else recipe.lora.config(empty)
-        rounding = None if recipe.qat is None else recipe.qat.open(Path(folder) / artifact.GRID, empty)
+        rounding = None if recipe.qat is None else recipe.qat.open(Path(folder) / artifact.QUANTIZED, empty)
         return cls(folder, recipe, seed, attention, config, parameter_count(empty), adapter, rounding)
 
     def load(self) -> Any:

@@ -1,4 +1,4 @@
-"""Small models as folders, with and without a grid, in widths that blocks divide."""
+"""Small models as folders, plain and quantized, in widths that blocks divide."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 from models.formats.format import Finished
 from models.matrices import matrices
 from models.quantization.ggml import GgmlType
-from models.quantization.grid import Grid
-from models.quantization.record import BlockRecord, Record
+from models.quantization.scheme import Scheme, WeightScheme
+from models.quantization.stored import BlockWeights, QuantizedWeights
 from tests.pruning.families import model_of
 
 WIDE = {"hidden_size": 64, "intermediate_size": 96}
@@ -39,17 +39,17 @@ def as_folder(model: Any, folder: Path) -> Finished:
 
 
 @torch.no_grad()
-def on_grid(model: Any, grid: Grid, folder: Path, skip: str = "nothing") -> Finished:
-    """The model's layers are put on the grid in place."""
+def with_scheme(model: Any, weights: WeightScheme, folder: Path, skip: str = "nothing") -> Finished:
+    """The model's layers are quantized in place."""
     made = {}
     for matrix in matrices(model):
         if matrix.name.endswith(skip):
             continue
         weight_OI = matrix.of(model.get_parameter(matrix.parameter))
-        made[str(matrix)] = grid.nearest(weight_OI, *grid.of_range(*grid.ranges(weight_OI)))
+        made[str(matrix)] = weights.quantize(weight_OI, *weights.of_range(*weights.ranges(weight_OI)))
         weight_OI.copy_(made[str(matrix)].dequantized())
     model.save_pretrained(folder)
-    return Finished(folder, Record(grid, made), "float32")
+    return Finished(folder, QuantizedWeights(Scheme(weights), made), "float32")
 
 
 @torch.no_grad()
@@ -60,7 +60,7 @@ def on_blocks(model: Any, kind: GgmlType, folder: Path) -> Finished:
         made[str(matrix)] = kind.pack(weight_OI)
         weight_OI.copy_(made[str(matrix)].dequantized())
     model.save_pretrained(folder)
-    return Finished(folder, None, "float32", BlockRecord(made))
+    return Finished(folder, None, "float32", BlockWeights(made))
 
 
 def differences(ours: torch.Tensor, truth: torch.Tensor) -> tuple[float, float]:

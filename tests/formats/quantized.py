@@ -1,4 +1,4 @@
-"""Small models on a grid, as the stage quantize would leave them."""
+"""Small quantized models, as the stage quantize would leave them."""
 
 from __future__ import annotations
 
@@ -9,16 +9,15 @@ import torch
 
 from models.formats.format import Plan
 from models.matrices import matrices
-from models.quantization.activations import Activations
-from models.quantization.grid import Grid
 from models.quantization.methods.clipped import Clipped
-from models.quantization.record import Record, read_known
+from models.quantization.scheme import Activations, Scheme, WeightScheme
+from models.quantization.stored import QuantizedWeights, read_outline
 from tests.pruning.families import model_of
 
 
 def quantized(
     folder: Path,
-    grid: Grid,
+    weights: WeightScheme,
     activations: Activations | None = None,
     dtype: torch.dtype = torch.float32,
     family: str = "llama",
@@ -31,19 +30,19 @@ def quantized(
     with torch.no_grad():
         for matrix in matrices(model):
             weight_OI = matrix.of(model.get_parameter(matrix.parameter))
-            found = made[str(matrix)] = Clipped(steps=8).quantized(weight_OI, grid, None)
+            found = made[str(matrix)] = Clipped(steps=8).quantized(weight_OI, weights, None)
             weight_OI.copy_(found.dequantized())
     model.config.dtype = dtype
     model.save_pretrained(folder)
     scales = {}
     if activations is not None and not activations.dynamic:
         scales = {name: torch.tensor(0.01 + 0.001 * number) for number, name in enumerate(made)}
-    Record(grid, made, activations, scales).write(folder / "grid.safetensors")
+    QuantizedWeights(Scheme(weights, activations), made, scales).write(folder / "quantized.safetensors")
     return folder
 
 
-def plan_of(folder: Path, grid: Grid | None, activations: Activations | None = None) -> Plan:
+def plan_of(folder: Path, weights: WeightScheme | None, activations: Activations | None = None) -> Plan:
     from models.load import load_config
 
-    shapes = read_known(folder / "grid.safetensors").shapes
-    return Plan(load_config(str(folder)), shapes, grid, activations)
+    shapes = read_outline(folder / "quantized.safetensors").shapes
+    return Plan(load_config(str(folder)), shapes, None if weights is None else Scheme(weights, activations))

@@ -30,9 +30,8 @@ from models.formats.huggingface import HuggingFace
 from models.formats.torchao import TorchAO
 from models.load import empty_model, load_config, parameter_count
 from models.measure import Speed
-from models.quantization.activations import Activations
-from models.quantization.grid import Grid
-from models.quantization.record import open_record, read_record
+from models.quantization.scheme import Activations, WeightScheme
+from models.quantization.stored import open_quantized, read_quantized
 from tests.formats.quantized import plan_of, quantized
 
 ALL: dict[str, Format] = {
@@ -43,44 +42,44 @@ ALL: dict[str, Format] = {
     "torchao": TorchAO(),
 }
 WIDE = {"intermediate_size": 64, "num_key_value_heads": 4, "num_hidden_layers": 2}
-GROUP = Grid(4, "group", 16)
-GRIDS = {
+GROUP = WeightScheme(4, "group", 16)
+SCHEMES = {
     "int4": GROUP,
-    "int4_asymmetric": Grid(4, "group", 16, symmetric=False),
-    "int4_channel": Grid(4, "channel", None),
-    "int8": Grid(8, "channel", None),
-    "int8_tensor": Grid(8, "tensor", None),
-    "int8_asymmetric": Grid(8, "channel", None, symmetric=False),
-    "int3": Grid(3, "group", 32),
-    "int2": Grid(2, "group", 16),
-    "int5": Grid(5, "group", 16),
+    "int4_asymmetric": WeightScheme(4, "group", 16, symmetric=False),
+    "int4_channel": WeightScheme(4, "channel", None),
+    "int8": WeightScheme(8, "channel", None),
+    "int8_tensor": WeightScheme(8, "tensor", None),
+    "int8_asymmetric": WeightScheme(8, "channel", None, symmetric=False),
+    "int3": WeightScheme(3, "group", 32),
+    "int2": WeightScheme(2, "group", 16),
+    "int5": WeightScheme(5, "group", 16),
 }
 HELD = {
-    "huggingface": list(GRIDS),
+    "huggingface": list(SCHEMES),
     "compressed_tensors": ["int4", "int4_channel", "int8", "int8_tensor", "int3", "int2", "int5"],
     "gptq": ["int4", "int4_channel", "int8", "int8_tensor", "int3", "int2"],
     "awq": ["int4", "int4_asymmetric", "int4_channel"],
-    "torchao": list(GRIDS),
+    "torchao": list(SCHEMES),
 }
 ROWS = [torch.randint(3, 300, (n,), generator=torch.Generator().manual_seed(n)) for n in (23, 40)]
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """By name of the grid, each made once."""
+    """By name of the scheme, each made once."""
     made: dict[str, Path] = {}
 
-    def model(grid: str) -> Path:
-        if grid not in made:
-            made[grid] = quantized(tmp_path_factory.mktemp(grid), GRIDS[grid], **WIDE)
-        return made[grid]
+    def model(scheme: str) -> Path:
+        if scheme not in made:
+            made[scheme] = quantized(tmp_path_factory.mktemp(scheme), SCHEMES[scheme], **WIDE)
+        return made[scheme]
 
     return model
 
 
 def written(form: Format, source: Path, folder: Path, dtype: str = "float32") -> Path:
     folder.mkdir(parents=True)
-    form.write(Finished(source, open_record(source / "grid.safetensors"), dtype), folder)
+    form.write(Finished(source, open_quantized(source / "quantized.safetensors"), dtype), folder)
     return folder
 
 
@@ -92,31 +91,33 @@ def certified(
     dtype: str = "float32",
     activations: Activations | None = None,
 ) -> dict[str, Any]:
-    record, references = source / "grid.safetensors", tmp_path / "references"
+    record, references = source / "quantized.safetensors", tmp_path / "references"
     references.mkdir(exist_ok=True)
     refer(str(source), record, dtype, ROWS, references, "cpu", activations)
     return certify(form, folder, Finished(source, None, dtype), record, ROWS, references, "cpu", Speed(4, 2, 1))
 
 
-@pytest.mark.parametrize(("name", "grid"), [(name, grid) for name, grids in HELD.items() for grid in grids])
-def test_every_container_gives_back_the_very_numbers_of_the_grids_it_holds(
-    name: str, grid: str, models: Any, tmp_path: Path
+@pytest.mark.parametrize(("name", "scheme"), [(name, scheme) for name, schemes in HELD.items() for scheme in schemes])
+def test_every_container_gives_back_the_very_values_of_the_schemes_it_holds(
+    name: str, scheme: str, models: Any, tmp_path: Path
 ) -> None:
-    source, form = models(grid), ALL[name]
-    form.check(plan_of(source, GRIDS[grid]))
+    source, form = models(scheme), ALL[name]
+    form.check(plan_of(source, SCHEMES[scheme]))
     runtime = form.open(written(form, source, tmp_path / name), "cpu")
-    for matrix, made in read_record(source / "grid.safetensors").matrices.items():
+    for matrix, made in read_quantized(source / "quantized.safetensors").matrices.items():
         assert torch.equal(runtime.weight(matrix), made.dequantized()), matrix
     want = HuggingFace().open(source, "cpu").logits(ROWS[0][None])
     assert float((runtime.logits(ROWS[0][None]) - want).abs().max()) < 1e-4
     assert want.abs().max() > 0.1
 
 
-@pytest.mark.parametrize(("name", "grid"), [(name, grid) for name, grids in HELD.items() for grid in GRIDS
-                                            if grid not in grids])  # fmt: skip
-def test_a_grid_that_a_container_cannot_hold_is_refused_with_what_it_could(name: str, grid: str, models: Any) -> None:
+@pytest.mark.parametrize(("name", "scheme"), [(name, scheme) for name, schemes in HELD.items() for scheme in SCHEMES
+                                            if scheme not in schemes])  # fmt: skip
+def test_a_scheme_that_a_container_cannot_hold_is_refused_with_what_it_could(
+    name: str, scheme: str, models: Any
+) -> None:
     with pytest.raises(Refusal, match=r"need|use format=") as refused:
-        ALL[name].check(plan_of(models(grid), GRIDS[grid]))
+        ALL[name].check(plan_of(models(scheme), SCHEMES[scheme]))
     assert "\n" not in str(refused.value)
 
 
@@ -129,10 +130,10 @@ def bits(words: np.ndarray, count: int, width: int) -> np.ndarray:
     return np.array(rows)
 
 
-@pytest.mark.parametrize("grid", ["int4", "int3", "int8"])
-def test_integers_in_the_files_of_one_model_are_those_of_its_record(grid: str, models: Any, tmp_path: Path) -> None:
-    source, width = models(grid), GRIDS[grid].bits
-    record = read_record(source / "grid.safetensors")
+@pytest.mark.parametrize("scheme", ["int4", "int3", "int8"])
+def test_integers_in_the_files_of_one_model_are_those_beside_it(scheme: str, models: Any, tmp_path: Path) -> None:
+    source, width = models(scheme), SCHEMES[scheme].bits
+    record = read_quantized(source / "quantized.safetensors")
     packed = load_file(written(CompressedTensors(), source, tmp_path / "ct") / "model.safetensors")
     gptq = load_file(written(GPTQ(), source, tmp_path / "gptq") / "model.safetensors")
     up = 2 ** (width - 1)
@@ -148,12 +149,12 @@ def test_integers_in_the_files_of_one_model_are_those_of_its_record(grid: str, m
     assert packed["lm_head.weight"].dtype == gptq["lm_head.weight"].dtype == torch.float32
 
 
-@pytest.mark.parametrize("grid", ["int4", "int4_asymmetric"])
-def test_awq_files_hold_eight_outputs_in_a_word_in_their_own_order(grid: str, models: Any, tmp_path: Path) -> None:
-    source = models(grid)
+@pytest.mark.parametrize("scheme", ["int4", "int4_asymmetric"])
+def test_awq_files_hold_eight_outputs_in_a_word_in_their_own_order(scheme: str, models: Any, tmp_path: Path) -> None:
+    source = models(scheme)
     held = load_file(written(AWQ(), source, tmp_path / "awq") / "model.safetensors")
-    up = 8 if GRIDS[grid].symmetric else 0
-    for name, made in list(read_record(source / "grid.safetensors").matrices.items())[:3]:
+    up = 8 if SCHEMES[scheme].symmetric else 0
+    for name, made in list(read_quantized(source / "quantized.safetensors").matrices.items())[:3]:
         module = name.removesuffix(".weight")
         for part, want in (("qweight", made.integers.T + up), ("qzeros", made.zero_point.T + up)):
             words = held[f"{module}.{part}"].numpy()
@@ -162,29 +163,31 @@ def test_awq_files_hold_eight_outputs_in_a_word_in_their_own_order(grid: str, mo
         assert torch.equal(held[f"{module}.scales"], made.scale.T.half())
 
 
-def test_weights_that_were_changed_after_they_were_put_on_the_grid_are_refused(models: Any, tmp_path: Path) -> None:
+def test_weights_that_were_changed_after_they_were_quantized_are_refused(models: Any, tmp_path: Path) -> None:
     shutil.copytree(models("int4"), tmp_path / "model")
     held = load_file(tmp_path / "model" / "model.safetensors")
     held["model.layers.0.self_attn.q_proj.weight"][0, 0] += 0.01
     save_file(held, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(Refusal, match=r"layers\.0\.self_attn\.q_proj\.weight is not what grid\.safetensors beside it"):
-        refer(str(tmp_path / "model"), tmp_path / "model" / "grid.safetensors", "float32", ROWS, tmp_path, "cpu")
+    with pytest.raises(
+        Refusal, match=r"layers\.0\.self_attn\.q_proj\.weight is not what quantized\.safetensors beside it"
+    ):
+        refer(str(tmp_path / "model"), tmp_path / "model" / "quantized.safetensors", "float32", ROWS, tmp_path, "cpu")
 
 
 @pytest.mark.parametrize("dynamic", [True, False])
-def test_activations_are_read_on_their_grid(dynamic: bool, tmp_path: Path) -> None:
+def test_activations_are_rounded_as_the_scheme_says(dynamic: bool, tmp_path: Path) -> None:
     activations = Activations(8, dynamic)
-    source = quantized(tmp_path / "model", GRIDS["int8"], activations, **WIDE)
+    source = quantized(tmp_path / "model", SCHEMES["int8"], activations, **WIDE)
     form = CompressedTensors()
-    form.check(plan_of(source, GRIDS["int8"], activations))
+    form.check(plan_of(source, SCHEMES["int8"], activations))
     folder = tmp_path / "ct"
     folder.mkdir()
-    made = form.write(Finished(source, read_record(source / "grid.safetensors"), "float32"), folder)
+    made = form.write(Finished(source, read_quantized(source / "quantized.safetensors"), "float32"), folder)
     told = certified(form, source, folder, tmp_path, activations=made.activations)
     assert told["weights_bit_equal"]
     assert told["kl"] < 1e-9
     assert told["logits_max_difference"] < 1e-5
-    # transformers divides a token's largest number by 127.5; vLLM and the grid by 127
+    # transformers divides a token's largest number by 127.5; vLLM and the scheme by 127
     assert (made.activations == activations) == ("activations" not in made.fallbacks) == (not dynamic)
     assert 1e-9 < certified(form, source, folder, tmp_path, activations=activations)["kl"] < 1e-3 or not dynamic
     plain = HuggingFace().open(source, "cpu").logits(ROWS[0][None])
@@ -198,10 +201,10 @@ def test_activations_are_read_on_their_grid(dynamic: bool, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("name", ["huggingface", "compressed_tensors", "torchao"])
 def test_a_model_of_16_bits_is_the_same_to_the_bit(name: str, tmp_path: Path) -> None:
-    grid = Grid(4, "group", 16, scale_dtype="bfloat16")
-    source = quantized(tmp_path / "model", grid, dtype=torch.bfloat16, **WIDE)
+    scheme = WeightScheme(4, "group", 16, scale_dtype="bfloat16")
+    source = quantized(tmp_path / "model", scheme, dtype=torch.bfloat16, **WIDE)
     form = ALL[name]
-    form.check(plan_of(source, grid))
+    form.check(plan_of(source, scheme))
     told = certified(form, source, written(form, source, tmp_path / name, "bfloat16"), tmp_path, "bfloat16")
     assert told["weights_bit_equal"]
     assert told["logits_max_difference"] == 0
@@ -210,21 +213,22 @@ def test_a_model_of_16_bits_is_the_same_to_the_bit(name: str, tmp_path: Path) ->
 @pytest.mark.parametrize("name", ["compressed_tensors", "torchao"])
 def test_scales_that_the_models_dtype_rounds_are_refused(name: str, tmp_path: Path) -> None:
     source = quantized(tmp_path / "model", GROUP, dtype=torch.bfloat16, **WIDE)
-    with pytest.raises(Refusal, match=r"rounds scales of grid\.scale_dtype=float16; quantize with .*=bfloat16"):
+    with pytest.raises(Refusal, match=r"rounds scales in float16; quantize with .*=bfloat16"):
         ALL[name].check(plan_of(source, GROUP))
 
 
 class Requantized(CompressedTensors):
-    """Finds a grid anew in weights that are on one: the usual route."""
+    """Finds a scheme anew in weights that are on one: the usual route."""
 
     def write(self, finished: Finished, folder: Path) -> Any:
-        record = finished.record
+        record = finished.quantized
         assert record is not None
         anew = {}
         for name, made in record.matrices.items():
             weight = made.dequantized()
-            anew[name] = record.grid.nearest(weight, *record.grid.of_range(*record.grid.ranges(weight)))
-        return super().write(Finished(finished.folder, type(record)(record.grid, anew), finished.dtype), folder)
+            scheme = record.scheme.weights
+            anew[name] = scheme.quantize(weight, *scheme.of_range(*scheme.ranges(weight)))
+        return super().write(Finished(finished.folder, type(record)(record.scheme, anew), finished.dtype), folder)
 
 
 class Mixed(GPTQ):
@@ -251,7 +255,7 @@ class OtherScales(CompressedTensors):
 
 
 @pytest.mark.parametrize("wrong", [Requantized, Mixed, OtherScales])
-def test_the_certificate_trips_over_weights_of_another_grid(wrong: Any, models: Any, tmp_path: Path) -> None:
+def test_the_certificate_trips_over_weights_of_another_scheme(wrong: Any, models: Any, tmp_path: Path) -> None:
     source = models("int4")
     told = certified(wrong(), source, written(wrong(), source, tmp_path / "wrong"), tmp_path)
     assert not told["weights_bit_equal"]
@@ -261,7 +265,7 @@ def test_the_certificate_trips_over_weights_of_another_grid(wrong: Any, models: 
 
 
 def test_the_figures_are_those_of_the_dense_formulas(models: Any, tmp_path: Path) -> None:
-    """Of an export that really differs: the other grid's weights."""
+    """Of an export that really differs: the other scheme's weights."""
     source, other = models("int4"), models("int2")
     folder = written(HuggingFace(), other, tmp_path / "other")
     told = certified(HuggingFace(), source, folder, tmp_path)
@@ -298,7 +302,7 @@ def test_bits_per_weight_count_all_that_is_stored(models: Any, tmp_path: Path) -
     source = models("int4")
     folder = tmp_path / "gptq"
     folder.mkdir()
-    told = GPTQ().write(Finished(source, open_record(source / "grid.safetensors"), "float16"), folder)
+    told = GPTQ().write(Finished(source, open_quantized(source / "quantized.safetensors"), "float16"), folder)
     held = load_file(folder / "model.safetensors").values()
     stored = sum(8 * tensor.numel() * tensor.element_size() for tensor in held)
     numbers = parameter_count(empty_model(load_config(str(source))))
@@ -326,9 +330,9 @@ def test_a_checkpoint_of_several_files_and_tied_tables(name: str, tmp_path: Path
 
 def test_what_was_skipped_is_named_in_the_config_and_stays_as_it_is(tmp_path: Path) -> None:
     source = quantized(tmp_path / "model", GROUP, **WIDE)
-    record = read_record(source / "grid.safetensors")
+    record = read_quantized(source / "quantized.safetensors")
     left = {name: made for name, made in record.matrices.items() if name != "model.layers.1.mlp.down_proj.weight"}
-    type(record)(record.grid, left).write(source / "grid.safetensors")
+    type(record)(record.scheme, left).write(source / "quantized.safetensors")
     for name, form in ALL.items():
         folder = written(form, source, tmp_path / name)
         assert certified(form, source, folder, tmp_path)["logits_max_difference"] < 1e-4, name
@@ -347,11 +351,11 @@ def test_what_was_skipped_is_named_in_the_config_and_stays_as_it_is(tmp_path: Pa
 def test_matrices_that_are_no_linear_modules_are_refused_where_containers_hold_nothing_else(
     family: str, tmp_path: Path
 ) -> None:
-    grid = Grid(4, "channel", None)
-    source = quantized(tmp_path / "model", grid, family=family)
+    scheme = WeightScheme(4, "channel", None)
+    source = quantized(tmp_path / "model", scheme, family=family)
     for name in ("compressed_tensors", "gptq", "awq", "torchao"):
         with pytest.raises(Refusal, match=r"Conv1D|other experts") as refused:
-            ALL[name].check(plan_of(source, grid))
+            ALL[name].check(plan_of(source, scheme))
         assert "use format=huggingface" in str(refused.value)
     folder = written(HuggingFace(), source, tmp_path / "plain")
     assert certified(HuggingFace(), source, folder, tmp_path)["weights_bit_equal"]
@@ -369,21 +373,21 @@ def test_fused_projections_and_biases_come_back(family: str, tmp_path: Path) -> 
 
 
 def test_widths_that_words_do_not_hold_are_refused_with_those_that_fit(tmp_path: Path) -> None:
-    grid = Grid(4, "channel", None)
-    source = quantized(tmp_path / "model", grid, intermediate_size=44)
+    scheme = WeightScheme(4, "channel", None)
+    source = quantized(tmp_path / "model", scheme, intermediate_size=44)
     for form in (GPTQ(), AWQ()):
         with pytest.raises(Refusal, match=r"44 numbers, and the container packs 8 at once; cut to .*multiple_of=8"):
-            form.check(plan_of(source, grid))
-    CompressedTensors().check(plan_of(source, grid))
+            form.check(plan_of(source, scheme))
+    CompressedTensors().check(plan_of(source, scheme))
     form = CompressedTensors()
     assert certified(form, source, written(form, source, tmp_path / "ct"), tmp_path)["weights_bit_equal"]
 
 
-def test_a_model_on_no_grid_goes_into_plain_files_only(models: Any) -> None:
+def test_a_model_that_is_not_quantized_goes_into_plain_files_only(models: Any) -> None:
     plan = plan_of(models("int4"), None)
     HuggingFace().check(plan)
     for name in ("compressed_tensors", "gptq", "awq", "torchao"):
-        with pytest.raises(Refusal, match="on no grid; run the stage quantize"):
+        with pytest.raises(Refusal, match="not quantized; run the stage quantize"):
             ALL[name].check(plan)
 
 

@@ -19,10 +19,9 @@ from models.formats.gguf_layout import FAMILIES, check_family, context_length
 from models.formats.gguf_tokenizer import PROBE
 from models.formats.loaded import Loaded
 from models.matrices import matrices
-from models.quantization.activations import Activations
 from models.quantization.ggml import MIXTURES, GgmlType
-from models.quantization.grid import Grid
-from tests.formats.exporting import WIDTHS, as_folder, differences, on_blocks, on_grid, small
+from models.quantization.scheme import Activations, Scheme, WeightScheme
+from tests.formats.exporting import WIDTHS, as_folder, differences, on_blocks, small, with_scheme
 from tests.pruning.families import config_of, tokens
 
 gguf = pytest.importorskip("gguf")
@@ -30,7 +29,7 @@ pytest.importorskip("xllamacpp")
 
 # ggml's GELU is a table of half precision numbers
 CLOSE = {family: 3e-3 if family in ("gemma", "gemma2", "gpt2") else 3e-5 for family in FAMILIES}
-INT4, INT8 = Grid(4, "group", 32), Grid(8, "channel", None)
+INT4, INT8 = WeightScheme(4, "group", 32), WeightScheme(8, "channel", None)
 
 
 def reader(folder: Path) -> Any:
@@ -142,26 +141,26 @@ def test_a_parameter_has_its_own_numbers_or_is_said_to_be_held_otherwise(family:
     assert set(half.otherwise) == large - floats | set(written.otherwise)
 
 
-GRIDS = [
+SCHEMES = [
     *[(family, INT4) for family in ("llama", "mixtral", "phi3", "gpt2")],
-    ("llama", Grid(3, "channel", None)),
+    ("llama", WeightScheme(3, "channel", None)),
     ("qwen2", INT8),
-    ("qwen3_moe", Grid(8, "tensor", None)),
+    ("qwen3_moe", WeightScheme(8, "tensor", None)),
 ]
 
 
-@pytest.mark.parametrize(("family", "grid"), GRIDS, ids=str)
-def test_a_model_on_a_grid_is_packed_to_the_bit(family: str, grid: Grid, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("family", "scheme"), SCHEMES, ids=str)
+def test_a_quantized_model_is_packed_to_the_bit(family: str, scheme: WeightScheme, tmp_path: Path) -> None:
     model = small(family)
-    finished = on_grid(model, grid, tmp_path / "m")
+    finished = with_scheme(model, scheme, tmp_path / "m")
     written = Gguf().write(finished, tmp_path / "g")
     assert written.fallbacks == {
-        "others": "embeddings, head and matrices on no grid are f16",
+        "others": "embeddings, head and matrices that are not quantized are f16",
         "tokenizer": "token ids only: the model has no tokenizer.json",
     }
     runtime = Gguf(cache="f32").open(tmp_path / "g", "cpu")
-    assert finished.record is not None
-    for name, quantized in finished.record.matrices.items():
+    assert finished.quantized is not None
+    for name, quantized in finished.quantized.matrices.items():
         assert torch.equal(runtime.weight(name), quantized.dequantized()), name
     assert 4.5 <= written.bits_per_weight < 16
     # The same numbers as floats are in their places; packed, only what the matrices read is rounded beside.
@@ -179,24 +178,24 @@ def test_a_model_on_a_grid_is_packed_to_the_bit(family: str, grid: Grid, tmp_pat
 
 
 @pytest.mark.parametrize(("family", "kind"), [("llama", "q4_0"), ("mixtral", "q8_0")])
-def test_rounding_a_trained_grid_again_shows(family: str, kind: str, tmp_path: Path) -> None:
+def test_rounding_a_quantized_model_again_shows(family: str, kind: str, tmp_path: Path) -> None:
     """Negative control of the test above: the usual way, dequantized weights through ggml's quantizer."""
     model = small(family)
-    finished = on_grid(model, INT4, tmp_path / "m")
+    finished = with_scheme(model, INT4, tmp_path / "m")
     Gguf(type=kind).write(Finished(tmp_path / "m", None, "float32"), tmp_path / "g")
     runtime = Gguf().open(tmp_path / "g", "cpu")
-    assert finished.record is not None
-    equal = [torch.equal(runtime.weight(name), q.dequantized()) for name, q in finished.record.matrices.items()]
+    assert finished.quantized is not None
+    equal = [torch.equal(runtime.weight(name), q.dequantized()) for name, q in finished.quantized.matrices.items()]
     assert not any(equal)
 
 
 def test_four_bits_are_also_held_by_eight_and_by_floats(tmp_path: Path) -> None:
-    finished = on_grid(small("llama"), INT4, tmp_path / "m", skip="down_proj")
-    assert finished.record is not None
+    finished = with_scheme(small("llama"), INT4, tmp_path / "m", skip="down_proj")
+    assert finished.quantized is not None
     for kind, others in (("q8_0", "F16"), ("f32", "F32"), ("auto", "F16")):
         Gguf(type=kind).write(finished, tmp_path / kind)
         runtime = Gguf().open(tmp_path / kind, "cpu")
-        for name, quantized in finished.record.matrices.items():
+        for name, quantized in finished.quantized.matrices.items():
             assert torch.equal(runtime.weight(name), quantized.dequantized()), (kind, name)
         held = types(tmp_path / kind)
         assert {held[f"blk.{layer}.ffn_down.weight"] for layer in range(3)} == {others}
@@ -274,9 +273,10 @@ def test_weights_beyond_half_precision_are_refused(tmp_path: Path) -> None:
 # --- refused before a weight is loaded ---
 
 
-def plan(family: str = "llama", grid: Grid | None = None, width: int = 64, **values: Any) -> Plan:
+def plan(family: str = "llama", scheme: WeightScheme | None = None, width: int = 64, **values: Any) -> Plan:
     activations, blocks = values.pop("activations", None), values.pop("blocks", None)
-    return Plan(config_of(family, **values), {"model.layers.0.a.weight": (32, width)}, grid, activations, blocks)
+    whole = None if scheme is None else Scheme(scheme, activations)
+    return Plan(config_of(family, **values), {"model.layers.0.a.weight": (32, width)}, whole, blocks)
 
 
 NOT_WRITTEN = {
@@ -296,19 +296,20 @@ NOT_WRITTEN = {
         "gemma2", tie_word_embeddings=True, query_pre_attn_scalar=8, layer_types=["full_attention"] * 3)),
     "makes their shares sum to one": (Gguf(), plan("qwen3_moe", norm_topk_prob=False)),
     "scales attention by the width": (Gguf(), plan("gpt2", scale_attn_by_inverse_layer_idx=True)),
-    "format.type=q4_k_m: the model is on a grid of 4 bits already, and would be rounded twice": (
-        Gguf(type="q4_k_m"), plan(grid=INT4)),
-    "format.type=f16: the model is on a grid of 4 bits": (Gguf(type="f16"), plan(grid=INT4)),
-    r"format.type=q4_0: the model is on a grid of 8 bits .* use type=auto \(q8_0\)": (
-        Gguf(type="q4_0"), plan(grid=INT8)),
-    "grid.group_size=16 is no multiple of 32": (Gguf(), plan(grid=Grid(4, "group", 16))),
-    "symmetric=true": (Gguf(), plan(grid=Grid(4, "group", 32, symmetric=False))),
-    "not bfloat16; use grid.scale_dtype=float16": (Gguf(), plan(grid=Grid(8, "channel", None, scale_dtype="bfloat16"))),
-    "reads 172 inputs, which blocks of 32 do not divide; use type=f32": (Gguf(), plan(grid=INT8, width=172)),
+    "format.type=q4_k_m: the model is quantized to 4 bits already, and would be rounded twice": (
+        Gguf(type="q4_k_m"), plan(scheme=INT4)),
+    "format.type=f16: the model is quantized to 4 bits": (Gguf(type="f16"), plan(scheme=INT4)),
+    r"format.type=q4_0: the model is quantized to 8 bits .* use type=auto \(q8_0\)": (
+        Gguf(type="q4_0"), plan(scheme=INT8)),
+    "scheme.weights.group_size=16 is no multiple of 32": (Gguf(), plan(scheme=WeightScheme(4, "group", 16))),
+    "symmetric=true": (Gguf(), plan(scheme=WeightScheme(4, "group", 32, symmetric=False))),
+    "not bfloat16; use scheme.weights.scale_dtype=float16": (
+        Gguf(), plan(scheme=WeightScheme(8, "channel", None, scale_dtype="bfloat16"))),
+    "reads 172 inputs, which blocks of 32 do not divide; use type=f32": (Gguf(), plan(scheme=INT8, width=172)),
     r"no matrix reads a multiple of 256 inputs \(they read 64\); use q4_0 or .*q8_0, or cut .*multiple_of=256": (
         Gguf(type="q4_k_m"), plan()),
     "no matrix reads a multiple of 32 inputs .* use f16": (Gguf(type="q8_0"), plan(width=172)),
-    "rounds what matrices read by a way of its own": (Gguf(), plan(grid=INT8, activations=Activations())),
+    "rounds what matrices read by a way of its own": (Gguf(), plan(scheme=INT8, activations=Activations())),
     "on ggml's q4_k already": (Gguf(type="q8_0"), plan(blocks="q4_k", width=256)),
     "format.cache=q8_0: blocks of 32 do not divide heads 8 wide": (Gguf(cache="q8_0"), plan()),
 }  # fmt: skip
@@ -334,9 +335,9 @@ def test_what_can_be_written_passes() -> None:
         scale = {"query_pre_attn_scalar": 8} if family == "gemma2" else {}
         Gguf().check(plan(family, tie_word_embeddings=family.startswith("gemma"), **scale))
     for made, asked in (
-        (Gguf(), plan(grid=INT4)),
-        (Gguf(type="q8_0"), plan(grid=INT4)),
-        (Gguf(type="f32"), plan(grid=Grid(4, "group", 16, symmetric=False))),
+        (Gguf(), plan(scheme=INT4)),
+        (Gguf(type="q8_0"), plan(scheme=INT4)),
+        (Gguf(type="f32"), plan(scheme=WeightScheme(4, "group", 16, symmetric=False))),
         (Gguf(), plan(blocks="q4_k", width=512)),
         *((Gguf(type=name), plan(width=512)) for name in MIXTURES),
         (Gguf(cache="q8_0"), plan(head_dim=64)),

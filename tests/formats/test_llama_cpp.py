@@ -19,9 +19,9 @@ from models.formats.gguf import Gguf
 from models.formats.llama_cpp import LlamaCpp
 from models.measure import Speed, served
 from models.quantization.ggml import GgmlType
-from models.quantization.grid import Grid
+from models.quantization.scheme import WeightScheme
 from tests.command import ROOT
-from tests.formats.exporting import as_folder, differences, on_grid, small
+from tests.formats.exporting import as_folder, differences, small, with_scheme
 from tests.pruning.families import tokens
 
 pytest.importorskip("gguf")
@@ -120,7 +120,7 @@ print(json.dumps([runtime.weight(name).tolist(), runtime.logits(torch.tensor([[5
 
 def test_a_process_that_has_only_the_folder_gets_the_same(tmp_path: Path) -> None:
     model = small("llama")
-    finished = on_grid(model, Grid(4, "group", 32), tmp_path / "m")
+    finished = with_scheme(model, WeightScheme(4, "group", 32), tmp_path / "m")
     Gguf().write(finished, tmp_path / "g")
     for path in (tmp_path / "m").iterdir():
         path.unlink()
@@ -129,8 +129,8 @@ def test_a_process_that_has_only_the_folder_gets_the_same(tmp_path: Path) -> Non
     )
     assert done.returncode == 0, done.stderr
     weight, logits = (torch.tensor(told) for told in json.loads(done.stdout.splitlines()[-1]))
-    assert finished.record is not None
-    assert torch.equal(weight, finished.record.matrices["model.layers.1.self_attn.k_proj.weight"].dequantized())
+    assert finished.quantized is not None
+    assert torch.equal(weight, finished.quantized.matrices["model.layers.1.self_attn.k_proj.weight"].dequantized())
     torch.testing.assert_close(
         logits, Gguf(cache="f32").open(tmp_path / "g", "cpu").logits(torch.tensor([[5, 6, 7]])), rtol=0, atol=1e-6
     )

@@ -16,7 +16,7 @@ LITTLE = [
     "data.max_length=48",
     "stages.quantize.calibration.samples=12",
     "stages.quantize.calibration.length=32",
-    "stages.quantize.grid.group_size=16",
+    "scheme.weights.group_size=16",
     "trainer.accelerator=cpu",
     "logger=none",
 ]
@@ -47,5 +47,6 @@ def folder_of(family: str, teacher: Path, tmp_path: Path, **values: Any) -> Path
     return folder
 
 
-def activations(choice: str) -> str:
-    return f"activations@stages.quantize.activations={choice}"
+def activations(scheme: str) -> list[str]:
+    """Those of a scheme of 8 bits, with weights of 4 bits in groups."""
+    return [f"scheme={scheme}", "scheme.weights.bits=4", "scheme.weights.granularity=group"]

@@ -1,4 +1,4 @@
-"""What matrices read, on a grid: against PyTorch's own fake quantization and against plain products."""
+"""Quantized activations: against PyTorch's own fake quantization and against plain products."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from models.errors import Refusal
-from models.quantization.activations import Activations, Largest, attach
-from models.quantization.grid import Grid, Quantized
-from models.quantization.methods.nearest import Nearest
-from models.quantization.record import Record, read_record
+from models.quantization.activations import Largest, attach
+from models.quantization.methods.round_to_nearest import RoundToNearest
+from models.quantization.scheme import Activations, QuantizedMatrix, Scheme, WeightScheme
+from models.quantization.stored import QuantizedWeights, read_quantized
 from tests.pruning.families import model_of, tokens
 
 
@@ -72,8 +72,8 @@ def test_the_largest_of_batches_is_the_largest_of_all() -> None:
     assert torch.equal(found.largest_I, x.abs().amax(0))
 
 
-def nothing(width: int) -> Quantized:
-    return Nearest().quantized(torch.zeros(1, width), Grid(8, "tensor", None), None)
+def nothing(width: int) -> QuantizedMatrix:
+    return RoundToNearest().quantized(torch.zeros(1, width), WeightScheme(8, "tensor", None), None)
 
 
 @pytest.mark.parametrize("dynamic", [True, False])
@@ -85,11 +85,13 @@ def test_an_attached_model_multiplies_rounded_inputs(family: str, dynamic: bool,
     seen: list[tuple[Tensor, Tensor]] = []
     activations = Activations(8, dynamic)
     scales = {} if dynamic else {f"{name}.weight": torch.tensor(0.01)}
-    Record(Grid(8, "tensor", None), {f"{name}.weight": nothing(32)}, activations, scales).write(tmp_path / "r")
+    QuantizedWeights(
+        Scheme(WeightScheme(8, "tensor", None), activations), {f"{name}.weight": nothing(32)}, scales
+    ).write(tmp_path / "r")
     with torch.no_grad():
         plain = model(ids).logits
         watch = module.register_forward_pre_hook(lambda m, inputs: seen.append(inputs[0]))  # before it is rounded
-        handles = attach(model, read_record(tmp_path / "r"))
+        handles = attach(model, read_quantized(tmp_path / "r"))
         watch_after = module.register_forward_hook(lambda m, inputs, output: seen.append((inputs[0], output)))
         rounded = model(ids).logits
         for handle in [*handles, watch, watch_after]:
@@ -107,6 +109,14 @@ def test_an_attached_model_multiplies_rounded_inputs(family: str, dynamic: bool,
     assert not torch.equal(rounded, plain)
 
 
-def test_a_record_without_activations_attaches_nothing() -> None:
+def test_a_scheme_without_activations_attaches_nothing() -> None:
     model = model_of("llama", dtype=torch.float32)
-    assert attach(model, Record(Grid(8, "tensor", None), {"model.layers.0.mlp.up_proj.weight": nothing(32)})) == []
+    assert (
+        attach(
+            model,
+            QuantizedWeights(
+                Scheme(WeightScheme(8, "tensor", None)), {"model.layers.0.mlp.up_proj.weight": nothing(32)}
+            ),
+        )
+        == []
+    )

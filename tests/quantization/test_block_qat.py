@@ -15,7 +15,7 @@ from models.errors import Refusal
 from models.load import empty_model, load_model
 from models.lora import Lora
 from models.quantization.block_qat import BlockQAT
-from models.quantization.record import BlockRecord, open_record
+from models.quantization.stored import BlockWeights, open_quantized
 from pipeline.worker import check
 from tests.command import weights
 from tests.quantization.test_qat import EXPERIMENT, IDS
@@ -51,7 +51,7 @@ def test_every_forward_multiplies_with_what_ggml_reads_back(kind: str, adapted: 
     assert all(parameter.grad is not None and float(parameter.grad.abs().sum()) > 0 for parameter in learning)
     record = rounding.settle(model)
     torch.testing.assert_close(model(IDS).logits, trained, atol=1e-5, rtol=1e-5)
-    assert isinstance(record, BlockRecord)
+    assert isinstance(record, BlockWeights)
     assert len(record.matrices) == 6  # o_proj is left alone
     for name, blocks in record.matrices.items():
         ggml = getattr(GGMLQuantizationType, blocks.type.upper())
@@ -75,7 +75,7 @@ def test_the_stage_ends_on_blocks_that_it_can_be_read_back_from(tmp_path: Path) 
     words = [*WORDS, f"stages.qat.student.path={tmp_path / 'pretrain'}", f"model.path={tmp_path / 'pretrain'}"]
     assert check({"config": EXPERIMENT.composed(tmp_path, *words), "stages": ["qat"]})["plan"]
     made = EXPERIMENT.make(tmp_path, "qat", *words)
-    record = open_record(made / "grid.safetensors")
+    record = open_quantized(made / "quantized.safetensors")
     assert {blocks.type for blocks in record.matrices.values()} == {"q4_0"}
     start = load_model(str(tmp_path / "pretrain"), dtype=torch.float32)
     for name, blocks in record.matrices.items():
@@ -97,7 +97,7 @@ def test_widths_and_starts_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     EXPERIMENT.make(tmp_path, "quantize", *WORDS)
     base = [*WORDS, f"model.path={tmp_path / 'pretrain'}"]
     for words, said in (
-        ([f"stages.qat.student.path={tmp_path / 'quantize'}"], "on a grid already and would be rounded twice"),
+        ([f"stages.qat.student.path={tmp_path / 'quantize'}"], "quantized already and would be rounded twice"),
         ([f"stages.qat.student.path={tmp_path / 'pretrain'}", "qat.type=q4_k"], "blocks of 256 do not"),
         (["qat.type=q9_k"], "need one of q4_0"),
         ([f"stages.qat.student.path={tmp_path / 'pretrain'}", "qat.skip=[x_proj]"], "have no matrix x_proj"),

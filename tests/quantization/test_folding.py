@@ -12,8 +12,8 @@ from models.layerwise import Turn, in_turn
 from models.matrices import chosen
 from models.pruning.groups import anatomy_of
 from models.quantization.folding import Fold, fold, folds
-from models.quantization.grid import Grid
 from models.quantization.methods.smoothquant import SmoothQuant
+from models.quantization.scheme import WeightScheme
 from tests.pruning.families import FAMILIES, model_of, tokens
 
 MOE = ("mixtral", "qwen3_moe")
@@ -157,7 +157,9 @@ def test_what_is_said_to_be_read_is_what_the_folded_layer_reads() -> None:
     turn = first_turn(model)
     method = SmoothQuant()
     before = {name: each.detach().clone() for name, each in turn.layer.named_parameters() if each.ndim == 1}
-    said = fold(anatomy_of(model), turn, matrices_of(model, 0), turn.read(method.reading), method.scales, Grid())
+    said = fold(
+        anatomy_of(model), turn, matrices_of(model, 0), turn.read(method.reading), method.scales, WeightScheme()
+    )
     now = turn.read(method.reading)
     for name in now:
         torch.testing.assert_close(said[name].largest_I, now[name].largest_I, rtol=1e-5, atol=0)

@@ -1,4 +1,4 @@
-"""ggml's blocks: its own rounding against the gguf package's, grids packed without rounding, mixtures."""
+"""ggml's blocks: its own rounding against the gguf package's, schemes packed without rounding, mixtures."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from models.errors import Refusal
-from models.quantization.ggml import TYPES, Blocks, GgmlType, Mixture, fitting, packed_grid, type_of_grid
-from models.quantization.grid import Grid
-from models.quantization.record import BlockRecord, Record, open_record, read_known, read_record
+from models.quantization.ggml import TYPES, Blocks, GgmlType, Mixture, fitting, packed_integers, type_of_scheme
+from models.quantization.scheme import Scheme, WeightScheme
+from models.quantization.stored import BlockWeights, QuantizedWeights, open_quantized, read_outline, read_quantized
 
 gguf = pytest.importorskip("gguf")
 pytest.importorskip("xllamacpp")
@@ -83,21 +83,21 @@ def test_widths_that_blocks_do_not_divide_are_refused_with_what_fits() -> None:
 
 @pytest.mark.parametrize("kind", ["q4_0", "q8_0"])
 @pytest.mark.parametrize(
-    "grid",
+    "scheme",
     [
-        Grid(4, "group", 32),
-        Grid(4, "group", 128),
-        Grid(4, "channel", None),
-        Grid(4, "tensor", None),
-        Grid(3, "group", 64),
-        Grid(2, "channel", None),
+        WeightScheme(4, "group", 32),
+        WeightScheme(4, "group", 128),
+        WeightScheme(4, "channel", None),
+        WeightScheme(4, "tensor", None),
+        WeightScheme(3, "group", 64),
+        WeightScheme(2, "channel", None),
     ],
 )
-def test_integers_and_scales_of_a_grid_lie_in_the_blocks_as_they_are(
-    grid: Grid, kind: str, weight: torch.Tensor
+def test_integers_and_scales_of_a_scheme_lie_in_the_blocks_as_they_are(
+    scheme: WeightScheme, kind: str, weight: torch.Tensor
 ) -> None:
-    quantized = grid.nearest(weight, *grid.of_range(*grid.ranges(weight)))
-    blocks = packed_grid(quantized, kind)
+    quantized = scheme.quantize(weight, *scheme.of_range(*scheme.ranges(weight)))
+    blocks = packed_integers(quantized, kind)
     torch.testing.assert_close(read_by_gguf(blocks), quantized.dequantized(), rtol=0, atol=0)
     raw = blocks.bytes.view(24, 16, -1)  # rows, blocks, bytes
     scales = raw[..., :2].contiguous().view(torch.float16).squeeze(-1).float()
@@ -110,35 +110,35 @@ def test_integers_and_scales_of_a_grid_lie_in_the_blocks_as_they_are(
 
 
 def test_all_256_integers_of_eight_bits_are_held() -> None:
-    grid = Grid(8, "channel", None)
+    scheme = WeightScheme(8, "channel", None)
     weight = torch.arange(-128, 128).float()[None] * 0.5
-    quantized = grid.nearest(weight, torch.tensor([[0.5]]), torch.zeros(1, 1, dtype=torch.int32))
+    quantized = scheme.quantize(weight, torch.tensor([[0.5]]), torch.zeros(1, 1, dtype=torch.int32))
     assert quantized.integers.unique().numel() == 256
-    torch.testing.assert_close(read_by_gguf(packed_grid(quantized, "q8_0")), weight, rtol=0, atol=0)
+    torch.testing.assert_close(read_by_gguf(packed_integers(quantized, "q8_0")), weight, rtol=0, atol=0)
 
 
-def test_rounding_a_grid_again_is_not_exact(weight: torch.Tensor) -> None:
-    """What the usual route (dequantize, then ggml's quantizer) does to a trained grid."""
-    grid = Grid(4, "group", 32)
-    quantized = grid.nearest(weight, *grid.of_range(*grid.ranges(weight)))
+def test_rounding_quantized_weights_again_is_not_exact(weight: torch.Tensor) -> None:
+    """What the usual route (dequantize, then ggml's quantizer) does to a trained scheme."""
+    scheme = WeightScheme(4, "group", 32)
+    quantized = scheme.quantize(weight, *scheme.of_range(*scheme.ranges(weight)))
     assert not torch.equal(GgmlType("q4_0").rounded(quantized.dequantized()), quantized.dequantized())
 
 
-def test_the_type_of_a_grid() -> None:
-    assert [type_of_grid(Grid(bits, "group", 64)) for bits in (2, 3, 4, 5, 8)] == ["q4_0"] * 3 + ["q8_0"] * 2
-    for grid, said in (
-        (Grid(4, "group", 128, symmetric=False), "symmetric=true"),
-        (Grid(4, "group", 128, scale_dtype="bfloat16"), "grid.scale_dtype=float16"),
-        (Grid(4, "group", 16), "grid.group_size=16 is no multiple of 32"),
+def test_the_type_of_a_scheme() -> None:
+    assert [type_of_scheme(WeightScheme(bits, "group", 64)) for bits in (2, 3, 4, 5, 8)] == ["q4_0"] * 3 + ["q8_0"] * 2
+    for scheme, said in (
+        (WeightScheme(4, "group", 128, symmetric=False), "symmetric=true"),
+        (WeightScheme(4, "group", 128, scale_dtype="bfloat16"), "scheme.weights.scale_dtype=float16"),
+        (WeightScheme(4, "group", 16), "scheme.weights.group_size=16 is no multiple of 32"),
     ):
         with pytest.raises(Refusal, match=said):
-            type_of_grid(grid)
+            type_of_scheme(scheme)
 
 
 def test_most_zero_points_times_scale_are_no_half_precision_number(weight: torch.Tensor) -> None:
-    """Why an asymmetric grid is refused: q4_1 would hold the products."""
-    grid = Grid(4, "group", 32, symmetric=False)
-    scale, zero_point = grid.of_range(*grid.ranges(weight))
+    """Why an asymmetric scheme is refused: q4_1 would hold the products."""
+    scheme = WeightScheme(4, "group", 32, symmetric=False)
+    scale, zero_point = scheme.of_range(*scheme.ranges(weight))
     product = scale * zero_point
     assert (product.half().float() == product).float().mean() < 0.5
 
@@ -167,20 +167,22 @@ def test_what_blocks_do_not_divide_falls_back_as_llama_quantize_does() -> None:
 
 
 def test_blocks_beside_a_model_are_read_back(weight: torch.Tensor, tmp_path: Path) -> None:
-    record = BlockRecord({"a.weight": GgmlType("q4_k").pack(weight), "b.weight": GgmlType("q6_k").pack(weight)})
+    record = BlockWeights({"a.weight": GgmlType("q4_k").pack(weight), "b.weight": GgmlType("q6_k").pack(weight)})
     record.write(tmp_path / "one")
     record.write(tmp_path / "two")
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
-    again = open_record(tmp_path / "one")
-    assert isinstance(again, BlockRecord)
+    again = open_quantized(tmp_path / "one")
+    assert isinstance(again, BlockWeights)
     assert {name: blocks.type for name, blocks in again.matrices.items()} == {"a.weight": "q4_k", "b.weight": "q6_k"}
     for name, blocks in record.matrices.items():
         assert torch.equal(again.matrices[name].bytes, blocks.bytes)
-    grid = Grid(4, "group", 32)
-    Record(grid, {"a": grid.nearest(weight, *grid.of_range(*grid.ranges(weight)))}).write(tmp_path / "grid")
-    assert isinstance(open_record(tmp_path / "grid"), Record)
-    assert [read_known(tmp_path / name).ggml is None for name in ("one", "grid")] == [False, True]
+    scheme = WeightScheme(4, "group", 32)
+    QuantizedWeights(Scheme(scheme), {"a": scheme.quantize(weight, *scheme.of_range(*scheme.ranges(weight)))}).write(
+        tmp_path / "scheme"
+    )
+    assert isinstance(open_quantized(tmp_path / "scheme"), QuantizedWeights)
+    assert [read_outline(tmp_path / name).ggml is None for name in ("one", "scheme")] == [False, True]
     (tmp_path / "odd").write_bytes(b"\x00" * 64)
-    for read, name in ((read_record, "one"), (open_record, "odd"), (read_known, "odd")):
+    for read, name in ((read_quantized, "one"), (open_quantized, "odd"), (read_outline, "odd")):
         with pytest.raises(Refusal, match="run the stage quantize again"):
             read(tmp_path / name)

@@ -1,4 +1,4 @@
-"""Training on the grid: what is multiplied is what will be exported, and its gradients are LSQ's."""
+"""Quantization-aware training: what is multiplied is what will be exported, and its gradients are LSQ's."""
 
 from __future__ import annotations
 
@@ -13,12 +13,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from models.errors import Refusal
 from models.load import empty_model, load_model
 from models.lora import Lora
-from models.quantization.activations import Activations
-from models.quantization.grid import Grid
 from models.quantization.methods.clipped import Clipped
-from models.quantization.methods.nearest import Nearest
-from models.quantization.qat import QAT, on_grid, rounded
-from models.quantization.record import Record, read_record
+from models.quantization.methods.round_to_nearest import RoundToNearest
+from models.quantization.qat import QAT, rounded, rounding_of
+from models.quantization.scheme import Activations, Scheme, WeightScheme
+from models.quantization.stored import QuantizedWeights, read_quantized
 from models.quantization.straight_through import straight_through
 from models.training.language_model import LanguageModel
 from pipeline.worker import check
@@ -37,7 +36,7 @@ LITTLE = [
     "stages.pretrain.training.validate_every_steps=6",
     "stages.quantize.calibration.samples=12",
     "stages.quantize.calibration.length=32",
-    "stages.quantize.grid.group_size=16",
+    "scheme.weights.group_size=16",
     "stages.qat.training.max_steps=6",
     "stages.qat.training.validate_every_steps=6",
     "schedule.warmup_steps=0",
@@ -49,11 +48,11 @@ LITTLE = [
 ]
 EXPERIMENT = Experiment("demo/quantize_aware", LITTLE)
 LORA = ["lora=lora", "lora.dropout=0.0"]
-GRIDS = [
-    Grid(4, "group", 8),
-    Grid(3, "group", 16, symmetric=False, scale_dtype="bfloat16"),
-    Grid(8, "channel", None, scale_dtype="float32"),
-    Grid(2, "tensor", None, symmetric=False),
+SCHEMES = [
+    WeightScheme(4, "group", 8),
+    WeightScheme(3, "group", 16, symmetric=False, scale_dtype="bfloat16"),
+    WeightScheme(8, "channel", None, scale_dtype="float32"),
+    WeightScheme(2, "tensor", None, symmetric=False),
 ]
 
 
@@ -87,14 +86,14 @@ def test_a_straight_through_value_is_the_found_one_to_the_bit() -> None:
     assert torch.equal(exact.grad, torch.ones(1000))
 
 
-@pytest.mark.parametrize("grid", GRIDS, ids=str)
-def test_what_is_multiplied_is_what_the_grid_says_and_gradients_are_the_formulas(grid: Grid) -> None:
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_what_is_multiplied_is_what_the_scheme_says_and_gradients_are_the_formulas(scheme: WeightScheme) -> None:
     torch.manual_seed(0)
     weight_OI = torch.randn(6, 32)
-    scale, zero_point = grid.of_range(*(0.6 * end for end in grid.ranges(weight_OI)))  # some are out of range
+    scale, zero_point = scheme.of_range(*(0.6 * end for end in scheme.ranges(weight_OI)))  # some are out of range
     weight, learned = weight_OI.clone().requires_grad_(), scale.clone().requires_grad_()
-    got = rounded(weight, learned, zero_point, grid)
-    want = grid.nearest(weight_OI, scale, zero_point)
+    got = rounded(weight, learned, zero_point, scheme)
+    want = scheme.quantize(weight_OI, scale, zero_point)
     assert torch.equal(got, want.dequantized())
 
     upstream_OI = torch.randn(6, 32)
@@ -102,7 +101,7 @@ def test_what_is_multiplied_is_what_the_grid_says_and_gradients_are_the_formulas
     spread = scale.repeat_interleave(32 // scale.shape[1], 1).expand(6, 32)
     zeros = zero_point.repeat_interleave(32 // scale.shape[1], 1).expand(6, 32)
     exact = weight_OI / spread + zeros
-    inside = (exact > grid.lowest) & (exact < grid.highest)
+    inside = (exact > scheme.lowest) & (exact < scheme.highest)
     assert 0 < int(inside.sum()) < inside.numel()
     torch.testing.assert_close(by_weight, upstream_OI * inside)
     of_each = torch.where(inside, want.integers - exact, (want.integers - zeros).float()) * upstream_OI
@@ -120,7 +119,7 @@ def test_activations_are_rounded_by_token_and_the_gradient_passes() -> None:
     torch.testing.assert_close(static[0], torch.tensor([1.27, -1.28, 0.01]))
 
 
-# --- a model on its grid ---------------------------------------------------------------------------------------------
+# --- a model in training --------------------------------------------------------------------------------------------
 
 
 def tiny(seed: int = 0) -> LlamaForCausalLM:
@@ -133,23 +132,30 @@ def tiny(seed: int = 0) -> LlamaForCausalLM:
     ).eval()  # fmt: skip
 
 
-def record_of(model: Any, grid: Grid, **words: Any) -> Record:
+def stored(model: Any, scheme: WeightScheme, activations: Activations | None = None, **words: Any) -> QuantizedWeights:
     from models.matrices import matrices
 
     parameters = dict(model.named_parameters())
-    made = {str(m): Nearest().quantized(m.of(parameters[m.parameter]).detach(), grid, None) for m in matrices(model)}
-    return Record(grid, made, **words)
+    made = {
+        str(m): RoundToNearest().quantized(m.of(parameters[m.parameter]).detach(), scheme, None)
+        for m in matrices(model)
+    }
+    return QuantizedWeights(Scheme(scheme, activations), made, **words)
 
 
 IDS = torch.arange(24).view(2, 12)
 
 
-@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 @pytest.mark.parametrize("family", ["llama", "gpt2", "phi3"])
-def test_a_model_on_its_grid_gives_what_the_plain_model_of_rounded_weights_gives(family: str, grid: Grid) -> None:
+def test_a_model_in_training_gives_what_the_plain_model_of_rounded_weights_gives(
+    family: str, scheme: WeightScheme
+) -> None:
     model = model_of(family, dtype=torch.float32, vocab_size=300).eval()
-    record = record_of(model, grid if grid.group_size is None else Grid(grid.bits, "group", 4, grid.symmetric))
-    rounding = on_grid(QAT(), record, empty_model(model.config))
+    record = stored(
+        model, scheme if scheme.group_size is None else WeightScheme(scheme.bits, "group", 4, scheme.symmetric)
+    )
+    rounding = rounding_of(QAT(), record, empty_model(model.config))
     plain = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     attached = rounding.attach(model)
     got = attached(IDS).logits
@@ -164,9 +170,9 @@ def test_a_model_on_its_grid_gives_what_the_plain_model_of_rounded_weights_gives
         assert not torch.equal(tensor, plain[name])
 
 
-def test_adapters_are_on_the_grid_with_the_weight_they_are_added_to() -> None:
-    model, grid = tiny(), Grid(3, "group", 16)
-    rounding = on_grid(QAT("frozen"), record_of(model, grid), empty_model(model.config))
+def test_adapters_are_quantized_with_the_weight_they_are_added_to() -> None:
+    model, scheme = tiny(), WeightScheme(3, "group", 16)
+    rounding = rounding_of(QAT("frozen"), stored(model, scheme), empty_model(model.config))
     adapted = rounding.attach(Lora(r=2, dropout=0.0).attach(model, 0))
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
@@ -175,7 +181,7 @@ def test_adapters_are_on_the_grid_with_the_weight_they_are_added_to() -> None:
     read = torch.randn(5, 32)
     whole = module.base_layer.weight + module.get_delta_weight("default")
     scale = rounding.rule.start.matrices["model.layers.0.mlp.up_proj.weight"].scale
-    wanted = grid.nearest(whole, scale, torch.zeros_like(scale, dtype=torch.int32)).dequantized()
+    wanted = scheme.quantize(whole, scale, torch.zeros_like(scale, dtype=torch.int32)).dequantized()
     torch.testing.assert_close(module(read), read @ wanted.T)
     beside = read @ rounding.rule.start.matrices["model.layers.0.mlp.up_proj.weight"].dequantized().T + (
         read @ module.get_delta_weight("default").T
@@ -188,15 +194,15 @@ def test_adapters_are_on_the_grid_with_the_weight_they_are_added_to() -> None:
 
 
 def test_scales_that_follow_the_weights_stop_when_they_are_frozen() -> None:
-    model, grid = tiny(), Grid(4, "group", 16)
+    model, scheme = tiny(), WeightScheme(4, "group", 16)
     name = "model.layers.1.self_attn.q_proj.weight"
-    rounding = on_grid(QAT("min_max", freeze_step=5), record_of(model, grid), empty_model(model.config))
+    rounding = rounding_of(QAT("min_max", freeze_step=5), stored(model, scheme), empty_model(model.config))
     rounding.attach(model).train()
     module = model.model.layers[1].self_attn.q_proj
     read = torch.randn(3, 32)
 
     def nearest() -> torch.Tensor:
-        return read @ Nearest().quantized(module.weight.detach(), grid, None).dequantized().T
+        return read @ RoundToNearest().quantized(module.weight.detach(), scheme, None).dequantized().T
 
     with torch.no_grad():
         module.weight.mul_(1.7)
@@ -213,21 +219,25 @@ def test_scales_that_follow_the_weights_stop_when_they_are_frozen() -> None:
 
 
 def test_least_squared_scales_are_those_of_the_method() -> None:
-    model, grid = tiny(), Grid(3, "group", 16)
-    rounding = on_grid(QAT("mse"), record_of(model, grid), empty_model(model.config))
+    model, scheme = tiny(), WeightScheme(3, "group", 16)
+    rounding = rounding_of(QAT("mse"), stored(model, scheme), empty_model(model.config))
     rounding.attach(model)
     rounding.rule.step = 0
     module, read = model.model.layers[0].mlp.gate_proj, torch.randn(3, 32)
-    wanted = Clipped().quantized(module.weight.detach(), grid, None).dequantized()
+    wanted = Clipped().quantized(module.weight.detach(), scheme, None).dequantized()
     torch.testing.assert_close(module(read), read @ wanted.T)
 
 
 def test_static_and_dynamic_activations_are_rounded_while_it_trains() -> None:
     for activations, scales in ((Activations(), {}), (Activations(dynamic=False), 0.02)):
         model = tiny()
-        plain = record_of(model, Grid(8, "channel", None))
+        plain = stored(model, WeightScheme(8, "channel", None))
         inputs = {name: torch.tensor(scales) for name in plain.matrices} if scales else {}
-        rounding = on_grid(QAT(), Record(plain.grid, plain.matrices, activations, inputs), empty_model(model.config))
+        rounding = rounding_of(
+            QAT(),
+            QuantizedWeights(Scheme(plain.scheme.weights, activations), plain.matrices, inputs),
+            empty_model(model.config),
+        )
         rounding.attach(model)
         module, read = model.model.layers[0].mlp.up_proj, torch.randn(4, 32)
         scale = read.abs().amax(-1, keepdim=True) / 127 if activations.dynamic else 0.02
@@ -243,8 +253,8 @@ def test_a_settled_model_as_it_is_served_is_the_one_that_was_trained() -> None:
         num_key_value_heads=1, max_position_embeddings=64,
     )  # fmt: skip
     model = LlamaForCausalLM(config).eval()
-    record = record_of(model, Grid(4, "group", 16), activations=Activations())
-    rounding = on_grid(QAT(cache="q8_0"), record, empty_model(config))
+    record = stored(model, WeightScheme(4, "group", 16), activations=Activations())
+    rounding = rounding_of(QAT(cache="q8_0"), record, empty_model(config))
     trained = rounding.attach(model)(IDS).logits
     settled = rounding.settle(model)
     assert settled.cache == "q8_0"
@@ -258,9 +268,12 @@ def test_a_settled_model_as_it_is_served_is_the_one_that_was_trained() -> None:
 # --- the stage -------------------------------------------------------------------------------------------------------
 
 
-def test_training_begins_as_the_post_training_result_and_ends_on_its_grid(made: Path) -> None:
-    start, trained = read_record(made / "quantize" / "grid.safetensors"), read_record(made / "qat" / "grid.safetensors")
-    assert trained.grid == start.grid
+def test_training_begins_as_the_post_training_result_and_ends_on_its_scheme(made: Path) -> None:
+    start, trained = (
+        read_quantized(made / "quantize" / "quantized.safetensors"),
+        read_quantized(made / "qat" / "quantized.safetensors"),
+    )
+    assert trained.scheme == start.scheme
     told = manifest(made / "qat")
     assert told["certificates"]["weights_bit_equal"] is True
     proof = told["certificates"]["trained_equals_frozen"]
@@ -276,7 +289,7 @@ def test_training_begins_as_the_post_training_result_and_ends_on_its_grid(made: 
     assert moved > 0
     assert rescaled > 0
     model = load_model(str(made / "quantize"), dtype=torch.float32)
-    rounding = on_grid(QAT(), start, empty_model(model.config))
+    rounding = rounding_of(QAT(), start, empty_model(model.config))
     before = model(IDS).logits
     torch.testing.assert_close(rounding.attach(model)(IDS).logits, before, atol=1e-5, rtol=0)
 
@@ -291,15 +304,15 @@ def test_training_begins_as_the_post_training_result_and_ends_on_its_grid(made: 
     ],
     ids=["frozen", "min_max", "lora", "bf16"],
 )
-def test_every_way_to_train_ends_on_the_grid_and_goes_on_where_it_was_cut(
+def test_every_way_to_train_ends_on_the_scheme_and_goes_on_where_it_was_cut(
     words: list[str], made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = EXPERIMENT.make(tmp_path / "whole", "qat", *from_(made, *words))
     kinds = {str(tensor.dtype) for tensor in weights(whole).values()}
     assert kinds == {f"torch.{json.loads((whole / 'config.json').read_text())['dtype']}"}
     assert kinds == {"torch.bfloat16" if "bf16" in words[-1] else "torch.float32"}
-    record = read_record(whole / "grid.safetensors")
-    start = read_record(made / "quantize" / "grid.safetensors")
+    record = read_quantized(whole / "quantized.safetensors")
+    start = read_quantized(made / "quantize" / "quantized.safetensors")
     for name, quantized in record.matrices.items():
         assert torch.equal(weights(whole)[name], quantized.dequantized().to(weights(whole)[name].dtype))
         if "frozen" in words[0]:
@@ -317,7 +330,7 @@ def test_every_way_to_train_ends_on_the_grid_and_goes_on_where_it_was_cut(
             EXPERIMENT.make(tmp_path, "qat", *from_(made, *words))
     assert list((tmp_path / "work" / "qat" / "checkpoints").glob("step-00000004.ckpt"))
     again = EXPERIMENT.make(tmp_path, "qat", *from_(made, *words))
-    for name in ("model.safetensors", "grid.safetensors"):
+    for name in ("model.safetensors", "quantized.safetensors"):
         assert (again / name).read_bytes() == (whole / name).read_bytes()
 
 
@@ -348,7 +361,7 @@ def test_two_ranks_land_where_one_does(strategy: str, words: list[str], made: Pa
     assert losses(two)[:3] == pytest.approx(losses(alone)[:3], rel=1e-6)
     assert losses(two) == pytest.approx(losses(alone), rel=1e-3)
     assert manifest(two)["certificates"]["weights_bit_equal"] is True
-    one, other = read_record(alone / "grid.safetensors"), read_record(two / "grid.safetensors")
+    one, other = read_quantized(alone / "quantized.safetensors"), read_quantized(two / "quantized.safetensors")
     for name, quantized in one.matrices.items():
         assert (quantized.integers == other.matrices[name].integers).float().mean() > 0.995, name
         torch.testing.assert_close(other.matrices[name].scale, quantized.scale, rtol=2e-3, atol=0)
@@ -377,18 +390,20 @@ def test_what_cannot_be_trained_is_refused_before_a_weight_is_read(
     assert "\n" not in str(refused.value)
 
 
-def test_a_start_without_a_grid_is_refused(made: Path, tmp_path: Path) -> None:
+def test_a_start_that_is_not_quantized_is_refused(made: Path, tmp_path: Path) -> None:
     words = [f"model.path={made / 'pretrain'}", f"stages.qat.student.path={made / 'pretrain'}"]
-    with pytest.raises(Refusal, match="is on no grid; give what the stage quantize makes"):
+    with pytest.raises(Refusal, match="is not quantized; give what the stage quantize makes"):
         check({"config": EXPERIMENT.composed(tmp_path, *words), "stages": ["qat"]})
 
 
 def test_experts_and_other_models_are_refused() -> None:
     model = tiny()
-    record = record_of(model, Grid(4, "group", 16))
-    strange = Record(record.grid, {"model.layers.9.mlp.up_proj.weight": next(iter(record.matrices.values()))})
+    record = stored(model, WeightScheme(4, "group", 16))
+    strange = QuantizedWeights(
+        record.scheme, {"model.layers.9.mlp.up_proj.weight": next(iter(record.matrices.values()))}
+    )
     with pytest.raises(Refusal, match=r"the model has no matrix model\.layers\.9"):
-        on_grid(QAT(), strange, empty_model(model.config))
+        rounding_of(QAT(), strange, empty_model(model.config))
     experts = model_of("mixtral", dtype=torch.float32, vocab_size=300)
     with pytest.raises(Refusal, match="train as one operation"):
-        on_grid(QAT(), record_of(experts, Grid(4, "group", 4)), empty_model(experts.config))
+        rounding_of(QAT(), stored(experts, WeightScheme(4, "group", 4)), empty_model(experts.config))

@@ -1,4 +1,4 @@
-"""The stage quantize as it is run: what is on disk is on the grid, and opens anywhere."""
+"""The stage quantize as it is run: what is on disk is quantized, and opens anywhere."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from safetensors import safe_open
 
 from models.errors import Refusal
 from models.quantization.methods.gptq import GPTQ
-from models.quantization.record import Record
+from models.quantization.stored import QuantizedWeights
 from pipeline.layer_by_layer import FinishedLayers
 from pipeline.stages import quantize
 from pipeline.worker import check
@@ -39,8 +39,8 @@ def test_every_matrix_is_integers_times_the_scales_beside_them(teacher: Path, ma
     assert whole.keys() == quantized.keys()
     names = [name for name, tensor in whole.items() if name.startswith("model.layers.") and tensor.ndim == 2]
     assert len(names) == 2 * 7
-    with safe_open(made / "grid.safetensors", "pt") as file:
-        assert json.loads(file.metadata()["quantization"])["grid"]["bits"] == 4
+    with safe_open(made / "quantized.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["quantization"])["scheme"]["weights"]["bits"] == 4
         for name, tensor in quantized.items():
             if name not in names:
                 assert torch.equal(tensor, whole[name]), name
@@ -54,9 +54,9 @@ def test_every_matrix_is_integers_times_the_scales_beside_them(teacher: Path, ma
             assert not torch.equal(tensor, whole[name])
     told = manifest(made)
     assert told["certificates"] == {"weights_bit_equal": True}
-    on_grid = sum(whole[name].numel() for name in names)
+    quantized = sum(whole[name].numel() for name in names)
     numbers = sum(tensor.numel() for tensor in whole.values())
-    bits = (on_grid * (4 + 16 / 16) + (numbers - on_grid) * 32) / numbers
+    bits = (quantized * (4 + 16 / 16) + (numbers - quantized) * 32) / numbers
     assert told["metrics"]["bits_per_weight"] == pytest.approx(bits)
 
 
@@ -92,14 +92,14 @@ def test_a_run_that_was_killed_between_layers_lands_on_the_same_bytes(
         stage.run(context)
     assert "quantize: goes on after 1 of 2 layers" in capsys.readouterr().out
     assert count[0] == 10 + 7  # the first layer was kept
-    for name in ("model.safetensors", "grid.safetensors"):
+    for name in ("model.safetensors", "quantized.safetensors"):
         assert (context.out / name).read_bytes() == (made / name).read_bytes()
 
 
 @pytest.mark.parametrize(
     ("owner", "name", "call", "left"),
     [
-        (Record, "write", 2, 7),  # the second layer is made
+        (QuantizedWeights, "write", 2, 7),  # the second layer is made
         (FinishedLayers, "keep", 2, 7),  # and its integers are written
         (quantize, "save_model", 1, 0),
         (quantize, "check_held", 1, 0),
@@ -130,21 +130,19 @@ def test_so_does_one_that_was_killed_elsewhere(
     monkeypatch.setattr(GPTQ, "quantized", lambda *words: again.append(1) or whole(*words))
     stage.run(context)
     assert len(again) == left
-    for file in ("model.safetensors", "grid.safetensors"):
+    for file in ("model.safetensors", "quantized.safetensors"):
         assert (context.out / file).read_bytes() == (made / file).read_bytes()
 
 
-@pytest.mark.parametrize(
-    "grid", ["int8_channel", "int8_tensor", "int4_group32", "int4_group128_asymmetric", "int2_group32"]
-)
-@pytest.mark.parametrize("method", ["nearest", "clipped", "gptq", "awq", "smoothquant"])
-def test_every_grid_and_method_is_held_on_disk(teacher: Path, tmp_path: Path, grid: str, method: str) -> None:
+@pytest.mark.parametrize("scheme", ["w8a16", "w8a16_tensor", "w4a16_g32", "w4a16_g128_asymmetric", "w2a16_g32"])
+@pytest.mark.parametrize("method", ["round_to_nearest", "clipped", "gptq", "awq", "smoothquant"])
+def test_every_scheme_and_quantizer_is_held_on_disk(teacher: Path, tmp_path: Path, scheme: str, method: str) -> None:
     words = [
-        f"model.path={teacher}", f"quantizer@stages.quantize.method={method}", f"grid@stages.quantize.grid={grid}",
+        f"model.path={teacher}", f"quantizer={method}", f"scheme={scheme}",
         "stages.quantize.dtype=bfloat16",
     ]  # fmt: skip
-    if "group" not in grid:
-        words.append("stages.quantize.grid.group_size=null")
+    if "_g" not in scheme:
+        words.append("scheme.weights.group_size=null")
     folder = EXPERIMENT.make(tmp_path / "run", "quantize", *words)
     assert manifest(folder)["certificates"] == {"weights_bit_equal": True}
     assert weights(folder)["model.layers.0.mlp.up_proj.weight"].dtype == torch.bfloat16
@@ -157,10 +155,10 @@ def test_families_of_other_layouts_are_quantized_where_they_read(
 ) -> None:
     folder = folder_of(family, teacher, tmp_path)
     words = [
-        f"model.path={folder}", "stages.quantize.grid.group_size=4", f"quantizer@stages.quantize.method={method}",
+        f"model.path={folder}", "scheme.weights.group_size=4", f"quantizer={method}",
     ]  # fmt: skip
     made = EXPERIMENT.make(tmp_path / "run", "quantize", *words)
-    with safe_open(made / "grid.safetensors", "pt") as file:
+    with safe_open(made / "quantized.safetensors", "pt") as file:
         for name in [key.removesuffix(".integers") for key in file.keys() if key.endswith(".integers")]:
             integers, scale = file.get_tensor(f"{name}.integers"), file.get_tensor(f"{name}.scale").float()
             want = integers.float() * scale.repeat_interleave(4, 1)  # [O, I]: what an output reads lies in a row
@@ -171,20 +169,20 @@ def test_families_of_other_layouts_are_quantized_where_they_read(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["stages.quantize.grid.bits=3.5"], r"stages\.quantize\.grid\.bits=3\.5: need a whole number"),
-        (["stages.quantize.grid.bits=true"], r"grid\.bits=True: need a whole number"),
-        (["stages.quantize.grid.group_size=32.0"], r"grid\.group_size=32\.0: need a whole number or null"),
-        (["stages.quantize.grid.symmetric=maybe"], r"grid\.symmetric=maybe: need true or false"),
-        (["stages.quantize.method.damping=much"], r"method\.damping=much: need a number"),
+        (["scheme.weights.bits=3.5"], r"stages\.quantize\.scheme\.weights\.bits=3\.5: need a whole number"),
+        (["scheme.weights.bits=true"], r"scheme\.weights\.bits=True: need a whole number"),
+        (["scheme.weights.group_size=32.0"], r"scheme\.weights\.group_size=32\.0: need a whole number or null"),
+        (["scheme.weights.symmetric=maybe"], r"scheme\.weights\.symmetric=maybe: need true or false"),
+        (["quantizer.damping=much"], r"quantizer\.damping=much: need a number"),
         (["stages.quantize.skip=down_proj"], r"stages\.quantize\.skip=down_proj: need a list"),
-        (["stages.quantize.grid.bits=9"], r"grid\.bits=9: need 2 to 8"),
-        (["stages.quantize.grid.group_size=128"], r"reads 32 inputs, which it does not divide; need 16 or 8 or 4 or"),
+        (["scheme.weights.bits=9"], r"scheme\.weights\.bits=9: need 2 to 8"),
+        (["scheme.weights.group_size=128"], r"has 32 inputs, which it does not divide; need 16 or 8 or 4 or"),
         (["stages.quantize.skip=[w_proj]"], "the layers have no matrix w_proj"),
         (["stages.quantize.calibration.length=5000"], "the model reads at most 512 tokens"),
         (["stages.quantize.calibration.samples=0"], "need at least 1"),
         (["stages.quantize.dtype=int8"], "need one of float32"),
-        ([activations("int8_token"), "stages.quantize.activations.bits=3"], r"activations\.bits=3: need 4 to 8"),
-        (["quantizer@stages.quantize.method=awq", "stages.quantize.method.ratios=0"], r"quantizer\.ratios=0"),
+        ([*activations("w8a8"), "scheme.activations.bits=3"], r"activations\.bits=3: need 4 to 8"),
+        (["quantizer=awq", "quantizer.ratios=0"], r"quantizer\.ratios=0"),
     ],
 )
 def test_what_cannot_be_is_refused_before_a_weight_is_read(
@@ -229,6 +227,6 @@ def test_a_model_that_is_packed_already_is_refused(teacher: Path, tmp_path: Path
         check({"config": EXPERIMENT.composed(tmp_path, f"model.path={folder}"), "stages": ["quantize"]})
 
 
-def test_a_model_on_a_grid_is_not_rounded_twice(made: Path, tmp_path: Path) -> None:
-    with pytest.raises(Refusal, match="its weights are on a grid already; give the model it was made of"):
+def test_a_quantized_model_is_not_rounded_twice(made: Path, tmp_path: Path) -> None:
+    with pytest.raises(Refusal, match="its weights are quantized already; give the model it was made of"):
         check({"config": EXPERIMENT.composed(tmp_path, f"model.path={made}"), "stages": ["quantize"]})

@@ -15,8 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from models.errors import Refusal
 from models.load import load_model
 from models.measure import negative_log_likelihood
-from models.quantization.activations import Activations, attach
-from models.quantization.record import read_record
+from models.quantization.activations import attach
+from models.quantization.scheme import Activations
+from models.quantization.stored import read_quantized
 from pipeline.data.batch import collate
 from pipeline.data.prepared import sequences_of
 from pipeline.data.tokenizer import load_tokenizer
@@ -34,7 +35,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def logits(folder: Path, rounded: bool = False) -> torch.Tensor:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     if rounded:
-        attach(model, read_record(folder / "grid.safetensors"))
+        attach(model, read_quantized(folder / "quantized.safetensors"))
     with torch.no_grad():
         return model(torch.arange(3, 43)[None]).logits
 
@@ -46,8 +47,8 @@ def test_scaled_weights_of_eight_bits_and_their_folded_norms_are_nearly_the_mode
 ) -> None:
     folder = folder_of(family, teacher, tmp_path)
     words = [
-        f"model.path={folder}", f"quantizer@stages.quantize.method={method}", "stages.quantize.grid.bits=8",
-        "stages.quantize.grid.group_size=4",
+        f"model.path={folder}", f"quantizer={method}", "scheme.weights.bits=8",
+        "scheme.weights.group_size=4",
     ]  # fmt: skip
     made = EXPERIMENT.make(tmp_path / "run", "quantize", *words)
     whole, quantized = weights(folder), weights(made)
@@ -57,18 +58,18 @@ def test_scaled_weights_of_eight_bits_and_their_folded_norms_are_nearly_the_mode
     assert (logits(made) - want).norm() < 0.03 * want.norm()
 
 
-@pytest.mark.parametrize("choice", ["int8_token", "int8_tensor"])
-@pytest.mark.parametrize("method", ["nearest", "smoothquant"])
-def test_activations_are_rounded_as_the_record_says(method: str, choice: str, teacher: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("choice", ["w8a8", "w8a8_static"])
+@pytest.mark.parametrize("method", ["round_to_nearest", "smoothquant"])
+def test_activations_are_rounded_as_the_scheme_says(method: str, choice: str, teacher: Path, tmp_path: Path) -> None:
     words = [
-        f"model.path={teacher}", activations(choice), f"quantizer@stages.quantize.method={method}",
-        "stages.quantize.grid.bits=8",
+        f"model.path={teacher}", *activations(choice), f"quantizer={method}",
+        "scheme.weights.bits=8",
     ]  # fmt: skip
     made = EXPERIMENT.make(tmp_path / "run", "quantize", *words)
-    record = read_record(made / "grid.safetensors")
-    assert record.activations == Activations(8, dynamic=choice == "int8_token")
+    record = read_quantized(made / "quantized.safetensors")
+    assert record.scheme.activations == Activations(8, dynamic=choice == "w8a8")
     prefix = "model.layers.1.self_attn."
-    if choice == "int8_token":
+    if choice == "w8a8":
         assert not record.input_scales
     else:
         assert record.input_scales.keys() == record.matrices.keys()
@@ -86,8 +87,8 @@ def test_the_price_is_the_mean_divergence_from_the_parent_over_the_calibration_s
     teacher: Path, tmp_path: Path
 ) -> None:
     teacher = folder_of("llama", teacher, tmp_path)
-    words = [f"model.path={teacher}", activations("int8_token"), "stages.quantize.activations.bits=4"]
-    words.append("stages.quantize.grid.group_size=4")
+    words = [f"model.path={teacher}", *activations("w8a8"), "scheme.activations.bits=4"]
+    words.append("scheme.weights.group_size=4")
     stage, context = EXPERIMENT.begin(tmp_path / "run", "quantize", *words)
     stage.prepare(context)
     stage.run(context)
@@ -98,17 +99,17 @@ def test_the_price_is_the_mean_divergence_from_the_parent_over_the_calibration_s
         with torch.no_grad():
             p, q = (torch.cat([each(ids).logits for ids in batches]).log_softmax(-1) for each in (parent, model))
         assert figures[name] == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-3)
-        attach(model, read_record(context.out / "grid.safetensors"))
+        attach(model, read_quantized(context.out / "quantized.safetensors"))
     assert figures["kl_with_activations"] > 1.1 * figures["kl_of_weights"]
 
 
 def test_a_static_scale_holds_what_the_quantized_layers_before_it_give(teacher: Path, tmp_path: Path) -> None:
-    words = [f"model.path={teacher}", activations("int8_tensor"), "quantizer@stages.quantize.method=nearest"]
+    words = [f"model.path={teacher}", *activations("w8a8_static"), "quantizer=round_to_nearest"]
     stage, context = EXPERIMENT.begin(tmp_path / "run", "quantize", *words)
     stage.prepare(context)
     stage.run(context)
     _, _, batches = stage._walk.open(context)
-    record = read_record(context.out / "grid.safetensors")
+    record = read_quantized(context.out / "quantized.safetensors")
     model = AutoModelForCausalLM.from_pretrained(context.out).eval()
     # The second layer reads what the first one gives with its activations rounded, as it will be.
     first = {name: made for name, made in record.matrices.items() if ".layers.0." in name}
@@ -126,11 +127,11 @@ def test_a_static_scale_holds_what_the_quantized_layers_before_it_give(teacher: 
 def test_what_was_folded_before_a_kill_is_there_after_it(
     method: str, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = [f"model.path={teacher}", activations("int8_tensor"), f"quantizer@stages.quantize.method={method}"]
+    words = [f"model.path={teacher}", *activations("w8a8_static"), f"quantizer={method}"]
     uninterrupted = EXPERIMENT.make(tmp_path / "whole", "quantize", *words)
     stage, context = EXPERIMENT.begin(tmp_path / "run", "quantize", *words)
     stage.prepare(context)
-    kind = type(stage.method)
+    kind = type(stage.quantizer)
     plain, count = kind.quantized, [0]
 
     def dies(self: Any, *given: Any) -> Any:
@@ -145,7 +146,7 @@ def test_what_was_folded_before_a_kill_is_there_after_it(
             stage.run(context)
         stage.run(context)
     assert count[0] == 10 + 7  # the first layer was kept
-    for name in ("model.safetensors", "grid.safetensors"):
+    for name in ("model.safetensors", "quantized.safetensors"):
         assert (context.out / name).read_bytes() == (uninterrupted / name).read_bytes()
     norms = [w["model.layers.0.input_layernorm.weight"] for w in (weights(context.out), weights(teacher))]
     assert not torch.equal(*norms)
@@ -154,11 +155,11 @@ def test_what_was_folded_before_a_kill_is_there_after_it(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["quantizer@stages.quantize.method=awq"], "AWQ: what .*experts.* reads is not seen"),
-        (["quantizer@stages.quantize.method=smoothquant"], "SmoothQuant: what .*experts.* reads is not seen"),
+        (["quantizer=awq"], "AWQ: what .*experts.* reads is not seen"),
+        (["quantizer=smoothquant"], "SmoothQuant: what .*experts.* reads is not seen"),
         (
-            ["quantizer@stages.quantize.method=nearest", activations("int8_token")],
-            r"quantize\.activations: what .*experts.* reads is not seen.*activations=null",
+            ["quantizer=round_to_nearest", *activations("w8a8")],
+            r"scheme=W4A8 g4 dynamic: what .*experts.* reads is not seen.*scheme=w8a16",
         ),
     ],
 )
@@ -166,7 +167,7 @@ def test_what_experts_read_is_neither_scaled_by_nor_rounded(
     words: list[str], said: str, teacher: Path, tmp_path: Path
 ) -> None:
     folder = folder_of("mixtral", teacher, tmp_path)
-    words = [f"model.path={folder}", "stages.quantize.grid.group_size=4", *words]
+    words = [f"model.path={folder}", "scheme.weights.group_size=4", *words]
     with pytest.raises(Refusal, match=said):
         check({"config": EXPERIMENT.composed(tmp_path, *words), "stages": ["quantize"]})
     skip = "stages.quantize.skip=[mlp.experts.gate_up_proj,mlp.experts.down_proj]"
@@ -180,25 +181,25 @@ def test_a_family_whose_parts_are_not_known_is_refused_by_methods_that_scale(tea
     AutoConfig.for_model(
         "olmo2", vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
     ).save_pretrained(folder)
-    config = EXPERIMENT.composed(tmp_path, f"model.path={folder}", "quantizer@stages.quantize.method=awq")
-    with pytest.raises(Refusal, match=r"method=AWQ: .*q_norm.*use quantizer@stages\.quantize\.method=gptq"):
+    config = EXPERIMENT.composed(tmp_path, f"model.path={folder}", "quantizer=awq")
+    with pytest.raises(Refusal, match=r"quantizer=AWQ: .*q_norm.*use quantizer=gptq"):
         check({"config": config, "stages": ["quantize"]})
 
 
 def test_the_report_scores_it_with_its_activations_rounded(teacher: Path, tmp_path: Path) -> None:
-    words = [f"model.path={teacher}", activations("int8_token"), "stages.quantize.activations.bits=4"]
+    words = [f"model.path={teacher}", *activations("w8a8"), "scheme.activations.bits=4"]
     run = tmp_path / "run"
     made = EXPERIMENT.make(run, "quantize", *words)
     speed = "stages.evaluate.speed={_target_: models.measure.Speed, prompt_tokens: 8, new_tokens: 4, repeats: 1}"
     EXPERIMENT.make(run, "evaluate", *words, speed, "stages.evaluate.models=[quantize]")
     (row,) = manifest(run / "evaluate")["metrics"]["rows"]
-    shutil.move(made / "grid.safetensors", tmp_path / "grid.safetensors")
+    shutil.move(made / "quantized.safetensors", tmp_path / "quantized.safetensors")
     shutil.rmtree(run / "evaluate")
     EXPERIMENT.make(run, "evaluate", *words, speed, "stages.evaluate.models=[quantize]")
     (plain,) = manifest(run / "evaluate")["metrics"]["rows"]
     assert abs(row["perplexity"] / plain["perplexity"] - 1) > 1e-5  # so little it has learnt
     model = load_model(str(made), dtype=torch.float32).eval()
-    attach(model, read_record(tmp_path / "grid.safetensors"))
+    attach(model, read_quantized(tmp_path / "quantized.safetensors"))
     config = EXPERIMENT.composed(run, *words)
     rows, _, _ = sequences_of(build(config, "evaluate").data, "test", load_tokenizer(str(made)), tmp_path / "rows")
     nats, tokens = negative_log_likelihood(model, [collate([rows[n]], pad_token=0) for n in range(len(rows))])

@@ -9,13 +9,13 @@ from torch import Tensor
 from models.errors import Refusal
 from models.hessian import Hessian
 from models.quantization.activations import Largest
-from models.quantization.grid import Grid
 from models.quantization.methods.awq import AWQ, Magnitudes
-from models.quantization.methods.nearest import Nearest
+from models.quantization.methods.round_to_nearest import RoundToNearest
 from models.quantization.methods.smoothquant import SmoothQuant
+from models.quantization.scheme import WeightScheme
 
-GRIDS = [
-    Grid(bits, granularity, 8 if granularity == "group" else None, symmetric)
+SCHEMES = [
+    WeightScheme(bits, granularity, 8 if granularity == "group" else None, symmetric)
     for bits in (2, 4, 8)
     for granularity in ("tensor", "channel", "group")
     for symmetric in (True, False)
@@ -42,8 +42,8 @@ def gathered(x: Tensor) -> Magnitudes:
     return read
 
 
-def rounded(weight: Tensor, grid: Grid) -> Tensor:
-    return Nearest().quantized(weight, grid, None).dequantized()
+def rounded(weight: Tensor, scheme: WeightScheme) -> Tensor:
+    return RoundToNearest().quantized(weight, scheme, None).dequantized()
 
 
 def paper_scale(x: Tensor, ratio: float) -> Tensor:
@@ -54,44 +54,44 @@ def paper_scale(x: Tensor, ratio: float) -> Tensor:
     return torch.where(live, scale, torch.ones(()))
 
 
-def damage(x: Tensor, weight: Tensor, scale: Tensor, grid: Grid) -> float:
-    made = (x / scale) @ rounded(weight * scale, grid).T
+def damage(x: Tensor, weight: Tensor, scale: Tensor, scheme: WeightScheme) -> float:
+    made = (x / scale) @ rounded(weight * scale, scheme).T
     return float((made - x @ weight.T).square().sum())
 
 
-@pytest.mark.parametrize("grid", GRIDS, ids=str)
-def test_awqs_scale_is_the_best_of_its_ratios_over_all_tokens(grid: Grid) -> None:
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_awqs_scale_is_the_best_of_its_ratios_over_all_tokens(scheme: WeightScheme) -> None:
     x, both = inputs(), [weights(6), weights(9, seed=3)]
     read = gathered(x)
-    found = AWQ().scales([(weight, read) for weight in both], torch.arange(24), grid)
-    costs = [sum(damage(x, w, paper_scale(x, step / 20), grid) for w in both) for step in range(20)]
-    mine = sum(damage(x, weight, found, grid) for weight in both)
+    found = AWQ().scales([(weight, read) for weight in both], torch.arange(24), scheme)
+    costs = [sum(damage(x, w, paper_scale(x, step / 20), scheme) for w in both) for step in range(20)]
+    mine = sum(damage(x, weight, found, scheme) for weight in both)
     assert mine == pytest.approx(min(costs), rel=1e-3)
     assert found[5] == 1
     torch.testing.assert_close(found, paper_scale(x, min(range(20), key=costs.__getitem__) / 20), rtol=1e-4, atol=0)
-    if grid.bits > 2 and grid.granularity != "group":
+    if scheme.bits > 2 and scheme.granularity != "group":
         assert mine < 0.8 * costs[0]  # there is something to gain where channels are so unlike
 
 
 def test_inputs_that_are_one_channel_have_one_scale_of_their_mean() -> None:
-    x, weight, grid = inputs(), weights(), Grid(4, "channel", None)
+    x, weight, scheme = inputs(), weights(), WeightScheme(4, "channel", None)
     channel = torch.arange(24) % 12
-    found = AWQ().scales([(weight, gathered(x))], channel, grid)
+    found = AWQ().scales([(weight, gathered(x))], channel, scheme)
     assert found.shape == (12,)
     together = x.abs().mean(0).view(2, 12).mean(0)
     costs, tried = [], []
     for step in range(20):
         scale = together.pow(step / 20).clamp(min=1e-4)
         tried.append(scale / (scale.max() * scale.min()).sqrt())
-        costs.append(damage(x, weight, tried[-1][channel], grid))
+        costs.append(damage(x, weight, tried[-1][channel], scheme))
     torch.testing.assert_close(found, tried[min(range(20), key=costs.__getitem__)], rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize("grid", GRIDS, ids=str)
-def test_awqs_ranges_are_the_best_for_what_each_group_adds(grid: Grid) -> None:
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_awqs_ranges_are_the_best_for_what_each_group_adds(scheme: WeightScheme) -> None:
     x, weight = inputs(), weights()
-    made = AWQ().quantized(weight, grid, gathered(x)).dequantized()
-    width = grid.width(24)
+    made = AWQ().quantized(weight, scheme, gathered(x)).dequantized()
+    width = scheme.width(24)
 
     def costs(values: Tensor) -> Tensor:
         """[O, G], or their sum over O where all share one scale."""
@@ -100,11 +100,11 @@ def test_awqs_ranges_are_the_best_for_what_each_group_adds(grid: Grid) -> None:
             for at in range(0, 24, width)
         ]
         each = torch.stack(parts, 1)
-        return each.sum(0, keepdim=True) if grid.granularity == "tensor" else each
+        return each.sum(0, keepdim=True) if scheme.granularity == "tensor" else each
 
-    low, high = grid.ranges(weight)
+    low, high = scheme.ranges(weight)
     tried = [
-        costs(grid.nearest(weight, *grid.of_range(share * low, share * high)).dequantized())
+        costs(scheme.quantize(weight, *scheme.of_range(share * low, share * high)).dequantized())
         for share in torch.linspace(1, 0.5, 21).tolist()
     ]
     torch.testing.assert_close(costs(made), torch.stack(tried).amin(0), rtol=1e-3, atol=1e-3)
@@ -112,7 +112,9 @@ def test_awqs_ranges_are_the_best_for_what_each_group_adds(grid: Grid) -> None:
 
 def test_no_text_at_all_scales_nothing() -> None:
     x, weight = torch.zeros(4, 24), weights()
-    assert AWQ().scales([(weight, gathered(x))], torch.arange(24), Grid(4, "channel", None)).tolist() == [1.0] * 24
+    assert (
+        AWQ().scales([(weight, gathered(x))], torch.arange(24), WeightScheme(4, "channel", None)).tolist() == [1.0] * 24
+    )
 
 
 @pytest.mark.parametrize("groups", [1, 3, 24])
@@ -145,7 +147,9 @@ def largest(x: Tensor) -> Largest:
 def test_smoothquants_scale_is_its_formula(strength: float) -> None:
     x, both = inputs(), [weights(6), weights(9, seed=3)]
     both[0][:, 7] = both[1][:, 7] = 0
-    found = SmoothQuant(strength).scales([(w, largest(x)) for w in both], torch.arange(24), Grid(8, "channel", None))
+    found = SmoothQuant(strength).scales(
+        [(w, largest(x)) for w in both], torch.arange(24), WeightScheme(8, "channel", None)
+    )
     of_weights = torch.cat(both).abs().amax(0)
     for j in range(24):
         want = 1.0 if j in (5, 7) else float(x[:, j].abs().max() ** strength / of_weights[j] ** (1 - strength))
@@ -157,7 +161,7 @@ def test_smoothquants_scale_is_its_formula(strength: float) -> None:
 
 def test_smoothquants_channels_take_the_largest_of_their_inputs() -> None:
     x, weight = inputs(), weights()
-    found = SmoothQuant().scales([(weight, largest(x))], torch.arange(24) % 12, Grid(8, "channel", None))
+    found = SmoothQuant().scales([(weight, largest(x))], torch.arange(24) % 12, WeightScheme(8, "channel", None))
     want = (x.abs().amax(0).view(2, 12).amax(0) / weight.abs().amax(0).view(2, 12).amax(0)).sqrt()
     torch.testing.assert_close(found, want)
 
@@ -166,7 +170,7 @@ def test_settings_that_make_no_sense_are_refused() -> None:
     nothing = Magnitudes(16)
     nothing.add(torch.full((3, 16), float("nan")))
     with pytest.raises(Refusal, match="quantizer=awq: what the matrices read is no number"):
-        AWQ().scales([(torch.randn(4, 16), nothing)], torch.arange(16), Grid(4, "channel", None))
+        AWQ().scales([(torch.randn(4, 16), nothing)], torch.arange(16), WeightScheme(4, "channel", None))
     with pytest.raises(Refusal, match=r"quantizer\.ratios=0: need at least 1"):
         AWQ(ratios=0)
     with pytest.raises(Refusal, match=r"quantizer\.strength=1\.5: need \[0, 1\]"):

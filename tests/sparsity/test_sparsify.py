@@ -126,7 +126,7 @@ def test_a_run_killed_between_two_layers_goes_on_and_gives_the_same_bytes(
 
 
 def test_a_fraction_and_what_is_skipped(made: Path, tmp_path: Path) -> None:
-    words = ["stages.sparsify.fraction=0.3", "stages.sparsify.pattern=null", "sparsity@stages.sparsify.method=wanda"]
+    words = ["stages.sparsify.fraction=0.3", "stages.sparsify.pattern=null", "sparsity=wanda"]
     words += ["stages.sparsify.skip=[o_proj, 1.mlp.down_proj]", "stages.sparsify.dtype=bfloat16"]
     folder = make(tmp_path, "sparsify", *from_(made, *words))
     for name, tensor in matrices_of(folder).items():
@@ -175,8 +175,8 @@ def test_too_little_text_is_refused_before_a_weight_is_read(
         (["stages.sparsify.calibration.length=1"], r"calibration\.length=1: need at least 2"),
         (["stages.sparsify.calibration.length=4096"], "the model reads at most 512 tokens"),
         (["stages.sparsify.dtype=float8"], "dtype=float8: need one of float32"),
-        (["stages.sparsify.method.damping=0"], "damping=0: need a number above 0"),
-        (["sparsity@stages.sparsify.method=magnitude", "stages.sparsify.method.scope=all"], "scope=all: need layer"),
+        (["sparsity.damping=0"], "damping=0: need a number above 0"),
+        (["sparsity=magnitude", "sparsity.scope=all"], "scope=all: need layer"),
         (["stages.sparsify.model=./nowhere"], "nowhere: no such folder"),
         (["lora=lora"], r"lora\.dropout=0\.05 with keep_zeros=true: .* set lora\.dropout=0"),
     ],
@@ -194,7 +194,7 @@ def test_experts_are_refused_by_name_where_what_they_read_is_needed(tmp_path: Pa
     words = [f"model.path={tmp_path / 'experts'}", "stages.sparsify.calibration.length=16"]
     with pytest.raises(Refusal, match=r"SparseGPT: what .*mlp\.experts\.gate_up_proj reads .*=magnitude, or skip="):
         check({"config": composed(tmp_path, *words), "stages": ["sparsify"]})
-    check({"config": composed(tmp_path, *words, "sparsity@stages.sparsify.method=magnitude"), "stages": ["sparsify"]})
+    check({"config": composed(tmp_path, *words, "sparsity=magnitude"), "stages": ["sparsify"]})
     skip = "stages.sparsify.skip=[gate_up_proj, down_proj]"
     check({"config": composed(tmp_path, *words, skip), "stages": ["sparsify"]})
 
@@ -335,7 +335,7 @@ def test_the_more_a_method_looks_at_the_less_is_lost(shared: Path, tmp_path: Pat
     batches = [collate([rows[n] for n in range(min(24, len(rows)))], pad_token=0)]
     lost = {}
     for method in ("sparsegpt", "wanda", "magnitude"):
-        folder = make(tmp_path / method, "sparsify", *words, f"sparsity@stages.sparsify.method={method}")
+        folder = make(tmp_path / method, "sparsify", *words, f"sparsity={method}")
         assert manifest(folder)["certificates"]["zeros"]["all"]["fraction"] == 0.5
         nats, tokens = negative_log_likelihood(load_model(str(folder), dtype=torch.float32).eval(), batches)
         lost[method] = nats / tokens

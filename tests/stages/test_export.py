@@ -19,7 +19,7 @@ from models.formats.format import Finished, Written
 from models.formats.gptq import GPTQ
 from models.formats.huggingface import HuggingFace
 from models.measure import documents, negative_log_likelihood, open_for_inference, scored
-from models.quantization.grid import Grid
+from models.quantization.scheme import WeightScheme
 from pipeline.artifact import content_hash, read_manifest
 from pipeline.data.batch import collate
 from pipeline.data.tokenizer import train_tokenizer
@@ -34,25 +34,25 @@ LITTLE = [
     "data=stdlib",
     "data.max_documents=60",
     "data.max_length=48",
-    "quantizer@stages.quantize.method=nearest",
-    "stages.quantize.grid.group_size=16",
+    "quantizer=round_to_nearest",
+    "scheme.weights.group_size=16",
     "stages.export.rows=3",
     "stages.export.tokens=32",
     "stages.evaluate.speed={_target_: models.measure.Speed, prompt_tokens: 4, new_tokens: 3, repeats: 1}",
     "trainer.accelerator=cpu",
     "logger=none",
 ]
-WITH_GPTQ = "+format@stages.export.formats.gptq=gptq"
+WITH_GPTQ = "format=[huggingface,compressed_tensors,gptq]"
 EXPERIMENT = Experiment("quantize_export", LITTLE)
 FORMATS = ("huggingface", "compressed_tensors", "gptq")
 
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `teacher`, on no grid, and a run in which it has been quantized."""
+    """A folder with `teacher`, not quantized, and a run in which it has been quantized."""
     root = tmp_path_factory.mktemp("export") / "my runs"  # which shells want quoted
     train_tokenizer(["pack my box with five dozen liquor jugs " * 9], 300, root / "teacher")
-    other = quantized(root / "other", Grid(8, "channel", None), intermediate_size=48, num_hidden_layers=2)
+    other = quantized(root / "other", WeightScheme(8, "channel", None), intermediate_size=48, num_hidden_layers=2)
     for name in ("config.json", "generation_config.json", "model.safetensors"):
         shutil.copyfile(other / name, root / "teacher" / name)
     EXPERIMENT.make(root / "run", "quantize", f"model.path={root}/teacher")
@@ -164,8 +164,7 @@ def test_a_failed_certificate_is_one_line_and_leaves_nothing(
     start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_dir = run_of(start, tmp_path)
-    words = [f"model.path={start}/teacher", WITH_GPTQ, "stages.export.formats.huggingface=null"]
-    words += ["stages.export.formats.compressed_tensors=null"]
+    words = [f"model.path={start}/teacher", "format=[gptq]"]
     stage, context = EXPERIMENT.begin(run_dir, "export", *words)
     stage.prepare(context)
     plain = GPTQ.write
@@ -193,11 +192,11 @@ def test_a_failed_certificate_is_one_line_and_leaves_nothing(
         ("epsilon", r"its logits differ by .* is allowed \(stages\.export\.logits_tolerance\)"),
     ],
 )
-def test_what_is_on_no_grid_is_certified_too(
+def test_what_is_not_quantized_is_certified_too(
     start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, said: str
 ) -> None:
     run_dir = run_of(start, tmp_path)
-    words = [f"model.path={start}/teacher", "stages.export.formats.huggingface=null"]
+    words = [f"model.path={start}/teacher", "formats.huggingface=null"]
     stage, context = EXPERIMENT.begin(run_dir, "export", *words)
     stage.prepare(context)
     plain = CompressedTensors.write
@@ -250,13 +249,15 @@ def test_activations_are_certified_as_the_runtime_rounds_them_and_the_card_tells
 ) -> None:
     words = [
         f"model.path={start}/teacher",
-        "grid@stages.quantize.grid=int8_channel",
-        "stages.quantize.grid.group_size=null",
+        "scheme=w8a8",
+        "scheme.weights.group_size=null",
     ]
-    words += ["activations@stages.quantize.activations=int8_token"]
     EXPERIMENT.make(tmp_path, "quantize", *words)
     exported = EXPERIMENT.make(tmp_path, "export", *words)
-    for name, said in (("huggingface", "is not rounded by anything"), ("compressed_tensors", "2 max |x| / 255")):
+    for name, said in (
+        ("huggingface", "no runtime that opens this rounds activations"),
+        ("compressed_tensors", "2 max |x| / 255"),
+    ):
         certificate = manifest(exported / name)["certificates"]
         assert certificate["weights_bit_equal"]
         assert certificate["kl"] < 1e-9 < certificate["kl_as_quantized"]
@@ -280,9 +281,11 @@ def test_a_file_that_was_damaged_since_is_not_measured_as_what_was_certified(
 
 
 def test_a_format_that_was_not_made_is_refused_before_anything_is_measured(start: Path, exported: Path) -> None:
-    words = [f"model.path={start}/teacher", WITH_GPTQ, "+format@stages.export.formats.awq=awq"]
+    words = [f"model.path={start}/teacher", "format=[huggingface,compressed_tensors,gptq,awq]"]
     config = EXPERIMENT.composed(start / "run", *words)
-    with pytest.raises(Refusal, match=r"export has made no awq; add export to stages, or say .*formats\.awq=null"):
+    with pytest.raises(
+        Refusal, match=r"export has made no awq; add export to stages, or leave it out with formats\.awq=null"
+    ):
         check({"config": config, "stages": ["evaluate"]})
 
 
@@ -330,18 +333,18 @@ def test_documents_are_scored_one_by_one_as_packed_rows_are(start: Path) -> None
 
 
 REFUSED = {
-    "stages.quantize.grid.bits=3 stages.export.formats.huggingface=null +format@stages.export.formats.awq=awq": [
-        "format=awq: grid.bits=3; need 4"
-    ],
-    "stages.quantize.grid.symmetric=false": ["format=compressed_tensors: asymmetric", "grid.symmetric=true"],
-    "stages.quantize.dtype=bfloat16": ["rounds scales of grid.scale_dtype=float16", "grid.scale_dtype=bfloat16"],
+    "scheme.weights.bits=3 format=[compressed_tensors,awq]": ["format=awq: scheme.weights.bits=3; need 4"],
+    "scheme.weights.symmetric=false": ["format=compressed_tensors: asymmetric", "scheme.weights.symmetric=true"],
+    "stages.quantize.dtype=bfloat16": ["rounds scales in float16", "scheme.weights.scale_dtype=bfloat16"],
     "stages.export.dtype=int8": ["export.dtype=int8", "float32"],
     "stages.export.rows=0": ["export.rows=0", "at least 1"],
     "stages.export.tokens=100": ["export.tokens=100", "at most 64"],
     "stages.export.kl_tolerance=0": ["kl_tolerance=0", "above 0"],
-    "stages.export.formats.huggingface=null stages.export.formats.compressed_tensors=null": ["none is left"],
+    "formats.huggingface=null formats.compressed_tensors=null": ["none is left"],
+    "format=[]": ["none is left", "format=[huggingface,gptq]"],
     "stages.export.formats=null": ["none is left"],
-    "+grid@stages.export.formats.four=int4_group32": ["export.formats.four: Grid is no format"],
+    "+scheme@formats.four=w4a16_g32": ["formats.four: W4A16 g32 is no format"],
+    "+formats.gguf.type=q8_0": ["formats.gguf: {'type': 'q8_0'} is no format", "format=[gguf]"],
 }
 
 
@@ -373,17 +376,17 @@ def test_an_export_is_no_model_to_export(exported: Path) -> None:
         check({"config": EXPERIMENT.composed(exported.parent / "again", *words), "stages": ["export"]})
 
 
-def test_widths_are_rounded_to_what_grids_and_formats_of_later_stages_need(start: Path, tmp_path: Path) -> None:
+def test_widths_are_rounded_to_what_schemes_and_formats_of_later_stages_need(start: Path, tmp_path: Path) -> None:
     words = ["+stage@stages.prune=prune", "stages.prune.multiple_of=auto", "order=[prune,quantize,export]"]
     words += [f"model.path={start}/teacher", "~stages.evaluate"]
-    gguf = "+format@stages.export.formats.gguf=gguf"
+    gguf = "format=[gguf]"
     blocks = ["+stage@stages.qat=qat", "qat=ggml", "order=[prune,quantize,qat,export]"]
     for more, want in (
         ([], 16),
         ([WITH_GPTQ], 32),
-        (["stages.quantize.grid.group_size=24", WITH_GPTQ], 96),
+        (["scheme.weights.group_size=24", WITH_GPTQ], 96),
         ([gguf], 32),
-        ([gguf, "stages.export.formats.gguf.type=q4_k_m"], 256),
+        ([gguf, "formats.gguf.type=q4_k_m"], 256),
         (blocks, 256),
     ):
         config = EXPERIMENT.composed(tmp_path, *words, *more)
@@ -393,14 +396,14 @@ def test_widths_are_rounded_to_what_grids_and_formats_of_later_stages_need(start
     assert stage._multiple(context) == 64
     told = set()
     for size in (8, 16):
-        config = EXPERIMENT.composed(tmp_path, *words, f"stages.quantize.grid.group_size={size}")
+        config = EXPERIMENT.composed(tmp_path, *words, f"scheme.weights.group_size={size}")
         told.add(check({"config": config, "stages": ["prune"]})["plan"][0]["content"])
     assert len(told) == 2  # a finished cut is made anew where they need another number
     with pytest.raises(Refusal, match="need a whole number, or auto"):
         build(EXPERIMENT.composed(tmp_path, *words[:1], "stages.prune.multiple_of=most", *words[2:]), "prune")
 
 
-def test_a_model_on_no_grid_that_comes_out_as_another_fails_the_stage(
+def test_a_plain_model_that_comes_out_as_another_fails_the_stage(
     start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = HuggingFace.write
@@ -413,8 +416,7 @@ def test_a_model_on_no_grid_that_comes_out_as_another_fails_the_stage(
         return written
 
     monkeypatch.setattr(HuggingFace, "write", other)
-    words = [f"model.path={start}/teacher", f"stages.export.model={start}/teacher"]
-    words += ["stages.export.formats.compressed_tensors=null"]
+    words = [f"model.path={start}/teacher", f"stages.export.model={start}/teacher", "format=[huggingface]"]
     with pytest.raises(Refusal, match=r"up_proj\.weight is another one once reloaded; nothing was written"):
         EXPERIMENT.make(tmp_path / "run", "export", *words)
     assert not (tmp_path / "run" / "export").exists()

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from models.errors import Refusal
 from models.hessian import Hessian
-from models.quantization.grid import Grid, Quantized
 from models.quantization.methods.clipped import Clipped
+from models.quantization.scheme import QuantizedMatrix, WeightScheme
 
 # N tokens, O what a matrix gives, I what it reads, K channels of which several inputs may be one
 
@@ -56,7 +56,7 @@ class AWQ:
         if self.ratios < 1:
             raise Refusal(f"quantizer.ratios={self.ratios}: need at least 1; 20 is usual")
 
-    def scales(self, readers: Sequence[tuple[Tensor, Any]], channel_I: Tensor, grid: Grid) -> Tensor:
+    def scales(self, readers: Sequence[tuple[Tensor, Any]], channel_I: Tensor, scheme: WeightScheme) -> Tensor:
         """Float32[K]. Channels that nothing is read of keep 1."""
         mean_I = readers[0][1].mean_I
         channel_I = channel_I.to(mean_I.device)
@@ -66,18 +66,18 @@ class AWQ:
         for ratio in torch.arange(self.ratios) / self.ratios:
             tried_K = _scale(mean_K, float(ratio))
             tried_I = tried_K[channel_I]
-            cost = sum(_cost(weight_OI, tried_I, grid, read.hessian) for weight_OI, read in readers)
+            cost = sum(_cost(weight_OI, tried_I, scheme, read.hessian) for weight_OI, read in readers)
             if not math.isfinite(cost):
                 raise Refusal("quantizer=awq: what the matrices read is no number, or infinite; see to the model")
             if least is None or cost < least:
                 best, least = tried_K, cost
         return best
 
-    def quantized(self, weight_OI: Tensor, grid: Grid, read: Any) -> Quantized:
+    def quantized(self, weight_OI: Tensor, scheme: WeightScheme, read: Any) -> QuantizedMatrix:
         if not self.clip:
-            return grid.nearest(weight_OI, *grid.of_range(*grid.ranges(weight_OI)))
-        fitted = Clipped(steps=21, smallest=0.5).fitted(weight_OI, grid, read.hessian.cost)
-        return grid.nearest(weight_OI, *fitted)
+            return scheme.quantize(weight_OI, *scheme.of_range(*scheme.ranges(weight_OI)))
+        fitted = Clipped(steps=21, smallest=0.5).fitted(weight_OI, scheme, read.hessian.cost)
+        return scheme.quantize(weight_OI, *fitted)
 
 
 def _scale(mean_K: Tensor, ratio: float) -> Tensor:
@@ -89,7 +89,7 @@ def _scale(mean_K: Tensor, ratio: float) -> Tensor:
     return torch.where(live_K, scale_K / middle, 1.0)
 
 
-def _cost(weight_OI: Tensor, scale_I: Tensor, grid: Grid, hessian: Hessian) -> float:
+def _cost(weight_OI: Tensor, scale_I: Tensor, scheme: WeightScheme, hessian: Hessian) -> float:
     scaled_OI = weight_OI.float() * scale_I
-    made = grid.nearest(scaled_OI, *grid.of_range(*grid.ranges(scaled_OI)))
+    made = scheme.quantize(scaled_OI, *scheme.of_range(*scheme.ranges(scaled_OI)))
     return float(hessian.cost(made.dequantized() / scale_I - weight_OI.float()).sum())

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from models.errors import Refusal
-from models.quantization.grid import Grid, Quantized
+from models.quantization.scheme import QuantizedMatrix, WeightScheme
 
 # O what a matrix gives, I what it reads, G groups of I
 Cost = Callable[[Tensor, int], Tensor]  # of errors [O, I] in so many groups: Float[O, G]
@@ -27,22 +27,22 @@ class Clipped:
 
     def __post_init__(self) -> None:
         if self.steps < 2:
-            raise Refusal(f"quantizer.steps={self.steps}: need at least 2; 1 is quantizer=nearest")
+            raise Refusal(f"quantizer.steps={self.steps}: need at least 2; 1 is quantizer=round_to_nearest")
         if not 0 < self.smallest < 1:
             raise Refusal(f"quantizer.smallest={self.smallest}: need (0, 1), the share of the range that is left")
 
-    def quantized(self, weight_OI: Tensor, grid: Grid, read: Any) -> Quantized:
-        return grid.nearest(weight_OI, *self.fitted(weight_OI, grid))
+    def quantized(self, weight_OI: Tensor, scheme: WeightScheme, read: Any) -> QuantizedMatrix:
+        return scheme.quantize(weight_OI, *self.fitted(weight_OI, scheme))
 
-    def fitted(self, weight_OI: Tensor, grid: Grid, cost: Cost | None = None) -> tuple[Tensor, Tensor]:
+    def fitted(self, weight_OI: Tensor, scheme: WeightScheme, cost: Cost | None = None) -> tuple[Tensor, Tensor]:
         """(scale, zero_point). `cost` of errors, where it is not their squares' sum."""
         cost = cost or _squares
-        low, high = grid.ranges(weight_OI)
-        scale, zero_point = grid.of_range(low, high)
-        best = _cost(cost, weight_OI, grid.nearest(weight_OI, scale, zero_point))
+        low, high = scheme.ranges(weight_OI)
+        scale, zero_point = scheme.of_range(low, high)
+        best = _cost(cost, weight_OI, scheme.quantize(weight_OI, scale, zero_point))
         for share in torch.linspace(1, self.smallest, self.steps)[1:].tolist():
-            tried = grid.of_range(share * low, share * high)
-            found = _cost(cost, weight_OI, grid.nearest(weight_OI, *tried))
+            tried = scheme.of_range(share * low, share * high)
+            found = _cost(cost, weight_OI, scheme.quantize(weight_OI, *tried))
             better = found < best
             best = torch.where(better, found, best)
             scale, zero_point = (
@@ -51,7 +51,7 @@ class Clipped:
         return scale, zero_point
 
 
-def _cost(cost: Cost, weight_OI: Tensor, made: Quantized) -> Tensor:
+def _cost(cost: Cost, weight_OI: Tensor, made: QuantizedMatrix) -> Tensor:
     """Float[O | 1, G]: of all weights that share a scale."""
     found_OG = cost(weight_OI.float() - made.dequantized(), made.scale.shape[1])
     return found_OG.sum(0, keepdim=True) if len(made.scale) == 1 else found_OG

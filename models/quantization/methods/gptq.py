@@ -10,8 +10,8 @@ from torch import Tensor
 
 from models.errors import Refusal
 from models.hessian import Hessian, inverse_factor
-from models.quantization.grid import Grid, Quantized
 from models.quantization.methods.clipped import Clipped
+from models.quantization.scheme import QuantizedMatrix, WeightScheme
 
 
 @dataclass(frozen=True)
@@ -37,19 +37,19 @@ class GPTQ:
         if self.block < 1:
             raise Refusal(f"quantizer.block={self.block}: need at least 1; 128 is usual")
 
-    def quantized(self, weight_OI: Tensor, grid: Grid, read: Any) -> Quantized:
+    def quantized(self, weight_OI: Tensor, scheme: WeightScheme, read: Any) -> QuantizedMatrix:
         w_OI = weight_OI.float().clone()
         width = w_OI.shape[1]
         hessian_II = read.mean_II.to(w_OI)
         diagonal = hessian_II.diagonal()
         order_I = diagonal.argsort(descending=True) if self.act_order else torch.arange(width, device=w_OI.device)
-        scale, zero_point = self._fitted(w_OI, grid)
+        scale, zero_point = self._fitted(w_OI, scheme)
         dead_I = diagonal == 0
         w_OI[:, dead_I] = 0  # nothing is ever multiplied with them, and they would only be carried along
         w_OI, hessian_II = w_OI[:, order_I], hessian_II[order_I][:, order_I]
         u_II, _ = inverse_factor(hessian_II, self.damping, "quantizer.damping")
         integers_OI = torch.empty_like(w_OI, dtype=torch.int32)
-        shared = grid.width(width)
+        shared = scheme.width(width)
         for begin in range(0, width, self.block):
             end = min(begin + self.block, width)
             part = w_OI[:, begin:end]  # a view: what is corrected is the matrix
@@ -57,21 +57,21 @@ class GPTQ:
             for at in range(end - begin):
                 column = begin + at
                 group = int(order_I[column]) // shared
-                if not self.act_order and column % shared == 0 and column and grid.granularity == "group":
+                if not self.act_order and column % shared == 0 and column and scheme.granularity == "group":
                     # Columns beyond this block have not been corrected yet by this block's errors.
                     now = w_OI[:, column : column + shared].clone()
                     now[:, end - column :] -= errors[:, :at] @ u_II[begin:column, end : column + shared]
-                    of_group = self._fitted(now, grid)
+                    of_group = self._fitted(now, scheme)
                     scale[:, group], zero_point[:, group] = of_group[0][:, 0], of_group[1][:, 0]
                 mine = scale[:, group, None], zero_point[:, group, None]
-                rounded = grid.nearest(part[:, at, None], *mine)
+                rounded = scheme.quantize(part[:, at, None], *mine)
                 integers_OI[:, column] = rounded.integers[:, 0]
                 errors[:, at] = (part[:, at] - rounded.dequantized()[:, 0]) / u_II[column, column]
                 part[:, at:] -= errors[:, at, None] * u_II[column, column:end]
             w_OI[:, end:] -= errors @ u_II[begin:end, end:]
-        return Quantized(integers_OI[:, order_I.argsort()], scale, zero_point)
+        return QuantizedMatrix(integers_OI[:, order_I.argsort()], scale, zero_point)
 
-    def _fitted(self, weight_OI: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    def _fitted(self, weight_OI: Tensor, scheme: WeightScheme) -> tuple[Tensor, Tensor]:
         if self.clip:
-            return Clipped().fitted(weight_OI, grid)
-        return grid.of_range(*grid.ranges(weight_OI))
+            return Clipped().fitted(weight_OI, scheme)
+        return scheme.of_range(*scheme.ranges(weight_OI))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from models.errors import Refusal
 from models.quantization.activations import Largest
-from models.quantization.grid import Grid, Quantized
+from models.quantization.scheme import QuantizedMatrix, WeightScheme
 
 # O what a matrix gives, I what it reads, K channels of which several inputs may be one
 
@@ -28,7 +28,7 @@ class SmoothQuant:
         if not 0 <= self.strength <= 1:
             raise Refusal(f"quantizer.strength={self.strength}: need [0, 1]; 0.5 shares between weights and inputs")
 
-    def scales(self, readers: Sequence[tuple[Tensor, Any]], channel_I: Tensor, grid: Grid) -> Tensor:
+    def scales(self, readers: Sequence[tuple[Tensor, Any]], channel_I: Tensor, scheme: WeightScheme) -> Tensor:
         """Float32[K]. A channel that is all zeros, or read by zeros, keeps 1."""
         read_I = torch.stack([read.largest_I for _, read in readers]).amax(0)
         weight_I = torch.stack([weight_OI.abs().amax(0).float() for weight_OI, _ in readers]).amax(0)
@@ -38,5 +38,5 @@ class SmoothQuant:
         scale_K = read_K.pow(self.strength) / weight_K.pow(1 - self.strength)
         return torch.where((read_K > 0) & (weight_K > 0), scale_K, 1.0)
 
-    def quantized(self, weight_OI: Tensor, grid: Grid, read: Any) -> Quantized:
-        return grid.nearest(weight_OI, *grid.of_range(*grid.ranges(weight_OI)))
+    def quantized(self, weight_OI: Tensor, scheme: WeightScheme, read: Any) -> QuantizedMatrix:
+        return scheme.quantize(weight_OI, *scheme.of_range(*scheme.ranges(weight_OI)))
