@@ -191,7 +191,7 @@ def test_inputs_that_are_always_zero_cost_nothing() -> None:
         (lambda: WeightScheme(scale_dtype="float8"), "need one of float32"),
         (
             lambda: WeightScheme(group_size=128).check("q_proj", 172),
-            r"reads 172 inputs, .* need 4 or granularity=channel",
+            r"has 172 inputs, .* need 4 or granularity=channel",
         ),
         (
             lambda: WeightScheme(group_size=128).check("q_proj", 96),
