@@ -76,9 +76,15 @@ def _recipe(manifest: dict[str, Any]) -> str:
     parts = []
     for key, value in (manifest.get("config") or {}).items():
         if isinstance(value, dict) and "_target_" in value:
-            plain = {k: v for k, v in value.items() if k != "_target_" and isinstance(v, int | float | str | bool)}
-            inner = ", ".join(f"{k} {v}" for k, v in list(plain.items())[:5])
-            parts.append(f"{key} {value['_target_'].rpartition('.')[2]}" + (f" ({inner})" if inner else ""))
+            parts.append(_built(key, value))
         elif isinstance(value, int | float | str) and not key.startswith("_") and key != "trust_remote_code":
             parts.append(f"{key} {value}")
     return "; ".join(parts)
+
+
+def _built(key: str, node: dict[str, Any]) -> str:
+    """A class with its first plain values, and whatever it is built of itself (a scheme's weights and activations)."""
+    plain = {k: v for k, v in node.items() if k != "_target_" and isinstance(v, int | float | str | bool)}
+    inner = [f"{k} {v}" for k, v in list(plain.items())[:5]]
+    inner += [_built(k, v) for k, v in node.items() if isinstance(v, dict) and "_target_" in v]
+    return f"{key} {node['_target_'].rpartition('.')[2]}" + (f" ({', '.join(inner)})" if inner else "")
