@@ -456,7 +456,7 @@ REFUSED_FILTERS = {
     "no module": (lambda: Predicate("nowhere_at_all.keep"), "put its folder on PYTHONPATH"),
     "no function": (lambda: Predicate("json.nothing"), "json has no function nothing"),
     "no name": (lambda: Predicate("keep"), "need module.function"),
-    "untold": (lambda: LogProbability().keep([Candidate("", "", [1], None, "stop")]), "the server tells no"),
+    "untold": (lambda: LogProbability().keep([Candidate("", "", [1], None, "stop")]), "the server reports no"),
 }
 
 
