@@ -25,6 +25,7 @@ from models.load import load_config
 from models.quantization.scheme import QuantizedMatrix
 
 _NAME = "awq"
+_PARTS = ("qweight", "qzeros", "scales")
 _ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 # O what a matrix gives, I what it reads, G groups of I
@@ -77,7 +78,7 @@ class AWQ:
         return Written(rewritten(finished.folder, folder, changed(finished, packed), said))
 
     def open(self, folder: Path, device: str) -> Runtime:
-        return unpacked(folder, device, "qweight", _weight)
+        return unpacked(folder, device, _PARTS, _weight)
 
     def serving(self, folder: Path, path: str) -> list[tuple[str, str]]:
         named = shlex.quote(path)

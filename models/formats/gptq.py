@@ -29,6 +29,7 @@ from models.load import load_config
 from models.quantization.scheme import QuantizedMatrix
 
 _NAME = "gptq"
+_PARTS = ("qweight", "qzeros", "scales", "g_idx")
 _BITS = (2, 3, 4, 8)
 _KERNELS = (32, 64, 128)  # group sizes that vLLM's Marlin kernels take
 
@@ -98,7 +99,7 @@ class GPTQ:
         return Written(bits)
 
     def open(self, folder: Path, device: str) -> Runtime:
-        return unpacked(folder, device, "qweight", _weight)
+        return unpacked(folder, device, _PARTS, _weight)
 
     def serving(self, folder: Path, path: str) -> list[tuple[str, str]]:
         named = shlex.quote(path)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +15,19 @@ from models.load import DTYPES, empty_model, load_config
 
 
 def unpacked(
-    folder: Path, device: str, part: str, weight: Callable[[dict[str, Tensor], dict[str, Any]], Tensor]
+    folder: Path, device: str, parts: Sequence[str], weight: Callable[[dict[str, Tensor], dict[str, Any]], Tensor]
 ) -> Unpacked:
-    """In float32, so that no product is rounded. `part`: what a packed module has and no other one."""
+    """In float32, so that no product is rounded. `parts`: names of a packed module's tensors, which
+    are the format's own; the first is one that no other module has, and the others may be missing."""
     config = load_config(str(folder), "export")
     said = config.quantization_config
     del config.quantization_config
     held = {name: tensor for path in shards(folder) for name, tensor in tensors(path)}
     state: dict[str, Tensor] = {}
-    modules = [name.removesuffix(f".{part}") for name in held if name.endswith(f".{part}")]
+    modules = [name.removesuffix(f".{parts[0]}") for name in held if name.endswith(f".{parts[0]}")]
     for module in modules:
-        kinds = ("qweight", "qzeros", "scales", "g_idx")
-        parts = {kind: held.pop(f"{module}.{kind}") for kind in kinds if f"{module}.{kind}" in held}
-        state[f"{module}.weight"] = weight(parts, said)
+        found = {part: held.pop(f"{module}.{part}") for part in parts if f"{module}.{part}" in held}
+        state[f"{module}.weight"] = weight(found, said)
     state |= {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in held.items()}
     kind: Any = type(empty_model(config))
     # As from a folder: families rename tensors on their way in.
