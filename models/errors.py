@@ -17,4 +17,4 @@ class StageFailed(RuntimeError):
 
 
 class NotFinite(RuntimeError):
-    """A loss, a gradient or a weight that is not a number; the message names the step, and the rows where known."""
+    """A loss, a gradient or a weight that is not a number; the message names the step, and the sequences if known."""

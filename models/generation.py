@@ -5,7 +5,7 @@ a counter that is keyed by them, so neither the batch, nor the order, nor the nu
 makes the text itself the same; in lower precision a batch of another size rounds otherwise, and where two tokens are as
 good as level the other one can come out.
 
-Legend: B rows, T tokens, N answers' tokens, V vocabulary.
+Legend: B sequences, T tokens, N answers' tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ def log_probabilities(
     """
     for number, (prompt, answer) in enumerate(pairs):
         if not len(prompt) and len(answer):
-            raise Refusal(f"prompt {number} holds no token, so nothing tells the first token after it")
+            raise Refusal(f"prompt {number} holds no token, so the first token after it has no distribution")
     order = sorted(range(len(pairs)), key=lambda number: -len(pairs[number][0]) - len(pairs[number][1]))
     told: list[list[float]] = [[] for _ in pairs]
     for begin in range(0, len(order), batch_size):
@@ -233,7 +233,7 @@ class _Ends(StoppingCriteria):
 
 
 class _Choice(LogitsProcessor):
-    """Leaves only the token that was drawn, for a greedy search to find; without numbers, only padding is cut."""
+    """Leaves only the token that was drawn, for a greedy search to find; without numbers, only padding is masked."""
 
     def __init__(self, sampling: Sampling, numbers_BT: Tensor | None, vocabulary: int | None, start: int) -> None:
         self.sampling, self.numbers_BT, self.vocabulary, self.start = sampling, numbers_BT, vocabulary, start

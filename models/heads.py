@@ -104,7 +104,7 @@ def through_head(model: Any, hidden: Tensor, work: Callable[[Tensor], Any]) -> A
 def check_split(model: Any, vocabulary: int, packed: bool) -> None:
     """Refuse a family that this module takes apart wrongly: the loss would be another model's.
 
-    Its logits must be its head applied to its body; and, where rows hold several documents, documents must not see
+    Its logits must be its head applied to its body; and, where sequences hold several documents, documents must not see
     each other.
     """
     device = next(model.parameters()).device
@@ -129,7 +129,7 @@ def check_split(model: Any, vocabulary: int, packed: bool) -> None:
             alone = hidden_states(model, ids[:, 4:], positions[:, :5])
             if not _close(together, alone):
                 raise Refusal(
-                    f"{type(model).__name__}: its attention crosses from one document of a packed row into "
+                    f"{type(model).__name__}: its attention crosses from one document of a packed sequence into "
                     f"the next; set data.packing=false"
                 )
     model.train(was_training)

@@ -1,4 +1,4 @@
-"""What a matrix's squared error is made of: second moments of what it reads, and the factor that solves with them."""
+"""Second moments of a matrix's inputs, which weigh its squared error, and the factor that solves with them."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from torch import Tensor
 
 from models.errors import Refusal
 
-# N tokens, I what a matrix reads, O what it gives, G groups of I
+# N tokens, I inputs of a matrix, O outputs, G groups of I
 
 
 class Hessian:
-    """The mean of 2 x xᵀ over tokens, Float32[I, I]: of the squared error of what a matrix gives, for every row."""
+    """The mean of 2 x xᵀ over tokens, Float32[I, I]: the Hessian of the squared error of each output."""
 
     def __init__(self, width: int) -> None:
         self.mean_II: Tensor | None = None
@@ -26,7 +26,7 @@ class Hessian:
         self.mean_II.addmm_(read_NI.T, read_NI, alpha=2 / self.tokens)
 
     def divided(self, scale_I: Tensor) -> Hessian:
-        """Of what is read where each input is divided by its scale."""
+        """Of inputs that are each divided by their scale."""
         assert self.mean_II is not None
         other = Hessian(self.width)
         other.tokens = self.tokens
@@ -34,8 +34,8 @@ class Hessian:
         return other
 
     def cost(self, error_OI: Tensor, groups: int = 1) -> Tensor:
-        """Float32[O, G]: what errors of a matrix's weights cost, twice the mean squared error of what each group of
-        inputs by itself adds to what the matrix gives."""
+        """Float32[O, G]: what errors of a matrix's weights cost: twice the mean squared error of each output, by the
+        group of inputs that causes it alone."""
         assert self.mean_II is not None
         error_GOS = error_OI.unflatten(1, (groups, -1)).transpose(0, 1)
         inside_GSS = self.mean_II.to(error_OI).unflatten(0, (groups, -1)).unflatten(2, (groups, -1))
@@ -58,7 +58,7 @@ def inverse_factor(hessian_II: Tensor, damping: float, setting: str) -> tuple[Te
         upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
     if failed or not bool(torch.isfinite(upper).all()):
         raise Refusal(
-            f"{setting}={damping}: the Hessian of what a matrix reads cannot be inverted; raise it to "
-            f"{10 * damping:g}, or take more calibration rows"
+            f"{setting}={damping}: the Hessian of a matrix's inputs cannot be inverted; raise it to "
+            f"{10 * damping:g}, or take more calibration samples"
         )
     return upper, dead_I

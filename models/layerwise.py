@@ -22,7 +22,7 @@ from models.representations import decoder_layers
 
 class Reading(Protocol):
     def add(self, read_NI: Tensor) -> None:
-        """What a matrix reads, of one more batch."""
+        """The inputs of a matrix, from one more batch."""
         ...
 
 
@@ -40,7 +40,7 @@ class Turn:
     words: Sequence[Words]
 
     def read(self, start: Callable[[int], R]) -> dict[str, R]:
-        """What the layer's linear modules read, by their names in it, each in a `start(width)`.
+        """The inputs of the layer's linear modules, by their names in it, each in a `start(width)`.
 
         Modules that read the very same tensor (queries, keys and values) share one. What no batch reaches is missing.
         """
@@ -113,7 +113,7 @@ class Passage:
 
     @torch.no_grad()
     def _begin(self, ids: Tensor) -> None:
-        """Find out what the first layer reads of a batch, and what every layer is told beside that."""
+        """Find out the first layer's input for a batch, and every layer's other arguments."""
         told: list[tuple[Tensor, Words]] = []
         first = self._layers[0].forward
 

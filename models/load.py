@@ -32,7 +32,7 @@ def check_folder(path: str, role: str, weights: bool = True) -> None:
     if not (folder / "config.json").is_file():
         raise Refusal(f"{role}.path={path}: no config.json in it; give a folder AutoModelForCausalLM can open")
     if weights and (folder / "signal.json").is_file():
-        raise Refusal(f"{role}.path={path}: this is a recorded signal, without the model's weights; give its folder")
+        raise Refusal(f"{role}.path={path}: this is a teacher cache, without the model's weights; give its folder")
     if weights and not list(folder.glob("*.safetensors")):
         pickled = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))
         if pickled:

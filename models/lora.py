@@ -47,8 +47,8 @@ class Lora:
     def attach(self, model: Any, seed: int, compute: torch.dtype | None = torch.float32) -> Any:
         """The model with adapters in place, which alone are trained; the same ones on every rank.
 
-        `compute`: of products with packed weights (`base`). None: they shall be merged, not trained; then weights that
-        were in fewer bits are in floating point, each what its bits said, as merging into bits would round again.
+        `compute`: of products with packed weights (`base`). None: they shall be merged, not trained; then
+        quantized weights are in floating point, each its dequantized value, as merging into bits would round again.
         """
         from peft import inject_adapter_in_model
 
@@ -103,7 +103,7 @@ def _pack(model: Any, compute: torch.dtype) -> None:
 
 @torch.no_grad()
 def _round(model: Any) -> None:
-    """Every weight that `_pack` would put in fewer bits as its bits say it."""
+    """Every weight that `_pack` would quantize, as its dequantized value."""
     for _, module in _linear(model):
         packed = _nf4(module.weight)
         module.weight.copy_(_bitsandbytes().functional.dequantize_4bit(packed.data, packed.quant_state))

@@ -91,12 +91,12 @@ def chosen(model: Any, skip: Sequence[str], setting: str) -> list[Matrix]:
 
 
 def check_read(taken: Sequence[Matrix], method: str, other: str) -> None:
-    """Raises Refusal for experts, which read inside of one operation; `other` is a way that needs no text."""
+    """Raises Refusal for experts, whose inputs arise inside of one operation; `other` is a way that needs no text."""
     if experts := [matrix for matrix in taken if matrix.slot is not None]:
         names = dict.fromkeys(matrix.name for matrix in experts)
         raise Refusal(
-            f"{method}: what {experts[0].parameter} reads is not seen, as experts are one operation; use {other}, or "
-            f"skip=[{', '.join(names)}]"
+            f"{method}: the inputs of {experts[0].parameter} cannot be captured, as experts are one "
+            f"operation; use {other}, or skip=[{', '.join(names)}]"
         )
 
 

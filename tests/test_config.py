@@ -615,6 +615,8 @@ def test_the_readmes_own_objective_is_hellingers(monkeypatch: pytest.MonkeyPatch
 
     import torch
 
+    from models.objectives.block import Block
+
     code = re.search(r"```python\n(.*?class Hellinger.*?)```", (ROOT / "README.md").read_text(), re.S)
     assert code is not None
     module = types.ModuleType("hellinger")
@@ -626,7 +628,7 @@ def test_the_readmes_own_objective_is_hellingers(monkeypatch: pytest.MonkeyPatch
     expected = 4 * ((teacher / 2).softmax(-1).sqrt() - (student / 2).softmax(-1).sqrt()).square().sum(-1) / 2
     gradient = torch.zeros_like(student)
     hellinger = module.Hellinger(temperature=2.0)
-    value = hellinger.add(student.detach(), teacher, torch.zeros(5, dtype=torch.long), 1.0, gradient)
+    value = hellinger.add(Block(student.detach(), torch.zeros(5, dtype=torch.long), 1.0, gradient, teacher))
     torch.testing.assert_close(value, expected.detach())
     torch.testing.assert_close(gradient, torch.autograd.grad(expected.sum(), student)[0])
 

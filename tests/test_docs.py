@@ -212,6 +212,8 @@ def test_the_divergence_on_the_page_is_hellingers(monkeypatch: pytest.MonkeyPatc
     """The code as printed, against the dense formula and autograd."""
     import torch
 
+    from models.objectives.block import Block
+
     code = dict(blocks(ROOT / "docs" / "adding.md", "python"))["models/objectives/hellinger.py"]
     module = types.ModuleType("hellinger")
     monkeypatch.setitem(sys.modules, "hellinger", module)  # where dataclasses look a class's module up
@@ -222,6 +224,6 @@ def test_the_divergence_on_the_page_is_hellingers(monkeypatch: pytest.MonkeyPatc
     expected = 4 * ((teacher / 2).softmax(-1).sqrt() - (student / 2).softmax(-1).sqrt()).square().sum(-1) / 2
     gradient = torch.zeros_like(student)
     hellinger = module.Hellinger(temperature=2.0)
-    value = hellinger.add(student.detach(), teacher, torch.zeros(5, dtype=torch.long), 1.0, gradient)
+    value = hellinger.add(Block(student.detach(), torch.zeros(5, dtype=torch.long), 1.0, gradient, teacher))
     torch.testing.assert_close(value, expected.detach())
     torch.testing.assert_close(gradient, torch.autograd.grad(expected.sum(), student)[0])

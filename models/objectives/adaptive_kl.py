@@ -23,6 +23,7 @@ class AdaptiveKL(Divergence):
 
     head: float = 0.5
     name: ClassVar[str] = "adaptive_kl"
+    weighed: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

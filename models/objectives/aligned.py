@@ -24,6 +24,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from models.objectives.block import Block
 from models.objectives.head import Head, product_dtype
 from models.objectives.signal import Look
 
@@ -92,10 +93,8 @@ class _AlignedLook:
         hidden_mH = self.hidden_MH[self.taught_begin : int(self.taught_offset_S[self.spans.stop])]
         self.logits_mV = self.head.logits(hidden_mH, self.wide)
 
-    def add(
-        self, term: Any, student_nV: Tensor, targets_n: Tensor, tokens: slice, weight: float, gradient_nV: Tensor
-    ) -> Tensor:
-        spans = self._spans_of(tokens)
+    def add(self, term: Any, block: Block, tokens: slice) -> Tensor:
+        spans, student_nV, targets_n, weight = self._spans_of(tokens), block.student_NV, block.targets_N, block.weight
         values_n = student_nV.new_zeros(len(student_nV), dtype=torch.float64)
         length_s, taught_length_s = self.length_S[spans], self.taught_length_S[spans]
         first_s = self.first_S[spans] - tokens.start
@@ -115,37 +114,33 @@ class _AlignedLook:
                     student_sV = student_sV[:, self.signal.student_ids_C]
                     teacher_sV = teacher_sV[:, self.signal.teacher_ids_C]
                 slope_sV = torch.zeros_like(student_sV)
-                values_n[first] = term.add(student_sV, teacher_sV, targets_n[first], weight, slope_sV).double()
+                paired = Block(student_sV, targets_n[first], weight, slope_sV, teacher_sV)
+                values_n[first] = term.add(paired).double()
                 if not weight:
                     continue
                 if by_rank or self.all_paired:
-                    gradient_nV.index_add_(0, first, slope_sV)
+                    block.gradient_NV.index_add_(0, first, slope_sV)
                 else:
-                    gradient_nV.index_put_((first[:, None], self.signal.student_ids_C), slope_sV, accumulate=True)
+                    block.gradient_NV.index_put_((first[:, None], self.signal.student_ids_C), slope_sV, accumulate=True)
             else:
                 lengths = [torch.from_numpy(each[chosen]).to(student_nV.device) for each in (length_s, taught_length_s)]
-                values_n[first] = self._several(
-                    term, student_nV, targets_n, first, lengths[0], taught_first, lengths[1], weight, gradient_nV
-                )
+                values_n[first] = self._several(term, block, first, lengths[0], taught_first, lengths[1])
         return values_n
 
     def _several(
         self,
         term: Any,
-        student_nV: Tensor,
-        targets_n: Tensor,
+        block: Block,
         first_s: Tensor,
         length_s: Tensor,
         taught_first_s: Tensor,
         taught_length_s: Tensor,
-        weight: float,
-        gradient_nV: Tensor,
     ) -> Tensor:
         """Spans of which one side, or both, need more than one token."""
         with torch.enable_grad():
-            leaf_nV = student_nV.detach().requires_grad_()
+            leaf_nV = block.student_NV.detach().requires_grad_()
             student_sC, span_s, alone_s = _categories(
-                leaf_nV, targets_n, first_s, length_s, self.signal.student_ids_C, self.partner_V, term.temperature
+                leaf_nV, block.targets_N, first_s, length_s, self.signal.student_ids_C, self.partner_V, term.temperature
             )
             with torch.no_grad():
                 taught_sC, taught_span_s, taught_alone_s = _categories(
@@ -166,9 +161,10 @@ class _AlignedLook:
             student_sC = torch.cat([student_sC, span_s[:, None]], 1)
         slope_sC = torch.zeros_like(student_sC)
         taught_sC = torch.cat([taught_sC, taught_span_s[:, None]], 1)
-        values_s: Tensor = term.add(student_sC.detach(), taught_sC, targets_n[first_s], weight, slope_sC)
-        if weight:
-            gradient_nV += torch.autograd.grad(student_sC, leaf_nV, slope_sC)[0]
+        spanned = Block(student_sC.detach(), block.targets_N[first_s], block.weight, slope_sC, taught_sC)
+        values_s: Tensor = term.add(spanned)
+        if block.weight:
+            block.gradient_NV.add_(torch.autograd.grad(student_sC, leaf_nV, slope_sC)[0])
         return values_s.double()
 
     def _spans_of(self, tokens: slice) -> slice:

@@ -6,31 +6,32 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from models.objectives.block import Block
 from models.objectives.divergence import Divergence
 from models.objectives.softmax import softmax
 
 
 def add_in_buckets(
     term: Divergence,
-    student_NV: Float[Tensor, "N V"],
+    block: Block,
     ids_NK: Int[Tensor, "N K"],
     teacher_NK: Float[Tensor, "N K"],
     teacher_tail_N: Float[Tensor, " N"] | None,
-    targets_N: Int[Tensor, " N"],
-    weight: float,
-    gradient_NV: Float[Tensor, "N V"],
 ) -> Float[Tensor, " N"]:
     """As `term.add`, on K + 1 categories: the tokens `ids_NK`, and the rest of the vocabulary together.
+
+    Of the block only the teacher's logits are not read: `teacher_NK` stands in their place.
 
     `teacher_tail_N` is T · log Σ exp(logit / T) over the rest, the logit of the bucket; None where there is no rest
     (K = V). Both distributions are true ones over the same events, so this is a true divergence, at most the one over
     all V categories (data processing), and zero with zero gradient when student equals teacher: unlike a top-k that
     renormalises, or that drops the tail.
     """
+    student_NV, gradient_NV = block.student_NV, block.gradient_NV
     kept_NK = student_NV.gather(1, ids_NK)
     if teacher_tail_N is None:
         slope_NK = torch.zeros_like(kept_NK)
-        values_N = term.add(kept_NK, teacher_NK, targets_N, weight, slope_NK)
+        values_N = term.add(Block(kept_NK, block.targets_N, block.weight, slope_NK, teacher_NK))
         gradient_NV.scatter_add_(1, ids_NK, slope_NK)
         return values_N
     # The rest's log-sum-exp over the rest itself: a difference of normalisers would lose a small tail's digits.
@@ -39,8 +40,8 @@ def add_in_buckets(
     buckets_NK = torch.cat([kept_NK, tail_N[:, None]], dim=1)
     slope_NK = torch.zeros_like(buckets_NK)
     taught_NK = torch.cat([teacher_NK, teacher_tail_N[:, None]], dim=1)
-    values_N = term.add(buckets_NK, taught_NK, targets_N, weight, slope_NK)
-    if weight:
+    values_N = term.add(Block(buckets_NK, block.targets_N, block.weight, slope_NK, taught_NK))
+    if block.weight:
         gradient_NV.scatter_add_(1, ids_NK, slope_NK[:, :-1])
         gradient_NV.addcmul_(rest_NV, slope_NK[:, -1:])
     return values_N

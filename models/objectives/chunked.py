@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from models.objectives.block import Block
 from models.objectives.head import Head, product_dtype
 from models.objectives.signal import Look, Signal
 from models.objectives.term import Objective
@@ -227,12 +228,12 @@ def _block(
     weights_n = None if work.weights_N is None else work.weights_N[tokens]
     values = []
     for factor, term in work.objective.terms:
-        factor = factor if differentiate else 0.0
+        block = Block(student_nV, targets_n, factor if differentiate else 0.0, gradient_nV)
         if term.needs_teacher:
             assert work.look is not None
-            values_n = work.look.add(term, student_nV, targets_n, tokens, factor, gradient_nV)
+            values_n = work.look.add(term, block, tokens)
         else:
-            values_n = term.add(student_nV, None, targets_n, factor, gradient_nV)
+            values_n = term.add(block)
         values.append(values_n if weights_n is None else values_n * weights_n)
     if differentiate:
         if weights_n is not None:

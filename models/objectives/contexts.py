@@ -7,13 +7,14 @@ on both sides, and stand behind other prompts, so that their places differ.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from models.objectives.block import Block
 from models.objectives.head import Head
 from models.objectives.signal import Dense, Look
 
@@ -23,7 +24,7 @@ def in_students_order(
 ) -> Float[Tensor, "D N H"]:
     """The teacher's states that predict each of the student's N supervised tokens, once for each of its D prompts.
 
-    Targets are -100 where nothing is supervised. A row holds its prompts one after another, so that the teacher's
+    Targets are -100 where nothing is supervised. A sequence holds its prompts one after another, so that the teacher's
     tokens come prompt by prompt, the student's once.
     """
     flat_MH = hidden[teacher_targets >= 0]
@@ -74,9 +75,7 @@ class _Mean:
         for look in self.looks:
             look.open(chunk)
 
-    def add(
-        self, term: Any, student_nV: Tensor, targets_n: Tensor, tokens: slice, weight: float, gradient_nV: Tensor
-    ) -> Tensor:
+    def add(self, term: Any, block: Block, tokens: slice) -> Tensor:
         temperature = getattr(term, "temperature", 1.0)
         part = slice(tokens.start - self.begin, tokens.stop - self.begin)
         mean_nV: Tensor | None = None
@@ -85,5 +84,5 @@ class _Mean:
             mean_nV = log_nV if mean_nV is None else torch.logaddexp(mean_nV, log_nV)
         assert mean_nV is not None
         mean_nV = (mean_nV - math.log(len(self.looks))) * temperature
-        values_n: Tensor = term.add(student_nV, mean_nV, targets_n, weight, gradient_nV)
+        values_n: Tensor = term.add(replace(block, teacher_NV=mean_nV))
         return values_n

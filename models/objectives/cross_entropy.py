@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
+from models.objectives.block import Block
 from models.objectives.representation import RepresentationTerm
 from models.objectives.softmax import softmax
 from models.objectives.term import Term
@@ -28,17 +29,11 @@ class CrossEntropy:
     def representations(self) -> list[RepresentationTerm]:
         return []
 
-    def add(
-        self,
-        student_NV: Float[Tensor, "N V"],
-        teacher_NV: Float[Tensor, "N V"] | None,
-        targets_N: Int[Tensor, " N"],
-        weight: float,
-        gradient_NV: Float[Tensor, "N V"],
-    ) -> Float[Tensor, " N"]:
-        probabilities_NV, normaliser_N = softmax(student_NV)
-        picked_N = student_NV.gather(1, targets_N[:, None]).squeeze(1)
-        if weight:
-            gradient_NV.add_(probabilities_NV, alpha=weight)
-            gradient_NV.scatter_add_(1, targets_N[:, None], gradient_NV.new_full((len(targets_N), 1), -weight))
+    def add(self, block: Block) -> Float[Tensor, " N"]:
+        targets_N1, gradient_NV = block.targets_N[:, None], block.gradient_NV
+        probabilities_NV, normaliser_N = softmax(block.student_NV)
+        picked_N = block.student_NV.gather(1, targets_N1).squeeze(1)
+        if block.weight:
+            gradient_NV.add_(probabilities_NV, alpha=block.weight)
+            gradient_NV.scatter_add_(1, targets_N1, gradient_NV.new_full((len(targets_N1), 1), -block.weight))
         return normaliser_N - picked_N

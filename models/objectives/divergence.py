@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
+from models.objectives.block import Block
 from models.objectives.representation import RepresentationTerm
 from models.objectives.softmax import softmax
 from models.objectives.term import Term
@@ -20,8 +21,13 @@ from models.objectives.term import Term
 class Divergence(ABC):
     """T² · D(p, q) of the teacher's p = softmax(teacher / T) and the student's q = softmax(student / T), in nats.
 
-    The T² keeps the gradient's size when T changes (Hinton et al., arXiv:1503.02531). A new divergence says its value,
-    and its derivative by log q; the rest is here.
+    The T² keeps the gradient's size when T changes (Hinton et al., arXiv:1503.02531).
+
+    A new divergence is a frozen dataclass with a `name`, `of` (its value, and its derivative by log q) and, where it is
+    not of second order, `order`; and a conf/divergence/<name>.yaml. tests/objectives/test_divergences.py takes its
+    list from there, and so tests what is promised of every divergence: it is positive, and 0 with gradient 0 where
+    p = q, at every temperature and in low precision; its gradient is that of its value, unless `weighed` says that a
+    factor of it is taken as constant; logits far apart give numbers; it is worked out by blocks as all at once.
     """
 
     temperature: float = 1.0
@@ -30,6 +36,8 @@ class Divergence(ABC):
     name: ClassVar[str]
     needs_teacher: ClassVar[bool] = True
     order: ClassVar[int] = 2  # of the divergence in a small difference of p and q: the power of T that offsets T
+    any_vocabulary: ClassVar[bool] = False  # True: `add` takes a teacher whose columns are other tokens
+    weighed: ClassVar[bool] = False  # True: a factor of the value is a constant to the gradient, by definition
 
     def __post_init__(self) -> None:
         if not (self.temperature > 0 and math.isfinite(self.temperature)):
@@ -54,24 +62,17 @@ class Divergence(ABC):
         `ratio_NV` is log q − log p, taken from the logits: small differences and small probabilities keep their digits.
         """
 
-    def add(
-        self,
-        student_NV: Float[Tensor, "N V"],
-        teacher_NV: Float[Tensor, "N V"] | None,
-        targets_N: Int[Tensor, " N"],
-        weight: float,
-        gradient_NV: Float[Tensor, "N V"],
-    ) -> Float[Tensor, " N"]:
-        assert teacher_NV is not None
+    def add(self, block: Block) -> Float[Tensor, " N"]:
+        assert block.teacher_NV is not None
         temperature = self.temperature
-        student_NV, teacher_NV = student_NV / temperature, teacher_NV / temperature
+        student_NV, teacher_NV = block.student_NV / temperature, block.teacher_NV / temperature
         q_NV, student_normaliser_N = softmax(student_NV)
         p_NV, teacher_normaliser_N = softmax(teacher_NV)
         shift_N = (student_normaliser_N - teacher_normaliser_N).to(student_NV.dtype)
         value_N, slope_NV = self.of(p_NV, q_NV, student_NV.sub_(teacher_NV).sub_(shift_N[:, None]))
-        if weight:
+        if block.weight:
             slope_NV = slope_NV.addcmul(q_NV, slope_NV.sum(-1, keepdim=True), value=-1)
-            gradient_NV.add_(slope_NV, alpha=weight * temperature ** (self.order - 1))
+            block.gradient_NV.add_(slope_NV, alpha=block.weight * temperature ** (self.order - 1))
         return value_N * temperature**self.order
 
 

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from models.objectives.block import Block
 from models.objectives.divergence import Divergence
 from models.objectives.softmax import softmax
 
@@ -29,36 +30,27 @@ class ForwardKL(Divergence):
     ) -> tuple[Float[Tensor, " N"], Float[Tensor, "N V"]]:
         return -torch.linalg.vecdot(p_NV, ratio_NV), -p_NV
 
-    def add(
-        self,
-        student_NV: Float[Tensor, "N V"],
-        teacher_NV: Float[Tensor, "N V"] | None,
-        targets_N: Int[Tensor, " N"],
-        weight: float,
-        gradient_NV: Float[Tensor, "N V"],
-    ) -> Float[Tensor, " N"]:
+    def add(self, block: Block) -> Float[Tensor, " N"]:
         """As `of` says, with fewer passes over the block: this is the divergence most runs use."""
-        assert teacher_NV is not None
+        assert block.teacher_NV is not None
         temperature = self.temperature
-        student_NV, teacher_NV = student_NV / temperature, teacher_NV / temperature
+        student_NV, teacher_NV = block.student_NV / temperature, block.teacher_NV / temperature
         q_NV, student_normaliser_N = softmax(student_NV)
         p_NV, teacher_normaliser_N = softmax(teacher_NV)
         # Σ p · (log p − log q), the normalisers taken out of the sum
         value_N = torch.linalg.vecdot(p_NV, teacher_NV.sub_(student_NV))
         value_N = (value_N + student_normaliser_N - teacher_normaliser_N) * temperature**2
-        if weight:
+        if block.weight:
             # d/d logits of T²·KL(p ‖ q) at logits / T is T · (q − p)
-            gradient_NV.add_(q_NV.sub_(p_NV), alpha=weight * temperature)
+            block.gradient_NV.add_(q_NV.sub_(p_NV), alpha=block.weight * temperature)
         return value_N
 
     def add_sampled(
         self,
-        student_NV: Float[Tensor, "N V"],
+        block: Block,
         ids_NK: Int[Tensor, "N K"],
         shares_NK: Float[Tensor, "N K"],
         negentropy_N: Float[Tensor, " N"],
-        weight: float,
-        gradient_NV: Float[Tensor, "N V"],
     ) -> Float[Tensor, " N"]:
         """The same against an unbiased estimate of p, nonzero at few tokens.
 
@@ -66,11 +58,11 @@ class ForwardKL(Divergence):
         are right in expectation (arXiv:2503.16870). Of no other divergence here does that hold.
         """
         temperature = self.temperature
-        student_NV = student_NV / temperature
+        student_NV = block.student_NV / temperature
         q_NV, normaliser_N = softmax(student_NV)
         expected_N = torch.linalg.vecdot(shares_NK, student_NV.gather(1, ids_NK))
         value_N = (negentropy_N + shares_NK.sum(-1) * normaliser_N - expected_N) * temperature**2
-        if weight:
-            gradient_NV.add_(q_NV, alpha=weight * temperature)
-            gradient_NV.scatter_add_(1, ids_NK, shares_NK * (-weight * temperature))
+        if block.weight:
+            block.gradient_NV.add_(q_NV, alpha=block.weight * temperature)
+            block.gradient_NV.scatter_add_(1, ids_NK, shares_NK * (-block.weight * temperature))
         return value_N

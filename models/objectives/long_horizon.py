@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from models.objectives.block import Block
 from models.objectives.chunked import objective_sum
 from models.objectives.cross_entropy import CrossEntropy
 from models.objectives.head import Head
@@ -31,7 +32,7 @@ def long_horizon_sum(
     compiled: bool = False,
     **engine: Any,
 ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
-    """As `objective_sum`, on rows that each hold one text of the student's, with the rest of the sequence's gradient.
+    """As `objective_sum`, on sequences of one student's text each, with the rest of the sequence's gradient.
 
     The reverse KL of sequences drawn from the student q is a sum over tokens of log q / p, p the teacher. Its gradient
     has a part for each token's own distribution, which is the term reverse_kl of the objective, and one for what the
@@ -75,18 +76,11 @@ class _LogRatio:
     eager: ClassVar[bool] = True  # compiled, it could not remember
     values: list[Tensor] = field(default_factory=list)
 
-    def add(
-        self,
-        student_NV: Float[Tensor, "N V"],
-        teacher_NV: Float[Tensor, "N V"] | None,
-        targets_N: Int[Tensor, " N"],
-        weight: float,
-        gradient_NV: Float[Tensor, "N V"],
-    ) -> Float[Tensor, " N"]:
-        assert teacher_NV is not None
+    def add(self, block: Block) -> Float[Tensor, " N"]:
+        assert block.teacher_NV is not None
         student_N, teacher_N = (
-            logits_NV.gather(1, targets_N[:, None]).squeeze(1) - softmax(logits_NV)[1]
-            for logits_NV in (student_NV, teacher_NV)
+            logits_NV.gather(1, block.targets_N[:, None]).squeeze(1) - softmax(logits_NV)[1]
+            for logits_NV in (block.student_NV, block.teacher_NV)
         )
         self.values.append(student_N - teacher_N)
         return self.values[-1]

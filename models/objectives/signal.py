@@ -7,13 +7,14 @@ knows how to put each chunk of it beside the student's logits.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from models.objectives.block import Block
 from models.objectives.buckets import add_in_buckets
 from models.objectives.head import Head, product_dtype
 
@@ -36,16 +37,8 @@ class Look(Protocol):
         """Make ready for the tokens of `chunk`; what the one before needed may go."""
         ...
 
-    def add(
-        self,
-        term: Any,
-        student_nV: Float[Tensor, "n V"],
-        targets_n: Int[Tensor, " n"],
-        tokens: slice,
-        weight: float,
-        gradient_nV: Float[Tensor, "n V"],
-    ) -> Float[Tensor, " n"]:
-        """As `Term.add`, for `tokens` of the open chunk; `term` is one that needs a teacher."""
+    def add(self, term: Any, block: Block, tokens: slice) -> Float[Tensor, " n"]:
+        """As `Term.add`, for `tokens` of the open chunk; `term` is one that needs a teacher, which `block` lacks."""
         ...
 
 
@@ -93,11 +86,9 @@ class _DenseLook:
         self.begin = chunk.start
         self.logits_nV = self.head.write_logits(hidden_nH, self.buffer[: len(hidden_nH)])
 
-    def add(
-        self, term: Any, student_nV: Tensor, targets_n: Tensor, tokens: slice, weight: float, gradient_nV: Tensor
-    ) -> Tensor:
+    def add(self, term: Any, block: Block, tokens: slice) -> Tensor:
         logits_nV = self.logits_nV[tokens.start - self.begin : tokens.stop - self.begin]
-        values_n: Tensor = term.add(student_nV, logits_nV, targets_n, weight, gradient_nV)
+        values_n: Tensor = term.add(replace(block, teacher_NV=logits_nV))
         return values_n
 
 
@@ -126,18 +117,14 @@ class _TopKLook:
     def open(self, chunk: slice) -> None:
         """All is there."""
 
-    def add(
-        self, term: Any, student_nV: Tensor, targets_n: Tensor, tokens: slice, weight: float, gradient_nV: Tensor
-    ) -> Tensor:
+    def add(self, term: Any, block: Block, tokens: slice) -> Tensor:
         tail_N = None
         if self.tails:
             if term.temperature not in self.tails:
                 known = ", ".join(f"{t:g}" for t in self.tails)
                 raise ValueError(f"temperature={term.temperature:g}: the signal was recorded for {known}")
             tail_N = self.tails[term.temperature][tokens]
-        return add_in_buckets(
-            term, student_nV, self.ids_NK[tokens], self.logits_NK[tokens], tail_N, targets_n, weight, gradient_nV
-        )
+        return add_in_buckets(term, block, self.ids_NK[tokens], self.logits_NK[tokens], tail_N)
 
 
 @dataclass(frozen=True)
@@ -167,9 +154,7 @@ class _SampledLook:
     def open(self, chunk: slice) -> None:
         """All is there."""
 
-    def add(
-        self, term: Any, student_nV: Tensor, targets_n: Tensor, tokens: slice, weight: float, gradient_nV: Tensor
-    ) -> Tensor:
+    def add(self, term: Any, block: Block, tokens: slice) -> Tensor:
         signal = self.signal
         if not hasattr(term, "add_sampled") or term.temperature != signal.temperature:
             raise ValueError(
@@ -177,12 +162,10 @@ class _SampledLook:
                 f"the temperature it was recorded at, {signal.temperature:g}"
             )
         values_n: Tensor = term.add_sampled(
-            student_nV,
+            block,
             signal.ids_NK[tokens],
             signal.shares_NK[tokens].to(self.wide),
             signal.negentropy_N[tokens].to(self.wide),
-            weight,
-            gradient_nV,
         )
         return values_n
 

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from typing import ClassVar, Protocol, runtime_checkable
 
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
+from models.objectives.block import Block
 from models.objectives.representation import RepresentationTerm
 
 
@@ -17,24 +18,17 @@ from models.objectives.representation import RepresentationTerm
 class Term(Protocol):
     """One summand of an objective, worked on a chunk of tokens at a time.
 
-    `add` returns the value per token in nats and adds `weight` times its gradient by the student's logits into
-    `gradient_NV`. Values are true ones: a divergence is zero, with zero gradient, when student equals teacher.
-    Both logits are already restricted to what the two models share, in fp32 or fp64. That is the shared vocabulary
-    where the teacher's signal is dense; where it is sparse, or the teacher has another tokenizer, the columns are
-    categories that a signal has made of it (see signal.py), and the term need not know.
+    `add` returns the value per token in nats and adds the gradient where the block says. Values are true ones: a
+    divergence is zero, with zero gradient, when student equals teacher. Both models' logits are already restricted to
+    what they share, in fp32 or fp64. That is the shared vocabulary where the teacher's signal is dense; where it is
+    sparse, or the teacher has another tokenizer, the columns are categories that a signal has made of it (see
+    signal.py), and the term need not know.
     """
 
     name: ClassVar[str]
     needs_teacher: ClassVar[bool]
 
-    def add(
-        self,
-        student_NV: Float[Tensor, "N V"],
-        teacher_NV: Float[Tensor, "N V"] | None,
-        targets_N: Int[Tensor, " N"],
-        weight: float,
-        gradient_NV: Float[Tensor, "N V"],
-    ) -> Float[Tensor, " N"]: ...
+    def add(self, block: Block) -> Float[Tensor, " N"]: ...
 
 
 @runtime_checkable

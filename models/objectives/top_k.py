@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
+from models.objectives.block import Block
 from models.objectives.buckets import add_in_buckets, tail_of
 from models.objectives.divergence import Divergence
 from models.objectives.representation import RepresentationTerm
@@ -43,17 +44,10 @@ class TopK:
     def representations(self) -> list[RepresentationTerm]:
         return []
 
-    def add(
-        self,
-        student_NV: Float[Tensor, "N V"],
-        teacher_NV: Float[Tensor, "N V"] | None,
-        targets_N: Int[Tensor, " N"],
-        weight: float,
-        gradient_NV: Float[Tensor, "N V"],
-    ) -> Float[Tensor, " N"]:
-        assert teacher_NV is not None
-        if self.k >= teacher_NV.shape[1]:
-            return self.divergence.add(student_NV, teacher_NV, targets_N, weight, gradient_NV)
-        teacher_NK, ids_NK = teacher_NV.topk(self.k, dim=-1)
-        tail_N = tail_of(teacher_NV, ids_NK, self.temperature)
-        return add_in_buckets(self.divergence, student_NV, ids_NK, teacher_NK, tail_N, targets_N, weight, gradient_NV)
+    def add(self, block: Block) -> Float[Tensor, " N"]:
+        assert block.teacher_NV is not None
+        if self.k >= block.teacher_NV.shape[1]:
+            return self.divergence.add(block)
+        teacher_NK, ids_NK = block.teacher_NV.topk(self.k, dim=-1)
+        tail_N = tail_of(block.teacher_NV, ids_NK, self.temperature)
+        return add_in_buckets(self.divergence, block, ids_NK, teacher_NK, tail_N)

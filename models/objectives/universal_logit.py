@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
+from models.objectives.block import Block
 from models.objectives.divergence import Divergence
 from models.objectives.softmax import softmax
 
@@ -31,20 +32,14 @@ class UniversalLogit(Divergence):
     ) -> tuple[Float[Tensor, " N"], Float[Tensor, "N V"]]:
         return self._ranked(p_NV, q_NV)
 
-    def add(
-        self,
-        student_NV: Float[Tensor, "N V"],
-        teacher_NV: Float[Tensor, "N Vt"] | None,
-        targets_N: Int[Tensor, " N"],
-        weight: float,
-        gradient_NV: Float[Tensor, "N V"],
-    ) -> Float[Tensor, " N"]:
-        assert teacher_NV is not None
-        q_NV, _ = softmax(student_NV / self.temperature)
-        p_NV, _ = softmax(teacher_NV / self.temperature)
+    def add(self, block: Block) -> Float[Tensor, " N"]:
+        assert block.teacher_NV is not None
+        q_NV, _ = softmax(block.student_NV / self.temperature)
+        p_NV, _ = softmax(block.teacher_NV / self.temperature)
         value_N, slope_NV = self._ranked(p_NV, q_NV)
-        if weight:
-            gradient_NV.add_(slope_NV.addcmul(q_NV, slope_NV.sum(-1, keepdim=True), value=-1), alpha=weight)
+        if block.weight:
+            slope_NV = slope_NV.addcmul(q_NV, slope_NV.sum(-1, keepdim=True), value=-1)
+            block.gradient_NV.add_(slope_NV, alpha=block.weight)
         return value_N * self.temperature
 
     def _ranked(

@@ -1,6 +1,6 @@
 """A teacher's signal on disk: pieces of text by the hash of their tokens, in shards.
 
-A piece is a document, or a window of one, as it stands in a row: what the teacher has read when it speaks. Its key is
+A piece is a document, or a window of one, as it stands in a packed sequence: what the teacher reads. Its key is
 the hash of its token ids, of which of them are supervised, and of everything else that decides the signal (teacher,
 tokenizer, template, dtype, encoding). So a cache does not care about shuffling, packing, accumulation, the number of
 ranks, epochs or students.
@@ -89,7 +89,7 @@ class Piece:
     """Where it stands in a batch, and its key."""
 
     row: int
-    supervised: np.ndarray  # positions in the row
+    supervised: np.ndarray  # positions in the sequence
     start: int
     stop: int
     key: bytes
@@ -307,7 +307,7 @@ class Cache:
         if (at_P < 0).any():
             raise Refusal(
                 f"teacher.cache={self.folder}: a piece of the text is not in it ({len(self):,} pieces are); it was "
-                f"recorded of other text, or cut to another data.max_length: run the stage record on this data"
+                f"recorded from other text, or with another data.max_length: run the stage record on this data"
             )
         return at_P
 

@@ -39,6 +39,6 @@ class Cached:
 def refuse_representations(objective: Objective) -> None:
     if objective.representations:
         raise Refusal(
-            f"objective.also: {objective.representations[0].name} compares layers, and the teacher is on disk as what "
-            f"it says only; use teacher=online or teacher=sharded"
+            f"objective.also: {objective.representations[0].name} compares layers, and the teacher is on disk as a "
+            f"cache of its signal only; use teacher=online or teacher=sharded"
         )

@@ -17,7 +17,7 @@ from models.teachers.teacher import Opening, Teacher
 class Served:
     """vLLM or llama.cpp's server gives the top-k log-probabilities of every token; training reads them from `cache`.
 
-    `path` holds the teacher's tokenizer and config; its weights are the server's. A server tells log-probabilities at
+    `path` holds the teacher's tokenizer and config; its weights are the server's. A server gives log-probabilities at
     temperature 1 alone, so the objective's divergence must be at temperature 1.
     """
 
@@ -36,7 +36,7 @@ class Served:
             temperature = getattr(term, "temperature", 1.0)
             if term.needs_teacher and temperature != 1.0:
                 raise Refusal(
-                    f"objective: {term.name} at temperature={temperature:g}, and a server tells what lies beyond "
+                    f"objective: {term.name} at temperature={temperature:g}, and a server gives what lies beyond "
                     f"its top k at temperature 1 only; set the temperature of {term.name} to 1"
                 )
 

@@ -50,13 +50,13 @@ class Opening:
     attention: str | None = None
     packed: bool = True
     pairs: tuple[Int[Tensor, " C"], Int[Tensor, " C"]] | None = None  # (student's, teacher's) tokens of the same bytes
-    prefix: Sequence[int] = ()  # what the teacher's side of every row begins with
+    prefix: Sequence[int] = ()  # what the teacher's side of every sequence begins with
     device: str = "cpu"  # or "cuda": this process's own one
 
 
 @dataclass
 class Looked:
-    """What the teacher has to say of a batch, before its head is at hand."""
+    """What the teacher's forward gives for a batch, before its head is at hand."""
 
     batch: dict[str, Any]
     hidden: Tensor | None = None  # of all its tokens; of prompts of its own [D, N, H], of the supervised tokens alone
@@ -103,7 +103,7 @@ def look_through(model: Any, run: Run, batch: dict[str, Any], wanted: Wanted, pr
 
 
 class Prefix:
-    """The keys and values of tokens that all rows begin with, made once for all batches."""
+    """The keys and values of tokens that all sequences begin with, made once for all batches."""
 
     def __init__(self, tokens: Sequence[int]) -> None:
         self.tokens = list(tokens)
@@ -157,7 +157,7 @@ def prefix_of(opening: Opening, run: Run, model: Any) -> Prefix | None:
     if prefix.make(run, model.config, next(model.parameters()).device):
         return prefix
     logging.getLogger(__name__).warning(
-        "%s: its cache does not give the whole forward's states; the shared prompt is read with every row",
+        "%s: its cache does not give the whole forward's states; the shared prompt is run with every sequence",
         type(model).__name__,
     )
     return None
@@ -165,7 +165,7 @@ def prefix_of(opening: Opening, run: Run, model: Any) -> Prefix | None:
 
 def _length_decides(config: Any) -> bool:
     """Whether a text's first positions are turned otherwise when it goes on: what a short prefix proves is then not
-    true of a long row."""
+    true of a long sequence."""
     rotary = getattr(config, "rope_parameters", None) or {}
     each = [rotary, *(value for value in rotary.values() if isinstance(value, dict))]  # some differ by kind of layer
     return any(one.get("rope_type") in ("dynamic", "longrope") for one in each)

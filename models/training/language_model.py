@@ -134,9 +134,9 @@ class LanguageModel(pl.LightningModule):
         total, parts = self._objective(objective, batch, summed)
         if not torch.isfinite(total):
             raise NotFinite(
-                f"step {step}: the loss is {total.item()} on rows {batch['rows']} "
+                f"step {step}: the loss is {total.item()} on sequences {batch['rows']} "
                 f"(micro-batch {micro}, rank {self.global_rank}); lower the learning rate or look at "
-                f"these rows; the last checkpoint is from before this step"
+                f"these sequences; the last checkpoint is from before this step"
             )
         for name, part in {"loss": total.detach(), **parts}.items():
             self._sums[name] = self._sums.get(name, 0) + part / batch["step_tokens"]
@@ -199,8 +199,8 @@ class LanguageModel(pl.LightningModule):
     def _check_gradient(self, norm: Any, step: int) -> None:
         if norm is not None and not math.isfinite(float(norm)):
             raise NotFinite(
-                f"step {step}: the gradient's norm is {float(norm)} on rows {self._rows} (the last micro-batch); lower "
-                f"the learning rate; the last checkpoint is from before this step"
+                f"step {step}: the gradient's norm is {float(norm)} on sequences {self._rows} (the last micro-batch); "
+                f"lower the learning rate; the last checkpoint is from before this step"
             )
 
     def optimizer_step(self, epoch: int, batch_idx: int, *arguments: Any, **words: Any) -> None:

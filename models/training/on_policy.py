@@ -1,4 +1,4 @@
-"""On-policy distillation: the student answers, and the teacher says what it would have said at every token.
+"""On-policy distillation: the student writes an answer, and the teacher gives its distribution at every token of it.
 
 GKD (arXiv:2306.13649) takes a share of the steps on the student's own text, and any divergence; MiniLLM
 (arXiv:2306.08543) the reverse KL of whole sequences; DistiLLM (arXiv:2402.03898) reads such text again, from a buffer.
@@ -39,8 +39,8 @@ _DUE, _REPLAY, _WRITE = range(1, 4)  # streams of random numbers
 class OnPolicy:
     """How much of the training is on text of the student's own, and how that text comes about.
 
-    A row's prompt is what stands before its first supervised token; the student writes the rest anew. Hard labels are
-    left out on such text: the student's own words are no truth.
+    An example's prompt is what stands before its first supervised token; the student writes the rest anew. Hard labels
+    are left out on such text: the student's own words are no truth.
     """
 
     # fields that change nothing that is made, beyond rounding (pipeline/config.py, identity)
@@ -48,7 +48,9 @@ class OnPolicy:
 
     sampling: Sampling
     share: float = 0.5  # of the optimizer steps; GKD's λ
-    prompt_tokens: int = 1  # at least so many of a row are its prompt: plain text is supervised from its start
+    prompt_tokens: int = (
+        1  # at least so many tokens of an example are its prompt: plain text is supervised from its start
+    )
     replay_capacity: int = 0  # answers kept to be read again, the newest; 0 keeps none
     replay_share: float = 0.5  # of the student's steps, once so many are kept: these read, and write nothing
     long_horizon: bool = False  # with reverse_kl: the gradient of the whole sequence's KL, not of each token's alone
@@ -63,7 +65,7 @@ class OnPolicy:
             if getattr(self, name) < least:
                 raise Refusal(f"on_policy.{name}={getattr(self, name)}: need at least {least}")
         if self.sampling.samples != 1:
-            raise Refusal(f"on_policy.sampling.samples={self.sampling.samples}: a row takes one answer; set 1")
+            raise Refusal(f"on_policy.sampling.samples={self.sampling.samples}: an example takes one answer; set 1")
         if self.long_horizon and (self.sampling.temperature, self.sampling.top_p) != (1.0, 1.0):
             raise Refusal(
                 f"on_policy.long_horizon=true: its gradient is of text drawn from the student itself, and sampling has "
@@ -81,7 +83,7 @@ class OnPolicy:
             raise Refusal("on_policy: the objective asks no teacher, and there is nobody to correct; leave it out")
         if teacher.needs_record:
             raise Refusal(
-                "on_policy: a recorded or served teacher has read the data's text alone; use teacher=online or "
+                "on_policy: a cached or served teacher has scored the data's text alone; use teacher=online or "
                 "teacher=sharded"
             )
         reverse = [term for weight, term in objective.terms if isinstance(term, ReverseKL) and weight]
@@ -99,7 +101,7 @@ class OnPolicy:
 
 @dataclass(frozen=True)
 class Answered:
-    """A row of the data by its number, and what the student wrote after its prompt."""
+    """An example of the data by its number, and what the student wrote after its prompt."""
 
     row: int
     ids: list[int]

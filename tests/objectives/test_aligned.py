@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.test_objectives import VOCABULARY, Case, assert_close
 from torch import Tensor
 
 from models.objectives.aligned import Aligned
@@ -20,6 +19,7 @@ from models.objectives.reverse_kl import ReverseKL
 from models.objectives.signal import Dense
 from models.objectives.total_variation import TotalVariation
 from models.objectives.universal_logit import UniversalLogit
+from tests.objectives.test_objectives import VOCABULARY, Case, assert_close
 
 TEACHER_VOCABULARY, TEACHER_LENGTH = 19, 9
 

@@ -1,19 +1,25 @@
-"""Every divergence against its formula in the paper, written out densely in fp64 with autograd's gradient."""
+"""Every divergence against its formula in the paper, written out densely in fp64 with autograd's gradient; and every
+one of conf/divergence against what is promised of all (models/objectives/divergence.py), be its formula here or not."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
+from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.test_objectives import VOCABULARY, Case, assert_close
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
 from torch import Tensor
 
 from models.objectives.adaptive_kl import AdaptiveKL
 from models.objectives.alpha_beta import AlphaBeta
+from models.objectives.block import Block
 from models.objectives.divergence import log_mix
 from models.objectives.forward_kl import ForwardKL
 from models.objectives.jensen_shannon import JensenShannon
@@ -23,6 +29,7 @@ from models.objectives.skew_reverse_kl import SkewReverseKL
 from models.objectives.top_k import TopK
 from models.objectives.total_variation import TotalVariation
 from models.objectives.universal_logit import UniversalLogit
+from tests.objectives.test_objectives import VOCABULARY, Case, assert_close
 
 Formula = Callable[[Tensor, Tensor, float], Tensor]  # student's and teacher's logits, T → value per token
 
@@ -121,7 +128,7 @@ def universal(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     return temperature * (p.sort(-1).values - q.sort(-1).values).abs().sum(-1)
 
 
-DIVERGENCES: dict[str, tuple[Callable[[float], Any], Formula]] = {
+FORMULAS: dict[str, tuple[Callable[[float], Any], Formula]] = {
     "forward": (ForwardKL, forward),
     "reverse": (ReverseKL, reverse),
     "jensen_shannon 0.5": (lambda t: JensenShannon(t, beta=0.5), jensen_shannon(0.5)),
@@ -139,7 +146,43 @@ DIVERGENCES: dict[str, tuple[Callable[[float], Any], Formula]] = {
     "top_k of all": (lambda t: TopK(VOCABULARY, ReverseKL(t)), reverse),
     "universal": (UniversalLogit, universal),
 }
+CONF = Path(__file__).resolve().parents[2] / "conf"
+CHOICES = sorted(path.stem for path in (CONF / "divergence").glob("*.yaml"))
+
+
+@cache
+def chosen(name: str) -> Any:
+    """As conf/divergence/<name>.yaml has it; a number of kept tokens fits this file's small vocabulary."""
+    with initialize_config_dir(version_base=None, config_dir=str(CONF)):
+        made = instantiate(compose(overrides=[f"+divergence@it={name}"]).it)
+    return dataclasses.replace(made, k=5) if getattr(made, "k", 0) >= VOCABULARY else made
+
+
+def at_temperature(divergence: Any, temperature: float) -> Any:
+    """The same divergence at another temperature, which may be that of one inside of it."""
+    values = {field.name: getattr(divergence, field.name) for field in dataclasses.fields(divergence)}
+    if "temperature" in values:
+        return dataclasses.replace(divergence, temperature=temperature)
+    inner = {name: at_temperature(each, temperature) for name, each in values.items() if dataclasses.is_dataclass(each)}
+    return dataclasses.replace(divergence, **inner)
+
+
+def make_chosen(name: str, temperature: float) -> Any:
+    return at_temperature(chosen(name), temperature)
+
+
+def is_weighed(divergence: Any) -> bool:
+    """Whether a factor of its value is a constant to the gradient, by definition."""
+    return bool(getattr(getattr(divergence, "divergence", divergence), "weighed", False))
+
+
+# By name: its own file's, and those that formulas are written for.
+DIVERGENCES: dict[str, Callable[[float], Any]] = {
+    **{f"conf: {name}": partial(make_chosen, name) for name in CHOICES},
+    **{name: make for name, (make, _) in FORMULAS.items()},
+}
 named = pytest.mark.parametrize("name", DIVERGENCES)
+with_formula = pytest.mark.parametrize("name", FORMULAS)
 
 
 def dense(case: Case, formula: Formula, temperature: float) -> list[Tensor]:
@@ -148,20 +191,20 @@ def dense(case: Case, formula: Formula, temperature: float) -> list[Tensor]:
     return [total, *torch.autograd.grad(total, case.inputs)]
 
 
-@named
+@with_formula
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 4.0])
 @pytest.mark.parametrize("chunk_tokens", [4, None])
 def test_value_and_gradient_equal_the_dense_formula(name: str, temperature: float, chunk_tokens: int | None) -> None:
-    make, formula = DIVERGENCES[name]
+    make, formula = FORMULAS[name]
     case = Case()
     total, _, gradients = case.run(make(temperature), chunk_tokens=chunk_tokens)
     assert_close([total, *gradients], dense(case, formula, temperature), 1e-9)
 
 
-@named
+@with_formula
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 6e-2)])
 def test_low_precision_follows_fp64(name: str, dtype: torch.dtype, tolerance: float) -> None:
-    make, formula = DIVERGENCES[name]
+    make, formula = FORMULAS[name]
     case = Case(dtype, spread=1.0)
     total, _, gradients = case.run(make(2.0), chunk_tokens=4)
     assert_close([total, *gradients], dense(case, formula, 2.0), tolerance)
@@ -175,7 +218,7 @@ def test_low_precision_follows_fp64(name: str, dtype: torch.dtype, tolerance: fl
 def test_of_a_model_with_itself_it_is_zero_with_zero_gradient(
     name: str, dtype: torch.dtype, temperature: float
 ) -> None:
-    make, _ = DIVERGENCES[name]
+    make = DIVERGENCES[name]
     case = Case(dtype, bias=False)
     case.teacher_hidden, case.teacher_weight = case.hidden.detach(), case.weight.detach()
     total, _, gradients = case.run(make(temperature), chunk_tokens=4)
@@ -188,7 +231,7 @@ def test_of_a_model_with_itself_it_is_zero_with_zero_gradient(
 @named
 def test_of_a_model_with_itself_it_is_zero_under_autocast_too(name: str) -> None:
     """Both heads' products are rounded alike, whatever dtype the teacher is kept in."""
-    make, _ = DIVERGENCES[name]
+    make = DIVERGENCES[name]
     case = Case(torch.float32, bias=False)
     case.teacher_hidden, case.teacher_weight = case.hidden.detach(), case.weight.detach()
     with torch.autocast("cpu", torch.bfloat16):
@@ -199,7 +242,7 @@ def test_of_a_model_with_itself_it_is_zero_under_autocast_too(name: str) -> None
 
 @named
 def test_it_is_never_negative_and_positive_where_the_models_differ(name: str) -> None:
-    make, _ = DIVERGENCES[name]
+    make = DIVERGENCES[name]
     for spread in (0.01, 1.0, 8.0):
         total, _, _ = Case(torch.float32, spread=spread).run(make(1.0))
         assert total > 0
@@ -208,7 +251,7 @@ def test_it_is_never_negative_and_positive_where_the_models_differ(name: str) ->
 @named
 @pytest.mark.parametrize("gap", [200.0, 3e4])
 def test_logits_far_apart_give_numbers(name: str, gap: float) -> None:
-    make, _ = DIVERGENCES[name]
+    make = DIVERGENCES[name]
     case = Case(torch.float32)
     with torch.no_grad():
         case.weight.mul_(gap / 4)
@@ -217,10 +260,11 @@ def test_logits_far_apart_give_numbers(name: str, gap: float) -> None:
     assert all(gradient.isfinite().all() for gradient in gradients)
 
 
-@pytest.mark.parametrize("name", [name for name in DIVERGENCES if name != "adaptive"])
+@named
 def test_finite_differences_agree_with_the_gradient(name: str) -> None:
-    """Adaptive KL is left out: no gradient flows through its weights, by definition."""
-    make, _ = DIVERGENCES[name]
+    make = DIVERGENCES[name]
+    if is_weighed(make(2.0)):
+        pytest.skip("no gradient flows through its weights, by definition")
     case = Case(softcap=5.0, scale=1.3)
     _, _, gradients = case.run(make(2.0), chunk_tokens=5)
     for at, gradient in enumerate(gradients):
@@ -234,6 +278,53 @@ def test_finite_differences_agree_with_the_gradient(name: str) -> None:
         assert_close([(gradient * direction).sum()], [(values[0] - values[1]) / 2e-6], 1e-6)
 
 
+def test_only_adaptive_kl_is_excused_from_finite_differences() -> None:
+    assert {make(1.0).name for make in DIVERGENCES.values() if is_weighed(make(1.0))} == {"adaptive_kl"}
+
+
+def block_of(case: Case, weight: float = 1.0, divided: float = 1.0) -> Block:
+    student, teacher, targets = (each.detach() for each in case.dense_logits())
+    return Block(student / divided, targets, weight, torch.zeros_like(student), teacher / divided)
+
+
+@named
+@pytest.mark.parametrize("temperature", [0.5, 3.0])
+def test_a_temperature_divides_both_models_logits_and_is_offset_by_its_power(name: str, temperature: float) -> None:
+    make = DIVERGENCES[name]
+    block, divided = block_of(Case()), block_of(Case(), divided=temperature)
+    values, plain = make(temperature).add(block), make(1.0).add(divided)
+    divergence = make(temperature)
+    order = getattr(divergence, "divergence", divergence).order
+    assert_close([values], [plain * temperature**order], 1e-9)
+    assert_close([block.gradient_NV], [divided.gradient_NV * temperature ** (order - 1)], 1e-9)
+
+
+@named
+def test_at_high_temperatures_the_value_no_longer_changes(name: str) -> None:
+    make = DIVERGENCES[name]
+    assert_close([make(2e3).add(block_of(Case()))], [make(1e3).add(block_of(Case()))], 1e-2)
+
+
+@named
+def test_a_term_adds_its_weighted_gradient_to_what_is_there(name: str) -> None:
+    divergence = DIVERGENCES[name](2.0)
+    whole, part, none = block_of(Case()), block_of(Case(), weight=0.25), block_of(Case(), weight=0.0)
+    part.gradient_NV.fill_(1.0)
+    values = [divergence.add(block) for block in (whole, part, none)]
+    assert torch.equal(values[0], values[1])
+    assert torch.equal(values[0], values[2])
+    assert_close([part.gradient_NV - 1], [0.25 * whole.gradient_NV], 1e-9)
+
+
+@named
+def test_chunks_of_tokens_give_what_all_at_once_gives(name: str) -> None:
+    make, case = DIVERGENCES[name], Case()
+    total, _, gradients = case.run(make(2.0), chunk_tokens=1000)
+    for size in (1, 4):
+        again, _, others = case.run(make(2.0), chunk_tokens=size)
+        assert_close([again, *others], [total, *gradients], 1e-12)
+
+
 @pytest.mark.parametrize(
     ("name", "share"),
     [("forward", 1), ("reverse", 1), ("jensen_shannon 0.5", 0.25), ("skew_forward", 0.9**2), ("skew_reverse", 0.7**2)]
@@ -241,7 +332,7 @@ def test_finite_differences_agree_with_the_gradient(name: str) -> None:
 )
 def test_at_a_high_temperature_it_tends_to_its_share_of_the_logits_mean_square(name: str, share: float) -> None:
     """T² · D tends to share · Var(difference of logits) / 2 over the vocabulary, share being D'' at p = q."""
-    make, _ = DIVERGENCES[name]
+    make = DIVERGENCES[name]
     case = Case()
     student, teacher, _ = case.dense_logits()
     limit = (teacher - student).var(-1, correction=0).sum() / 2

@@ -457,7 +457,7 @@ def compare_compiled() -> None:
 
 def test_compiled_terms_give_the_same() -> None:
     # In a process without this suite's type checks, which the compiler would trace as well.
-    command = "from tests.test_objectives import compare_compiled; compare_compiled(); print('the same')"
+    command = "from tests.objectives.test_objectives import compare_compiled; compare_compiled(); print('the same')"
     done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.strip() == "the same", done.stderr
 

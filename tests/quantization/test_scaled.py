@@ -155,11 +155,11 @@ def test_what_was_folded_before_a_kill_is_there_after_it(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["quantizer=awq"], "AWQ: what .*experts.* reads is not seen"),
-        (["quantizer=smoothquant"], "SmoothQuant: what .*experts.* reads is not seen"),
+        (["quantizer=awq"], "AWQ: the inputs of .*experts.* cannot be captured"),
+        (["quantizer=smoothquant"], "SmoothQuant: the inputs of .*experts.* cannot be captured"),
         (
             ["quantizer=round_to_nearest", *activations("w8a8")],
-            r"scheme=W4A8 g4 dynamic: what .*experts.* reads is not seen.*scheme=w8a16",
+            r"scheme=W4A8 g4 dynamic: the inputs of .*experts.* cannot be captured.*scheme=w8a16",
         ),
     ],
 )

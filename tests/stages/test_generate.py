@@ -25,7 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from models.errors import Refusal
 from models.generation import Sampling, generate
 from models.load import load_model
-from models.teachers.endpoint import Generation
+from models.teachers.dialects.dialect import Generation
 from pipeline.artifact import content_hash
 from pipeline.config import Config, parse
 from pipeline.context import Context
@@ -535,7 +535,7 @@ def served(port: int) -> list[str]:
 def test_a_served_teacher_that_goes_down_is_asked_again_for_the_rest(
     servers: list[Server], made: Path, teacher: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("models.teachers.endpoint.FIRST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr("models.teachers.connection.FIRST_PAUSE_SECONDS", 0.01)
     words = [*words_of(teacher, corpus), "stages.generate.filters={}"]
     servers.append(Server(teacher, "--die-after", "9"))
     config = composed(tmp_path, *words, *served(servers[0].port))

@@ -292,7 +292,7 @@ REFUSED = {
     ),
     "layers": (
         [*TOP_K, "auxiliary=[hidden_states]"],
-        "compares layers, and the teacher is on disk as what it says only",
+        "compares layers, and the teacher is on disk as a cache of its signal only",
     ),
     "served at another temperature": (
         ["teacher=served", "teacher.endpoint.url=http://127.0.0.1:1/v1"],
@@ -327,7 +327,7 @@ def test_a_cache_of_another_tokenizer_and_a_student_of_its_layers_are_refused(hi
 
     alone = (f"teacher.path={other}", f"teacher.cache={other}")
     layers = ("~student.shape", "student._target_=models.student.Layers", "+student.keep=1")
-    assert "recorded signal, without the model's weights" in refused(*alone, *layers)
+    assert "teacher cache, without the model's weights" in refused(*alone, *layers)
     header = read_header(other)
     another = "0" * len(header.tokenizer)  # the manifest knows the file's length
     write_header(other, type(header)(**{**header.__dict__, "tokenizer": another}))

@@ -23,9 +23,11 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import models.teachers.connection
 import models.teachers.endpoint
 from models.errors import Refusal
-from models.teachers.endpoint import Endpoint, Generation
+from models.teachers.dialects.dialect import Generation
+from models.teachers.endpoint import Endpoint
 
 V = 60
 ROOT = Path(__file__).resolve().parents[2]
@@ -103,8 +105,8 @@ def calm(folder: Path) -> Iterator[Served]:
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models.teachers.endpoint, "FIRST_PAUSE_SECONDS", 0.01)
-    monkeypatch.setattr(models.teachers.endpoint, "LONGEST_PAUSE_SECONDS", 0.5)
+    monkeypatch.setattr(models.teachers.connection, "FIRST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(models.teachers.connection, "LONGEST_PAUSE_SECONDS", 0.5)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
 
 
@@ -259,7 +261,7 @@ def test_a_k_that_the_server_refuses_names_the_one_it_takes(dialect: str, limit:
 
 def test_servers_that_cannot_score_are_refused_with_the_reason(calm: Served) -> None:
     pieces = some_pieces(2)
-    with pytest.raises(Refusal, match="text-generation-inference tells only"):
+    with pytest.raises(Refusal, match="text-generation-inference gives only"):
         scored(calm.endpoint("tgi"), pieces)
     with pytest.raises(Refusal, match="names tokens by their text"):
         scored(calm.endpoint("strings", top_k=5), pieces)
@@ -268,7 +270,7 @@ def test_servers_that_cannot_score_are_refused_with_the_reason(calm: Served) -> 
 
 
 def test_a_nan_is_refused(calm: Served) -> None:
-    with pytest.raises(Refusal, match="it told nan for a log-probability"):
+    with pytest.raises(Refusal, match="it gave nan for a log-probability"):
         scored(calm.endpoint("broken"), {0: [1, 2, 3]})
 
 
@@ -291,7 +293,7 @@ def test_an_impossible_token_leaves_its_place_empty() -> None:
     ],
 )
 def test_a_server_may_ask_for_a_pause_of_up_to_ten_minutes(told: dict[str, str], seconds: float) -> None:
-    assert models.teachers.endpoint._retry_after(httpx.Response(503, headers=told)) == seconds
+    assert models.teachers.connection._retry_after(httpx.Response(503, headers=told)) == seconds
 
 
 def test_an_id_beyond_the_vocabulary_is_refused_in_the_servers_words(calm: Served) -> None:

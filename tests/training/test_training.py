@@ -204,7 +204,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_step_and_rows(folder: 
     model = AutoModelForCausalLM.from_pretrained(folder / "student-False-0.0")
     model.model.embed_tokens.weight.data[17] = float("nan")  # a token that some rows have
     model.save_pretrained(folder / "poisoned")
-    with pytest.raises(NotFinite, match=r"step \d+: the loss is nan on rows \[\d+.*last checkpoint"):
+    with pytest.raises(NotFinite, match=r"step \d+: the loss is nan on sequences \[\d+.*last checkpoint"):
         fit(Scenario("poisoned", student="poisoned", micro_batch=1), folder)
 
 
