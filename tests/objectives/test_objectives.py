@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.objectives import chunked
+from models.objectives.block import Block
 from models.objectives.chunked import objective_sum
 from models.objectives.cross_entropy import CrossEntropy
 from models.objectives.distillation import Distillation
@@ -302,11 +303,9 @@ class Recorder:
     def representations(self) -> list[Any]:
         return []
 
-    def add(
-        self, student_NV: Tensor, teacher_NV: Tensor | None, targets_N: Tensor, weight: float, gradient_NV: Tensor
-    ) -> Tensor:
-        self.weights.append(weight)
-        return student_NV.new_zeros(len(student_NV))
+    def add(self, block: Block) -> Tensor:
+        self.weights.append(block.weight)
+        return block.student_NV.new_zeros(len(block.student_NV))
 
 
 def test_without_a_graph_no_gradient_is_worked_out() -> None:
