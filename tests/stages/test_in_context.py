@@ -42,7 +42,7 @@ LITTLE = [
 HIDDEN = ["teacher=cached", "encoding=hidden_states"]
 
 
-def composed(run_dir: Path, *words: str, experiment: str = "in_context") -> dict[str, Any]:
+def composed(run_dir: Path, *words: str, experiment: str = "demo/in_context") -> dict[str, Any]:
     ConfigStore.instance().store(name="schema", node=Config)
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         return parse(compose("config", [f"+experiment={experiment}", f"run_dir={run_dir}", *LITTLE, *words]))
