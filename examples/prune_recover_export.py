@@ -32,7 +32,7 @@ def main(model: str, text: str, *further: str) -> int:
 
     # 16 bits for everything that reads plain checkpoints, and 8 bits for llama.cpp; no calibration text is needed.
     export = [
-        "+experiment=export_only", f"model.path={RUN}/recover", f"data.train={text}",
+        "+experiment=export_only", f"model.path={RUN}/recover",
         "format=[huggingface,gguf]", "formats.gguf.type=q8_0",
         f"run_dir={EXPORT}",
     ]  # fmt: skip

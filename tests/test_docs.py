@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import types
 from collections.abc import Iterator
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any
 
 import pytest
 
+from pipeline.data.tokenizer import train_tokenizer
 from pipeline.worker import build
-from tests.command import ROOT
+from tests.command import ENVIRONMENT, ROOT
 from tests.test_config import composed
 
+TOPICS = sorted({text.strip() for text in topics.values()}, key=len)
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PAGES += [ROOT / "benchmarks" / "README.md", ROOT / "slurm" / "README.md"]
 NAMES = [page.relative_to(ROOT).as_posix() for page in PAGES]
@@ -48,10 +53,10 @@ def commands() -> list[tuple[str, list[str]]]:
     for page, name in zip(PAGES, NAMES, strict=True):
         for _, text in blocks(page, "(?:bash|sh)"):
             for line in text.replace("\\\n", " ").splitlines():
-                if words := shlex.split(line, comments=True):
-                    while re.fullmatch(r"[A-Z_]+=\S*", words[0]):  # OMP_NUM_THREADS=1 before the command
-                        words = words[1:]
-                    found.append((name, words))
+                words = shlex.split(line, comments=True)
+                while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):  # OMP_NUM_THREADS=1 before the command
+                    words = words[1:]
+                found += [(name, words)] if words else []
     return found
 
 
@@ -205,6 +210,21 @@ def test_the_documentation_builds_strictly_and_fetches_nothing(tmp_path: Path) -
         assert not re.findall(r"<(?:script|img|link)[^>]*(?:src|href)=\"?https?:[^>]*>", page.read_text()), page
 
 
+def save_little(folder: Path, tokenizer: Any, seed: int) -> None:
+    """A Llama of a few thousand random weights."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
 # --- what a reader copies -------------------------------------------------------------------------------------------
 
 
@@ -227,3 +247,52 @@ def test_the_divergence_on_the_page_is_hellingers(monkeypatch: pytest.MonkeyPatc
     value = hellinger.add(Block(student.detach(), torch.zeros(5, dtype=torch.long), 1.0, gradient, teacher))
     torch.testing.assert_close(value, expected.detach())
     torch.testing.assert_close(gradient, torch.autograd.grad(expected.sum(), student)[0])
+
+
+@pytest.fixture(scope="module")
+def extended(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the project with every file that docs/adding.md prints, and two models and a text beside it."""
+    folder = tmp_path_factory.mktemp("extended")
+    for name in ("conf", "pipeline", "models", "callbacks", "train.py"):
+        source = ROOT / name
+        shutil.copytree(source, folder / name) if source.is_dir() else shutil.copy(source, folder / name)
+    page = ROOT / "docs" / "adding.md"
+    new = {**dict(blocks(page, "python")), **dict(blocks(page, "yaml"))}
+    assert len(new) == 12, list(new)  # two for each kind
+    for path, text in new.items():
+        assert not (folder / path).exists(), f"{path} is there already"
+        (folder / path).write_text(text)
+    tokenizer = train_tokenizer(TOPICS, 300, folder / "tokenizer")
+    tokenizer.add_special_tokens({"bos_token": "<s>", "eos_token": "</s>"})
+    for seed, name in enumerate(("one", "two")):
+        save_little(folder / name, tokenizer, seed)
+    (folder / "lines.txt").write_text(
+        "\n".join(line for text in TOPICS[:20] for line in text.splitlines() if line.strip())
+    )
+    return folder
+
+
+SHORT = ["data=proverbs", "data.path=lines.txt", "trainer.accelerator=cpu"]
+ADDED = {
+    "divergence": ["+experiment=distill", "teacher.path=one", "student=folder", "student.path=two", "only=[distill]",
+                   "divergence=hellinger", "stages.distill.training.max_steps=2"],
+    "importance": ["+experiment=prune_recover", "model.path=one", "importance=spread", "stages.prune.multiple_of=1",
+                   "stages.prune.protect_first=0", "stages.prune.protect_last=0", "only=[prune]"],
+    "quantizer": ["+experiment=quantize_export", "model.path=one", "quantizer=stochastic", "scheme=w4a16_g32",
+                  "format=[ollama]", "only=[quantize,export]"],  # and format
+    "stage": ["+experiment=evaluate_only", "model.path=one", "+stage@stages.average=average",
+              "stages.average.models=[one,two]", "order=[average,evaluate]", "only=[average]"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ADDED)
+def test_two_new_files_are_all_that_an_extension_needs(extended: Path, kind: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "train.py", *ADDED[kind], *SHORT, f"run_dir=runs/{kind}"],
+        cwd=extended,
+        env={**os.environ, **ENVIRONMENT, "PYTHONPATH": ""},
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
