@@ -152,6 +152,8 @@ import time
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
+
 from models.load import load_config, load_model, save_model
 from pipeline import artifact
 from pipeline.data.tokenizer import load_tokenizer
@@ -185,7 +187,7 @@ class Average(Stage):
 
     def run(self, context):
         begin = time.monotonic()
-        one, other = load_model(self.first), load_model(self.second)
+        one, other = (load_model(path, dtype=torch.float32) for path in (self.first, self.second))
         state = {name: (tensor + other.state_dict()[name]) / 2 for name, tensor in one.state_dict().items()}
         tokenizer = load_tokenizer(self.first)
         manifest = context.manifest(self.makes)
