@@ -300,6 +300,7 @@ ADDED = {
 }  # fmt: skip
 
 
+@pytest.mark.slow  # each is a run of its own
 @pytest.mark.parametrize("kind", ADDED)
 def test_two_new_files_are_all_that_an_extension_needs(extended: Path, kind: str) -> None:
     done = subprocess.run(

@@ -57,6 +57,7 @@ def test_a_student_is_distilled_on_conversations(folder: Path) -> None:
     assert "distill" in (folder / "runs" / "chat" / "report.md").read_text()
 
 
+@pytest.mark.slow  # two runs, and two runtimes
 def test_a_model_is_pruned_recovered_exported_and_talked_to(folder: Path) -> None:
     words = ["stages.prune.multiple_of=32", "stages.prune.protect_first=0", "stages.prune.protect_last=0"]
     words += ["stages.recover.training.max_steps=3", "stages.recover.training.global_batch=4", *SHORT]
