@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from models.errors import Refusal
-from models.formats.format import Finished, Format, Runtime
+from models.formats.format import Finished, Format, Runtime, Written
 from models.formats.loaded import Loaded
 from models.load import DTYPES, load_model
 from models.matrices import matrices
@@ -30,6 +30,38 @@ from models.quantization.stored import QuantizedWeights, open_quantized
 # T tokens of a row, V vocabulary, O what a matrix gives, I what it reads
 
 _AT_ONCE = 64  # tokens whose distributions are compared at once
+_NOTHING = "nothing was written"
+
+
+@dataclass(frozen=True)
+class Tolerances:
+    """How far an export may be from the model that it was made of."""
+
+    logits: float  # as a share of the largest logit
+    kl: float  # nats for each token
+    rounded_kl: float  # likewise, where the format itself was asked to quantize
+
+    def check(self, stage: str, name: str, figures: Mapping[str, Any], written: Written) -> None:
+        """Judge the figures of `certify`. Raises Refusal with the figure that is too large and its setting.
+
+        A format that was asked to quantize plain weights may give another model, within `rounded_kl`; everything else
+        has to be the same. Runtimes round activations by scales of their own, and a number that is rounded to the other
+        side changes the logits: then the distributions alone are compared.
+        """
+        if not figures["weights_bit_equal"] and not written.rounded:
+            raise Refusal(f"{stage}: {name}: {figures['first_odd_weight']} is another one once reloaded; {_NOTHING}")
+        moved = written.rounded or written.activations is not None
+        allowed = math.inf if moved else self.logits * max(figures["largest_logit"], 1e-9)
+        most_kl = (self.rounded_kl, "rounded_kl_tolerance") if written.rounded else (self.kl, "kl_tolerance")
+        for what, value, most, setting in (
+            ("its logits differ by", figures["logits_max_difference"], allowed, "logits_tolerance"),
+            ("its divergence is", figures["kl"], *most_kl),
+        ):
+            if not value <= most:
+                raise Refusal(
+                    f"{stage}: {name}: {what} {value:.1e} from the model's, and {most:.1e} is allowed "
+                    f"(stages.{stage}.{setting}); {_NOTHING}"
+                )
 
 
 @torch.no_grad()

@@ -1,32 +1,27 @@
-"""Write a finished model in the containers that others serve, and show on the files what each is worth."""
+"""Write a finished model in the formats that others serve, and certify each on the files that were written."""
 
 from __future__ import annotations
 
-import functools
 import json
-import math
 import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from models.errors import Refusal
-from models.formats.certificate import certify, refer
-from models.formats.checkpoint import add_tokenizer, dtype_of
+from models.formats.certificate import Tolerances
+from models.formats.checkpoint import dtype_of
 from models.formats.container import check_installed
-from models.formats.format import Finished, Format, Plan, Written
-from models.load import DTYPES, empty_model, load_config, parameter_count
+from models.formats.format import Format, Plan
+from models.load import DTYPES, empty_model, parameter_count
 from models.matrices import matrices
 from models.measure import Speed, documents
-from models.quantization.scheme import Activations
-from models.quantization.stored import BlockWeights, open_quantized
 from pipeline import artifact
 from pipeline.alone import Alone
 from pipeline.context import Context
@@ -34,13 +29,13 @@ from pipeline.data.batch import collate, pad_token
 from pipeline.data.conversations import tokenizer_of
 from pipeline.data.prepared import sequences_of
 from pipeline.data.source import DataSource, check_source, source_key
+from pipeline.exporter import Exporter
 from pipeline.planned import config_to_change, outline_of
 from pipeline.progress import shown
-from pipeline.report import card, units
 from pipeline.stages.stage import Makes, Stage
 from pipeline.stages.stage import Plan as StagePlan
 
-_KILLED = "was killed, most likely for lack of memory; take a smaller export.tokens"
+_QUANTIZERS = ("transformers.quantizers.auto", "torchao.quantization", "compressed_tensors")
 
 
 @dataclass(frozen=True)
@@ -53,8 +48,8 @@ class Export(Stage):
     model: str  # folder or hub id
     data: DataSource  # text that the certificates are measured on
     formats: Mapping[str, Format | None] | None  # folder → what is written there; None: nothing
-    rows: int = 8
-    tokens: int = 128  # of each row, at most
+    samples: int = 8  # documents of it
+    length: int = 128  # tokens of each sample, at most
     dtype: str | None = None  # of what is not quantized; None: the model's
     logits_tolerance: float = 0.05  # as a share of the largest logit
     kl_tolerance: float = 1e-3  # nats for each token
@@ -62,7 +57,7 @@ class Export(Stage):
     speed: Speed = field(default_factory=Speed)  # as it is measured for the card
 
     def __post_init__(self) -> None:
-        for name, least in (("rows", 1), ("tokens", 2)):
+        for name, least in (("samples", 1), ("length", 2)):
             if getattr(self, name) < least:
                 raise Refusal(f"export.{name}={getattr(self, name)}: need at least {least}")
         for name in ("logits_tolerance", "kl_tolerance", "rounded_kl_tolerance"):
@@ -99,8 +94,8 @@ class Export(Stage):
         corpus = check_source(context, self.data)
         plan = self._plan(context)
         limit = getattr(plan.config, "max_position_embeddings", None)
-        if limit and limit < self.tokens:
-            raise Refusal(f"export.tokens={self.tokens}: the model reads at most {limit} (max_position_embeddings)")
+        if limit and limit < self.length:
+            raise Refusal(f"export.length={self.length}: the model reads at most {limit} (max_position_embeddings)")
         for name, form in self._formats.items():
             check_installed(f"{context.setting(context.stage, 'formats')}.{name}", form)
             form.check(plan)
@@ -140,29 +135,28 @@ class Export(Stage):
         begin = time.monotonic()
         folder = local_folder(self.model)
         plan = self._plan(context)
-        dtype = dtype_of(plan.config)
-        quantized = artifact.quantized_file(folder)
-        rows = self._rows(context, folder)
-        # A package that is missing is passed over, and is none of these formats' needs.
-        quantizers = ["transformers.quantizers.auto", "torchao.quantization", "compressed_tensors"]
-        alone = Alone(["models.formats.certificate", *quantizers])
-        trained = plan.scheme.activations if plan.scheme else None
+        exporter = Exporter(
+            context,
+            self.model,
+            folder,
+            artifact.quantized_file(folder),
+            plan.scheme.activations if plan.scheme else None,
+            dtype_of(plan.config),
+            self._samples(context, folder),
+            Tolerances(self.logits_tolerance, self.kl_tolerance, self.rounded_kl_tolerance),
+            self.speed,
+            # A package that is missing is passed over, and is none of these formats' needs.
+            Alone(["models.formats.certificate", *_QUANTIZERS]),
+        )
         for name in shown(list(self._formats), len(self._formats), context.stage):
-            if (context.work / name / artifact.MANIFEST).exists():
-                continue  # a run that was killed had got so far
-            held = open_quantized(quantized) if quantized else None
-            if isinstance(held, BlockWeights):
-                finished = Finished(folder, None, dtype, held)
-            else:
-                finished = Finished(folder, held, dtype)
-            refer_as = functools.partial(self._references, context, alone, finished, quantized, rows)
-            self._make(context, name, finished, quantized, rows, refer_as, trained, alone)
+            if not (context.work / name / artifact.MANIFEST).exists():  # else a run that was killed has made it
+                exporter.make(name, self._formats[name])
         manifests = {name: json.loads((context.work / name / artifact.MANIFEST).read_text()) for name in self._formats}
         manifest = context.manifest(self.makes)
-        manifest["certificates"] = {name: told["certificates"] for name, told in manifests.items()}
+        manifest["certificates"] = {name: each["certificates"] for name, each in manifests.items()}
         manifest["metrics"] = {
             "parameters": parameter_count(empty_model(plan.config)),
-            "formats": {name: told["metrics"] for name, told in manifests.items()},
+            "formats": {name: each["metrics"] for name, each in manifests.items()},
         }
 
         def build(out: Path) -> None:
@@ -172,145 +166,21 @@ class Export(Stage):
 
         artifact.publish(context.out, build, manifest)
 
-    def _rows(self, context: Context, folder: Path) -> list[Tensor]:
+    def _samples(self, context: Context, folder: Path) -> list[Tensor]:
         """Int64[T] each: the beginnings of documents, of the test split where there is one."""
         tokenizer = tokenizer_of(str(folder), self.data)
         splits = [split for split in ("test", "validation") if self.data.holds(split)]
         found: list[Tensor] = []
         for split in [*splits, "train"]:
-            rows, _, _ = sequences_of(self.data, split, tokenizer, context.data_folder)
-            for number in range(len(rows)):
-                batch = collate([rows[number]], pad_token=pad_token(tokenizer))
-                found += [ids[: self.tokens] for ids, _ in documents(batch) if len(ids) > 1]
-                if len(found) >= self.rows:
-                    return found[: self.rows]
+            sequences, _, _ = sequences_of(self.data, split, tokenizer, context.data_folder)
+            for number in range(len(sequences)):
+                batch = collate([sequences[number]], pad_token=pad_token(tokenizer))
+                found += [ids[: self.length] for ids, _ in documents(batch) if len(ids) > 1]
+                if len(found) >= self.samples:
+                    return found[: self.samples]
             if found:
                 return found
         raise Refusal(f"{context.stage}: no text of two tokens in data; give more")
-
-    def _references(
-        self,
-        context: Context,
-        alone: Alone,
-        finished: Finished,
-        quantized: Path | None,
-        rows: list[Tensor],
-        activations: Activations | None,
-    ) -> Path:
-        """The model's own logits of the rows, with its activations rounded so; made once."""
-        folder = context.work / (".references" + re.sub(r"\W+", "-", repr(activations)))
-        if not (folder / "done").exists():
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir()
-            words = (str(finished.folder), quantized, finished.dtype, rows, folder, context.device, activations)
-            alone(refer, *words, killed=f"{context.stage}: the model itself {_KILLED}")
-            (folder / "done").touch()
-        return folder
-
-    def _make(
-        self,
-        context: Context,
-        name: str,
-        finished: Finished,
-        quantized: Path | None,
-        rows: list[Tensor],
-        refer_as: Callable[[Activations | None], Path],
-        trained: Activations | None,
-        alone: Alone,
-    ) -> None:
-        """One export under work/, certified; nothing where it is not."""
-        begin, form = time.monotonic(), self._formats[name]
-        aside = context.work / f".{name}.partial"
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir()
-        try:
-            written = form.write(finished, aside)
-            add_tokenizer(finished.folder, aside)
-            told = alone(
-                certify,
-                form,
-                aside,
-                replace(finished, quantized=None, blocks=None),
-                quantized,
-                rows,
-                refer_as(written.activations),
-                context.device,
-                self.speed,
-                written.otherwise,
-                None if written.activations == trained else refer_as(trained),
-                killed=f"{context.stage}: {name} {_KILLED}",
-            )
-            self._judge(context, name, told, written)
-        except BaseException:
-            shutil.rmtree(aside, ignore_errors=True)
-            raise
-        manifest = context.manifest("export")
-        del manifest["run_config"]  # the stage's manifest has it
-        fallbacks = dict(written.fallbacks)
-        if "kl_as_quantized" in told:
-            how = fallbacks.get("activations", "activations are rounded in another way")
-            fallbacks["activations"] = f"{how}; KL {told['kl_as_quantized']:.1e} from the model as it was quantized"
-        odd, serving = told.pop("first_odd_weight"), told.pop("serving")
-        manifest |= {
-            "format": context.config["stages"][context.stage]["formats"][name],
-            "certificates": {
-                **told,
-                "bits_per_weight": written.bits_per_weight,
-                "fallbacks": fallbacks,
-            },
-            "metrics": {
-                "parameters": parameter_count(empty_model(load_config(str(finished.folder)))),
-                "bits_per_weight": written.bits_per_weight,
-                "perplexity_reloaded": told["perplexity_reloaded"],
-                "bytes": sum(path.stat().st_size for path in aside.rglob("*") if path.is_file()),
-                **serving,
-            },
-            "seconds": round(time.monotonic() - begin, 3),
-        }
-        text = card.text(
-            run=context.run_dir.name,
-            name=name,
-            model=self.model,
-            manifest=manifest,
-            device=_device(context),
-            serving=form.serving(aside, str(context.out / name)),
-        )
-        (aside / artifact.CARD).write_text(text)
-        artifact.write_json(aside / artifact.MANIFEST, manifest)
-        os.rename(aside, context.work / name)
-        rounded = "" if odd is None else ", quantized by the format itself"
-        print(
-            f"{context.stage}: {name}{rounded}: {written.bits_per_weight:.2f} bits per weight, "
-            f"{units.size(manifest['metrics']['bytes'])}, KL {told['kl']:.1e}, perplexity "
-            f"{told['perplexity_before']:.3f} → {told['perplexity_reloaded']:.3f}",
-            flush=True,
-        )
-
-    def _judge(self, context: Context, name: str, told: dict[str, Any], written: Written) -> None:
-        """A format that was asked to quantize plain weights may give another model, within
-        `rounded_kl_tolerance`; everything else has to be the same.
-
-        Runtimes round activations by scales of their own, and a number that falls to the other side moves its logits:
-        then the distributions count alone.
-        """
-        if not told["weights_bit_equal"] and not written.rounded:
-            raise Refusal(
-                f"{context.stage}: {name}: {told['first_odd_weight']} is another one once reloaded; nothing was written"
-            )
-        moved = written.rounded or written.activations is not None
-        allowed = math.inf if moved else self.logits_tolerance * max(told["largest_logit"], 1e-9)
-        most_kl = (self.kl_tolerance, "kl_tolerance")
-        if written.rounded:
-            most_kl = (self.rounded_kl_tolerance, "rounded_kl_tolerance")
-        for what, value, most, setting in (
-            ("its logits differ by", told["logits_max_difference"], allowed, "logits_tolerance"),
-            ("its divergence is", told["kl"], *most_kl),
-        ):
-            if not value <= most:
-                raise Refusal(
-                    f"{context.stage}: {name}: {what} {value:.1e} from the model's, and {most:.1e} is allowed "
-                    f"(stages.{context.stage}.{setting}); nothing was written"
-                )
 
 
 def local_folder(model: str) -> Path:
@@ -320,13 +190,6 @@ def local_folder(model: str) -> Path:
     from huggingface_hub import snapshot_download
 
     return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]))
-
-
-def _device(context: Context) -> str:
-    """The name of what the speed was measured on."""
-    if context.device == "cuda":
-        return torch.cuda.get_device_name()
-    return f"{torch.get_num_threads()} threads of a CPU"
 
 
 def _linked(source: str, target: str) -> str:
