@@ -105,7 +105,7 @@ def ours(side: str, folder: Path, settings: Settings, rows: Any, seed: int) -> d
     from models.pruning.importances.random import Random
     from models.pruning.importances.taylor import Taylor
     from models.pruning.plan import Shapes, Wish, alike, choose
-    from models.pruning.surgery import cut_state, smaller_config
+    from models.pruning.surgery import pruned_state, smaller_config
     from pipeline.data.tokenizer import load_tokenizer
 
     order = side.removeprefix("ours").removeprefix("_") or "mix"
@@ -131,7 +131,7 @@ def ours(side: str, folder: Path, settings: Settings, rows: Any, seed: int) -> d
         kept = alike(shapes, scores, choose(shapes, scores, wish), wish)
         with torch.device("meta"):
             cut = AutoModelForCausalLM.from_config(smaller_config(model.config, anatomy, kept)[0])
-        state = cut_state(model.state_dict(), anatomy, kept)
+        state = pruned_state(model.state_dict(), anatomy, kept)
     with clock.part("save"):
         save_model(cut, tokenizer, folder / side, state, dtype)
     found = clock.figures()

@@ -1,10 +1,14 @@
-"""In the check: what is known, without weights, of a model that is there already or that an earlier stage will make."""
+"""In the check: what is known, without weights, of a model that is there already or that an earlier stage will make,
+and what later stages need of its widths."""
 
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
+
+from hydra.utils import instantiate
 
 from models.errors import Refusal
 from models.load import check_folder, load_config
@@ -63,3 +67,15 @@ def outline_of(folder: Path) -> Outline | None:
     if (folder / artifact.PLANNED_QUANTIZED).is_file():
         return Outline.from_json(json.loads((folder / artifact.PLANNED_QUANTIZED).read_text()))
     return None
+
+
+def multiple_for_later_stages(context: Context) -> int:
+    """The least width that the schemes and formats of this run's later stages all divide."""
+    order, stages = context.config["order"], context.config["stages"]
+    needed = 1
+    for name in order[order.index(context.stage) + 1 :]:
+        stage = stages[name]
+        for node in [stage.get("scheme"), stage.get("qat"), *(stage.get("formats") or {}).values()]:
+            if node is not None:
+                needed = math.lcm(needed, getattr(instantiate(node, _convert_="all"), "multiple", 1))
+    return needed

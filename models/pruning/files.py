@@ -23,8 +23,8 @@ from models.pruning.surgery import Kept
 def read_plan(path: Path, anatomy: Anatomy, model: str | None = None) -> tuple[dict[str, np.ndarray], str]:
     """Kept units of a plan.json, and a note. Raises Refusal for what this model does not have.
 
-    `model`: the hash of the model that is cut; that the plan was made of another one is only told, as weights may have
-    been trained since.
+    `model`: the hash of the model that is pruned; that the plan was made of another one is only noted, as weights may
+    have been trained since.
     """
     try:
         plan = json.loads(path.read_text())
@@ -33,7 +33,7 @@ def read_plan(path: Path, anatomy: Anatomy, model: str | None = None) -> tuple[d
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
         raise Refusal(f"prune.plan={path}: no plan: {type(problem).__name__} {problem}; need a plan.json") from None
     if not named:
-        raise Refusal(f"prune.plan={path}: it keeps everything; nothing is to be cut")
+        raise Refusal(f"prune.plan={path}: it keeps everything; nothing would be removed")
     kept = {}
     for name, numbers in named.items():
         group = anatomy.groups.get(name)
@@ -103,13 +103,13 @@ def _parallel(heads: int, kv_heads: int, width: int) -> str:
 
 
 def _blocks_of(hidden: int, widths: Mapping[str, int]) -> str:
-    """llama.cpp's quantized rows come in blocks of 32, those of K-quants of 256; what does not fit stays in 16 bits."""
+    """llama.cpp quantizes the rows of a matrix in blocks of 32, K-quants in blocks of 256; others stay in 16 bits."""
     rows = {"hidden": hidden, **widths}
-    said = []
+    notes = []
     for block, kinds in ((256, "K-quants"), (32, "Q4_0 and Q8_0")):
         odd = [f"{name} {width}" for name, width in rows.items() if width % block]
-        said.append(f"{kinds} fit all rows" if not odd else f"{kinds} do not fit rows of {', '.join(odd)}")
-    return "; ".join(said)
+        notes.append(f"{kinds} fit all rows" if not odd else f"{kinds} do not fit rows of {', '.join(odd)}")
+    return "; ".join(notes)
 
 
 def read_scores(path: Path) -> tuple[Statistics, dict[str, Any]]:
@@ -119,12 +119,12 @@ def read_scores(path: Path) -> tuple[Statistics, dict[str, Any]]:
             return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["of"])
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as problem:
         raise Refusal(
-            f"prune.scores={path}: no scores: {problem}; need a scores.safetensors of an earlier cut"
+            f"prune.scores={path}: no scores: {problem}; need a scores.safetensors of an earlier run"
         ) from None
 
 
 def read_partial_scores(path: Path, fingerprint: str) -> tuple[Statistics, int]:
-    """What a killed run had gathered, and of how many batches."""
+    """The statistics that a killed run had gathered, and of how many batches."""
     if not path.exists():
         return {}, 0
     with safe_open(path, "np") as file:
@@ -135,7 +135,7 @@ def read_partial_scores(path: Path, fingerprint: str) -> tuple[Statistics, int]:
 
 
 def write_partial_scores(path: Path, statistics: Statistics, fingerprint: str, batches: int) -> None:
-    """What is gathered so far, of so many batches; under its name the file is whole."""
+    """The statistics of the batches so far. A file of this name is whole: it is written under another one first."""
     aside = path.with_name(f".{path.name}.partial")
     save_file(statistics, aside, metadata={"of": fingerprint, "batches": str(batches)})
     os.replace(aside, path)

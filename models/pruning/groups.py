@@ -1,12 +1,12 @@
-"""Which weights stand and fall together: the dependency groups of a causal LM.
+"""Which weights have to be removed together: the dependency groups of a causal LM.
 
-A unit is the least that can go alone: a channel of an MLP, a KV head with the query heads that read it, an expert, a
-channel of the residual stream, a layer. A group is a set of units of one kind, with every axis of every parameter on
-which a unit has places. Removing units is then nothing but leaving those places out (models/pruning/surgery.py).
+A unit is the least that can be removed alone: a channel of an MLP, a KV head with its query heads, an expert, a channel
+of the residual stream, a layer. A group is a set of units of one kind, with every axis of every parameter on which a
+unit has places. Removing units is then nothing but leaving those places out (models/pruning/surgery.py).
 
 LLM-Pruner (arXiv:2305.11627) finds such groups by walking a graph from neuron to neuron. Here a layer is taken apart by
-the names that families give the parts of it, and whatever is left over is refused: a cut of what was not understood
-would be a wrong one. That the parts are what their names say is shown by every cut's certificate.
+the names that families give its parts, and whatever is left over is refused: pruning a part that was not understood
+would be wrong. That the parts are what their names say is shown by every pruned model's certificate.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Anatomy:
-    """All groups of a model, by name, in the order of the layers; and what else a cut has to know."""
+    """All groups of a model, by name, in the order of the layers; and what else pruning has to know."""
 
     groups: dict[str, Group]
     layers: int
@@ -140,7 +140,7 @@ class _Found:
             self._norm(at, module, of_heads=at.startswith(tuple(attentions)))
         if (len(attentions), mlps) != (1, 1):
             raise Refusal(
-                f"{name} ({type(layer).__name__}): {len(attentions)} attentions and {mlps} MLPs were understood in it, "
+                f"{name} ({type(layer).__name__}): {len(attentions)} attentions and {mlps} MLPs were recognized in it, "
                 f"and one of each is needed; this family cannot be pruned"
             )
 
@@ -148,7 +148,7 @@ class _Found:
         self, number: int, at: str, children: dict[str, nn.Module], inputs: Sequence[str], output: str, layout: str
     ) -> None:
         d, kv = self.head_dim, self.kv_heads
-        together = self.heads // kv  # query heads that read one KV head
+        together = self.heads // kv  # query heads of one KV head
         queries = _blocks(kv, together * d)
         keys = _blocks(kv, d)
         if layout == "separate":
@@ -235,7 +235,7 @@ class _Found:
             name = next(iter(self.left))
             module = self.model.get_submodule(name.rpartition(".")[0])
             raise Refusal(
-                f"{name} {list(self.shapes[name])} of {type(module).__name__} is not understood, so a cut could be "
+                f"{name} {list(self.shapes[name])} of {type(module).__name__} is not understood, so pruning could be "
                 f"wrong; this family cannot be pruned"
             )
 
@@ -250,8 +250,10 @@ class _Found:
         into: np.ndarray,
         silent: bool = False,
     ) -> list[Axis]:
-        """The axes of the group's own units; the stream's are put aside. Which side is which the widths' owner says:
-        `silent` is what writes to the stream, the other reads from it."""
+        """The axes of the group's own units; those of the residual stream are added to `stream`.
+
+        A `silent` matrix writes to the stream; any other has the stream as its input.
+        """
         weight, bias = f"{name}.weight", f"{name}.bias"
         rows, columns = (1, 0) if is_transposed(module) else (0, 1)
         expected = (_in_out(module)[1], _in_out(module)[0]) if rows == 0 else _in_out(module)

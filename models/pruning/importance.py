@@ -2,9 +2,8 @@
 
 Scores are Float64[units] for every group; of layers only where an importance knows them. A larger one is kept.
 
-What text has to say is gathered as statistics: sums over batches, of units or of what a matrix reads, never of weights.
-So they can be kept in a file, gone on with, and added to those of other text, and no second copy of weights or
-gradients is ever whole.
+Calibration statistics are sums over batches, of units or of a matrix's inputs, never of weights. So they can be kept in
+a file, continued, and added to those of other text, and a second copy of weights or gradients is never held whole.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ class Importance(Protocol):
     def tally(self, model: Any, anatomy: Anatomy, kinds: Sequence[str], batch: Batch) -> Statistics:
         """Of one batch, this rank's part of it; only asked for where text is needed.
 
-        The same as if one process had read it all, once the ranks' are added up.
+        Added up over the ranks, it is the same as if one process had read the whole batch.
         """
         ...
 
@@ -64,7 +63,7 @@ def gather(
     before: Statistics | None = None,
     after: Callable[[Statistics], None] = lambda statistics: None,
 ) -> Statistics:
-    """Over all ranks and batches, added to those that were gathered `before`; `after` is told of them at each batch."""
+    """Over all ranks and batches, added to those gathered `before`; `after` is called with the sum after each batch."""
     total = dict(before or {})
     for batch in batches:
         for name, values in importance.tally(model, anatomy, kinds, batch).items():
@@ -85,7 +84,7 @@ def check(importance: Importance, anatomy: Anatomy, kinds: Sequence[str]) -> Non
     """Raises Refusal for kinds of groups that it cannot score, of this model."""
     if "mlp" in kinds and anatomy.of("experts") and not getattr(importance, "sees_experts", True):
         raise Refusal(
-            f"importance: what experts read is not seen by {type(importance).__name__}; use taylor or magnitude, or "
+            f"importance: {type(importance).__name__} cannot see the inputs of experts; use taylor or magnitude, or "
             f"leave mlp out of prune.kinds"
         )
     if odd := [kind for kind in kinds if kind not in importance.kinds]:
@@ -151,7 +150,7 @@ class Tally:
             keys = [f"{group.name}/{number}" for number in range(len(group.axes))]
             of_axes = [self.values[key] for key in keys if key in self.values]
             if not of_axes:
-                raise ValueError(f"{group.name}: nothing was told of any of its weights")
+                raise ValueError(f"{group.name}: none of its weights has a value")
             made[group.name] = REDUCTIONS[reduction](np.stack(of_axes))
         return made
 
@@ -164,14 +163,14 @@ def weights_of(model: Any, groups: Sequence[Group]) -> dict[str, nn.Parameter]:
 
 
 def over_inputs(model: Any, groups: Sequence[Group], batch: Batch, take: Callable[[Group, Axis, Tensor], None]) -> None:
-    """For every group `take(group, axis, read)`: what the matrix that the group's units feed reads, of the tokens that
-    predict something, Float64[N, width], and the axis on which that matrix holds the units.
+    """For every group `take(group, axis, inputs)`: the inputs, Float64[N, width], of the matrix that the group's units
+    feed, of the tokens that predict something, and the axis on which that matrix holds the units.
 
-    Raises Refusal for experts, which read inside of one operation.
+    Raises Refusal for experts, whose inputs exist only inside of one operation.
     """
     fed = {group.name: fed_by(group) for group in groups}
     if odd := [name for name, axis in fed.items() if axis.slot is not None]:
-        raise Refusal(f"importance: what the experts of {odd[0]} read is not seen; use taylor or magnitude")
+        raise Refusal(f"importance: the inputs of the experts of {odd[0]} cannot be seen; use taylor or magnitude")
     hooks = []
     for group in groups:
         axis = fed[group.name]
@@ -210,7 +209,7 @@ def tokens_of(batch: Batch) -> np.ndarray:
 
 
 def fed_by(group: Group) -> Axis:
-    """Where the group's units lie in the matrix that reads them."""
+    """Where the group's units lie in the matrix that has them as inputs."""
     return next(axis for axis in group.axes if axis.silences)
 
 

@@ -1,4 +1,4 @@
-"""Which units go: scores → kept units, within a budget and in widths that a checkpoint's config can say.
+"""Which units are removed: scores → kept units, within a budget and in widths that a checkpoint's config can express.
 
 Costs are parameters, multiplications of one token, or bytes of its keys and values. All can be worked out without
 weights, from the shapes alone.
@@ -23,7 +23,7 @@ Scores = Mapping[str, np.ndarray]  # group → Float64[units]: what is lost with
 RANKINGS = ("layer", "global")
 PER = ("unit", "parameter", "mac", "kv_byte")
 _BISECTIONS = 60
-_TRIES = 64  # widths of the stream, for one that a config can say
+_TRIES = 64  # widths of the stream, for one that a config can express
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Shapes:
 
     anatomy: Anatomy
     of: dict[str, tuple[int, ...]]
-    embeddings: frozenset[str]  # read by a row, not multiplied
+    embeddings: frozenset[str]  # looked up, not multiplied
     head: str  # its weight, multiplied even where it is the embeddings' table
     experts_per_token: int
 
@@ -66,7 +66,7 @@ class Shapes:
                 count = len(units) * axis.places.shape[1]
                 if axis.slot is None:
                     shrunk.setdefault(axis.parameter, {})[axis.dim] = count
-                else:  # the same width on both of its matrices' sides: one number tells it
+                else:  # the same width on both of its matrices' sides: one number is enough
                     slots.setdefault(axis.parameter, {})[axis.slot] = count
         layers = set(kept["layers"].tolist()) if "layers" in kept else set(range(anatomy.layers))
         parameters = macs = 0
@@ -120,7 +120,7 @@ class Wish:
     target_bytes: int | None = None  # of the weights in 16 bits
     ranking: str = "layer"
     per: str = "parameter"  # global: a unit's score counts by what the unit costs
-    protect_first: int = 0  # layers of which nothing goes
+    protect_first: int = 0  # layers that lose nothing
     protect_last: int = 0
     multiple_of: int = 1  # of the widths of mlp and hidden that remain
 
@@ -140,7 +140,7 @@ class Wish:
             if kind not in KINDS:
                 raise Refusal(f"prune.kinds: {kind} is none of {', '.join(KINDS)}")
         if not self.kinds:
-            raise Refusal(f"prune.kinds=[]: nothing may go; name some of {', '.join(KINDS)}")
+            raise Refusal(f"prune.kinds=[]: nothing may be removed; name some of {', '.join(KINDS)}")
         given = {
             name: value
             for name in ("kept_fraction", "target_parameters", "target_bytes")
@@ -169,7 +169,7 @@ class Wish:
         if self.protect_first + self.protect_last >= layers:
             raise Refusal(
                 f"prune.protect_first={self.protect_first} and protect_last={self.protect_last} leave none of {layers} "
-                f"layers to be cut"
+                f"layers to prune"
             )
         if self.multiple_of < 1:
             raise Refusal(f"prune.multiple_of={self.multiple_of}: need 1 or more; 64 suits tensor cores")
@@ -209,12 +209,12 @@ def choose(shapes: Shapes, scores: Scores, wish: Wish) -> dict[str, np.ndarray]:
 
 
 def alike(
-    shapes: Shapes, scores: Scores, wanted: Kept, wish: Wish, sayable: Callable[[Kept], bool] = lambda kept: True
+    shapes: Shapes, scores: Scores, wanted: Kept, wish: Wish, expressible: Callable[[Kept], bool] = lambda kept: True
 ) -> dict[str, np.ndarray]:
     """The nearest plan with one width for all layers: of each kind as many units as `wanted` keeps on average.
 
-    Which units stay is each group's own matter. Layers that were to be left whole are cut like the others. Of heads,
-    the nearest number that is `sayable` by the family's config, all of them if need be.
+    Each group chooses its own units. Protected layers are pruned like the others. Of heads,
+    the nearest number that is `expressible` by the family's config, all of them if need be.
     """
     anatomy = shapes.anatomy
     made = {name: units for name, units in wanted.items() if anatomy.groups[name].kind in ("hidden", "layers")}
@@ -227,7 +227,7 @@ def alike(
         if len(widths := {group.units for group in of_kind}) > 1:
             raise Refusal(
                 f"prune.kinds: {kind} are of {' and '.join(map(str, sorted(widths)))} units in different layers, which "
-                f"are not cut together; leave {kind} out"
+                f"cannot be pruned together; leave {kind} out"
             )
         groups[kind] = of_kind
         mean = sum(len(wanted[group.name]) if group.name in wanted else group.units for group in of_kind) / len(of_kind)
@@ -235,24 +235,24 @@ def alike(
 
     def of(counted: Mapping[str, int]) -> dict[str, np.ndarray]:
         """The plan with so many units of each kind in every layer."""
-        cut = {g.name: np.sort(_order(scores[g.name])[: counted[kind]]) for kind in counted for g in groups[kind]}
-        return {name: units for name, units in (made | cut).items() if len(units) < anatomy.groups[name].units}
+        pruned = {g.name: np.sort(_order(scores[g.name])[: counted[kind]]) for kind in counted for g in groups[kind]}
+        return {name: units for name, units in (made | pruned).items() if len(units) < anatomy.groups[name].units}
 
     if "heads" in counts:
         units = groups["heads"][0].units
         nearest = sorted(range(1, units), key=lambda n: (abs(n - counts["heads"]), n))
-        counts["heads"] = next((n for n in nearest if counts["heads"] < units and sayable(of({"heads": n}))), units)
+        counts["heads"] = next((n for n in nearest if counts["heads"] < units and expressible(of({"heads": n}))), units)
     if "hidden" in made and "hidden" in scores:
         units, step = anatomy.groups["hidden"].units, _step(anatomy, wish)
         wished = len(made["hidden"])
         nearest = sorted(range(step, units, step), key=lambda n: (abs(n - wished), n))[:_TRIES]
         for number in [*nearest, units]:
             made["hidden"] = np.sort(_order(scores["hidden"])[:number])
-            if number == units or sayable(of({kind: counts[kind] for kind in counts if kind == "heads"})):
+            if number == units or expressible(of({kind: counts[kind] for kind in counts if kind == "heads"})):
                 break
     if wish.kept_fraction is not None:  # a share, and nested
         return of(counts)
-    return of(_within(shapes, wish, counts, {kind: some[0].units for kind, some in groups.items()}, of, sayable))
+    return of(_within(shapes, wish, counts, {kind: some[0].units for kind, some in groups.items()}, of, expressible))
 
 
 def _within(
@@ -261,7 +261,7 @@ def _within(
     counts: dict[str, int],
     whole: Mapping[str, int],
     of: Callable[[Mapping[str, int]], dict[str, np.ndarray]],
-    sayable: Callable[[Kept], bool],
+    expressible: Callable[[Kept], bool],
 ) -> dict[str, int]:
     """Averages are rounded, and the budget is for all: of the plans that have a head or an expert more or less, and
     MLPs as wide as fits, the one that uses the budget best. Raises Refusal where none fits."""
@@ -289,7 +289,7 @@ def _within(
             tried = filled(tried)
             size = shapes.size(of(tried)).parameters
             moved = "heads" in tried and tried["heads"] not in (counts["heads"], whole["heads"])
-            if used < size <= target and (not moved or sayable(of({"heads": tried["heads"]}))):
+            if used < size <= target and (not moved or expressible(of({"heads": tried["heads"]}))):
                 best, used = tried, size
         if best is not None and "mlp" not in counts:
             break  # the nearest that fits; beyond it there is nothing better to be found within the budget
@@ -307,7 +307,7 @@ def _step(anatomy: Anatomy, wish: Wish) -> int:
 
 
 def _open(anatomy: Anatomy, wish: Wish) -> list[Group]:
-    """Groups of which something may go."""
+    """Groups of which units may be removed."""
     last = anatomy.layers - wish.protect_last
     found = [
         group

@@ -1,4 +1,4 @@
-"""Units out of a model: the cut one, whose matrices are smaller, and the masked one, which it has to equal.
+"""Units out of a model: the pruned one, whose matrices are smaller, and the masked one, which it has to equal.
 
 Masking is by weights alone: with the places zero that a group's `silences` axes name, what flows out of a removed unit
 is zero, whatever it is made of. An expert is silenced at its router: no weight of its own keeps it from being chosen.
@@ -28,7 +28,7 @@ Kept = Mapping[str, np.ndarray]  # group → Int64[n], its remaining units, risi
 _WIDTHS = {"mlp": ("intermediate_size", "ffn_dim", "n_inner"), "experts": ("num_local_experts", "num_experts")}
 
 
-def cut_state(state: Mapping[str, Tensor], anatomy: Anatomy, kept: Kept) -> dict[str, Tensor]:
+def pruned_state(state: Mapping[str, Tensor], anatomy: Anatomy, kept: Kept) -> dict[str, Tensor]:
     """The weights of what remains, under the names they have in the smaller model.
 
     A tied table, of which `state` holds two names, comes out under both. Raises Refusal for channels of a stream whose
@@ -37,7 +37,7 @@ def cut_state(state: Mapping[str, Tensor], anatomy: Anatomy, kept: Kept) -> dict
     if "hidden" in kept and (odd := [name for name, offset in anatomy.norms.items() if offset is None]):
         raise Refusal(
             f"hidden: {odd[0]} belongs to a LayerNorm, which takes off the mean over all channels, or is a norm "
-            f"without scale; a cut model could not equal the masked one. Cut heads, mlp or layers of this family"
+            f"without scale; a pruned model could not equal the masked one. Prune heads, mlp or layers of this family"
         )
     slots: dict[str, list[tuple[Axis, np.ndarray]]] = {}
     whole: dict[str, list[tuple[Axis, np.ndarray]]] = {}
@@ -52,12 +52,12 @@ def cut_state(state: Mapping[str, Tensor], anatomy: Anatomy, kept: Kept) -> dict
         placed = _placed(name, anatomy.prefix, layers)
         if placed is None:
             continue
-        cuts = whole.get(own, [])
+        selected = whole.get(own, [])
         if name in slots:
-            experts = next((where for axis, where in cuts if axis.dim == 0), np.arange(len(tensor)))
-            cuts = [(axis, where) for axis, where in cuts if axis.dim != 0]
+            experts = next((where for axis, where in selected if axis.dim == 0), np.arange(len(tensor)))
+            selected = [(axis, where) for axis, where in selected if axis.dim != 0]
             tensor = _each_slot(tensor, experts, slots[name])
-        for axis, where in cuts:
+        for axis, where in selected:
             tensor = tensor.index_select(axis.dim, torch.from_numpy(where).to(tensor.device))
         made[placed] = tensor.clone()
     if len(kept.get("hidden", ())) not in (0, anatomy.hidden):
@@ -69,7 +69,7 @@ def cut_state(state: Mapping[str, Tensor], anatomy: Anatomy, kept: Kept) -> dict
 
 @torch.no_grad()
 def silence(model: Any, anatomy: Anatomy, kept: Kept) -> None:
-    """Zeros in all weights by which a removed unit could be heard, in place; under ZeRO-3 every rank takes part."""
+    """Zeros, in place, in all weights by which a removed unit has an effect; under ZeRO-3 every rank takes part."""
     for name, units in kept.items():
         group = anatomy.groups[name]
         removed = np.setdiff1d(np.arange(group.units), units)
@@ -115,9 +115,9 @@ def silent_experts(model: Any, anatomy: Anatomy, kept: Kept) -> Iterator[None]:
 
 
 def smaller_config(config: PretrainedConfig, anatomy: Anatomy, kept: Kept) -> tuple[PretrainedConfig, str]:
-    """A config that gives exactly the widths that remain, and a sentence on what had to be done for it, or "".
+    """A config that gives exactly the widths that remain, and a note on what had to be done for it, or "".
 
-    Raises Refusal where layers differ, or where no config can say it.
+    Raises Refusal where layers differ, or where no config can express it.
     """
     text = config.get_text_config()
     if text is not config:
@@ -153,7 +153,7 @@ def smaller_config(config: PretrainedConfig, anatomy: Anatomy, kept: Kept) -> tu
             if "layer" in name and isinstance(value, list) and len(value) == anatomy.layers:
                 values[name] = [value[i] for i in kept["layers"]]
         values[config.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = len(kept["layers"])
-    wanted = _cut_shapes(config, anatomy, kept)
+    wanted = _pruned_shapes(config, anatomy, kept)
     refused = ""
     try:
         made = rebuilt(config, values)
@@ -170,7 +170,7 @@ def smaller_config(config: PretrainedConfig, anatomy: Anatomy, kept: Kept) -> tu
         relabelled.sliding_window, relabelled.head_dim = None, anatomy.head_dim
         if not (values.get("attention_bias") or values.get("mlp_bias")) and _shapes(relabelled) == wanted:
             return relabelled, "saved as Mistral, which computes the same and whose config has a head_dim of its own"
-    raise Refusal(f"the widths that remain cannot be said by a {config.model_type} config: {refused}")
+    raise Refusal(f"the widths that remain cannot be expressed by a {config.model_type} config: {refused}")
 
 
 def expressible(config: PretrainedConfig, anatomy: Anatomy, kept: Kept) -> bool:
@@ -182,7 +182,7 @@ def expressible(config: PretrainedConfig, anatomy: Anatomy, kept: Kept) -> bool:
 
 
 def _uniform(kind: str, anatomy: Anatomy, kept: Kept) -> int | None:
-    """How many units every group of a kind keeps; None where none is cut."""
+    """How many units every group of a kind keeps; None where none is pruned."""
     layers = kept.get("layers", np.arange(anatomy.layers))
     groups = [group for group in anatomy.of(kind) if group.layer in layers]
     counts = {len(kept[group.name]) if group.name in kept else group.units for group in groups}
@@ -200,9 +200,9 @@ def _shapes(config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
     return {name: tuple(each.shape) for name, each in empty_model(config).state_dict().items()}
 
 
-def _cut_shapes(config: PretrainedConfig, anatomy: Anatomy, kept: Kept) -> dict[str, tuple[int, ...]]:
+def _pruned_shapes(config: PretrainedConfig, anatomy: Anatomy, kept: Kept) -> dict[str, tuple[int, ...]]:
     state = empty_model(config).state_dict()
-    made = cut_state(state, anatomy, kept)
+    made = pruned_state(state, anatomy, kept)
     return {name: tuple(tensor.shape) for name, tensor in made.items()}
 
 
@@ -210,7 +210,7 @@ def _cut_shapes(config: PretrainedConfig, anatomy: Anatomy, kept: Kept) -> dict[
 
 
 def _placed(name: str, prefix: str, layers: np.ndarray | None) -> str | None:
-    """Its name in the smaller model; None where its layer is gone."""
+    """Its name in the smaller model; None where its layer is removed."""
     found = re.match(re.escape(prefix) + r"\.(\d+)\.", name)
     if layers is None or not found:
         return name
@@ -220,10 +220,10 @@ def _placed(name: str, prefix: str, layers: np.ndarray | None) -> str | None:
     return f"{prefix}.{int(np.searchsorted(layers, number))}.{name[found.end() :]}"
 
 
-def _each_slot(tensor: Tensor, experts: np.ndarray, cuts: list[tuple[Axis, np.ndarray]]) -> Tensor:
+def _each_slot(tensor: Tensor, experts: np.ndarray, selected: list[tuple[Axis, np.ndarray]]) -> Tensor:
     """Of [E, …] these experts, with another choice of places in each; all as many."""
     parts = list(tensor.unbind(0))
-    for axis, where in cuts:
+    for axis, where in selected:
         assert axis.slot is not None
         parts[axis.slot] = parts[axis.slot].index_select(axis.dim - 1, torch.from_numpy(where).to(tensor.device))
     return torch.stack([parts[expert] for expert in experts])

@@ -1,4 +1,4 @@
-"""Dependency groups of every family: nothing left out, nothing twice, and a cut model that is the masked one."""
+"""Dependency groups of every family: nothing left out, nothing twice, and a pruned model that equals the masked one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from models.errors import Refusal
 from models.load import empty_model
 from models.pruning.groups import Anatomy, anatomy_of
-from models.pruning.surgery import Kept, cut_state, silence, silent_experts, smaller_config
+from models.pruning.surgery import Kept, pruned_state, silence, silent_experts, smaller_config
 from tests.pruning.families import FAMILIES, FIXED_HEADS, LAYER_NORMS, config_of, model_of, tokens
 
 KEPT = {"mlp": 0.8, "heads": 0.5, "experts": 0.75, "hidden": 0.75, "layers": 0.67}
@@ -67,7 +67,7 @@ def test_a_cut_model_is_the_masked_one(family: str, tied: bool) -> None:
     for kind in cases(anatomy, family):
         kept = some(anatomy, kind)
         config, _ = smaller_config(model.config, anatomy, kept)
-        cut = logits(opened(config, cut_state(state, anatomy, kept)), ids)
+        cut = logits(opened(config, pruned_state(state, anatomy, kept)), ids)
         silent = opened(model.config, masked_state(model, anatomy, kept))
         with silent_experts(silent, anatomy, kept):
             masked = logits(silent, ids)
@@ -140,7 +140,7 @@ def test_keeping_everything_changes_no_bit(family: str) -> None:
     model = model_of(family, dtype=torch.float32)
     anatomy = anatomy_of(model)
     kept = {name: np.arange(group.units) for name, group in anatomy.groups.items() if family not in LAYER_NORMS}
-    made = cut_state(model.state_dict(), anatomy, kept)
+    made = pruned_state(model.state_dict(), anatomy, kept)
     for name, tensor in model.state_dict().items():
         assert torch.equal(made[name], tensor), name
 
@@ -157,8 +157,8 @@ def test_neurons_in_another_order_are_other_indices_and_the_same_model() -> None
     kept = some(anatomy, "mlp")
     permuted = {**kept, group.name: np.sort(np.argsort(order)[kept[group.name]])}
     config, _ = smaller_config(model.config, anatomy, kept)
-    one = opened(config, cut_state(model.state_dict(), anatomy, kept))
-    other = opened(config, cut_state(state, anatomy, permuted))
+    one = opened(config, pruned_state(model.state_dict(), anatomy, kept))
+    other = opened(config, pruned_state(state, anatomy, permuted))
     assert (logits(one, tokens()) - logits(other, tokens())).abs().max() < 1e-9
 
 
@@ -170,7 +170,7 @@ def test_a_cut_model_opens_plainly_generates_and_takes_padding(family: str, tmp_
     kept = {name: units[: len(units) // 4 * 4] if "mlp" in name else units for name, units in kept.items()}
     config, _ = smaller_config(model.config, anatomy, kept)
     cut = AutoModelForCausalLM.from_config(config)
-    cut.load_state_dict(cut_state(model.state_dict(), anatomy, kept))
+    cut.load_state_dict(pruned_state(model.state_dict(), anatomy, kept))
     cut.save_pretrained(tmp_path)
     back = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert back.config.num_hidden_layers == 2
@@ -190,7 +190,7 @@ def test_llama_with_heads_that_its_config_cannot_say_is_saved_as_mistral_and_com
     config, said = smaller_config(model.config, anatomy, kept)
     assert (config.model_type, config.sliding_window, config.head_dim) == ("mistral", None, 8)
     assert "Mistral" in said
-    cut = logits(opened(config, cut_state(model.state_dict(), anatomy, kept)), tokens())
+    cut = logits(opened(config, pruned_state(model.state_dict(), anatomy, kept)), tokens())
     masked = logits(opened(model.config, masked_state(model, anatomy, kept)), tokens())
     assert (cut - masked).abs().max() < 1e-9
 
@@ -198,12 +198,12 @@ def test_llama_with_heads_that_its_config_cannot_say_is_saved_as_mistral_and_com
 @pytest.mark.parametrize("family", FIXED_HEADS)
 def test_heads_of_a_family_without_a_width_of_a_head_are_refused(family: str) -> None:
     anatomy = anatomy_of(empty_model(config_of(family)))
-    with pytest.raises(Refusal, match=f"cannot be said by a {family} config") as refused:
+    with pytest.raises(Refusal, match=f"cannot be expressed by a {family} config") as refused:
         smaller_config(config_of(family), anatomy, some(anatomy, "heads"))
     assert "\n" not in str(refused.value)
     if family in LAYER_NORMS:
         with pytest.raises(Refusal, match="LayerNorm"):
-            cut_state(empty_model(config_of(family)).state_dict(), anatomy, some(anatomy, "hidden"))
+            pruned_state(empty_model(config_of(family)).state_dict(), anatomy, some(anatomy, "hidden"))
 
 
 def test_layers_of_unlike_widths_are_refused() -> None:

@@ -121,7 +121,7 @@ def test_what_units_give_is_measured_where_it_is_read(family: str, make: Any) ->
     model = model_of(family, dtype=torch.float32)
     anatomy = anatomy_of(model)
     if family in MOE:
-        with pytest.raises(Refusal, match=r"what the experts of .* read is not seen"):
+        with pytest.raises(Refusal, match=r"the inputs of the experts of .* cannot be seen"):
             scored(make(), model, anatomy, KINDS, [batch()])
         return
     words = batch()

@@ -64,7 +64,7 @@ def test_a_plans_size_is_that_of_the_model_its_config_makes(family: str, kind: s
     config = config_of(family)
     shapes = shapes_of(config)
     if not shapes.anatomy.of(kind) or (kind == "heads" and family in FIXED_HEADS):
-        pytest.skip("this family has none, or cannot say it")
+        pytest.skip("this family has none, or cannot express it")
     if kind == "hidden" and family in LAYER_NORMS:
         pytest.skip("LayerNorm's means")
     wish = Wish(kinds=(kind,), kept_fraction=0.6, multiple_of=4 if kind == "hidden" else 1)
@@ -164,7 +164,7 @@ def test_protected_layers_stay_when_layers_go() -> None:
     ("values", "said"),
     [
         ({"kinds": ("neurons",)}, "neurons is none of heads, mlp"),
-        ({"kinds": ()}, "nothing may go"),
+        ({"kinds": ()}, "nothing may be removed"),
         ({"kinds": ("experts",)}, "this model has no experts"),
         ({"kept_fraction": 0.0}, r"kept_fraction=0\.0: need \(0, 1\]"),
         ({"kept_fraction": 1.5}, r"need \(0, 1\]"),
@@ -198,7 +198,7 @@ def test_scores_that_are_no_numbers_are_refused() -> None:
 
 
 @pytest.mark.parametrize(("family", "heads"), [("gpt2", 4), ("gemma2", 2), ("llama", 3), ("mistral", 3)])
-def test_heads_are_as_many_as_the_config_can_say(family: str, heads: int) -> None:
+def test_heads_are_as_many_as_the_config_can_express(family: str, heads: int) -> None:
     """Gemma 2's must divide its width; GPT-2 has no width of a head; Llama's plan can be Mistral's."""
     config = config_of(family, **({} if family == "gpt2" else {"num_key_value_heads": 4}))
     shapes = shapes_of(config)
@@ -219,7 +219,7 @@ def test_a_budget_is_never_overdrawn_and_used_well(family: str, kinds: str, rank
     config = config_of(family, num_hidden_layers=6, **width)
     shapes = shapes_of(config)
     if not all(shapes.anatomy.of(kind) for kind in kinds.split()) or (kinds == "heads" and family == "gpt2"):
-        pytest.skip("this family has none, or cannot say it")
+        pytest.skip("this family has none, or cannot express it")
     whole = shapes.size({}).parameters
     groups = [group for group in shapes.anatomy.groups.values() if group.kind in kinds.split()]
     least = shapes.size({group.name: np.arange(1) for group in groups}).parameters
@@ -245,7 +245,7 @@ def test_a_budget_is_never_overdrawn_and_used_well(family: str, kinds: str, rank
     assert met >= 2
 
 
-def test_the_stream_is_as_wide_as_the_config_can_say() -> None:
+def test_the_stream_is_as_wide_as_the_config_can_express() -> None:
     """Gemma 2's width has to be a multiple of its heads."""
     config = config_of("gemma2")
     shapes = shapes_of(config)
@@ -256,7 +256,7 @@ def test_the_stream_is_as_wide_as_the_config_can_say() -> None:
     assert len(kept["hidden"]) in (24, 28)
 
 
-def test_widths_that_differ_between_layers_are_not_cut_together() -> None:
+def test_widths_that_differ_between_layers_are_not_pruned_together() -> None:
     config = config_of("qwen3_moe", mlp_only_layers=[1])
     shapes = shapes_of(config)
     wish = Wish(kept_fraction=0.75)

@@ -17,11 +17,13 @@ from transformers import AutoModelForCausalLM
 
 from models.errors import Refusal
 from models.pruning import files, surgery
+from models.pruning.feasible import feasible
 from models.pruning.groups import Anatomy, Axis, anatomy_of
 from models.pruning.importance import gather
 from models.pruning.importances.taylor import Taylor
 from models.pruning.plan import Wish
 from models.training.language_model import LanguageModel
+from pipeline.context import Context
 from pipeline.worker import build, check
 from tests.command import train, weights
 from tests.pruning.families import config_of
@@ -58,7 +60,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_what_was_cut_opens_in_a_process_that_knows_nothing_of_this_project(made: Path, tmp_path: Path) -> None:
+def test_a_pruned_model_opens_in_a_process_that_knows_nothing_of_this_project(made: Path, tmp_path: Path) -> None:
     code = """
 import sys, torch
 from safetensors.numpy import load_file
@@ -84,7 +86,7 @@ print(sum(p.numel() for p in model.parameters()), "pipeline" in sys.modules)
 
 def test_the_certificate_and_the_plan_say_what_was_done(made: Path) -> None:
     told = manifest(made / "prune")
-    proof = told["certificates"]["masked_equals_cut"]
+    proof = told["certificates"]["masked_equals_pruned"]
     assert 0 <= proof["max_difference"] <= proof["tolerance"] == pytest.approx(1e-4 * proof["largest_logit"])
     assert proof["tokens"] > 50
     plan = json.loads((made / "prune" / "plan.json").read_text())
@@ -158,7 +160,7 @@ def test_a_plan_that_cannot_be_is_refused_in_one_line(case: str, made: Path, tmp
     assert "\n" not in str(refused.value)
 
 
-def test_a_cut_that_is_not_the_masked_model_leaves_nothing_behind(
+def test_a_pruned_model_that_is_not_the_masked_model_leaves_nothing_behind(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A layout that was misunderstood: the keys of one head with the queries of another."""
@@ -209,16 +211,33 @@ def test_what_cannot_be_is_refused_before_a_weight_is_read(tmp_path: Path, words
     assert "\n" not in str(refused.value)
 
 
-def test_heads_that_no_config_can_say_stay_and_that_is_told(tmp_path: Path) -> None:
+def test_heads_that_no_config_can_express_stay_and_that_is_reported() -> None:
     gpt2 = config_of("gpt2")
     shapes = shapes_of(gpt2)
     scores = scores_of(shapes)
-    stage = build(composed(tmp_path, "model.path=x"), "prune")
-    kept, note = stage._said(gpt2, shapes, scores, Wish(kept_fraction=0.75))
-    assert note == "a gpt2 config cannot say 3 of 4 KV heads: 4 remain"
+    kept, note = feasible(gpt2, shapes, scores, Wish(kept_fraction=0.75))
+    assert note == "a gpt2 config cannot express 3 of 4 KV heads: 4 remain"
     assert set(kept) == {f"layers.{n}.mlp" for n in range(3)}
-    with pytest.raises(Refusal, match="cannot say 3 of 4 KV heads, nor any other number but all; name other kinds"):
-        stage._said(gpt2, shapes, scores, Wish(kinds=("heads",), kept_fraction=0.75))
+    with pytest.raises(Refusal, match="cannot express 3 of 4 KV heads, nor any other number but all; name other kinds"):
+        feasible(gpt2, shapes, scores, Wish(kinds=("heads",), kept_fraction=0.75))
+
+
+@pytest.mark.parametrize(
+    ("words", "budget"),
+    [
+        ([], (0.8, None, None)),
+        (["stages.prune.target_parameters=9K"], (None, 9_000, None)),
+        (["stages.prune.target_bytes=18K"], (None, None, 18_000)),
+        (["stages.prune.kept_fraction=0.5"], (0.5, None, None)),
+    ],
+)
+def test_a_target_takes_the_place_of_the_default_fraction(
+    tmp_path: Path, words: list[str], budget: tuple[Any, ...]
+) -> None:
+    plain = Experiment("prune_recover", ["model.path=model", "data.train=text.jsonl"])
+    config = plain.composed(tmp_path, *words)
+    wish = build(config, "prune")._wish(Context(config, "prune"))
+    assert (wish.kept_fraction, wish.target_parameters, wish.target_bytes) == budget
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft asks for it
@@ -322,7 +341,7 @@ def test_a_cut_in_steps_scores_what_the_steps_before_have_left(made: Path, tmp_p
     anatomy = anatomy_of(model)
     config, _ = surgery.smaller_config(model.config, anatomy, first)
     cut = AutoModelForCausalLM.from_config(config)
-    cut.load_state_dict(surgery.cut_state(model.state_dict(), anatomy, first))
+    cut.load_state_dict(surgery.pruned_state(model.state_dict(), anatomy, first))
     stage, context = begin(tmp_path / "again", "prune", *words)
     stage.prepare(context)
     batches = stage._batches(context, stage._tokenizer(), "train", stage.calibration)

@@ -1,4 +1,4 @@
-"""Units that say little: the size of what they give."""
+"""The size of a unit's activations: units whose activations are small matter little."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from models.pruning.importance import Batch, Statistics, over_inputs, real, run,
 
 @dataclass(frozen=True)
 class Activation:
-    """The mean over tokens of the Euclidean length of what a unit gives the next matrix: of a head its output, of a
-    channel its size; of a channel of the stream the sum of its sizes behind all norms. Minitron, arXiv:2407.14679."""
+    """The mean over tokens of the Euclidean length of a unit's activations: of a head its output, of a channel its
+    absolute value; of a channel of the residual stream the sum over the outputs of all norms. Minitron,
+    arXiv:2407.14679."""
 
     needs_calibration_data: ClassVar[bool] = True
     sees_experts: ClassVar[bool] = False

@@ -1,4 +1,4 @@
-"""Heads that look at nothing: how much attention goes elsewhere than to a text's first token."""
+"""How much a head attends to other tokens than a text's first: a head that attends to that one alone does nothing."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from models.pruning.importance import Batch, Statistics, run, tokens_of
 class AttentionMass:
     """The mean over tokens of the attention that a unit's query heads give to all but the first token of their text.
 
-    All attention of a token sums to 1 in every head, so its sum alone tells no head from another; what a head has no
-    use for it leaves with the first token (attention sinks, arXiv:2309.17453). Needs attention that says its weights:
-    for the time of the measurement the model computes it eagerly.
+    The attention of a token sums to 1 in every head, so the sum alone tells no head from another; attention that a head
+    has no use for stays on the first token (attention sinks, arXiv:2309.17453). It needs attention weights:
+    during the measurement the model computes attention eagerly.
     """
 
     needs_calibration_data: ClassVar[bool] = True
@@ -35,7 +35,9 @@ class AttentionMass:
         finally:
             model.set_attn_implementation(before)
         if not attentions or attentions[0] is None:
-            raise Refusal(f"importance: {type(model).__name__} does not say what its heads attend to")
+            raise Refusal(
+                f"importance: {type(model).__name__} does not return its attention weights; choose another importance"
+            )
         real_BT = batch["targets"] >= 0
         elsewhere_BS = (batch["position_ids"] != 0).double()
         made = {"tokens": tokens_of(batch)}

@@ -1,4 +1,4 @@
-"""Layers that change little of what passes through them."""
+"""How much a layer changes its input: a layer that changes it little matters little."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Units that always say the same: what they add could be a constant."""
+"""How much a unit's activation varies: what a unit adds that hardly varies could be a constant."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from models.pruning.importance import Batch, Statistics, columns, fed_by, of_pla
 
 @dataclass(frozen=True)
 class Fluctuation:
-    """Σ Var(x) · ‖w‖² over the columns by which the next matrix reads a unit, the variance over calibration tokens.
+    """Σ Var(x) · ‖w‖² over the columns by which a unit enters the next matrix, the variance over calibration tokens.
 
     FLAP, arXiv:2312.11983, without its standardisation between layers and the bias it leaves in a unit's place.
     """

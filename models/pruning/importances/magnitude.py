@@ -1,4 +1,4 @@
-"""Small weights matter little: the L1 or L2 norm of what a unit has."""
+"""The L1 or L2 norm of a unit's weights: small weights matter little."""
 
 from __future__ import annotations
 

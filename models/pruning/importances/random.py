@@ -1,4 +1,4 @@
-"""A baseline that knows nothing."""
+"""A baseline: units are scored at random."""
 
 from __future__ import annotations
 

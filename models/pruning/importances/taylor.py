@@ -28,12 +28,12 @@ class Taylor:
         first |w g|    second |w² A|    mix |w g − ½ w² A|    vectorize |Σ w g|
 
     summed over each matrix's part of a unit (of vectorize the size of each row's or column's sum), then `reduction`
-    over the matrices. LLM-Pruner, arXiv:2305.11627, as its code has it. A sample is a row of the calibration data, of
-    which each counts as much as any other; of several batches the scores are averaged before `reduction`.
+    over the matrices. LLM-Pruner, arXiv:2305.11627, as its code has it. All calibration samples count
+    alike; the scores of several batches are averaged before `reduction`.
 
-    All come from one backward a batch: a matrix's gradient of each sample is the product of its inputs and the
-    gradients of its outputs, made in a hook, some rows of it at a time, and dropped there. Of experts and their routers
-    the gradients are worked out anew, sample by sample, when the backward comes by; these are held whole, one by one.
+    All come from one backward pass a batch: a matrix's gradient for each sample is the product of its inputs and the
+    gradients of its outputs, made in a hook, some rows at a time, and dropped there. For experts and their routers the
+    gradients are computed again, sample by sample, in the backward pass; these are held whole, one at a time.
     """
 
     order: str = "mix"
@@ -75,8 +75,8 @@ class Taylor:
                 parameter.requires_grad_(trained[name])
             model.train(training)
         world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-        told = {key: values / world for key, values in pass_.tally.values.items()}  # every rank has come to the whole
-        return {**told, "batches": np.array([1.0 / world])}
+        values = {key: values / world for key, values in pass_.tally.values.items()}  # every rank has the whole
+        return {**values, "batches": np.array([1.0 / world])}
 
     def scores(
         self, model: Any, anatomy: Anatomy, kinds: Sequence[str], statistics: Statistics
@@ -98,16 +98,17 @@ class Taylor:
 
 @dataclass
 class _Pass:
-    """One forward and backward, and what its hooks tell."""
+    """One forward and backward pass, and what its hooks gather."""
 
     taylor: Taylor
     tally: Tally
     names: dict[int, str]  # of the weights that are asked for
-    rows: int  # on this rank
+    own_samples: int  # on this rank
     samples: int  # on all
 
     def product(self, module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        """A forward hook of what is one matrix product: the gradient of its weight is that of what it read and gave."""
+        """A forward hook of what is one matrix product: the gradient of its weight is the product of
+        its inputs and its outputs' gradients."""
         read = inputs[0].detach()
 
         def taken(gradient: Tensor) -> None:
@@ -118,7 +119,7 @@ class _Pass:
         output.register_hook(taken)
 
     def other(self, module: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        """Of any other module whose inputs and outputs have a row for each token: done again for each sample."""
+        """Of any other module whose inputs and outputs have a first dimension of tokens: run again for each sample."""
         outputs = [each for each in (output if isinstance(output, tuple) else (output,)) if each.requires_grad]
         read = [each.detach() for each in inputs]
         own = [parameter for parameter in module.parameters(recurse=False) if id(parameter) in self.names]
@@ -127,19 +128,21 @@ class _Pass:
             for parameter in own:  # one by one: each is a matrix of all experts
                 with gathered(module.parameters()):
                     self._tell(
-                        parameter, (self._again(module, read, gradients, parameter, n) for n in range(self.rows))
+                        parameter, (self._again(module, read, gradients, parameter, n) for n in range(self.own_samples))
                     )
 
         torch.autograd.graph.register_multi_grad_hook(outputs, taken)
 
     def _again(
-        self, module: Any, read: list[Tensor], gradients: Sequence[Tensor | None], parameter: Tensor, row: int
+        self, module: Any, read: list[Tensor], gradients: Sequence[Tensor | None], parameter: Tensor, sample: int
     ) -> Tensor:
         with torch.enable_grad():
             parameter.requires_grad_(True)
-            output = module.forward(*(each.chunk(self.rows)[row] for each in read))
+            output = module.forward(*(each.chunk(self.own_samples)[sample] for each in read))
             outputs = [each for each in (output if isinstance(output, tuple) else (output,)) if each.requires_grad]
-            pairs = [(o, g.chunk(self.rows)[row]) for o, g in zip(outputs, gradients, strict=True) if g is not None]
+            pairs = [
+                (o, g.chunk(self.own_samples)[sample]) for o, g in zip(outputs, gradients, strict=True) if g is not None
+            ]
             (gradient,) = torch.autograd.grad([o for o, _ in pairs], [parameter], [g for _, g in pairs])
             parameter.requires_grad_(False)
         return gradient.float()
@@ -151,7 +154,7 @@ class _Pass:
     @torch.no_grad()
     def _tell_product(self, parameter: Tensor, left: Tensor, right: Tensor) -> None:
         """Of a matrix [R, C] whose gradient of a sample is left[T, R]ᵀ @ right[T, C]."""
-        left_BTR, right_BTC = (each.reshape(self.rows, -1, each.shape[-1]).float() for each in (left, right))
+        left_BTR, right_BTC = (each.reshape(self.own_samples, -1, each.shape[-1]).float() for each in (left, right))
         name, (height, width) = self.names[id(parameter)], parameter.shape
         step = max(1, _AT_ONCE.get(parameter.device.type, 2**26) // width)
         device = parameter.device
@@ -178,7 +181,7 @@ class _Pass:
 
     @torch.no_grad()
     def _tell(self, parameter: Tensor, gradients: Iterable[Tensor]) -> None:
-        """`gradients`: of this rank's samples, each of its share of the batch's loss."""
+        """`gradients`: one for each of this rank's samples, of its share of the batch's loss."""
         total: Tensor | None = None
         squares: Tensor | None = None
         for one in gradients:
@@ -201,5 +204,5 @@ class _Pass:
 
 
 def _differentiable(module: Any, inputs: Any, output: Tensor) -> Tensor:
-    """What comes out of the embeddings gets a gradient, and so has all that is made of it; no weight has one."""
+    """The embeddings' output gets a gradient, and so does all that is computed from it; no weight has one."""
     return output.requires_grad_()

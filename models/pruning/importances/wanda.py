@@ -15,7 +15,7 @@ from models.pruning.importance import Batch, Statistics, columns, fed_by, of_pla
 
 @dataclass(frozen=True)
 class Wanda:
-    """Σ |w| · ‖x‖₂ over the columns by which the next matrix reads a unit, ‖x‖₂ over all calibration tokens.
+    """Σ |w| · ‖x‖₂ over the columns by which a unit enters the next matrix, ‖x‖₂ over all calibration tokens.
 
     arXiv:2306.11695, whose score is one weight's.
     """
