@@ -184,7 +184,7 @@ def measure_folder(
     prompt: Tensor,
     device: str,
     dtype: str,
-    settings: Speed,
+    settings: Speed | None,
     packed: bool,
     trust_remote_code: bool = False,
     quiz: Quiz | None = None,
@@ -192,18 +192,23 @@ def measure_folder(
 ) -> dict[str, Any]:
     """One row of the report. `text_bytes`: UTF-8 bytes of the text that the batches' targets stand for. `record`: of a
     quantized model, which is scored with activations and cache rounded as that says; its speed is the plain model's.
+    `settings` None: neither speed nor the memory of a request is measured.
 
     With a `quiz` also `right`: for each of its sets, whether each question was answered right, by its text.
     """
-    if device == "cpu":
+    if settings is not None and device == "cpu":
         # Once for nothing: the libraries' code that loads on first use is as large as a small model.
         model = open_for_inference(folder, device, dtype, trust_remote_code)
         speed(model, prompt[:, :2], Speed(new_tokens=2, repeats=1))
         del model
     memory = PeakMemory(device)
     model = open_for_inference(folder, device, dtype, trust_remote_code)
-    quick = speed(model, _within(prompt, getattr(model.config, "max_position_embeddings", None), settings), settings)
-    peak = memory.bytes()  # what serving one request takes; scoring long texts below is another matter
+    quick: dict[str, float] = {}
+    if settings is not None:
+        short = _within(prompt, getattr(model.config, "max_position_embeddings", None), settings)
+        quick = speed(model, short, settings)
+        # what serving one request takes; scoring long texts below is another matter
+        quick["peak_memory_bytes"] = memory.bytes()
     check_split(model, model.config.vocab_size, packed)
     if record is not None:
         from models.quantization.proof import round_as_quantized
@@ -222,7 +227,6 @@ def measure_folder(
         "perplexity": float(torch.tensor(nats / tokens, dtype=torch.float64).exp()),
         "bits_per_byte": nats / 0.6931471805599453 / text_bytes,
         **quick,
-        "peak_memory_bytes": peak,
         **({} if cache is None else {"cache_bytes_per_token": cache}),
         **({} if zeros is None else {"zeros": zeros}),
         **({"right": right} if quiz else {}),
@@ -264,7 +268,7 @@ def measure_export(
     text_bytes: int,
     prompt: Tensor,
     device: str,
-    settings: Speed,
+    settings: Speed | None,
 ) -> dict[str, Any]:
     """One row of the report, of a folder that `form` has written."""
     runtime, quick = served(form, Path(folder), prompt, device, settings)
@@ -282,10 +286,12 @@ def served(
     folder: Path,
     prompt: Tensor,
     device: str,
-    settings: Speed,
+    settings: Speed | None,
 ) -> tuple[Any, dict[str, float]]:
     """(runtime, speed and memory of one request): nothing of the latter where the format's own runtime cannot be had
-    here, as they would be another one's. `prompt`: Int64[1, T]."""
+    here, as they would be another one's, or where `settings` is None. `prompt`: Int64[1, T]."""
+    if settings is None:
+        return form.open(folder, device), {}
     if device == "cpu":
         runtime = form.open(folder, device)  # once for nothing, as in measure_folder
         runtime.speed(prompt[:, :2], Speed(new_tokens=2, repeats=1))

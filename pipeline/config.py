@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
 from omegaconf import MISSING, OmegaConf
@@ -180,19 +181,32 @@ def selected(config: dict[str, Any]) -> list[str]:
     return chosen
 
 
-def identity(config: dict[str, Any], stage: str, immaterial: Callable[[str], Collection[str]]) -> dict[str, Any]:
+def _none_of(target: str) -> Collection[str]:
+    return ()
+
+
+def identity(
+    config: dict[str, Any],
+    stage: str,
+    immaterial: Callable[[str], Collection[str]],
+    compared_by_content: Callable[[str], Collection[str]] = _none_of,
+) -> dict[str, Any]:
     """The part of the configuration that decides what `stage` makes.
 
     `immaterial` names, for a node's `_target_`, the keys of that very node which change nothing beyond rounding:
-    another value of theirs neither invalidates a finished stage nor forbids to go on in an unfinished one. Paths into
-    the run folder are written as `<run_dir>/…`, so that a run folder may be moved.
+    another value of theirs neither invalidates a finished stage nor forbids to go on in an unfinished one.
+    `compared_by_content` names those whose files are compared by what they hold (parents of the stage): local ones are
+    written as `<local file>`, so that they may be moved. Paths into the run folder are written as `<run_dir>/…`, so
+    that it may be moved too.
     """
     root = config["run_dir"].rstrip("/")
 
     def clean(node: Any) -> Any:
         if isinstance(node, dict):
-            left_out = immaterial(node["_target_"]) if "_target_" in node else ()
-            return {k: clean(v) for k, v in node.items() if k not in left_out}
+            target = node.get("_target_")
+            left_out, moving = (immaterial(target), compared_by_content(target)) if target else ((), ())
+            kept = {k: clean(v) for k, v in node.items() if k not in left_out}
+            return kept | {k: _without_place(kept[k]) for k in moving if k in kept}
         if isinstance(node, list):
             return [clean(v) for v in node]
         if isinstance(node, str) and (node == root or node.startswith(root + "/")):
@@ -201,6 +215,15 @@ def identity(config: dict[str, Any], stage: str, immaterial: Callable[[str], Col
 
     cleaned: dict[str, Any] = clean(config["stages"][stage])
     return cleaned
+
+
+def _without_place(node: Any) -> Any:
+    """Paths, or a list of them, without where they lie; hub ids and names of embedded texts stay."""
+    if isinstance(node, list):
+        return [_without_place(each) for each in node]
+    if not isinstance(node, str) or not node or not (path := Path(node).expanduser()).exists():
+        return node
+    return "<local folder>" if path.is_dir() else f"<local file>{path.suffix}"
 
 
 def fingerprint(value: Any) -> str:

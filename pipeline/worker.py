@@ -80,7 +80,7 @@ def check(spec: dict[str, Any]) -> dict[str, Any]:
                 "ranks": stage.ranks(context),
                 "device": context.device,
                 "parents": stage.parents(context),
-                "identity": identity(spec["config"], name, immaterial),
+                "identity": identity(spec["config"], name, immaterial, compared_by_content),
             }
             entry["warnings"] += _out_of_size(spec["config"], name, entry["parameters"])
             plan.append({"stage": name, **surroundings, **entry})
@@ -142,6 +142,13 @@ def immaterial(target: str) -> Collection[str]:
     from hydra.utils import get_object
 
     return getattr(get_object(target), "immaterial", ())
+
+
+def compared_by_content(target: str) -> Collection[str]:
+    """The fields of the class `target` that name files, where what these hold is compared and not where they lie."""
+    from hydra.utils import get_object
+
+    return getattr(get_object(target), "compared_by_content", ())
 
 
 _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {  # annotation → what is needed, and whether it is

@@ -16,7 +16,7 @@ from hydra.utils import get_object, instantiate
 
 from models.errors import Refusal
 from pipeline.config import Config, differences, identity, parse, selected
-from pipeline.worker import build, immaterial
+from pipeline.worker import build, compared_by_content, immaterial
 from tests.command import ROOT, train
 
 CONF = ROOT / "conf"
@@ -337,6 +337,52 @@ def test_the_identity_of_a_stage_ignores_hardware_and_where_the_run_folder_is() 
         ), word
 
 
+def test_the_identity_of_a_stage_knows_data_by_what_it_holds_and_not_by_where_it_lies(tmp_path: Path) -> None:
+    from pipeline.worker import check
+
+    template = "{{ messages }}"
+    for place in ("here", "there"):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "text.txt").write_text("One line.\n" * 40)
+        (tmp_path / place / "chat.jinja").write_text(template)
+
+    def told(place: str, *words: str) -> dict[str, Any]:
+        folder = tmp_path / place
+        config = quickstart(
+            "run_dir=run", f"data.train=[{folder}/text.txt]", f"data.test={folder}/text.txt",
+            f"data.chat_template={folder}/chat.jinja", *words,
+        )  # fmt: skip
+        return {stage: identity(config, stage, immaterial, compared_by_content) for stage in config["stages"]}
+
+    assert told("here") == told("there")
+    for other in ("data.train=[owner/name]", "data.test=stdlib", "data.chat_template=null", "data.holdout=0.1"):
+        assert told("here", other)["distill"] != told("here")["distill"], other
+    assert told("here", "data.train=owner/name")["distill"]["data"]["train"] == "owner/name"
+
+    # The worker says so too; what the files hold is compared apart.
+    def plan(place: str) -> dict[str, Any]:
+        config = quickstart("run_dir=run", f"data.train={tmp_path / place}/text.txt")
+        (found,) = check({"config": config, "stages": ["pretrain"]})["plan"]
+        return found
+
+    before, after = plan("here"), plan("there")
+    assert before["identity"] == after["identity"]
+    assert before["content"] == after["content"]
+    (tmp_path / "there" / "text.txt").write_text("Another line.\n" * 40)
+    assert plan("there")["content"] != before["content"]
+    assert plan("there")["identity"] == before["identity"]
+
+
+def test_answers_of_a_stage_of_the_run_have_one_identity_before_and_after_they_are_made(tmp_path: Path) -> None:
+    def told() -> dict[str, Any]:
+        config = composed("+experiment=demo/sequence_level", f"run_dir={tmp_path}")
+        return identity(config, "distill", immaterial, compared_by_content)
+
+    before = told()
+    (tmp_path / "generate").mkdir()
+    assert told() == before
+
+
 def leaves(node: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     """The place of every single value below a node."""
     pairs = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else None
@@ -356,7 +402,7 @@ SPEED_AND_MEMORY = {  # of these experiments' stages: all that may change in the
 }
 
 
-@pytest.mark.parametrize("experiment", ["quickstart", "sequence_level"])
+@pytest.mark.parametrize("experiment", ["quickstart", "demo/sequence_level"])
 def test_every_value_of_a_stage_is_of_its_identity_but_for_those_of_speed_and_memory(experiment: str) -> None:
     config = composed(f"+experiment={experiment}", "run_dir=here")
     for stage, node in config["stages"].items():
@@ -584,6 +630,18 @@ def test_a_student_larger_than_its_teacher_is_warned_of() -> None:
 
     plan = check({"config": quickstart("student.shape.hidden_size=256"), "stages": ["pretrain", "distill"]})["plan"]
     assert "is larger than its teacher" in plan[1]["warnings"][0]
+
+
+def test_a_warm_up_longer_than_the_stage_is_warned_of() -> None:
+    from pipeline.worker import check
+
+    words = ["schedule.warmup_steps=1000", *(f"stages.{name}.training.max_steps=2" for name in ("pretrain", "distill"))]
+    pretrain, distill = check({"config": quickstart(*words), "stages": ["pretrain", "distill"]})["plan"]
+    told = "schedule.warmup_steps={} of 2 steps: the learning rate never reaches optimizer.lr; set fewer"
+    assert pretrain["warnings"] == ["stages.pretrain.training." + told.format(100)]
+    assert distill["warnings"] == [told.format(1000)]
+    (pretrain,) = check({"config": quickstart(), "stages": ["pretrain"]})["plan"]
+    assert pretrain["warnings"] == []
 
 
 def test_two_tokenizers_are_refused_with_the_first_differing_token(tmp_path: Path) -> None:

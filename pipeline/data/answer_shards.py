@@ -25,7 +25,7 @@ SHARD_SCHEMA = pa.schema(
         "provenance": pa.string(),
         "sample": pa.int32(),
         "completion_ids": _IDS,
-        "log_probabilities": _FLOATS,  # null where a server tells none; an end that was added to its answer has none
+        "log_probabilities": _FLOATS,  # null where a server reports none; an end token that was added has none
         "finish_reason": pa.string(),
     }
 )

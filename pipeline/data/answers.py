@@ -11,24 +11,20 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from models.errors import Refusal
+from pipeline.data.answer_files import TEACHERS, columns_of, files_of, prompt_keys, read_answers, records
 from pipeline.data.pairs import Pair, split_pair, write_sequences
-from pipeline.data.readers import objects, parquet
-from pipeline.data.source import SPLITS, DataSource, Prompt
+from pipeline.data.readers import parquet
+from pipeline.data.source import DataSource, Prompt
 from pipeline.data.tokenizer import FILES, begin_token, load_tokenizer, tokenizer_key
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-ANSWERS, DROPPED = "answers.parquet", "dropped.parquet"  # in a folder of the stage generate
 TOO_LONG = ("refuse", "drop", "truncate")
-_SUFFIXES = (".parquet", ".jsonl")
-_IDS, _TEXTS = ("prompt_ids", "completion_ids"), ("prompt", "completion")
-_TEACHERS = "teacher_prompt_ids"
 
 
 @dataclass
@@ -101,7 +97,7 @@ class Answers(DataSource):
             return True
         for path in self._files(own):
             name = self._columns(path)[0]
-            if own != "train" or any(self._split_of(row, name) == split for _, row in _records(path, [name, "split"])):
+            if own != "train" or any(self._split_of(row, name) == split for _, row in records(path, [name, "split"])):
                 return True
         return False
 
@@ -148,39 +144,10 @@ class Answers(DataSource):
     # --- reading ---
 
     def _files(self, split: str) -> list[Path]:
-        """What `train` and the like name; nothing where it is not given."""
-        given = getattr(self, split)
-        if given is None:
-            return []
-        path = Path(given).expanduser()
-        if path.is_file() and path.suffix in _SUFFIXES:
-            return [path]
-        if (path / ANSWERS).is_file():
-            return [path / ANSWERS]
-        found = sorted(each for each in path.glob("*") if each.suffix in _SUFFIXES and each.name != DROPPED)
-        if not path.exists():
-            raise Refusal(
-                f"data.{split}={given}: no such file or folder; run the stage generate, or name what it wrote"
-            )
-        if not found:
-            raise Refusal(f"data.{split}={given}: it holds no {ANSWERS}, and no {' or '.join(_SUFFIXES)} file")
-        return found
+        return files_of(split, getattr(self, split))
 
     def _columns(self, path: Path) -> tuple[str, str]:
-        """The columns to read; a Refusal where they are missing."""
-        if path.suffix == ".parquet":
-            there = set(parquet(path).schema_arrow.names)
-        else:
-            there = set(next(objects(path), ("", {}))[1])
-        wanted = _TEXTS if self.as_text or not there.issuperset(_IDS) else _IDS
-        if missing := [name for name in wanted if name not in there]:
-            raise Refusal(
-                f"{path}: no column {missing[0]}; need {' and '.join(_IDS)} (tokens), or {' and '.join(_TEXTS)} "
-                f"(text), and it has {', '.join(sorted(there)) or 'nothing'}"
-            )
-        if self.context and (_TEACHERS not in there or wanted == _TEXTS):
-            raise Refusal(f"{path}: data.context=true needs the tokens of {_TEACHERS}; set it to false")
-        return wanted
+        return columns_of(path, self.as_text, self.context)
 
     def _check_tokenizer(self, tokenizer: Any) -> None:
         """A folder names the tokenizer its tokens are of; a bare file does not."""
@@ -198,19 +165,21 @@ class Answers(DataSource):
         longest, dropped = 0, 0
         # What a file of its own holds out is not learnt from where train has it too.
         others = ("validation", "test") if split == "train" else ()
-        held_out = {key for other in others if getattr(self, other) for row in self._rows(other) for key in _asked(row)}
+        held_out = {
+            key for other in others if getattr(self, other) for row in self._rows(other) for key in prompt_keys(row)
+        }
         for row in self._rows(split):
             if counts["documents"] == self.max_answers:
                 break
             counts["documents"] += 1
-            if not held_out.isdisjoint(_asked(row)):
+            if not held_out.isdisjoint(prompt_keys(row)):
                 counts["held_out"] += 1
                 continue
             prompt, answer, text = self._tokens(row, tokenizer)
             if not prompt or not answer:
                 counts["empty"] += 1
                 continue
-            teachers = [list(row[_TEACHERS])] if self.context else []
+            teachers = [list(row[TEACHERS])] if self.context else []
             room = self.max_length - len(prompt)
             if teachers:
                 room = min(room, self.teacher_max_length - len(teachers[0]))
@@ -258,19 +227,9 @@ class Answers(DataSource):
     def _rows(self, split: str) -> Iterator[dict[str, Any]]:
         own = split if getattr(self, split) else "train"
         for path in self._files(own):
-            wanted = self._columns(path)
-            more = ["prompt", "completion", "split", "finish_reason", *([_TEACHERS] if self.context else [])]
-            for where, row in _records(path, [*wanted, *more]):
-                if any(name not in row for name in wanted):
-                    raise Refusal(f"{where}: it has no {' and '.join(wanted)}, unlike the first; mend or drop it")
-                if odd := [name for name in _TEXTS if not isinstance(row.get(name) or "", str)]:
-                    raise Refusal(
-                        f"{where}: its {odd[0]} is {type(row[odd[0]]).__name__}, and text is needed; conversations are "
-                        f"read by data=chat"
-                    )
-                if row.get("split") not in (None, *SPLITS):
-                    raise Refusal(f"{where}: its split is {row['split']!r}; need one of {', '.join(SPLITS)}")
-                if own != "train" or self._split_of(row, wanted[0]) == split:
+            prompt = self._columns(path)[0]
+            for row in read_answers(path, self.as_text, self.context):
+                if own != "train" or self._split_of(row, prompt) == split:
                     yield row
 
     def _split_of(self, row: dict[str, Any], prompt: str) -> str:
@@ -283,21 +242,3 @@ class Answers(DataSource):
             if fraction < share:
                 return "train" if getattr(self, held_out) else held_out
         return "train"
-
-
-def _asked(row: dict[str, Any]) -> set[bytes]:
-    """What a row's prompt is known by: its tokens, its text, or both."""
-    known = [row[name] for name in ("prompt_ids", "prompt") if row.get(name)]
-    return {hashlib.blake2b(json.dumps(each).encode(), digest_size=16).digest() for each in known}
-
-
-def _records(path: Path, names: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The records of a file, each with where it stands; of these columns those that it has."""
-    if path.suffix == ".parquet":
-        file = parquet(path)
-        columns = [name for name in file.schema_arrow.names if name in names]
-        rows = chain.from_iterable(batch.to_pylist() for batch in file.iter_batches(1000, columns=columns))
-        yield from ((f"{path} row {number}", row) for number, row in enumerate(rows))
-        return
-    for where, record in objects(path):
-        yield where, {name: value for name, value in record.items() if name in names}

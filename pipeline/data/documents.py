@@ -69,6 +69,7 @@ class Documents(DataSource):
     max_documents: int | None = None  # in each split, the first ones read
     validation_sequences: int | None = None
     node: ClassVar[str] = "data"
+    compared_by_content: ClassVar[frozenset[str]] = frozenset({*SPLITS, "chat_template"})
 
     @property
     def columns(self) -> Columns:

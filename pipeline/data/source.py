@@ -40,6 +40,8 @@ class DataSource(ABC):
     """conf/data and conf/task: where packed sequences come from."""
 
     node: ClassVar[str] = "data"  # of the configuration, for messages
+    # fields that name files, of which a rerun compares what they hold (content_key, made_by_stages) and not the path
+    compared_by_content: ClassVar[frozenset[str]] = frozenset(SPLITS)
 
     max_length: int  # tokens in a packed sequence
     packing: bool  # several pieces in a sequence; else each is padded by itself

@@ -68,7 +68,7 @@ class Distill(Stage):
         return source_key(self.data)
 
     def check(self, context: Context) -> StagePlan:
-        settings.check(context, self.training, self.precision)
+        warnings = settings.check(context, self.training, self.precision)
         corpus = check_source(context, self.data)
         # Where another program runs the teacher, or only its cache is left, its tokenizer and config will do.
         opened = self.student.opens_teacher or (self._taught and not self._cache)
@@ -80,7 +80,6 @@ class Distill(Stage):
         Combination(context, self._recipe, self.teacher, self.student, teacher, student).check()
         self._plan(context, student)
         settings.check_disk(context, sizes["student"])
-        warnings = []
         if sizes["student"] > sizes["teacher"]:
             warnings.append(
                 f"the student ({sizes['student']:,} parameters) is larger than its teacher ({sizes['teacher']:,})"

@@ -52,7 +52,7 @@ class Pretrain(Stage):
         return source_key(self.data)
 
     def check(self, context: Context) -> StagePlan:
-        settings.check(context, self.training, self.precision)
+        warnings = settings.check(context, self.training, self.precision)
         corpus = check_source(context, self.data)
         if corpus["chat"] and not self.tokenizer.path:
             raise Refusal(
@@ -64,7 +64,13 @@ class Pretrain(Stage):
         context.plan_model(config)
         parameters = parameter_count(empty_model(config))
         settings.check_disk(context, parameters)
-        return StagePlan(model=config.model_type, parameters=parameters, data=corpus, until=self.training.length())
+        return StagePlan(
+            model=config.model_type,
+            parameters=parameters,
+            data=corpus,
+            until=self.training.length(),
+            warnings=warnings,
+        )
 
     def prepare(self, context: Context) -> None:
         if self.tokenizer.path:

@@ -57,8 +57,8 @@ class Training:
         return " or ".join(f"{value:,} {name}" for name, value in limits.items() if value is not None)
 
 
-def check(context: Context, training: Training, precision: Any) -> None:
-    """Refuse what can be seen to fail before anything is loaded."""
+def check(context: Context, training: Training, precision: Any) -> list[str]:
+    """Refuse what can be seen to fail before anything is loaded; warnings of what can be seen to go wrong."""
     trainer = context.config["trainer"]
     _check_numbers(trainer)
     if trainer["nodes"] > 1 and not instantiate(context.config["launch"]).several_nodes:
@@ -77,6 +77,19 @@ def check(context: Context, training: Training, precision: Any) -> None:
     except (TypeError, ValueError) as problem:
         raise Refusal(f"stages.{context.stage}.training or callbacks: {str(problem).splitlines()[0]}") from None
     last_checkpoint(context.work / "checkpoints", context.strategy.sharded, context.world)
+    return _warnings(context, training)
+
+
+def _warnings(context: Context, training: Training) -> list[str]:
+    schedule = context.config["stages"][context.stage]["training"]["schedule"]
+    warmup = schedule.get("warmup_steps", 0)
+    if training.max_steps is None or warmup <= training.max_steps:
+        return []
+    own = "" if schedule == context.config["schedule"] else f"stages.{context.stage}.training."
+    return [
+        f"{own}schedule.warmup_steps={warmup} of {training.max_steps} steps: the learning rate never reaches "
+        f"optimizer.lr; set fewer"
+    ]
 
 
 def _check_numbers(trainer: dict[str, Any]) -> None:

@@ -41,7 +41,7 @@ from pipeline.data.filters import (
     repeated_share,
 )
 from pipeline.data.tokenizer import load_tokenizer, train_tokenizer
-from pipeline.stages.generate import end_tokens
+from pipeline.generation.request import end_tokens
 from pipeline.worker import build, check
 from tests.command import ROOT, train
 from tests.data.test_chat import CHATML, turn

@@ -21,6 +21,9 @@ from pipeline.artifact import content_hash
 from pipeline.config import Config, parse
 from pipeline.context import Context
 from pipeline.data.tokenizer import load_tokenizer
+from pipeline.quiz import quiz_of
+from pipeline.report.report import write_report
+from pipeline.report.terminal import table
 from pipeline.worker import build, check
 from tests.command import ROOT, train, weights
 
@@ -195,6 +198,24 @@ def test_the_report_says_what_was_transferred(plain: Path) -> None:
     assert rows["student before"]["accuracy"] == rows["pretrain"]["accuracy"]  # it starts as the teacher's copy
 
 
+def test_a_report_without_speed_and_comparisons_has_empty_cells(plain: Path, tmp_path: Path) -> None:
+    models = ",".join(str(plain / stage) for stage in ("pretrain", "distill"))
+    words = ["stages.evaluate.speed=null", "stages.evaluate.compare=null", "stages.evaluate.before=null"]
+    folder = make(tmp_path, "evaluate", *words, f"stages.evaluate.models=[{models}]")
+    metrics = json.loads((folder / "manifest.json").read_text())["metrics"]
+    known = {
+        row["stage"]: row for row in json.loads((plain / "evaluate" / "manifest.json").read_text())["metrics"]["rows"]
+    }
+    for row in metrics["rows"]:
+        assert row["perplexity"] == known[row["stage"]]["perplexity"]
+        assert not {"generate_tokens_per_second", "first_token_ms", "peak_memory_bytes"} & set(row)
+    assert metrics["comparisons"] == []
+    report = write_report(tmp_path)
+    assert [row["generate_tokens_per_second"] for row in report["rows"]] == [None, None]
+    assert " against " not in str(table(report).caption)
+    assert (tmp_path / "report.html").exists()
+
+
 def test_questions_of_one_text_are_counted_one_by_one(plain: Path, tmp_path: Path) -> None:
     """Documents as the context: what is asked of each can be the same."""
     lines = [{"query": "what?", "answer": "abc"[n % 3], "document": "xyz"[n % 3]} for n in range(6)]
@@ -206,9 +227,9 @@ def test_questions_of_one_text_are_counted_one_by_one(plain: Path, tmp_path: Pat
         f"task.test={tmp_path / 'test.jsonl'}", "task.context='{document}'", "stages.evaluate.before=null",
         "stages.evaluate.models=[]",
     ]  # fmt: skip
-    config = composed(tmp_path / "run", *words)
-    made = build(config, "evaluate")
-    (questions, _) = made._quiz(load_tokenizer(str(plain / "pretrain")), shown=True)
+    made = build(composed(tmp_path / "run", *words), "evaluate")
+    tokenizer = load_tokenizer(str(plain / "pretrain"))
+    questions = quiz_of(made.task, tokenizer, role="teacher", shown=True, queries=6, batch_size=4, choices_per="choice")
     names = {name: _names(each) for name, each in questions.questions.items()}
     assert len(set(names["unseen"])) == len(names["unseen"]) == 6
     assert names["unseen"] == names["unseen, shown"]
