@@ -299,6 +299,7 @@ def test_tiny_changes_sizes_only() -> None:
         "samples",
         "length",
         "group_size",
+        "sized_for",
         "prompt_tokens",
         "new_tokens",
         "repeats",
