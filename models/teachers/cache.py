@@ -10,7 +10,7 @@ shards: safetensors files, each written aside, synced and renamed, with the piec
 Every piece has a checksum that is verified whenever it is read; the index, and what a file says of its tensors, have
 one that is verified when the cache is opened.
 
-Legend: P pieces, N supervised tokens.
+Legend: P pieces, N supervised tokens; B sequences of T tokens, H hidden width.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -93,6 +93,10 @@ class Piece:
     start: int
     stop: int
     key: bytes
+
+    def states(self, hidden: Float[Tensor, "B T H"]) -> Float[Tensor, "N H"]:
+        """Those of a batch at the supervised tokens of this piece."""
+        return hidden[self.row][torch.from_numpy(self.supervised).to(hidden.device)]
 
 
 def pieces_of(batch: dict[str, Any], fingerprint: bytes) -> list[Piece]:

@@ -27,6 +27,7 @@ from models.teachers.encodings.encoding import Payload
 from models.teachers.encodings.top_k import TopK
 from models.teachers.endpoint import Endpoint
 from models.teachers.served import Served
+from models.teachers.served_payload import served_payload
 from pipeline.artifact import content_hash
 from pipeline.config import Config, parse
 from pipeline.context import Context
@@ -353,9 +354,12 @@ def told_by_a_server(logits: Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
     return ids.numpy(), best.values.float().numpy()
 
 
-def recorder(k: int) -> Record:
+def payload_of(told: tuple[np.ndarray, np.ndarray], k: int) -> Payload:
+    """30 tokens, in a table of 36."""
     served = Served("teacher", "cache", Endpoint("http://host/v1", top_k=k))
-    return Record(Documents(), served, TopK(dtype="float32"))
+    encoding = Record(Documents(), served, TopK(dtype="float32"))._encoding
+    assert isinstance(encoding, TopK)
+    return served_payload(encoding, *told, 30, 36, "teacher")
 
 
 @pytest.mark.parametrize("k", [5, 30, 36])
@@ -365,7 +369,7 @@ def test_a_servers_padded_columns_and_impossible_tokens_are_no_tokens(k: int) ->
     logits[0, 33] = logits[1, 35] = 6.0  # padding that the model finds likely
     logits[2, 4:] = -torch.inf  # four tokens are possible
     told = told_by_a_server(logits, k)
-    payload = recorder(k)._served(*told, 30, 36)
+    payload = payload_of(told, k)
     ids, got = payload["ids"].long(), payload["logits"].double()
     assert ids.shape == (4, min(k, 30))
     assert all(len(row.unique()) == len(row) and row.max() < 30 for row in ids)
@@ -384,9 +388,9 @@ def test_a_servers_padded_columns_and_impossible_tokens_are_no_tokens(k: int) ->
 
 def test_a_server_of_another_model_or_of_fewer_tokens_is_refused() -> None:
     with pytest.raises(Refusal, match="names token 40, and its model has 36; give the tokenizer and the config"):
-        recorder(2)._served(np.array([[40, 3]]), np.log([[0.6, 0.2]]), 30, 36)
+        payload_of((np.array([[40, 3]]), np.log([[0.6, 0.2]])), 2)
     with pytest.raises(Refusal, match=r"teacher.endpoint.top_k=20: the server gives 2 tokens at most; set .*top_k=2$"):
-        recorder(20)._served(np.array([[4, 3]]), np.log([[0.6, 0.2]]), 30, 36)
+        payload_of((np.array([[4, 3]]), np.log([[0.6, 0.2]])), 20)
 
 
 class Server:

@@ -2,17 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from models import seeds
 from models.objectives.chunked import objective_sum
 from models.objectives.forward_kl import ForwardKL
 from models.objectives.head import Head
 from models.objectives.signal import Dense
+from models.teachers.cache import Piece
 from models.teachers.encodings.encoding import Encoding, Payload
 
 _NOISE = 1.0  # of the spread of the hidden states: a student that is not yet its teacher
+
+
+def fidelities(
+    encoding: Encoding, pieces: Iterable[Piece], hidden: Float[Tensor, "B T H"], head: Head, most_tokens: int
+) -> dict[str, dict[str, float | int]]:
+    """By temperature, on pieces of a batch with `most_tokens` supervised tokens; on one piece at least."""
+    chosen: list[Piece] = []
+    count = 0
+    for piece in pieces:
+        if not chosen or count + len(piece.supervised) <= most_tokens:
+            chosen.append(piece)
+            count += len(piece.supervised)
+    payloads = [encoding.encode(piece.states(hidden), head, seeds.of_piece(piece.key)) for piece in chosen]
+    payload = {name: torch.cat([each[name] for each in payloads]) for name in payloads[0]}
+    states_NH = torch.cat([piece.states(hidden) for piece in chosen])
+    one = [getattr(encoding, "temperature", 1.0)]
+    return {
+        f"{temperature:g}": fidelity(encoding, payload, states_NH, head, temperature)
+        for temperature in getattr(encoding, "temperatures", one)
+    }
 
 
 def fidelity(
@@ -20,10 +44,10 @@ def fidelity(
 ) -> dict[str, float | int]:
     """Against the dense teacher, on N tokens whose `payload` the encoding made.
 
-    `own_kl`: what a student that is the teacher would be told is still missing, nats per token. For one that is the
-    teacher with noise on its hidden states: the divergence per token, dense and as encoded, and the gradient's error as
-    a share of the dense gradient's norm: of the head's weight, which sums over tokens as every weight's gradient does,
-    and token by token. Draws err at each token, and much less in the sum.
+    `own_kl`: the divergence of a student that equals the teacher, nats per token. For a student that is the teacher
+    with noise on its hidden states: the divergence per token, dense and as encoded, and the gradient's error as a share
+    of the dense gradient's norm: of the head's weight, which sums over tokens as every weight's gradient does,
+    and token by token. The error of sampled tokens is large at each token, and much smaller in the sum.
     """
     head = Head(
         head.weight.detach().float().requires_grad_(),
