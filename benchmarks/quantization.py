@@ -266,7 +266,7 @@ def write_tokens(folder: Path, settings: Settings) -> None:
     calibration = []
     for repeat in range(settings.repeats):
         made, context = stage("gptq", "w8a16", [], folder / f"rows-{repeat}", settings, repeat)
-        tokenizer, _, batches = made._walk.open(context)
+        tokenizer, _, batches = made.layer_by_layer.open(context)
         calibration.append(torch.cat(batches))
     texts = documents(made.data, "test")["text"][:]
     tokens = [token for text in texts for token in tokenizer(text, verbose=False)["input_ids"]]

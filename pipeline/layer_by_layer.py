@@ -1,9 +1,9 @@
-"""What stages that change a model layer by layer share: the model, its calibration text, and layers that are done."""
+"""What the stages share that change a model layer by layer: the model, calibration text, and finished layers."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor
 from models.errors import Refusal
 from models.layerwise import Turn
 from models.load import DTYPES, empty_model, parameter_count
-from models.matrices import name_of_layers
+from models.matrices import Matrix, name_of_layers
 from models.offloaded import Offloaded, load_offloaded
 from models.representations import decoder_layers
 from pipeline.context import Context
@@ -30,12 +30,12 @@ from pipeline.stages.stage import Plan
 
 @dataclass(frozen=True)
 class LayerByLayer:
-    """A stage's way through its model, layer by layer: which model, and the text that the layers read."""
+    """The model that a stage changes layer by layer, and its calibration text."""
 
-    stage: str  # as its settings are called
+    stage: str  # the name that its settings are called by in messages
     model: str
     data: DataSource
-    reads: bool  # whether text is needed
+    reads: bool  # whether calibration text is needed
     calibration: Calibration
     dtype: str
     trust_remote_code: bool
@@ -43,7 +43,7 @@ class LayerByLayer:
 
     def __post_init__(self) -> None:
         if not self.calibration.concatenated:  # batches without padding
-            raise Refusal(f"{self.stage}.calibration.concatenated=false: layers read samples of one length; use true")
+            raise Refusal(f"{self.stage}.calibration.concatenated=false: samples need one length; use true")
         if self.dtype not in DTYPES:
             raise Refusal(f"{self.stage}.dtype={self.dtype}: need one of {', '.join(DTYPES)}")
 
@@ -51,7 +51,7 @@ class LayerByLayer:
         return {"model": self.model, **self.data.made_by_stages}
 
     def check(self, context: Context, fits: Callable[[Any], object]) -> Plan:
-        """The stage's plan; `fits` refuses what cannot be asked of the model, which is without memory then."""
+        """The stage's plan. `fits` is called with the model, without memory, and refuses what does not fit it."""
         corpus = check_source(context, self.data)
         config = config_to_change(context, self.model, self.trust_remote_code)
         if self.reads:
@@ -92,15 +92,15 @@ class LayerByLayer:
 
 @dataclass(frozen=True)
 class FinishedLayers:
-    """Layers whose turn is over, on disk: a run that was killed goes on with them, and the whole is made of them."""
+    """Layers that are finished, on disk: a run that was killed continues after them, and the result is made of them."""
 
     folder: Path
     model: Any
 
-    def tell(self, stage: str) -> None:
-        """Where a run that was killed goes on."""
+    def report(self, stage: str) -> None:
+        """Print where a run that was killed continues."""
         if count := len(list(self.folder.glob("layer-*.safetensors"))):
-            print(f"{stage}: goes on after {count} of {len(decoder_layers(self.model))} layers", flush=True)
+            print(f"{stage}: continues after {count} of {len(decoder_layers(self.model))} layers", flush=True)
 
     def __contains__(self, turn: Turn) -> bool:
         return self._path(turn.number).exists()
@@ -117,7 +117,7 @@ class FinishedLayers:
             self.model.get_parameter(name).copy_(tensor)
 
     def state(self) -> dict[str, Tensor]:
-        """Of the whole model, once all layers are there; theirs are mapped, not read."""
+        """The state dict of the whole model, once all layers are finished; theirs are mapped, not read."""
         found: dict[str, Tensor] = self.model.state_dict()
         for number in range(len(decoder_layers(self.model))):
             found |= load_file(self._path(number))
@@ -125,3 +125,13 @@ class FinishedLayers:
 
     def _path(self, number: int) -> Path:
         return self.folder / f"layer-{number:05d}.safetensors"
+
+
+def check_reached(stage: str, taken: Iterable[Matrix], activations: Mapping[str, Any]) -> None:
+    """Refuse matrices that no token of the calibration text has reached, as of experts that are never chosen."""
+    for matrix in taken:
+        if matrix.name not in activations:
+            raise Refusal(
+                f"{stage}: no calibration token reaches {matrix}; raise stages.{stage}.calibration.samples, or "
+                f"skip=[{matrix.name}]"
+            )

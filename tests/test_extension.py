@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors import safe_open
 
 from tests.command import ENVIRONMENT, ROOT
 
@@ -74,34 +75,51 @@ class Halved:
 ''',
     "conf/quantizer/halved.yaml": "# Half the range.\n_target_: models.quantization.methods.halved.Halved\n",
     "models/formats/renamed.py": '''
+import json
 from dataclasses import dataclass
-from typing import ClassVar
 
-from models.formats.checkpoint import in_dtype, rewritten
-from models.formats.format import Written
-from models.formats.loaded import loaded
+import torch
+
+from models.formats.checkpoint import rewritten
+from models.formats.container import changed, left_out, quantized_of, scheme_of
+from models.formats.format import Format, Written
+from models.formats.unpacked import unpacked
+from models.load import load_config
 
 
 @dataclass(frozen=True)
-class Plain:
-    """Dequantized weights in float32, whatever the model's dtype."""
+class Renamed(Format):
+    """Integers of 8 bits, under names that no other format has."""
 
-    needs: ClassVar[tuple[str, ...]] = ()
+    @property
+    def multiple(self):
+        return 24
 
     def check(self, plan):
-        pass
+        scheme_of(plan, "renamed")
 
     def write(self, finished, folder):
-        bits = rewritten(finished.folder, folder, lambda name, tensor: {name: in_dtype(tensor, "float32")}, {})
-        return Written(bits)
+        held = quantized_of(finished)
+
+        def packed(name, matrix):
+            return {"whole_numbers": matrix.integers.to(torch.int8), "steps": matrix.scale}
+
+        said = {"dtype": finished.dtype, "quantization_config": {"quant_method": "renamed"}}
+        return Written(rewritten(finished.folder, folder, changed(finished, packed), said))
 
     def open(self, folder, device):
-        return loaded(folder, device)
+        def weight(parts, said):
+            assert said["quant_method"] == "renamed"
+            steps = parts["steps"].repeat_interleave(parts["whole_numbers"].shape[1] // parts["steps"].shape[1], 1)
+            return parts["whole_numbers"] * steps
+
+        return unpacked(folder, device, ("whole_numbers", "steps"), weight)
 
     def serving(self, folder, path):
-        return [("transformers", f"transformers serve {path}")]
+        return []
 ''',
-    "conf/format/renamed.yaml": "# @package formats.renamed\n# Float32.\n_target_: models.formats.renamed.Plain\n",
+    "conf/format/renamed.yaml": "# @package formats.renamed\n# Integers under names of its own.\n"
+    "_target_: models.formats.renamed.Renamed\n",
     "pipeline/data/bottles.py": '''
 from dataclasses import dataclass
 
@@ -218,6 +236,7 @@ order: [pretrain, distill, scratch, average, prune, quantize, export]
 teacher: {path: "${run_dir}/pretrain"}
 student: {shape: {num_hidden_layers: 1}}
 schedule: {warmup_steps: 0}
+scheme: {weights: {group_size: 8}}
 stages:
   pretrain:
     tokenizer: {vocab_size: 300}
@@ -233,7 +252,7 @@ stages:
   distill: {training: *short}
   scratch: {training: *short, seed: 1}
   average: {first: "${run_dir}/distill", second: "${run_dir}/scratch"}
-  prune: {model: "${run_dir}/average", kinds: [mlp], kept_fraction: 0.5}
+  prune: {model: "${run_dir}/average", kinds: [mlp], kept_fraction: 0.6, multiple_of: auto}
   quantize: {model: "${run_dir}/prune"}
   export: {length: 16, samples: 2}
 trainer: {accelerator: cpu}
@@ -269,7 +288,12 @@ def test_two_new_files_each_are_enough_for_a_run_with_all_six(copy: Path, tmp_pa
     assert set(made["average"]["parents"]) == {"first", "second"}
     plan = json.loads((tmp_path / "run" / "prune" / "plan.json").read_text())
     assert "Last" in json.dumps(plan) or plan["kept"]
-    assert (tmp_path / "run" / "export" / "renamed" / "model.safetensors").exists()
+    width = json.loads((tmp_path / "run" / "prune" / "config.json").read_text())["intermediate_size"]
+    assert width % 24 == 0  # what the format declares, though the scheme needs 8 alone
+    with safe_open(tmp_path / "run" / "export" / "renamed" / "model.safetensors", "pt") as file:
+        parts = {name.rpartition(".")[2] for name in file.keys()}
+    assert parts == {"weight", "whole_numbers", "steps"}
+    assert made["export"]["certificates"]["renamed"]["weights_bit_equal"]
 
 
 def test_the_average_is_the_mean_of_both(copy: Path, tmp_path: Path) -> None:

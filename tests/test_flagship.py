@@ -49,7 +49,7 @@ def test_the_report_has_every_model_and_export(run_dir: Path) -> None:
     assert all(row["perplexity"] < 512 for row in rows)  # better than knowing nothing of 512 tokens
 
 
-def test_every_export_is_the_model_that_was_trained_on_the_grid(run_dir: Path) -> None:
+def test_every_export_is_the_quantized_model_that_was_trained(run_dir: Path) -> None:
     told = json.loads((run_dir / "export" / "manifest.json").read_text())["certificates"]
     assert list(told) == ["huggingface", "compressed_tensors", "gguf"]
     for name, certificate in told.items():

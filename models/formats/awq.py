@@ -10,7 +10,7 @@ from __future__ import annotations
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 from models.errors import Refusal
 from models.formats.checkpoint import rewritten
 from models.formats.container import changed, check_divides, left_out, quantized_of, scales_OG, scheme_of
-from models.formats.format import Finished, Plan, Runtime, Written
+from models.formats.format import Finished, Format, Plan, Runtime, Written
 from models.formats.unpacked import unpacked
 from models.load import load_config
 from models.quantization.scheme import QuantizedMatrix
@@ -28,15 +28,16 @@ _NAME = "awq"
 _PARTS = ("qweight", "qzeros", "scales")
 _ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
-# O what a matrix gives, I what it reads, G groups of I
+# O outputs of a matrix, I its inputs, G groups of I
 
 
 @dataclass(frozen=True)
-class AWQ:
+class AWQ(Format):
     """A symmetric scheme is held with the zero point 8."""
 
-    needs: ClassVar[tuple[str, ...]] = ()
-    multiple: ClassVar[int] = 8
+    @property
+    def multiple(self) -> int:
+        return 8  # outputs that share a word
 
     def check(self, plan: Plan) -> None:
         scheme = scheme_of(plan, _NAME)
@@ -49,7 +50,7 @@ class AWQ:
         if weights.scale_dtype != "float16":
             raise Refusal(f"format={_NAME}: scheme.weights.scale_dtype={weights.scale_dtype}; scales are float16 there")
         if scheme.activations is not None:
-            raise Refusal(f"format={_NAME}: it has no activations of few bits; use format=[compressed_tensors]")
+            raise Refusal(f"format={_NAME}: it cannot hold quantized activations; use format=[compressed_tensors]")
         check_divides(plan, _NAME, 8, 1)
 
     def write(self, finished: Finished, folder: Path) -> Written:
@@ -74,20 +75,20 @@ class AWQ:
             "version": "gemm",
             "modules_to_not_convert": left_out(load_config(str(finished.folder)), held.matrices),
         }
-        said = {"dtype": finished.dtype, "quantization_config": config}
-        return Written(rewritten(finished.folder, folder, changed(finished, packed), said))
+        additions = {"dtype": finished.dtype, "quantization_config": config}
+        return Written(rewritten(finished.folder, folder, changed(finished, packed), additions))
 
     def open(self, folder: Path, device: str) -> Runtime:
         return unpacked(folder, device, _PARTS, _weight)
 
     def serving(self, folder: Path, path: str) -> list[tuple[str, str]]:
         named = shlex.quote(path)
-        told = []
+        commands = []
         if load_config(str(folder)).quantization_config["group_size"] in (32, 64, 128):
-            told.append(("vLLM", f"vllm serve {named} --dtype float16"))
-            told.append(("TGI", f"text-generation-launcher --model-id {named} --quantize awq"))
-        told.append(("transformers, with pip install gptqmodel", f"transformers serve {named}"))
-        return told
+            commands.append(("vLLM", f"vllm serve {named} --dtype float16"))
+            commands.append(("TGI", f"text-generation-launcher --model-id {named} --quantize awq"))
+        commands.append(("transformers, with pip install gptqmodel", f"transformers serve {named}"))
+        return commands
 
 
 def _words(integers_NO: Tensor) -> Tensor:
@@ -97,7 +98,7 @@ def _words(integers_NO: Tensor) -> Tensor:
     return torch.where(words_NW >= 2**31, words_NW - 2**32, words_NW).int().contiguous()
 
 
-def _weight(parts: dict[str, Tensor], said: dict[str, Any]) -> Tensor:
+def _weight(parts: dict[str, Tensor], config: dict[str, Any]) -> Tensor:
     """Float32[O, I], by the layout alone: nothing of how it was written is used."""
 
     def integers(words: Tensor) -> np.ndarray:

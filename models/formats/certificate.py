@@ -1,7 +1,7 @@
 """What an export is worth against the model that it was made of: measured in fresh processes, on what was written.
 
-`refer` lets the plain model speak, `certify` the export. Each is called in a process of its own: nothing but files
-passes between them.
+`refer` runs the plain model, `certify` the export. Each is called in a process of its own, and only files pass between
+them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from models.quantization.proof import round_as_quantized
 from models.quantization.scheme import Activations, QuantizedMatrix
 from models.quantization.stored import QuantizedWeights, open_quantized
 
-# T tokens of a row, V vocabulary, O what a matrix gives, I what it reads
+# T tokens of a sample, V vocabulary, O outputs of a matrix, I its inputs
 
 _AT_ONCE = 64  # tokens whose distributions are compared at once
 _NOTHING = "nothing was written"
@@ -69,12 +69,12 @@ def refer(
     folder: str,
     quantized: Path | None,
     dtype: str,
-    rows: Sequence[Tensor],
+    samples: Sequence[Tensor],
     out: Path,
     device: str,
     activations: Activations | None = None,
 ) -> None:
-    """The plain model's logits of each row (Int64[T]), a file each. `activations`: how inputs of quantized
+    """The plain model's logits of each sample (Int64[T]), a file each. `activations`: how inputs of quantized
     matrices are rounded. Raises Refusal where the weights are no longer made of the integers beside them."""
     model = load_model(folder, dtype=DTYPES[dtype]).to(device).eval()
     held = open_quantized(quantized) if quantized else None
@@ -82,19 +82,19 @@ def refer(
     for matrix in matrices(model) if held else ():
         if str(matrix) not in made:
             continue
-        weight_OI, said_OI = matrix.of(model.get_parameter(matrix.parameter)), made[str(matrix)].dequantized()
+        weight_OI, dequantized_OI = matrix.of(model.get_parameter(matrix.parameter)), made[str(matrix)].dequantized()
         held_OI = weight_OI.cpu()  # the checkpoint may have rounded it to a dtype of its own
-        if not any(torch.equal(held_OI, said_OI.to(kind).to(held_OI.dtype)) for kind in DTYPES.values()):
+        if not any(torch.equal(held_OI, dequantized_OI.to(kind).to(held_OI.dtype)) for kind in DTYPES.values()):
             raise Refusal(
                 f"{folder}: {matrix} is not what {quantized.name if quantized else ''} beside it stands for, having "
                 f"been changed since; quantize the model again, or delete that file to export the weights as they are"
             )
-        weight_OI.copy_(said_OI)
+        weight_OI.copy_(dequantized_OI)
     if held:
         if isinstance(held, QuantizedWeights):
             held = replace(held, scheme=replace(held.scheme, activations=activations))
         round_as_quantized(model, held)
-    for number, ids_T in enumerate(rows):
+    for number, ids_T in enumerate(samples):
         logits_TV = model(input_ids=ids_T[None].to(device), use_cache=False).logits[0]
         save_file({"logits": logits_TV.float().cpu().contiguous()}, reference(out, number))
 
@@ -108,7 +108,7 @@ def certify(
     folder: Path,
     finished: Finished,
     quantized: Path | None,
-    rows: Sequence[Tensor],
+    samples: Sequence[Tensor],
     references: Path,
     device: str,
     settings: Speed,
@@ -118,22 +118,22 @@ def certify(
     """The figures of an export's certificate, by what they were measured, and what serving one request takes.
 
     Weights are compared in the export's dtype: quantized ones with their dequantized values, all others with the plain
-    checkpoint. `otherwise`: parameters that the container holds in another way,
-    as it says. `references`: of a model that rounds activations as the runtime does; `as_quantized`: as the scheme
+    checkpoint. `otherwise`: parameters that the container declares to hold in another way, which are not compared.
+    `references`: of a model that rounds activations as the runtime does; `as_quantized`: as the scheme
     does, where that is another way.
     """
-    runtime, quick = served(form, folder, rows[0][None, : settings.prompt_tokens], device, settings)
+    runtime, quick = served(form, folder, samples[0][None, : settings.prompt_tokens], device, settings)
     odd = _odd(runtime, finished, quantized, set(otherwise))
-    told, other = _Compared(), _Compared()
-    for number, ids_T in enumerate(rows):
+    measured, other = _Compared(), _Compared()
+    for number, ids_T in enumerate(samples):
         logits_TV = runtime.logits(ids_T[None])[0]
-        told.add(load_file(reference(references, number))["logits"], logits_TV, ids_T)
+        measured.add(load_file(reference(references, number))["logits"], logits_TV, ids_T)
         if as_quantized is not None:
             other.add(load_file(reference(as_quantized, number))["logits"], logits_TV, ids_T)
     return {
         "weights_bit_equal": odd is None,
         "first_odd_weight": odd,
-        **told.figures(),
+        **measured.figures(),
         **({} if as_quantized is None else {"kl_as_quantized": other.figures()["kl"]}),
         "runtime": runtime.name,
         "serving": quick,
@@ -141,7 +141,7 @@ def certify(
 
 
 def _odd(runtime: Runtime, finished: Finished, quantized: Path | None, otherwise: Collection[str]) -> str | None:
-    """The first parameter that is another one once reopened."""
+    """The first parameter that differs once it is reopened."""
     kind = DTYPES[finished.dtype]
     for name, want in _truth(finished, quantized, otherwise):
         if not torch.equal(runtime.weight(name).cpu().to(kind), want.to(kind)):
@@ -166,7 +166,7 @@ def _truth(finished: Finished, quantized: Path | None, otherwise: Collection[str
 
 
 class _Compared:
-    """Sums over rows."""
+    """Sums over samples."""
 
     def __init__(self) -> None:
         self.apart = self.largest = self.kl = 0.0

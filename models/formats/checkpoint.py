@@ -18,7 +18,7 @@ from models.errors import Refusal
 from models.load import DTYPES, empty_model, load_config, parameter_count
 
 INDEX = "model.safetensors.index.json"
-# What belongs to a model beside its weights: never what a stage has left there too.
+# The files of a model beside its weights; files that a stage has left there are not copied.
 _TOKENIZER = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -47,7 +47,7 @@ def tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def names(folder: Path) -> list[str]:
-    """Of all tensors; their numbers are not read."""
+    """The names of all tensors, which are not read."""
     found: list[str] = []
     for path in shards(folder):
         with safe_open(path, "pt") as file:
@@ -59,10 +59,10 @@ def rewritten(
     source: Path,
     target: Path,
     change: Callable[[str, Tensor], Mapping[str, Tensor]],
-    said: Mapping[str, Any],
+    additions: Mapping[str, Any],
     metadata: Mapping[str, str] | None = None,
 ) -> float:
-    """A checkpoint with other tensors: what `change` makes of each, shard by shard. `said` goes into its config.
+    """A checkpoint with other tensors: what `change` makes of each, shard by shard. `additions` go into its config.
 
     Gives the bits of all tensors, for each of the model's parameters (tied ones count once).
     """
@@ -81,16 +81,16 @@ def rewritten(
     if len(paths) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         (target / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-    beside(source, target, said)
+    beside(source, target, additions)
     return 8 * total / parameter_count(empty_model(load_config(str(source))))
 
 
-def beside(source: Path, target: Path, said: Mapping[str, Any]) -> None:
-    """Tokenizer, generation config and config; `said` is added to the config."""
+def beside(source: Path, target: Path, additions: Mapping[str, Any]) -> None:
+    """Tokenizer, generation config and config; `additions` are added to the config."""
     _copy(source, target, _TOKENIZER + _OTHERS)
     config = json.loads((source / "config.json").read_text())
     config.pop("torch_dtype", None)  # the older word for dtype
-    (target / "config.json").write_text(json.dumps({**config, **said}, indent=2) + "\n")
+    (target / "config.json").write_text(json.dumps({**config, **additions}, indent=2) + "\n")
 
 
 def add_tokenizer(source: Path, target: Path) -> None:
@@ -108,14 +108,14 @@ def _copy(source: Path, target: Path, patterns: tuple[str, ...]) -> None:
 
 
 def in_dtype(tensor: Tensor, dtype: str) -> Tensor:
-    """Raises Refusal for numbers that are beyond it."""
+    """Raises Refusal for numbers that are too large for the dtype."""
     found = tensor.to(DTYPES[dtype]) if tensor.is_floating_point() else tensor
     if not bool(torch.isfinite(found).all()):
-        raise Refusal(f"export.dtype={dtype}: a weight is no number, or beyond it; use float32 or bfloat16")
+        raise Refusal(f"export.dtype={dtype}: a weight is NaN, infinite or too large for it; use float32 or bfloat16")
     return found
 
 
 def dtype_of(config: PretrainedConfig) -> str:
-    """The dtype that a checkpoint says it is in."""
-    said = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
-    return said if said in DTYPES else "float32"
+    """The dtype in a checkpoint's config."""
+    found = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
+    return found if found in DTYPES else "float32"

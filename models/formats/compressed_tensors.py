@@ -17,20 +17,20 @@ from torch import Tensor
 from models.errors import Refusal
 from models.formats.checkpoint import rewritten
 from models.formats.container import changed, check_scales, left_out, quantized_of, scales_OG, scheme_of
-from models.formats.format import Finished, Plan, Runtime, Written
+from models.formats.format import Finished, Format, Plan, Runtime, Written
 from models.formats.loaded import loaded
 from models.load import load_config
 from models.quantization.scheme import Activations, QuantizedMatrix
 
 _NAME = "compressed_tensors"
 
-# O what a matrix gives, I what it reads, G groups of I
+# O outputs of a matrix, I its inputs, G groups of I
 
 
 @dataclass(frozen=True)
 class _WholeRange(Activations):
-    """How the library under transformers scales a token: its largest number falls between the two ends, 2 max |x| /
-    255. vLLM's kernels have max |x| / 127, as here."""
+    """How the library under transformers scales a token: by 2 max |x| / 255, so that its largest number falls between
+    the two ends. vLLM's kernels have max |x| / 127, as `Activations` does."""
 
     def scale(self, largest: Tensor) -> Tensor:
         scale = largest.float() * 2 / (2**self.bits - 1)
@@ -38,7 +38,7 @@ class _WholeRange(Activations):
 
 
 @dataclass(frozen=True)
-class CompressedTensors:
+class CompressedTensors(Format):
     needs: ClassVar[tuple[str, ...]] = ("compressed-tensors",)
 
     def check(self, plan: Plan) -> None:
@@ -46,7 +46,7 @@ class CompressedTensors:
         weights, activations = scheme.weights, scheme.activations
         if not weights.symmetric:
             raise Refusal(
-                f"format={_NAME}: asymmetric weights are not opened again by transformers; quantize with "
+                f"format={_NAME}: transformers does not open asymmetric weights again; quantize with "
                 f"scheme.weights.symmetric=true, or use format=[awq] or format=[torchao]"
             )
         check_scales(plan, weights, _NAME)
@@ -78,14 +78,14 @@ class CompressedTensors:
                 parts["input_scale"] = held.input_scales[name].reshape(1).to(torch.float32)
             return parts
 
-        said = {"dtype": finished.dtype, "quantization_config": self._said(finished)}
-        bits = rewritten(finished.folder, folder, changed(finished, packed), said)
+        additions = {"dtype": finished.dtype, "quantization_config": self._config(finished)}
+        bits = rewritten(finished.folder, folder, changed(finished, packed), additions)
         if activations is None or not activations.dynamic:
             return Written(bits, activations=activations)
-        other = "transformers has scales of 2 max |x| / 255 for each token that matrices read, vLLM max |x| / 127"
+        other = "transformers scales the activations of a token by 2 max |x| / 255, vLLM by max |x| / 127"
         return Written(bits, {"activations": other}, activations=_WholeRange())
 
-    def _said(self, finished: Finished) -> dict[str, Any]:
+    def _config(self, finished: Finished) -> dict[str, Any]:
         from compressed_tensors.quantization import QuantizationConfig
 
         held = finished.quantized
@@ -119,7 +119,7 @@ class CompressedTensors:
         named = shlex.quote(path)
         scheme = load_config(str(folder)).quantization_config["config_groups"]["group_0"]
         bits, group = scheme["weights"]["num_bits"], scheme["weights"].get("group_size")
-        told = [("transformers", f"transformers serve {named}")]
+        commands = [("transformers", f"transformers serve {named}")]
         if bits in (4, 8) and group in (None, 32, 64, 128):  # what vLLM's kernels take
-            told += [("vLLM", f"vllm serve {named}"), ("TGI", f"text-generation-launcher --model-id {named}")]
-        return told
+            commands += [("vLLM", f"vllm serve {named}"), ("TGI", f"text-generation-launcher --model-id {named}")]
+        return commands

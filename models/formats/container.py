@@ -1,4 +1,4 @@
-"""What containers have in common that hold a linear module's weight as integers and scales."""
+"""What the containers share that hold a linear module's weight as integers and scales."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from models.matrices import matrices
 from models.quantization.scheme import SCALE_DTYPES, QuantizedMatrix, Scheme, WeightScheme
 from models.quantization.stored import QuantizedWeights
 
-# O what a matrix gives, I what it reads, G groups of I
+# O outputs of a matrix, I its inputs, G groups of I
 
 
 def check_installed(setting: str, form: Format) -> None:
@@ -72,11 +72,11 @@ def check_scales(plan: Plan, scheme: WeightScheme, name: str) -> None:
 
 def check_divides(plan: Plan, name: str, outputs: int, inputs: int) -> None:
     """Refuse matrices whose integers do not fill whole words."""
-    for each, (gives, reads) in plan.shapes.items():
-        for width, word, what in ((gives, outputs, "gives"), (reads, inputs, "reads")):
+    for each, (each_outputs, each_inputs) in plan.shapes.items():
+        for width, word, what in ((each_outputs, outputs, "outputs"), (each_inputs, inputs, "inputs")):
             if width % word:
                 raise Refusal(
-                    f"format={name}: {each} {what} {width} numbers, and the container packs {word} at once; prune to "
+                    f"format={name}: {each} has {width} {what}, and the container packs {word} at once; prune to "
                     f"stages.prune.multiple_of={word}, skip the matrix in stages.quantize.skip, or use "
                     f"format=[compressed_tensors]"
                 )
@@ -91,7 +91,7 @@ def check_group(scheme: WeightScheme, name: str, sizes: Collection[int]) -> None
 
 
 def left_out(config: Any, taken: Iterable[str]) -> list[str]:
-    """Linear modules that stay as they are, with the head, by their names: what a container's config has to name."""
+    """Names of the linear modules that are not quantized, with the head: a container's config has to list them."""
     held = {name.removesuffix(".weight") for name in taken}
     return [
         name
@@ -103,8 +103,8 @@ def left_out(config: Any, taken: Iterable[str]) -> list[str]:
 def changed(
     finished: Finished, packed: Callable[[str, QuantizedMatrix], Mapping[str, Tensor]]
 ) -> Callable[[str, Tensor], Mapping[str, Tensor]]:
-    """For models.formats.checkpoint.rewritten: matrices as `packed` makes them, by their modules' names; all else in
-    the export's dtype."""
+    """For models.formats.checkpoint.rewritten: quantized matrices are replaced by what `packed` makes, under
+    their modules' names; all other tensors get the export's dtype."""
     assert finished.quantized is not None
     matrices = finished.quantized.matrices
 
@@ -131,5 +131,5 @@ def scales_OG(quantized: QuantizedMatrix, dtype: str) -> Tensor:
     outputs = quantized.integers.shape[0]
     found = quantized.scale.to(SCALE_DTYPES[dtype])
     if not torch.equal(found.float(), quantized.scale):
-        raise Refusal(f"a scale is no number of {dtype}; run the stage quantize again")
+        raise Refusal(f"a scale is not exact in {dtype}; run the stage quantize again")
     return found.expand(outputs, -1).contiguous()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from models.errors import Refusal
-from models.formats.format import Finished, Plan, Written
+from models.formats.format import Finished, Format, Plan, Written
 from models.formats.gguf_layout import (
     FAMILIES,
     Piece,
@@ -46,7 +46,7 @@ from models.quantization.ggml import (
 )
 from models.quantization.scheme import QuantizedMatrix, WeightScheme
 
-# E experts, O what a matrix gives, I what it reads, R bytes of a row
+# E experts, O outputs of a matrix, I its inputs, R bytes of a row
 
 ALWAYS_F32 = ("position_embd", "ffn_gate_inp")  # as llama.cpp's own converter has them
 _FILE_TYPES = {
@@ -57,7 +57,7 @@ _FILE_TYPES = {
 
 
 @dataclass(frozen=True)
-class Gguf:
+class Gguf(Format):
     """One file for llama.cpp.
 
     A quantized model is packed from its own integers and fp16 scales (q4_0 up to 4 bits, q8_0 up to 8; symmetric), or
@@ -82,7 +82,6 @@ class Gguf:
 
     @property
     def multiple(self) -> int:
-        """What widths have to be multiples of."""
         if self.type in FLOATS:
             return 1
         return TYPES[MIXTURES[self.type]].width if self.type in MIXTURES else 32
@@ -94,12 +93,14 @@ class Gguf:
             raise Refusal(f"format.cache=q8_0: blocks of 32 do not divide heads {width} wide; use cache=f16")
         if plan.scheme is not None and plan.scheme.activations is not None:
             raise Refusal(
-                "format=gguf: llama.cpp rounds what matrices read by a way of its own; export compressed_tensors, or "
+                "format=gguf: llama.cpp rounds activations in its own way; use format=[compressed_tensors], or "
                 "quantize without activations"
             )
         if plan.blocks is not None:
             if self.type != "auto":
-                raise Refusal(f"format.type={self.type}: the model is on ggml's {plan.blocks} already; use type=auto")
+                raise Refusal(
+                    f"format.type={self.type}: the model is quantized to ggml's {plan.blocks} already; use type=auto"
+                )
             for name, (_, inputs) in plan.shapes.items():
                 GgmlType(plan.blocks).check(name, inputs)
         elif plan.scheme is not None:
@@ -107,8 +108,8 @@ class Gguf:
             for name, (_, inputs) in plan.shapes.items():
                 if exact != "f32" and inputs % 32:
                     raise Refusal(
-                        f"format.type={exact}: {name} reads {inputs} inputs, which blocks of 32 do not divide; use "
-                        f"type=f32, or cut the width with stages.prune.multiple_of=32"
+                        f"format.type={exact}: {name} has {inputs} inputs, which blocks of 32 do not divide; use "
+                        f"type=f32, or prune the width with stages.prune.multiple_of=32"
                     )
         elif self.type in MIXTURES:
             width = TYPES[MIXTURES[self.type]].width
@@ -116,9 +117,9 @@ class Gguf:
             if not any(inputs % width == 0 for inputs in widths):
                 fit = [name for name, base in MIXTURES.items() if any(w % TYPES[base].width == 0 for w in widths)]
                 raise Refusal(
-                    f"format.type={self.type}: no matrix reads a multiple of {width} inputs (they read "
-                    f"{', '.join(map(str, sorted(widths)))}); use {' or '.join(fit) or 'f16'}, or cut the widths with "
-                    f"stages.prune.multiple_of={width}"
+                    f"format.type={self.type}: no matrix has a multiple of {width} inputs (they have "
+                    f"{', '.join(map(str, sorted(widths)))}); use {' or '.join(fit) or 'f16'}, or prune the widths "
+                    f"with stages.prune.multiple_of={width}"
                 )
 
     def exact_for(self, scheme: WeightScheme) -> str:
@@ -151,7 +152,7 @@ class Gguf:
         if writing.others != "mixture" and FLOATS.get(writing.others) != DTYPES[finished.dtype]:
             fallbacks["others"] = f"embeddings, head and matrices that are not quantized are {writing.others}"
         if held is not None and held.cache not in (None, self.cache):
-            fallbacks["cache"] = f"the model was trained with keys and values in {held.cache}: say cache={held.cache}"
+            fallbacks["cache"] = f"the model was trained with keys and values in {held.cache}: use cache={held.cache}"
         if (problem := _add_tokenizer(writer, finished.folder, config.vocab_size)) is not None:
             fallbacks["tokenizer"] = problem
         # What the tensors are and how large is written before them; then they are made and written one by one.
@@ -208,7 +209,7 @@ class _Tensor:
 
 
 class _Writing:
-    """What becomes of a model's parameters, one after another."""
+    """How a model's parameters are written, one after another."""
 
     def __init__(self, chosen: Gguf, finished: Finished, config: Any) -> None:
         self.config = config
@@ -256,7 +257,7 @@ class _Writing:
             yield _Tensor(name, tuple(values.shape), "f32", "f32", None, True, functools.partial(torch.clone, values))
 
     def _kinds(self, parameter: str, piece: Piece, shape: tuple[int, ...]) -> tuple[str, str]:
-        """What was asked for, and what its width allows."""
+        """(the type that was asked for, the type that its width allows)."""
         part = piece.part
         if len(shape) == 1 or part in ALWAYS_F32:
             return "f32", "f32"

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from models.errors import Refusal
 
-# O what a matrix gives, I what it reads
+# O outputs of a matrix, I its inputs
 
 
 @dataclass(frozen=True)
@@ -118,22 +118,22 @@ def layout_of_config(config: Any) -> Layout:
 def layout_of_file(reader: Any) -> Layout:
     """Of a file that gguf's reader has open."""
 
-    def said(name: str, default: Any = None) -> Any:
+    def value_of(name: str, default: Any = None) -> Any:
         field = reader.get_field(name.replace("ARCH", architecture))
         return default if field is None else field.contents()
 
     architecture = reader.get_field("general.architecture").contents()
-    heads = said("ARCH.attention.head_count")
-    width = said("ARCH.attention.key_length", said("ARCH.embedding_length") // heads)
-    experts = said("ARCH.expert_feed_forward_length", said("ARCH.feed_forward_length"))
+    heads = value_of("ARCH.attention.head_count")
+    width = value_of("ARCH.attention.key_length", value_of("ARCH.embedding_length") // heads)
+    experts = value_of("ARCH.expert_feed_forward_length", value_of("ARCH.feed_forward_length"))
     return Layout(
         architecture,
         architecture == "llama",
-        said("ARCH.block_count"),
+        value_of("ARCH.block_count"),
         heads,
-        said("ARCH.attention.head_count_kv", heads),
+        value_of("ARCH.attention.head_count_kv", heads),
         width,
-        experts if said("ARCH.expert_count") else 0,
+        experts if value_of("ARCH.expert_count") else 0,
     )
 
 
@@ -196,12 +196,12 @@ def check_family(config: Any) -> Family:
 
 
 def rope_of(config: Any) -> dict[str, Any] | None:
-    """None: places are told by embeddings of their own."""
-    told = getattr(config, "rope_parameters", None)
-    if told is None:
+    """The rotary embedding's parameters; None where positions have learned embeddings."""
+    rope = getattr(config, "rope_parameters", None)
+    if rope is None:
         return None
-    nested = next((value for value in told.values() if isinstance(value, dict)), None)
-    return dict(nested or told)
+    nested = next((value for value in rope.values() if isinstance(value, dict)), None)
+    return dict(nested or rope)
 
 
 def context_length(config: Any) -> tuple[int, str | None]:

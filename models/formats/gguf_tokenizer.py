@@ -42,8 +42,8 @@ class Unsaid(Exception):
 
 
 @dataclass(frozen=True)
-class Told:
-    """What is written of a tokenizer."""
+class Described:
+    """What a GGUF file holds of a tokenizer."""
 
     model: str  # gpt2 (byte-level BPE), llama (SentencePiece's BPE), t5 (unigram)
     tokens: list[str]
@@ -57,22 +57,22 @@ class Told:
 
 
 def add_tokenizer(writer: Any, tokenizer: Any, vocabulary: int) -> str | None:
-    """Write it; or, where llama.cpp would make other tokens of a text, that there is none, and say why.
+    """Write it; or, where llama.cpp would make other tokens of a text, write that there is none and return why.
 
     `vocabulary`: rows of the embeddings. Token ids are right in every case.
     """
     try:
-        told = _told(tokenizer, vocabulary)
-        split = _agreeing(tokenizer, told)
+        described = _described(tokenizer, vocabulary)
+        split = _agreeing(tokenizer, described)
     except Unsaid as problem:
         add_none(writer)
         return f"token ids only: {problem}"
-    _write(writer, tokenizer, told, split)
+    _write(writer, tokenizer, described, split)
     return None
 
 
 def add_none(writer: Any) -> None:
-    """llama.cpp then takes and gives token ids."""
+    """llama.cpp then works with token ids alone."""
     writer.add_tokenizer_model(_NONE)
 
 
@@ -82,21 +82,21 @@ def has_tokenizer(path: Path) -> bool:
     return str(GGUFReader(path).fields["tokenizer.ggml.model"].contents()) != _NONE
 
 
-def _write(writer: Any, tokenizer: Any, told: Told, split: str) -> None:
-    writer.add_tokenizer_model(told.model)
+def _write(writer: Any, tokenizer: Any, described: Described, split: str) -> None:
+    writer.add_tokenizer_model(described.model)
     writer.add_tokenizer_pre(split)
-    writer.add_token_list([token.encode() for token in told.tokens])
-    writer.add_token_types(told.types)
-    if told.merges:
-        writer.add_token_merges(told.merges)
-    if told.scores:
-        writer.add_token_scores(told.scores)
-    if told.space_prefix is not None:
-        writer.add_add_space_prefix(told.space_prefix)
-    if told.one_space is not None:
-        writer.add_remove_extra_whitespaces(told.one_space)
-    if told.charsmap is not None:
-        writer.add_precompiled_charsmap(told.charsmap)
+    writer.add_token_list([token.encode() for token in described.tokens])
+    writer.add_token_types(described.types)
+    if described.merges:
+        writer.add_token_merges(described.merges)
+    if described.scores:
+        writer.add_token_scores(described.scores)
+    if described.space_prefix is not None:
+        writer.add_add_space_prefix(described.space_prefix)
+    if described.one_space is not None:
+        writer.add_remove_extra_whitespaces(described.one_space)
+    if described.charsmap is not None:
+        writer.add_precompiled_charsmap(described.charsmap)
     for name, say in _specials(writer).items():
         if (token := getattr(tokenizer, f"{name}_token_id", None)) is not None:
             say(token)
@@ -117,7 +117,7 @@ def _specials(writer: Any) -> dict[str, Callable[[int], None]]:
 
 
 def _ends(tokenizer: Any) -> tuple[bool, bool]:
-    """Whether it puts the token that begins a text before it, and the one that ends it behind."""
+    """Whether it adds the tokens that begin and end a text."""
     bare, whole = (tokenizer("x", add_special_tokens=added)["input_ids"] for added in (False, True))
     if whole == bare:
         return False, False
@@ -130,7 +130,7 @@ def _ends(tokenizer: Any) -> tuple[bool, bool]:
     raise Unsaid("it adds other tokens to a text than the ones that begin and end it")
 
 
-def _told(tokenizer: Any, vocabulary: int) -> Told:
+def _described(tokenizer: Any, vocabulary: int) -> Described:
     if not getattr(tokenizer, "is_fast", False):
         raise Unsaid("it has no tokenizer.json")
     rules = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -147,9 +147,9 @@ def _told(tokenizer: Any, vocabulary: int) -> Told:
         types[tokenizer.unk_token_id] = UNKNOWN
     if model["type"] == "BPE" and _says(rules, "ByteLevel"):
         merges = [" ".join(pair) if isinstance(pair, list) else pair for pair in model["merges"]]
-        told_by = json.dumps(rules["pre_tokenizer"])
-        first = [name for name, pattern in _KNOWN_BY.items() if json.dumps(pattern)[1:-1] in told_by]
-        return Told("gpt2", tokens, types, [*first, *(name for name in SPLITS if name not in first)], merges)
+        pattern_text = json.dumps(rules["pre_tokenizer"])
+        first = [name for name, pattern in _KNOWN_BY.items() if json.dumps(pattern)[1:-1] in pattern_text]
+        return Described("gpt2", tokens, types, [*first, *(name for name in SPLITS if name not in first)], merges)
     if model["type"] == "BPE" and model.get("byte_fallback"):
         if tokenizer.unk_token_id is not None:
             types[tokenizer.unk_token_id] = UNKNOWN
@@ -157,14 +157,14 @@ def _told(tokenizer: Any, vocabulary: int) -> Told:
             if types[id_] == NORMAL and token.startswith("<0x") and token.endswith(">") and len(token) == 6:
                 types[id_] = BYTE
         prefix = _says(rules, "Prepend") or (_says(rules, "Metaspace") and not _says(rules, "never"))
-        return Told("llama", tokens, types, ["default"], [], _scores(model, tokens), prefix, False)
+        return Described("llama", tokens, types, ["default"], [], _scores(model, tokens), prefix, False)
     if model["type"] == "Unigram":
         of_piece = dict(model["vocab"])
         scores = [float(of_piece.get(token, 0.0)) for token in tokens]
         prefix = _says(rules, "Metaspace") and not _says(rules, "never")
         charsmap = next((base64.b64decode(found) for found in _charsmaps(rules["normalizer"])), None)
         one = " {2,}" in json.dumps(rules["normalizer"])
-        return Told("t5", tokens, types, ["default"], [], scores, prefix, one, charsmap)
+        return Described("t5", tokens, types, ["default"], [], scores, prefix, one, charsmap)
     raise Unsaid(f"llama.cpp has no {model['type']} of this kind")
 
 
@@ -191,7 +191,7 @@ def _scores(model: dict[str, Any], tokens: list[str]) -> list[float]:
     return [-float(rank[token]) if token in rank else -1e6 for token in tokens]
 
 
-def _agreeing(tokenizer: Any, told: Told) -> str:
+def _agreeing(tokenizer: Any, described: Described) -> str:
     """The first way to split with which llama.cpp makes this tokenizer's tokens of PROBE."""
     import gguf
 
@@ -200,11 +200,11 @@ def _agreeing(tokenizer: Any, told: Told) -> str:
     expected = [list(tokenizer(text)["input_ids"]) for text in texts]
     problem = ""
     with tempfile.TemporaryDirectory() as aside:
-        for split in told.splits:
+        for split in described.splits:
             path = Path(aside) / f"{split}.gguf"
             writer = gguf.GGUFWriter(str(path), "llama")
-            writer.add_vocab_size(len(told.tokens))
-            _write(writer, tokenizer, told, split)
+            writer.add_vocab_size(len(described.tokens))
+            _write(writer, tokenizer, described, split)
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.close()

@@ -14,7 +14,7 @@ import json
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from torch import Tensor
 from models.errors import Refusal
 from models.formats.checkpoint import rewritten
 from models.formats.container import changed, check_divides, left_out, quantized_of, scales_OG, scheme_of
-from models.formats.format import Finished, Plan, Runtime, Written
+from models.formats.format import Finished, Format, Plan, Runtime, Written
 from models.formats.unpacked import unpacked
 from models.load import load_config
 from models.quantization.scheme import QuantizedMatrix
@@ -33,13 +33,16 @@ _PARTS = ("qweight", "qzeros", "scales", "g_idx")
 _BITS = (2, 3, 4, 8)
 _KERNELS = (32, 64, 128)  # group sizes that vLLM's Marlin kernels take
 
-# O what a matrix gives, I what it reads, G groups of I, W words of 32 bits
+# O outputs of a matrix, I its inputs, G groups of I, W words of 32 bits
 
 
 @dataclass(frozen=True)
-class GPTQ:
-    needs: ClassVar[tuple[str, ...]] = ()
-    multiple: ClassVar[int] = 32  # integers of any width fill whole words then
+class GPTQ(Format):
+    """Weights alone, symmetric, in 2, 3, 4 or 8 bits."""
+
+    @property
+    def multiple(self) -> int:
+        return 32  # then integers of any number of bits fill whole words
 
     def check(self, plan: Plan) -> None:
         scheme = scheme_of(plan, _NAME)
@@ -56,7 +59,7 @@ class GPTQ:
         if weights.scale_dtype != "float16":
             raise Refusal(f"format={_NAME}: scheme.weights.scale_dtype={weights.scale_dtype}; scales are float16 there")
         if scheme.activations is not None:
-            raise Refusal(f"format={_NAME}: it has no activations of few bits; use format=compressed_tensors")
+            raise Refusal(f"format={_NAME}: it cannot hold quantized activations; use format=[compressed_tensors]")
         word = 32 if weights.bits == 3 else 32 // weights.bits
         check_divides(plan, _NAME, word, word)
 
@@ -91,10 +94,10 @@ class GPTQ:
         }
         plain = load_config(str(finished.folder))
         if skipped := [name for name in left_out(plain, held.matrices) if _in_layers(name, held.matrices)]:
-            # GPTQModel and vLLM leave out what these expressions match; others know no such thing (see serving)
+            # GPTQModel and vLLM leave out what these expressions match; other runtimes ignore them (see serving)
             config["dynamic"] = {f"-:^{name.replace('.', chr(92) + '.')}$": {} for name in skipped}
-        said = {"dtype": finished.dtype, "quantization_config": config}
-        bits = rewritten(finished.folder, folder, changed(finished, packed), said)
+        additions = {"dtype": finished.dtype, "quantization_config": config}
+        bits = rewritten(finished.folder, folder, changed(finished, packed), additions)
         (folder / "quantize_config.json").write_text(json.dumps(config, indent=2) + "\n")  # AutoGPTQ's own name for it
         return Written(bits)
 
@@ -103,15 +106,15 @@ class GPTQ:
 
     def serving(self, folder: Path, path: str) -> list[tuple[str, str]]:
         named = shlex.quote(path)
-        said = load_config(str(folder)).quantization_config
-        whole = "dynamic" not in said
-        told = []
-        if said["bits"] in (4, 8) and said["group_size"] in (-1, *_KERNELS):
-            told.append(("vLLM", f"vllm serve {named} --dtype float16"))
+        config = load_config(str(folder)).quantization_config
+        whole = "dynamic" not in config
+        commands = []
+        if config["bits"] in (4, 8) and config["group_size"] in (-1, *_KERNELS):
+            commands.append(("vLLM", f"vllm serve {named} --dtype float16"))
             if whole:
-                told.append(("TGI", f"text-generation-launcher --model-id {named} --quantize gptq"))
-        told.append(("transformers, with pip install optimum gptqmodel", f"transformers serve {named}"))
-        return told
+                commands.append(("TGI", f"text-generation-launcher --model-id {named} --quantize gptq"))
+        commands.append(("transformers, with pip install optimum gptqmodel", f"transformers serve {named}"))
+        return commands
 
 
 def _in_layers(name: str, matrices: Any) -> bool:
@@ -130,9 +133,9 @@ def _words(integers_NC: Tensor, bits: int) -> Tensor:
     return torch.where(words_WC >= 2**31, words_WC - 2**32, words_WC).int()
 
 
-def _weight(parts: dict[str, Tensor], said: dict[str, Any]) -> Tensor:
+def _weight(parts: dict[str, Tensor], config: dict[str, Any]) -> Tensor:
     """Float32[O, I], by the layout alone: nothing of how it was written is used."""
-    bits, scales_GO = int(said["bits"]), parts["scales"].float().numpy()
+    bits, scales_GO = int(config["bits"]), parts["scales"].float().numpy()
     inputs = parts["g_idx"].shape[0]
 
     def integers(words_WC: np.ndarray, count: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""An ordinary checkpoint in safetensors: every weight as a number, quantized or not."""
+"""An ordinary checkpoint in safetensors, with dequantized values where the model is quantized."""
 
 from __future__ import annotations
 
@@ -6,22 +6,19 @@ import shlex
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 from torch import Tensor
 
 from models.formats.checkpoint import in_dtype, rewritten
-from models.formats.format import Finished, Plan, Runtime, Written
+from models.formats.format import Finished, Format, Plan, Runtime, Written
 from models.formats.loaded import loaded
 from models.load import empty_model, load_config
 from models.matrices import Matrix, matrices
 
 
 @dataclass(frozen=True)
-class HuggingFace:
+class HuggingFace(Format):
     """Quantized weights are written as their dequantized values: larger, and opened by everything."""
-
-    needs: ClassVar[tuple[str, ...]] = ()
 
     def check(self, plan: Plan) -> None:
         """Any model."""
@@ -35,7 +32,7 @@ class HuggingFace:
                 taken[matrix.parameter].append(matrix)
 
         def change(name: str, tensor: Tensor) -> dict[str, Tensor]:
-            # Of the integers: the checkpoint has rounded what they stand for to a dtype of its own.
+            # From the integers: the checkpoint has rounded their dequantized values to its own dtype.
             exact = tensor.float() if taken[name] else tensor
             for matrix in taken[name]:
                 matrix.of(exact).copy_(held[str(matrix)].dequantized())

@@ -16,7 +16,7 @@ from models.formats.gguf_layout import layout_of_file
 from models.llama_library import CONTEXT_FIELDS, Batch, field_at, forget_words, llama, load_file, reason, tokenized
 from models.measure import Speed, rates
 
-# B sequences, T tokens, V vocabulary, O what a matrix gives, I what it reads
+# B sequences, T tokens, V vocabulary, O outputs of a matrix, I its inputs
 
 FILE = "model.gguf"
 CACHES = {"f32": 0, "f16": 1, "q8_0": 8}  # what keys and values are held in → ggml_type
@@ -162,9 +162,11 @@ class LlamaCpp:
         if not self._context:
             self._context = None
             raise Refusal(f"{self.path}: llama.cpp makes no context of {self._tokens} tokens: {reason()}")
-        told = (lib.llama_n_ctx(self._context), lib.llama_n_batch(self._context), lib.llama_n_threads(self._context))
-        if told != (self._tokens, _AT_ONCE, threads):
-            raise Refusal(f"llama.cpp: asked for {self._tokens, _AT_ONCE, threads} it made {told}; see xllamacpp")
+        made = (lib.llama_n_ctx(self._context), lib.llama_n_batch(self._context), lib.llama_n_threads(self._context))
+        if made != (self._tokens, _AT_ONCE, threads):
+            raise Refusal(
+                f"llama.cpp: asked for {self._tokens, _AT_ONCE, threads} it made {made}; check the version of xllamacpp"
+            )
 
     def _forget(self) -> None:
         llama().llama_memory_clear(llama().llama_get_memory(self._context), True)

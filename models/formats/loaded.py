@@ -16,11 +16,11 @@ from models.load import DTYPES, empty_model, load_config, load_model
 from models.matrices import matrices
 from models.measure import Speed, speed
 
-# B sequences, T tokens, V vocabulary, O what a matrix gives, I what it reads
+# B sequences, T tokens, V vocabulary, O outputs of a matrix, I its inputs
 
 
 class Loaded:
-    """`dense`: what a parameter is multiplied as, where it is held as something else."""
+    """`dense`: dequantizes a parameter that is not held as a plain tensor."""
 
     name: ClassVar[str] = "transformers"
     serves: ClassVar[bool] = True
@@ -64,7 +64,7 @@ class Unpacked(Loaded):
 
 
 def loaded(folder: Path, device: str, dense: Callable[[Tensor], Tensor] = lambda held: held) -> Loaded:
-    """As AutoModelForCausalLM opens the folder, in the dtype that its config says."""
+    """As AutoModelForCausalLM opens the folder, in the dtype of its config."""
     config = load_config(str(folder))
     dtype = DTYPES[str(config.dtype or "float32").removeprefix("torch.")]
     with contextlib.redirect_stderr(io.StringIO()):  # bars of other libraries

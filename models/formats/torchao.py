@@ -15,7 +15,7 @@ from torch import Tensor
 from models.errors import Refusal
 from models.formats.checkpoint import beside, in_dtype, shards, tensors
 from models.formats.container import check_scales, left_out, quantized_of, scales_OG, scheme_of
-from models.formats.format import Finished, Plan, Runtime, Written
+from models.formats.format import Finished, Format, Plan, Runtime, Written
 from models.formats.loaded import loaded
 from models.load import DTYPES, empty_model, load_config, parameter_count
 from models.quantization.scheme import QuantizedMatrix, WeightScheme
@@ -24,7 +24,7 @@ _NAME = "torchao"
 
 
 @dataclass(frozen=True)
-class TorchAO:
+class TorchAO(Format):
     """IntxUnpackedToInt8Tensor, the one class of torchao 0.18 that takes integers and scales of others as they are,
     on any device, and that transformers saves and opens as safetensors."""
 
@@ -53,11 +53,11 @@ class TorchAO:
         data, metadata = flatten_tensor_state_dict(state)
         data = {name: tensor.contiguous() for name, tensor in data.items()}
         save_file(data, folder / "model.safetensors", metadata={"format": "pt", **metadata})
-        beside(finished.folder, folder, {"dtype": finished.dtype, "quantization_config": self._said(finished)})
+        beside(finished.folder, folder, {"dtype": finished.dtype, "quantization_config": self._config(finished)})
         total = sum(tensor.numel() * tensor.element_size() for tensor in data.values())
         return Written(8 * total / parameter_count(empty_model(load_config(str(finished.folder)))))
 
-    def _said(self, finished: Finished) -> dict[str, Any]:
+    def _config(self, finished: Finished) -> dict[str, Any]:
         from torchao.quantization import IntxWeightOnlyConfig, MappingType, PerAxis, PerGroup
         from transformers import TorchAoConfig
 

@@ -20,21 +20,21 @@ def unpacked(
     """In float32, so that no product is rounded. `parts`: names of a packed module's tensors, which
     are the format's own; the first is one that no other module has, and the others may be missing."""
     config = load_config(str(folder), "export")
-    said = config.quantization_config
+    packing = config.quantization_config
     del config.quantization_config
     held = {name: tensor for path in shards(folder) for name, tensor in tensors(path)}
     state: dict[str, Tensor] = {}
     modules = [name.removesuffix(f".{parts[0]}") for name in held if name.endswith(f".{parts[0]}")]
     for module in modules:
         found = {part: held.pop(f"{module}.{part}") for part in parts if f"{module}.{part}" in held}
-        state[f"{module}.weight"] = weight(found, said)
+        state[f"{module}.weight"] = weight(found, packing)
     state |= {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in held.items()}
     kind: Any = type(empty_model(config))
     # As from a folder: families rename tensors on their way in.
-    model, told = kind.from_pretrained(
+    model, report = kind.from_pretrained(
         None, config=config, state_dict=state, dtype=DTYPES["float32"], output_loading_info=True
     )
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if told[what]:
-            raise Refusal(f"{folder}: {what.replace('_', ' ')} {sorted(told[what])[0]}; nothing was written")
+        if report[what]:
+            raise Refusal(f"{folder}: {what.replace('_', ' ')} {sorted(report[what])[0]}; nothing was written")
     return Unpacked(model.to(device))

@@ -1,4 +1,4 @@
-"""Rounding the activations of a plain model as its scheme says: each token by its own scale, or by a calibrated one."""
+"""Rounding the activations of a plain model by its scheme: each token with its own scale, or with a calibrated one."""
 
 from __future__ import annotations
 

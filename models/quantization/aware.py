@@ -23,18 +23,25 @@ from models.quantization.scheme import QuantizedMatrix
 from models.quantization.stored import BlockWeights, Outline, QuantizedWeights
 from models.sharding import gather_children
 
-# O what a matrix gives, I what it reads
+# O outputs of a matrix, I its inputs
 
 
 @runtime_checkable
 class Aware(Protocol):
-    """conf/qat/*.yaml"""
+    """How matrices are rounded in training: the contract of conf/qat/*.yaml."""
 
     cache: str | None  # of models.quantization.cache: keys and values are rounded too, as a runtime keeps them
     needs_quantized: ClassVar[bool]  # whether training starts from what the stage quantize has made
 
+    @property
+    def multiple(self) -> int:
+        """What the inputs of every matrix have to be a multiple of, as models.formats.format.Format has it; 1 where any
+        width can be trained."""
+        ...
+
     def outline(self, plain: Any, start: Outline | None) -> Outline:
-        """What the result will be made of; `start`: what its beginning is. Raises Refusal for what cannot be."""
+        """What the result will be made of; `start`: what training starts from. Raises Refusal for what cannot be
+        trained so."""
         ...
 
     def open(self, quantized: Path, plain: Any) -> Rounding:
@@ -44,17 +51,17 @@ class Aware(Protocol):
 
 
 class Rule(Protocol):
-    """How one kind of rounding goes about it."""
+    """What one kind of rounding does to its modules."""
 
     step: int | None  # of training; whoever trains keeps it up to date. None: not begun
 
     @property
     def own(self) -> Sequence[str]:
-        """Names of what a module is given beside its weight."""
+        """Names of the tensors that a module is given beside its weight."""
         ...
 
     def give(self, module: Any, base: Any, matrix: Matrix) -> None:
-        """Let a module have what its rounding needs; `base` is it, or what an adapter is around."""
+        """Add to a module what its rounding needs. `base`: the module, or the one that its adapter wraps."""
         ...
 
     def rounded(self, module: Any, weight_OI: Tensor, matrix: Matrix) -> Tensor:
@@ -62,18 +69,18 @@ class Rule(Protocol):
         ...
 
     def reading(self, matrix: Matrix) -> Callable[[Tensor], Tensor]:
-        """What becomes of what a matrix is given to read."""
+        """The function that rounds the inputs of a matrix."""
         ...
 
     def held(self, weight_OI: Tensor, matrix: Matrix, owned: Mapping[str, Tensor | None]) -> QuantizedMatrix | Blocks:
-        """What an export will hold of a weight that is trained; `owned`: what its module was given."""
+        """What an export will hold of a trained weight; `owned`: the tensors that its module was given."""
         ...
 
     def stored(self, made: Mapping[str, Any], cache: str | None) -> QuantizedWeights | BlockWeights: ...
 
 
 class Rounding:
-    """The matrices of one model, and what is multiplied in their place while it trains."""
+    """The matrices of one model that are rounded while it trains."""
 
     def __init__(self, rule: Rule, taken: Sequence[Matrix], cache: str | None) -> None:
         check_trainable(taken)
@@ -90,7 +97,7 @@ class Rounding:
 
     @contextmanager
     def served(self, model: Any) -> Iterator[None]:
-        """In it a settled model rounds what it reads and caches, as it did in training and will where it is served."""
+        """In it a settled model rounds activations and its cache, as it did in training and will where it is served."""
         handles = []
         for matrix in self.taken:
             read, module = self.rule.reading(matrix), model.get_submodule(_module(matrix))
@@ -147,7 +154,7 @@ class Rounding:
 
 
 def check_trainable(taken: Sequence[Matrix]) -> None:
-    """Raises Refusal for experts: they are one operation, whose weights cannot be rounded on the way."""
+    """Raises Refusal for experts: they are one operation, whose weights cannot be rounded inside it."""
     if experts := [matrix for matrix in taken if matrix.slot is not None]:
         raise Refusal(
             f"qat: {experts[0].parameter} is of experts, which train as one operation; leave them as they are with "

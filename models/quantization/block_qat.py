@@ -32,7 +32,6 @@ class BlockQAT:
 
     @property
     def multiple(self) -> int:
-        """What widths have to be multiples of."""
         return GgmlType(self.type).width
 
     def outline(self, plain: Any, start: Outline | None) -> Outline:

@@ -1,4 +1,4 @@
-"""Keys and values as a cache of 8 bits gives them back: llama.cpp's q8_0 (--cache-type-k q8_0 --cache-type-v q8_0)."""
+"""Keys and values as a cache in 8 bits returns them: llama.cpp's q8_0 (--cache-type-k q8_0 --cache-type-v q8_0)."""
 
 from __future__ import annotations
 
@@ -72,11 +72,13 @@ def check(config: Any, cache: str, setting: str) -> None:
 
 
 def attach(model: Any) -> str:
-    """From now on attention reads keys and values so rounded, behind their rotation, as they would lie in the cache.
-    The name of the attention that did before, for `detach`. Raises Refusal for attention that cannot be taken apart."""
+    """From now on attention gets keys and values rounded as the cache holds them, after their rotation. Returns the
+    name of the attention before, for `detach`. Raises Refusal for attention whose keys and values cannot be reached."""
     before: str = model.config._attn_implementation
     if before not in ALL_ATTENTION_FUNCTIONS:
-        raise Refusal(f"trainer.attention={before}: it gives no way to keys and values; use sdpa or flash_attention_2")
+        raise Refusal(
+            f"trainer.attention={before}: its keys and values cannot be reached; use sdpa or flash_attention_2"
+        )
     turned = model.config.model_type in _TURNED
     name, whole = f"{before}_q8_0_cache{'_turned' if turned else ''}", ALL_ATTENTION_FUNCTIONS[before]
 

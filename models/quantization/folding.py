@@ -1,10 +1,10 @@
-"""Scales that move from what gives a tensor to what reads it, the model staying what it is.
+"""Scales that move from the operation that makes a tensor into the matrices that read it; the model stays the same.
 
-A channel that is divided by s where it is given, and read by weights that are multiplied by s, changes nothing but how
-well those weights can be rounded (arXiv:2211.10438, 2306.00978). It is given by a norm's weight; by values, of which
-attention's output is a sum; or by the linear half of a gated MLP. Which norm is read by which matrices is seen in a
-forward. Nothing is folded on its looks alone: each fold is tried with random scales on a copy of its layer, and is made
-only where the layer gives what it gave.
+A channel that is divided by s where it is made, and multiplied by weights that are s times as large, changes nothing
+but how well those weights can be rounded (arXiv:2211.10438, 2306.00978). It is made by a norm's weight; by values, of
+which attention's output is a sum; or by the linear half of a gated MLP. A forward shows which matrices read which norm.
+Nothing is folded by names alone: each fold is tried with random scales on a copy of its layer, and is made only where
+the layer's output stays the same.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from models.pruning.groups import Anatomy, Group
 from models.quantization.quantizer import Scales
 from models.quantization.scheme import WeightScheme
 
-# K channels of a fold, I what a reader reads: a channel of values is read by all query heads that share it
-# U units of a group, O what a matrix gives
+# K channels of a fold, I inputs of a reader: a channel of values is read by all query heads that share it
+# U units of a group, O outputs of a matrix
 
 _SAME = 1e-3  # relative error of a fold that is none; in fp32 a true one leaves 1e-6
 
 
 @dataclass(frozen=True)
 class Fold:
-    """Names are of modules in the layer. Rows of what gives the tensor, and readers' inputs, by channel."""
+    """One operation that makes a tensor, and the matrices that read it, by their names in the layer."""
 
     giver: Matrix | str  # or a norm
     rows_K: Tensor  # Int64[K]
@@ -61,7 +61,8 @@ class Fold:
 def fold(
     anatomy: Anatomy, turn: Turn, taken: Sequence[Matrix], read: Mapping[str, Any], scales: Scales, scheme: WeightScheme
 ) -> dict[str, Any]:
-    """Scale what can be scaled of one layer. Gives what is read now. A fold has none but matrices that are `taken`."""
+    """Scale one layer wherever it can be scaled. Returns the statistics of the scaled inputs. Only matrices that are
+    `taken` are scaled."""
     found = dict(read)
     for each in folds(anatomy, turn, taken):
         readers = [
@@ -80,7 +81,7 @@ def fold(
 
 
 def folds(anatomy: Anatomy, turn: Turn, taken: Sequence[Matrix]) -> list[Fold]:
-    """Those of one layer that leave it what it is, as the first batch shows."""
+    """The folds of one layer that leave its output the same, as the first batch shows."""
     layer = copy.deepcopy(turn.layer)
     parameters = {parameter.dtype for parameter in layer.parameters()}
     wide = torch.promote_types(torch.float32, parameters.pop())
@@ -138,7 +139,7 @@ class _Given:
 
 
 def _run(layer: nn.Module, hidden: Tensor, words: tuple[tuple[Any, ...], dict[str, Any]]) -> tuple[_Given, Tensor]:
-    """What the layer gives, and what parts of it give on the way."""
+    """The outputs of the layer's parts, and of the layer."""
     outputs: dict[str, Tensor] = {}
     norms: list[tuple[str, Tensor]] = []  # held, or an id could be another's
     readers: dict[str, list[str]] = {}

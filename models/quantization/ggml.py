@@ -18,7 +18,7 @@ from models.errors import Refusal
 from models.llama_library import library, row_reader
 from models.quantization.scheme import QuantizedMatrix, WeightScheme
 
-# O what a matrix gives, I what it reads, N blocks of a row, R bytes of a row
+# O outputs of a matrix, I its inputs, N blocks of a row, R bytes of a row
 
 
 @dataclass(frozen=True)
@@ -95,12 +95,12 @@ class GgmlType:
         return TYPES[self.type].bytes * 8 / self.width
 
     def check(self, name: str, inputs: int) -> None:
-        """Raises Refusal where blocks do not divide what a matrix reads, with the types whose blocks do."""
+        """Raises Refusal where blocks do not divide the inputs of a matrix, with the types whose blocks do."""
         if inputs % self.width:
             fit = [known for known, layout in TYPES.items() if inputs % layout.width == 0]
             raise Refusal(
-                f"ggml.type={self.type}: {name} reads {inputs} inputs, which blocks of {self.width} do not divide; "
-                f"need {' or '.join(fit) or 'f16'}, or cut the width with stages.prune.multiple_of={self.width}"
+                f"ggml.type={self.type}: {name} has {inputs} inputs, which blocks of {self.width} do not divide; "
+                f"need {' or '.join(fit) or 'f16'}, or prune the width with stages.prune.multiple_of={self.width}"
             )
 
     def pack(self, weight_OI: Tensor) -> Blocks:
@@ -110,7 +110,7 @@ class GgmlType:
         rows, inputs = source.shape
         self.check("a matrix", inputs)
         if not bool((source.abs() <= LARGEST).all()):
-            raise Refusal(f"ggml.type={self.type}: a weight is no number, or beyond {LARGEST:.0f}")
+            raise Refusal(f"ggml.type={self.type}: a weight is NaN, infinite or beyond {LARGEST:.0f}")
         layout = TYPES[self.type]
         packed = torch.empty(rows, inputs // layout.width * layout.bytes, dtype=torch.uint8)
         write = library().ggml_quantize_chunk
@@ -122,7 +122,7 @@ class GgmlType:
         return Blocks(self.type, packed)
 
     def rounded(self, weight_OI: Tensor) -> Tensor:
-        """Float[O, I] in the weight's dtype, on its device: what is read back of what is packed."""
+        """Float[O, I] in the weight's dtype, on its device: packed and dequantized."""
         return self.pack(weight_OI).dequantized().to(weight_OI)
 
 

@@ -20,7 +20,7 @@ from models.quantization.straight_through import straight_through
 
 SCALES = ("learned", "frozen", "min_max", "mse")
 
-# O what a matrix gives, I what it reads, G groups of I, S = I / G
+# O outputs of a matrix, I its inputs, G groups of I, S = I / G
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,10 @@ class QAT:
                 f"qat.freeze_step={self.freeze_step} with scales={self.scales}: need a step from 0 on, of scales that "
                 f"follow the weights (min_max, mse)"
             )
+
+    @property
+    def multiple(self) -> int:
+        return 1  # the groups are those of the scheme that the stage quantize has
 
     @property
     def _follow(self) -> bool:

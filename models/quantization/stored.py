@@ -1,4 +1,4 @@
-"""What lies beside a quantized model, in quantized.safetensors: its integers and scales."""
+"""The file beside a quantized model, quantized.safetensors: its integers and scales."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ class QuantizedWeights:
                 tensors[f"{name}.zero_point"] = quantized.zero_point.to(torch.uint8).cpu().contiguous()
         for name, scale in self.input_scales.items():
             tensors[f"{name}.input_scale"] = scale.float().cpu().contiguous()
-        said: dict[str, Any] = {"scheme": asdict(self.scheme)}
+        metadata: dict[str, Any] = {"scheme": asdict(self.scheme)}
         if self.cache is not None:
-            said["cache"] = self.cache
+            metadata["cache"] = self.cache
         # One string: safetensors writes several metadata keys in an order of its own.
-        save_file(tensors, path, metadata={"quantization": json.dumps(said)})
+        save_file(tensors, path, metadata={"quantization": json.dumps(metadata)})
 
     def bits(self, name: str) -> float:
         """What a matrix takes, in all: integers, scales and zero points."""
@@ -91,10 +91,10 @@ class BlockWeights:
     def write(self, path: Path) -> None:
         """The same weights always give the same bytes."""
         tensors = {f"{name}.blocks": blocks.bytes.cpu().contiguous() for name, blocks in self.matrices.items()}
-        said: dict[str, Any] = {"ggml": {name: blocks.type for name, blocks in sorted(self.matrices.items())}}
+        metadata: dict[str, Any] = {"ggml": {name: blocks.type for name, blocks in sorted(self.matrices.items())}}
         if self.cache is not None:
-            said["cache"] = self.cache
-        save_file(tensors, path, metadata={"quantization": json.dumps(said)})
+            metadata["cache"] = self.cache
+        save_file(tensors, path, metadata={"quantization": json.dumps(metadata)})
 
     def bits(self, name: str) -> float:
         """What a matrix takes, in all."""
@@ -104,28 +104,28 @@ class BlockWeights:
 def read_quantized(path: Path) -> QuantizedWeights:
     """Its matrices are read one at a time, when they are asked for. Raises Refusal where the file holds none."""
     matrices = _OnDisk(path)
-    return QuantizedWeights(_scheme(path), matrices, matrices.input_scales(), _said(path).get("cache"))
+    return QuantizedWeights(_scheme(path), matrices, matrices.input_scales(), _metadata(path).get("cache"))
 
 
 def open_quantized(path: Path) -> QuantizedWeights | BlockWeights:
     """Of either kind. Raises Refusal where the file holds neither."""
-    said = _said(path)
-    if "ggml" not in said:
+    metadata = _metadata(path)
+    if "ggml" not in metadata:
         return read_quantized(path)
     try:
         with safe_open(path, "pt") as file:
-            made = {name: Blocks(kind, file.get_tensor(f"{name}.blocks")) for name, kind in said["ggml"].items()}
+            made = {name: Blocks(kind, file.get_tensor(f"{name}.blocks")) for name, kind in metadata["ggml"].items()}
     except (SafetensorError, AttributeError) as problem:
         raise _unreadable(path, problem) from None
     if odd := [blocks.type for blocks in made.values() if blocks.type not in TYPES]:
         raise _unreadable(path, ValueError(f"ggml has no type {odd[0]}"))
-    return BlockWeights(made, said.get("cache"))
+    return BlockWeights(made, metadata.get("cache"))
 
 
 def join(parts: Sequence[Path], path: Path) -> None:
     """One file of several, which hold other matrices each and are alike otherwise. Integers are mapped, not read."""
     tensors = {name: tensor for part in parts for name, tensor in load_file(part).items()}
-    save_file(tensors, path, metadata={"quantization": json.dumps(_said(parts[0]))})
+    save_file(tensors, path, metadata={"quantization": json.dumps(_metadata(parts[0]))})
 
 
 @dataclass(frozen=True)
@@ -144,18 +144,18 @@ class Outline:
         }
 
     @classmethod
-    def from_json(cls, said: Mapping[str, Any]) -> Outline:
-        shapes = {name: (outputs, inputs) for name, (outputs, inputs) in said["matrices"].items()}
-        return cls(shapes, _built(said["scheme"]) if said["scheme"] else None, said["ggml"])
+    def from_json(cls, metadata: Mapping[str, Any]) -> Outline:
+        shapes = {name: (outputs, inputs) for name, (outputs, inputs) in metadata["matrices"].items()}
+        return cls(shapes, _built(metadata["scheme"]) if metadata["scheme"] else None, metadata["ggml"])
 
 
 def read_outline(path: Path) -> Outline:
     """Of a file, without its integers. Raises Refusal where it holds no quantized weights."""
-    said = _said(path)
-    if "ggml" in said:
+    metadata = _metadata(path)
+    if "ggml" in metadata:
         blocks = open_quantized(path)
         shapes = {name: each.shape for name, each in blocks.matrices.items()}
-        types = sorted(set(said["ggml"].values()))
+        types = sorted(set(metadata["ggml"].values()))
         return Outline(shapes, ggml=types[0])
     found = {}
     with safe_open(path, "pt") as file:
@@ -168,23 +168,23 @@ def read_outline(path: Path) -> Outline:
 
 def _scheme(path: Path) -> Scheme:
     try:
-        return _built(_said(path)["scheme"])
+        return _built(_metadata(path)["scheme"])
     except (KeyError, TypeError) as problem:
         raise _unreadable(path, problem) from None
 
 
-def _built(said: Mapping[str, Any]) -> Scheme:
-    activations = said["activations"]
-    return Scheme(WeightScheme(**said["weights"]), Activations(**activations) if activations else None)
+def _built(metadata: Mapping[str, Any]) -> Scheme:
+    activations = metadata["activations"]
+    return Scheme(WeightScheme(**metadata["weights"]), Activations(**activations) if activations else None)
 
 
-def _said(path: Path) -> dict[str, Any]:
+def _metadata(path: Path) -> dict[str, Any]:
     try:
         with safe_open(path, "pt") as file:
-            said: dict[str, Any] = json.loads(file.metadata()["quantization"])
+            metadata: dict[str, Any] = json.loads(file.metadata()["quantization"])
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as problem:
         raise _unreadable(path, problem) from None
-    return said
+    return metadata
 
 
 def _unreadable(path: Path, problem: Exception) -> Refusal:

@@ -1,4 +1,4 @@
-"""Small weights matter little."""
+"""Magnitude: the smallest weights become zero."""
 
 from __future__ import annotations
 

@@ -13,25 +13,25 @@ from torch import Tensor
 from models.errors import Refusal
 from models.layerwise import Reading
 
-# O what a matrix gives, I what it reads
+# O outputs of a matrix, I its inputs
 
 
 @dataclass(frozen=True)
 class Pattern:
-    """N:M, as NVIDIA writes it: of every M neighbours that one output reads N are kept, and M − N are zero."""
+    """N:M, as NVIDIA writes it: of every M neighbouring inputs of an output N weights are kept, and M − N are zero."""
 
     kept: int
     of: int
 
     @classmethod
     def parse(cls, text: str) -> Pattern:
-        said = re.fullmatch(r"(\d+):(\d+)", str(text))
-        if said is None or not 0 < int(said[1]) < int(said[2]):
+        found = re.fullmatch(r"(\d+):(\d+)", str(text))
+        if found is None or not 0 < int(found[1]) < int(found[2]):
             raise Refusal(f"sparsify.pattern={text}: need N:M with 0 < N < M; 2:4 keeps 2 of every 4 neighbours")
-        return cls(int(said[1]), int(said[2]))
+        return cls(int(found[1]), int(found[2]))
 
     def smallest(self, scores_OI: Tensor) -> Tensor:
-        """Bool[O, I]: in every group the M − N that count least."""
+        """Bool[O, I]: in every group the M − N with the smallest scores."""
         return smallest(scores_OI.unflatten(-1, (-1, self.of)), self.of - self.kept).flatten(-2)
 
     def held(self, weight_OI: Tensor) -> bool:
@@ -40,14 +40,14 @@ class Pattern:
 
 @runtime_checkable
 class Method(Protocol):
-    reading: Callable[[int], Reading] | None  # takes in what a matrix of a width reads; None: no text is needed
+    reading: Callable[[int], Reading] | None  # gathers statistics of a matrix's inputs; None: no text is needed
 
     def zeros(self, weights: Sequence[Tensor], fraction: float) -> list[int]:
         """How many weights of each matrix [O, I] become zero, where a fraction is asked for."""
         ...
 
     def sparsified(self, weight_OI: Tensor, zeros: int | Pattern, read: Any) -> Tensor:
-        """The matrix with so many zeros, in float32 at least. `read`: what `reading` has become, or None."""
+        """The matrix with so many zeros, in float32 at least. `read`: the statistics of `reading`, or None."""
         ...
 
 

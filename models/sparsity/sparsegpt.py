@@ -1,4 +1,4 @@
-"""Weights go one column after another, and what is left of a row makes up for them."""
+"""SparseGPT: weights become zero one column after another, and the columns behind correct the error."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ class SparseGPT:
     """Optimal brain surgeon with one order of columns for all rows (arXiv:2301.00774).
 
     A weight w of column j costs w² / U_jj², U being the upper Cholesky factor of the inverse Hessian, whose square is
-    the inverse Hessian's own entry once the columns before j are settled. What goes is chosen for `block` columns and
+    the inverse Hessian's own entry once the columns before j are settled. The zeros are chosen for `block` columns and
     all rows at once, or for N:M in each group of each row when its turn comes; the columns behind are corrected.
-    Inputs that are always zero cost nothing and go first. Raises Refusal where the Hessian cannot be inverted.
+    Weights of inputs that are always zero cost nothing and become zero first. Raises Refusal where the Hessian cannot
+    be inverted.
     """
 
     damping: float = 0.01  # added to the diagonal, as a share of its mean

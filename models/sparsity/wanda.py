@@ -1,4 +1,4 @@
-"""A weight counts by what it multiplies: |w| · ‖x‖, compared within each output."""
+"""Wanda: in each output the weights with the smallest |w| · ‖x‖ become zero."""
 
 from __future__ import annotations
 

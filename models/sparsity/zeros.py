@@ -79,7 +79,7 @@ def check_kept(start: Any, state: Mapping[str, Tensor]) -> dict[str, int]:
         was, now = (matrix.of(of[matrix.parameter]) == 0 for of in (parameters, state))
         if filled := int((was & ~now.to(was.device)).sum()):
             raise Refusal(
-                f"keep_zeros=true: {filled} of {int(was.sum())} zeros of {matrix} are none any more; nothing was "
+                f"keep_zeros=true: {filled} of {int(was.sum())} zeros of {matrix} are no longer zero; nothing was "
                 f"written"
             )
         before, after = before + int(was.sum()), after + int(now.sum())
@@ -87,7 +87,7 @@ def check_kept(start: Any, state: Mapping[str, Tensor]) -> dict[str, int]:
 
 
 def share(model: Any) -> float | None:
-    """Zeros among all weights of the layers' matrices; None of a family whose layers are not understood."""
+    """Zeros among all weights of the layers' matrices; None for a family whose layers are not supported."""
     try:
         return counted(model)["all"]["fraction"]
     except (Refusal, KeyError):

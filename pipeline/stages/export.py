@@ -87,7 +87,7 @@ class Export(Stage):
         return {"model": self.model, **self.data.made_by_stages}
 
     def content(self) -> str:
-        """Hash of the text it reads."""
+        """Hash of the text that certificates are measured on."""
         return source_key(self.data)
 
     def check(self, context: Context) -> StagePlan:
@@ -108,7 +108,7 @@ class Export(Stage):
         )
 
     def _plan(self, context: Context) -> Plan:
-        """What is known before a weight is read, in the check or later."""
+        """What is known of the model without its weights, in the check or later."""
         config = config_to_change(context, self.model, False)
         folder = Path(context.config_folder(self.model))
         outline = outline_of(folder)
@@ -128,7 +128,7 @@ class Export(Stage):
         return Plan(config, shapes, outline.scheme, outline.ggml)
 
     def prepare(self, context: Context) -> None:
-        """Nothing to share: one process does it all."""
+        """There are no other ranks."""
         context.work.mkdir(parents=True, exist_ok=True)
 
     def run(self, context: Context) -> None:
@@ -184,7 +184,7 @@ class Export(Stage):
 
 
 def local_folder(model: str) -> Path:
-    """A hub id's files, brought here."""
+    """The folder itself, or a hub id's files once they are downloaded."""
     if Path(model).is_dir():
         return Path(model)
     from huggingface_hub import snapshot_download
@@ -193,7 +193,7 @@ def local_folder(model: str) -> Path:
 
 
 def _linked(source: str, target: str) -> str:
-    """A second name for the file where the file system has such, a copy where not."""
+    """A hard link where the file system has them, else a copy."""
     try:
         os.link(source, target)
     except OSError:

@@ -1,9 +1,9 @@
-"""Quantize the weights of a model's layers, layer by layer, and prove that the result is made of its integers."""
+"""Quantize the weights of a model, layer by layer, and prove that the result is made of its integers."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,18 +13,13 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from models.errors import Refusal
-from models.heads import head_of
-from models.layerwise import Passage, Turn, in_turn
+from models.layerwise import Turn, in_turn
 from models.load import DTYPES, parameter_count, save_model
 from models.matrices import Matrix, check_read, chosen
-from models.objectives.chunked import objective_sum
-from models.objectives.forward_kl import ForwardKL
-from models.objectives.signal import Dense
-from models.offloaded import Offloaded
 from models.pruning.groups import Anatomy, anatomy_of
-from models.quantization.activations import Largest, attach, round_inputs
+from models.quantization.activations import Largest, round_inputs
 from models.quantization.folding import fold
-from models.quantization.proof import bits_per_weight, check_held
+from models.quantization.proof import bits_per_weight, check_held, divergence
 from models.quantization.quantizer import Quantizer
 from models.quantization.scheme import QuantizedMatrix, Scheme
 from models.quantization.stored import Outline, QuantizedWeights, join, read_quantized
@@ -33,7 +28,7 @@ from pipeline import artifact
 from pipeline.context import Context
 from pipeline.data.calibration import Calibration
 from pipeline.data.source import DataSource, source_key
-from pipeline.layer_by_layer import FinishedLayers, LayerByLayer
+from pipeline.layer_by_layer import FinishedLayers, LayerByLayer, check_reached
 from pipeline.planned import outline_of
 from pipeline.progress import shown
 from pipeline.stages.stage import Makes, Stage
@@ -57,10 +52,10 @@ class Quantize(Stage):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _ = self._walk  # its own checks
+        _ = self.layer_by_layer  # its own checks
 
     @property
-    def _walk(self) -> LayerByLayer:
+    def layer_by_layer(self) -> LayerByLayer:
         return LayerByLayer(
             "quantize",
             self.model,
@@ -76,10 +71,10 @@ class Quantize(Stage):
         return 1
 
     def parents(self, context: Context) -> dict[str, str]:
-        return self._walk.parents()
+        return self.layer_by_layer.parents()
 
     def content(self) -> str:
-        """Hash of the text it reads."""
+        """Hash of the calibration text."""
         return source_key(self.data)
 
     def check(self, context: Context) -> StagePlan:
@@ -95,23 +90,23 @@ class Quantize(Stage):
                 outputs, inputs = matrix.of(model.get_parameter(matrix.parameter)).shape
                 taken[str(matrix)] = (outputs, inputs)
 
-        told = self._walk.check(context, fits)
+        plan = self.layer_by_layer.check(context, fits)
         context.plan_quantized(Outline(taken, self.scheme).as_json())
-        return told
+        return plan
 
     def prepare(self, context: Context) -> None:
-        """Nothing to share: one process does it all."""
+        """There are no other ranks."""
         context.work.mkdir(parents=True, exist_ok=True)
 
     def run(self, context: Context) -> None:
         begin = time.monotonic()
         dtype = DTYPES[self.dtype]
-        tokenizer, given, batches = self._walk.open(context)
+        tokenizer, given, batches = self.layer_by_layer.open(context)
         model = given.model
         taken = self._chosen(model)
         anatomy = None if self.quantizer.scales is None else anatomy_of(model)
         finished, count = FinishedLayers(context.work, model), len(decoder_layers(model))
-        finished.tell(context.stage)
+        finished.report(context.stage)
         rounding: list[RemovableHandle] = []
         for turn in shown(in_turn(model, batches, given.weights), count, context.stage):
             mine = [matrix for matrix in taken if matrix.layer == turn.number]
@@ -123,13 +118,16 @@ class Quantize(Stage):
         def build(folder: Path) -> None:
             save_model(model, tokenizer, folder, finished.state(), dtype)
             join([_part(context, number) for number in range(count)], folder / artifact.QUANTIZED)
-            again, held = self._walk.load(context, str(folder), "made"), read_quantized(folder / artifact.QUANTIZED)
+            again, held = (
+                self.layer_by_layer.load(context, str(folder), "made"),
+                read_quantized(folder / artifact.QUANTIZED),
+            )
             check_held(again.model, held, dtype, context.stage, again.weights)
             manifest["certificates"] = {"weights_bit_equal": True}
             bits = bits_per_weight(again.model, held, dtype)
             manifest["metrics"] = {"parameters": parameter_count(again.model), "bits_per_weight": bits}
             if self.scheme.activations is not None:
-                manifest["metrics"] |= _price(given, again, held, batches)
+                manifest["metrics"] |= divergence(given, again, held, batches)
             manifest["seconds"] = round(time.monotonic() - begin, 3)
 
         artifact.publish(context.out, build, manifest)
@@ -137,7 +135,7 @@ class Quantize(Stage):
         print(f"{context.stage}: {len(taken)} matrices to {self.scheme}; {bits:.2f} bits per weight of the whole model")
 
     def _chosen(self, model: Any) -> list[Matrix]:
-        """The matrices that are quantized. Raises Refusal for what cannot be asked of this model."""
+        """The matrices that are quantized. Raises Refusal for settings that do not fit this model."""
         taken = chosen(model, self.skip, "quantize.skip")
         if self.quantizer.reading is not None:
             check_read(taken, f"quantizer={type(self.quantizer).__name__}", "quantizer=round_to_nearest")
@@ -160,21 +158,23 @@ class Quantize(Stage):
     def _take(
         self, context: Context, finished: FinishedLayers, turn: Turn, taken: Sequence[Matrix], anatomy: Anatomy | None
     ) -> list[RemovableHandle]:
-        """Quantize one layer; or, where a run that was killed had done so, take what it left. The handles
-        round the inputs of its matrices from now on."""
+        """Quantize one layer; or take the result of a run that was killed after it. The handles round the inputs of
+        its matrices from now on."""
         path = _part(context, turn.number)
         if turn in finished:
             finished.restore(turn)
         else:
-            read: dict[str, Any] = {} if self.quantizer.reading is None else turn.read(self.quantizer.reading)
+            activations: dict[str, Any] = {} if self.quantizer.reading is None else turn.read(self.quantizer.reading)
             if self.quantizer.reading is not None:
-                _check_reached(context, taken, read)
+                check_reached(context.stage, taken, activations)
             if anatomy is not None and self.quantizer.scales is not None:
-                read = fold(anatomy, turn, taken, read, self.quantizer.scales, self.scheme.weights)
+                activations = fold(anatomy, turn, taken, activations, self.quantizer.scales, self.scheme.weights)
             made: dict[str, QuantizedMatrix] = {}
             for matrix in taken:
                 weight_OI = matrix.of(finished.model.get_parameter(matrix.parameter))
-                made[str(matrix)] = self.quantizer.quantized(weight_OI, self.scheme.weights, read.get(matrix.name))
+                made[str(matrix)] = self.quantizer.quantized(
+                    weight_OI, self.scheme.weights, activations.get(matrix.name)
+                )
                 weight_OI.copy_(made[str(matrix)].dequantized().to(weight_OI))
             input_scales = self._input_scales(context, turn, taken)
             QuantizedWeights(self.scheme, made, input_scales).write(path)
@@ -182,47 +182,21 @@ class Quantize(Stage):
         if self.scheme.activations is None:
             return []
         handles, found = [], read_quantized(path)
-        for matrix in taken:  # what comes after reads what these give then
+        for matrix in taken:  # later layers get the outputs of rounded inputs
             module: nn.Module = turn.layer.get_submodule(matrix.name)
             handles.append(round_inputs(module, self.scheme.activations, found.input_scales.get(str(matrix))))
         return handles
 
     def _input_scales(self, context: Context, turn: Turn, taken: Sequence[Matrix]) -> dict[str, Tensor]:
-        """Of a layer whose weights are quantized; matrices that share an input have the same."""
+        """The scales of static activations, of a layer whose weights are quantized already; matrices that share an
+        input have the same."""
         if self.scheme.activations is None or self.scheme.activations.dynamic:
             return {}
-        read = turn.read(Largest)
-        _check_reached(context, taken, read)
-        return {str(matrix): self.scheme.activations.scale(read[matrix.name].largest_I.amax()) for matrix in taken}
-
-
-@torch.no_grad()
-def _price(parent: Offloaded, made: Offloaded, held: QuantizedWeights, batches: Sequence[Tensor]) -> dict[str, float]:
-    """KL of the model's next tokens from its parent's, nats a token of the calibration rows: with quantized weights,
-    and with quantized activations too."""
-    want = Passage(parent.model, batches, parent.weights).last()
-    sums = {"kl_of_weights": 0.0, "kl_with_activations": 0.0}
-    for name in sums:
-        handles = attach(made.model, held) if name == "kl_with_activations" else []
-        got = Passage(made.model, batches, made.weights).last()
-        for ids, hidden, of_parent in zip(batches, got, want, strict=True):
-            signal = Dense(of_parent, head_of(parent.model))
-            kl, _ = objective_sum(ForwardKL(temperature=1.0), hidden, head_of(made.model), ids, signal)
-            sums[name] += float(kl)
-        for handle in handles:
-            handle.remove()
-    tokens = sum(ids.numel() for ids in batches)
-    return {name: total / tokens for name, total in sums.items()}
+        found = turn.read(Largest)
+        check_reached(context.stage, taken, found)
+        return {str(matrix): self.scheme.activations.scale(found[matrix.name].largest_I.amax()) for matrix in taken}
 
 
 def _part(context: Context, number: int) -> Path:
-    """Of one layer, while the stage runs."""
+    """The integers of one layer, while the stage runs."""
     return context.work / f"quantized-{number:05d}.safetensors"
-
-
-def _check_reached(context: Context, taken: Sequence[Matrix], read: Mapping[str, Any]) -> None:
-    for matrix in taken:
-        if matrix.name not in read:
-            raise Refusal(
-                f"{context.stage}: no calibration token reaches {matrix}; take more rows, or skip=[{matrix.name}]"
-            )

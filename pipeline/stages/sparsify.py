@@ -24,7 +24,7 @@ from pipeline import artifact
 from pipeline.context import Context
 from pipeline.data.calibration import Calibration
 from pipeline.data.source import DataSource, source_key
-from pipeline.layer_by_layer import FinishedLayers, LayerByLayer
+from pipeline.layer_by_layer import FinishedLayers, LayerByLayer, check_reached
 from pipeline.progress import shown
 from pipeline.stages.stage import Makes, Stage
 from pipeline.stages.stage import Plan as StagePlan
@@ -56,10 +56,10 @@ class Sparsify(Stage):
             raise Refusal(f"sparsify.fraction={self.fraction}: need (0, 1); 0.5 sets half of the weights to zero")
         if self.pattern is not None:
             Pattern.parse(self.pattern)
-        _ = self._walk  # its own checks
+        _ = self.layer_by_layer  # its own checks
 
     @property
-    def _walk(self) -> LayerByLayer:
+    def layer_by_layer(self) -> LayerByLayer:
         return LayerByLayer(
             "sparsify",
             self.model,
@@ -75,26 +75,26 @@ class Sparsify(Stage):
         return 1
 
     def parents(self, context: Context) -> dict[str, str]:
-        return self._walk.parents()
+        return self.layer_by_layer.parents()
 
     def content(self) -> str:
-        """Hash of the text it reads."""
+        """Hash of the calibration text."""
         return source_key(self.data)
 
     def check(self, context: Context) -> StagePlan:
-        return self._walk.check(context, self._chosen)
+        return self.layer_by_layer.check(context, self._chosen)
 
     def prepare(self, context: Context) -> None:
-        """Nothing to share: one process does it all."""
+        """There are no other ranks."""
         context.work.mkdir(parents=True, exist_ok=True)
 
     def run(self, context: Context) -> None:
         begin = time.monotonic()
-        tokenizer, given, batches = self._walk.open(context)
+        tokenizer, given, batches = self.layer_by_layer.open(context)
         model = given.model
         wanted = self._wanted(given, self._chosen(model))
         finished, count = FinishedLayers(context.work, model), len(decoder_layers(model))
-        finished.tell(context.stage)
+        finished.report(context.stage)
         for turn in shown(in_turn(model, batches, given.weights), count, context.stage):
             mine = {matrix: zeros for matrix, zeros in wanted.items() if matrix.layer == turn.number}
             self._take(context, finished, turn, mine)
@@ -102,7 +102,7 @@ class Sparsify(Stage):
 
         def build(folder: Path) -> None:
             save_model(model, tokenizer, folder, finished.state(), DTYPES[self.dtype])
-            again = self._walk.load(context, str(folder), "made")
+            again = self.layer_by_layer.load(context, str(folder), "made")
             _check_held(context, again, wanted)
             zeros = counted(again.model, again.weights)
             manifest["certificates"] = {"zeros": zeros, **({"pattern_held": True} if self.pattern else {})}
@@ -110,11 +110,11 @@ class Sparsify(Stage):
             manifest["seconds"] = round(time.monotonic() - begin, 3)
 
         artifact.publish(context.out, build, manifest)
-        told = manifest["certificates"]["zeros"]["all"]
-        print(f"{context.stage}: {told['zeros']:,} of {told['weights']:,} weights of the layers' matrices are zero")
+        total = manifest["certificates"]["zeros"]["all"]
+        print(f"{context.stage}: {total['zeros']:,} of {total['weights']:,} weights of the layers' matrices are zero")
 
     def _chosen(self, model: Any) -> list[Matrix]:
-        """The matrices that lose weights. Raises Refusal for what cannot be asked of this model."""
+        """The matrices that lose weights. Raises Refusal for settings that do not fit this model."""
         taken = chosen(model, self.skip, "sparsify.skip")
         if self.sparsity.reading is not None:
             check_read(
@@ -133,7 +133,7 @@ class Sparsify(Stage):
                 common = math.gcd(*widths.values())
                 fit = [str(m) for m in range(2, 65) if common % m == 0]
                 raise Refusal(
-                    f"sparsify.pattern={self.pattern}: {matrix} reads {width} inputs, which {pattern.of} does not "
+                    f"sparsify.pattern={self.pattern}: {matrix} has {width} inputs, which {pattern.of} does not "
                     f"divide; need M of {', '.join(fit) or 'nothing that fits all'}, or "
                     f"skip=[{matrix.name.rpartition('.')[2]}]"
                 )
@@ -142,30 +142,28 @@ class Sparsify(Stage):
         if self.pattern is not None:
             return dict.fromkeys(chosen, Pattern.parse(self.pattern))
         assert self.fraction is not None
-        return dict(zip(chosen, self.sparsity.zeros(_Read(given, chosen), self.fraction), strict=True))
+        return dict(zip(chosen, self.sparsity.zeros(_OnDisk(given, chosen), self.fraction), strict=True))
 
     @torch.no_grad()
     def _take(
         self, context: Context, finished: FinishedLayers, turn: Turn, wanted: dict[Matrix, int | Pattern]
     ) -> None:
-        """Sparsify one layer; or, where a run that was killed had done so, take what it left."""
+        """Sparsify one layer; or take the result of a run that was killed after it."""
         if turn in finished:
             finished.restore(turn)
             return
-        read = {} if self.sparsity.reading is None else turn.read(self.sparsity.reading)
+        activations: dict[str, Any] = {} if self.sparsity.reading is None else turn.read(self.sparsity.reading)
+        if self.sparsity.reading is not None:
+            check_reached(context.stage, wanted, activations)
         for matrix, zeros in wanted.items():
-            if self.sparsity.reading is not None and matrix.name not in read:
-                raise Refusal(
-                    f"{context.stage}: no calibration token reaches {matrix}; take more rows, or skip=[{matrix.name}]"
-                )
             weight = matrix.of(finished.model.get_parameter(matrix.parameter))
-            weight.copy_(self.sparsity.sparsified(weight, zeros, read.get(matrix.name)))
+            weight.copy_(self.sparsity.sparsified(weight, zeros, activations.get(matrix.name)))
         finished.keep(turn)
 
 
 @dataclass(frozen=True)
-class _Read(Sequence[Tensor]):
-    """Matrices that lie on disk, each read whenever it is looked at."""
+class _OnDisk(Sequence[Tensor]):
+    """Matrices that lie on disk; each is read whenever it is used."""
 
     model: Offloaded
     matrices: Sequence[Matrix]
@@ -178,7 +176,7 @@ class _Read(Sequence[Tensor]):
 
 
 def _check_held(context: Context, made: Offloaded, wanted: dict[Matrix, int | Pattern]) -> None:
-    """Whether the folder that was written has the zeros that were asked for."""
+    """Raises Refusal where the folder that was written has fewer zeros than were asked for."""
     for matrix, zeros in wanted.items():
         weight = matrix.of(made.weights[matrix.parameter])
         held = zeros.held(weight) if isinstance(zeros, Pattern) else int((weight == 0).sum()) >= zeros

@@ -305,12 +305,12 @@ NOT_WRITTEN = {
     "symmetric=true": (Gguf(), plan(scheme=WeightScheme(4, "group", 32, symmetric=False))),
     "not bfloat16; use scheme.weights.scale_dtype=float16": (
         Gguf(), plan(scheme=WeightScheme(8, "channel", None, scale_dtype="bfloat16"))),
-    "reads 172 inputs, which blocks of 32 do not divide; use type=f32": (Gguf(), plan(scheme=INT8, width=172)),
-    r"no matrix reads a multiple of 256 inputs \(they read 64\); use q4_0 or .*q8_0, or cut .*multiple_of=256": (
+    "has 172 inputs, which blocks of 32 do not divide; use type=f32": (Gguf(), plan(scheme=INT8, width=172)),
+    r"no matrix has a multiple of 256 inputs \(they have 64\); use q4_0 or .*q8_0, or prune .*multiple_of=256": (
         Gguf(type="q4_k_m"), plan()),
-    "no matrix reads a multiple of 32 inputs .* use f16": (Gguf(type="q8_0"), plan(width=172)),
-    "rounds what matrices read by a way of its own": (Gguf(), plan(scheme=INT8, activations=Activations())),
-    "on ggml's q4_k already": (Gguf(type="q8_0"), plan(blocks="q4_k", width=256)),
+    "no matrix has a multiple of 32 inputs .* use f16": (Gguf(type="q8_0"), plan(width=172)),
+    "llama.cpp rounds activations in its own way": (Gguf(), plan(scheme=INT8, activations=Activations())),
+    "quantized to ggml's q4_k already": (Gguf(type="q8_0"), plan(blocks="q4_k", width=256)),
     "format.cache=q8_0: blocks of 32 do not divide heads 8 wide": (Gguf(cache="q8_0"), plan()),
 }  # fmt: skip
 

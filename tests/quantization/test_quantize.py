@@ -88,9 +88,9 @@ def test_a_run_that_was_killed_between_layers_lands_on_the_same_bytes(
         patch.setattr(GPTQ, "quantized", dies)
         with pytest.raises(KeyboardInterrupt):
             stage.run(context)
-        assert "goes on after" not in capsys.readouterr().out
+        assert "continues after" not in capsys.readouterr().out
         stage.run(context)
-    assert "quantize: goes on after 1 of 2 layers" in capsys.readouterr().out
+    assert "quantize: continues after 1 of 2 layers" in capsys.readouterr().out
     assert count[0] == 10 + 7  # the first layer was kept
     for name in ("model.safetensors", "quantized.safetensors"):
         assert (context.out / name).read_bytes() == (made / name).read_bytes()

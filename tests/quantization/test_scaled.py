@@ -92,7 +92,7 @@ def test_the_price_is_the_mean_divergence_from_the_parent_over_the_calibration_s
     stage, context = EXPERIMENT.begin(tmp_path / "run", "quantize", *words)
     stage.prepare(context)
     stage.run(context)
-    _, _, batches = stage._walk.open(context)
+    _, _, batches = stage.layer_by_layer.open(context)
     model, parent = (AutoModelForCausalLM.from_pretrained(path).eval() for path in (context.out, teacher))
     figures = manifest(context.out)["metrics"]
     for name in ("kl_of_weights", "kl_with_activations"):
@@ -108,7 +108,7 @@ def test_a_static_scale_holds_what_the_quantized_layers_before_it_give(teacher: 
     stage, context = EXPERIMENT.begin(tmp_path / "run", "quantize", *words)
     stage.prepare(context)
     stage.run(context)
-    _, _, batches = stage._walk.open(context)
+    _, _, batches = stage.layer_by_layer.open(context)
     record = read_quantized(context.out / "quantized.safetensors")
     model = AutoModelForCausalLM.from_pretrained(context.out).eval()
     # The second layer reads what the first one gives with its activations rounded, as it will be.

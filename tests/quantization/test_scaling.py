@@ -169,7 +169,7 @@ def test_smoothquants_channels_take_the_largest_of_their_inputs() -> None:
 def test_settings_that_make_no_sense_are_refused() -> None:
     nothing = Magnitudes(16)
     nothing.add(torch.full((3, 16), float("nan")))
-    with pytest.raises(Refusal, match="quantizer=awq: what the matrices read is no number"):
+    with pytest.raises(Refusal, match="quantizer=awq: activations are NaN or infinite"):
         AWQ().scales([(torch.randn(4, 16), nothing)], torch.arange(16), WeightScheme(4, "channel", None))
     with pytest.raises(Refusal, match=r"quantizer\.ratios=0: need at least 1"):
         AWQ(ratios=0)

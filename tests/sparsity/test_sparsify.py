@@ -168,7 +168,7 @@ def test_too_little_text_is_refused_before_a_weight_is_read(
         (["stages.sparsify.pattern=half"], "pattern=half: need N:M"),
         (
             ["stages.sparsify.pattern='2:5'"],
-            r"layers\.0\.self_attn\.q_proj\.weight reads 32 inputs, which 5 does not divide; need M of 2, 4, 8, 16, or",
+            r"layers\.0\.self_attn\.q_proj\.weight has 32 inputs, which 5 does not divide; need M of 2, 4, 8, 16, or",
         ),
         (["stages.sparsify.skip=[w_proj]"], "the layers have no matrix w_proj; they have self_attn.q_proj"),
         (["stages.sparsify.skip=[9.mlp.up_proj]"], r"no matrix 9\.mlp\.up_proj"),
@@ -221,7 +221,7 @@ def test_without_it_they_are_filled_and_the_certificate_would_say_so(
     assert sum(int((tensor == 0).sum()) for tensor in matrices_of(folder).values()) < 100
     assert "zeros_kept" not in manifest(folder)["certificates"]
     monkeypatch.setattr(zeros, "keep", lambda model: model)
-    with pytest.raises(Refusal, match=r"keep_zeros=true: .* zeros of model.* are none any more; nothing was written"):
+    with pytest.raises(Refusal, match=r"keep_zeros=true: .* zeros of model.* are no longer zero; nothing was written"):
         make(tmp_path / "broken", "recover", *from_(made))
     assert not (tmp_path / "broken" / "recover").exists()
 

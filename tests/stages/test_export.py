@@ -376,6 +376,21 @@ def test_an_export_is_no_model_to_export(exported: Path) -> None:
         check({"config": EXPERIMENT.composed(exported.parent / "again", *words), "stages": ["export"]})
 
 
+@pytest.mark.parametrize("stage", ["quantize", "export"])
+def test_a_folder_that_an_old_version_has_quantized_is_refused_in_one_line(
+    stage: str, start: Path, tmp_path: Path
+) -> None:
+    old = tmp_path / "old"
+    shutil.copytree(start / "teacher", old)
+    (old / "grid.safetensors").write_bytes(b"")
+    words = [f"model.path={old}", f"stages.export.model={old}"]
+    with pytest.raises(
+        Refusal, match=r"old: it was quantized by a version before 0\.2 \(grid\.safetensors\); run"
+    ) as no:
+        check({"config": EXPERIMENT.composed(tmp_path / "run", *words), "stages": [stage]})
+    assert "\n" not in str(no.value)
+
+
 def test_widths_are_rounded_to_what_schemes_and_formats_of_later_stages_need(start: Path, tmp_path: Path) -> None:
     words = ["+stage@stages.prune=prune", "stages.prune.multiple_of=auto", "order=[prune,quantize,export]"]
     words += [f"model.path={start}/teacher", "~stages.evaluate"]

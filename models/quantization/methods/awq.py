@@ -1,4 +1,4 @@
-"""Weights that meet large inputs are made larger before they are rounded: activation-aware weight quantization."""
+"""Activation-aware weight quantization: channels with large activations are scaled up before they are rounded."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from models.hessian import Hessian
 from models.quantization.methods.clipped import Clipped
 from models.quantization.scheme import QuantizedMatrix, WeightScheme
 
-# N tokens, O what a matrix gives, I what it reads, K channels of which several inputs may be one
+# N tokens, O outputs of a matrix, I its inputs, K channels of which several inputs may be one
 
 
 class Magnitudes:
-    """What a matrix reads: its second moments, and the mean of |x|, Float32[I]."""
+    """Of the inputs of a matrix: their second moments, and the mean of |x|, Float32[I]."""
 
     def __init__(self, width: int) -> None:
         self.hessian = Hessian(width)
@@ -43,9 +43,10 @@ class AWQ:
     """Activation-aware weight quantization (arXiv:2306.00978): inputs are scaled by (mean |x|)^ratio, normed to
     √(largest · smallest) = 1, weights the other way round.
 
-    Of `ratios` ratios, 0 to below 1, the one with the least squared error of what the matrices give that read the same,
-    over all calibration tokens: with their second moments H that of an error E of the weights is tr(E H Eᵀ), and no
-    token need be kept. `clip`: then the ranges with the least error of what each group adds, down to half of it.
+    Of `ratios` ratios, 0 to below 1, the one with the least squared error of the outputs of the matrices that share an
+    input, over all calibration tokens: with second moments H that of an error E of the weights is tr(E H Eᵀ), and no
+    token need be kept. `clip`: then each group gets the range with the least error of its part of the output, down to
+    half of the whole range.
     """
 
     ratios: int = 20
@@ -57,7 +58,7 @@ class AWQ:
             raise Refusal(f"quantizer.ratios={self.ratios}: need at least 1; 20 is usual")
 
     def scales(self, readers: Sequence[tuple[Tensor, Any]], channel_I: Tensor, scheme: WeightScheme) -> Tensor:
-        """Float32[K]. Channels that nothing is read of keep 1."""
+        """Float32[K]. Channels whose activations are always zero keep 1."""
         mean_I = readers[0][1].mean_I
         channel_I = channel_I.to(mean_I.device)
         number_K = channel_I.bincount()
@@ -68,7 +69,7 @@ class AWQ:
             tried_I = tried_K[channel_I]
             cost = sum(_cost(weight_OI, tried_I, scheme, read.hessian) for weight_OI, read in readers)
             if not math.isfinite(cost):
-                raise Refusal("quantizer=awq: what the matrices read is no number, or infinite; see to the model")
+                raise Refusal("quantizer=awq: activations are NaN or infinite; check the model")
             if least is None or cost < least:
                 best, least = tried_K, cost
         return best

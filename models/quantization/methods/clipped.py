@@ -1,4 +1,4 @@
-"""Every weight to its nearest number, of a range that leaves out what costs more to hold than to cut off."""
+"""Round-to-nearest over a range that is clipped where that lowers the error."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from models.errors import Refusal
 from models.quantization.scheme import QuantizedMatrix, WeightScheme
 
-# O what a matrix gives, I what it reads, G groups of I
+# O outputs of a matrix, I its inputs, G groups of I
 Cost = Callable[[Tensor, int], Tensor]  # of errors [O, I] in so many groups: Float[O, G]
 
 

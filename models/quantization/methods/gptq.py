@@ -1,4 +1,4 @@
-"""Weights are rounded one column after another, and what is left of a row makes up for each rounding."""
+"""Weights are rounded one column after another, and the columns behind correct the error of each rounding."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from models.quantization.scheme import QuantizedMatrix, WeightScheme
 class GPTQ:
     """Optimal brain quantization with one order of columns for all rows (arXiv:2210.17323).
 
-    With U the upper Cholesky factor of the inverse Hessian of what the matrix reads, rounding column j by e changes the
-    columns behind it by −e U_j / U_jj. `act_order`: the columns that read most come first; scales are then found
-    beforehand, so that groups stay neighbours and no container needs an order. Without it a group's scale is found when
-    its turn comes, of what its weights have become. `clip`: by the least squared error instead of the whole range.
+    With U the upper Cholesky factor of the inverse Hessian of the inputs, rounding column j by e changes the
+    columns behind it by −e U_j / U_jj. `act_order`: the columns with the largest activations come first; scales are
+    then found beforehand, so that groups stay neighbours and no container needs an order. Without it a group's scale is
+    found when its turn comes, from its corrected weights. `clip`: by least squared error instead of the whole range.
     """
 
     damping: float = 0.01  # added to the diagonal, as a share of its mean

@@ -1,4 +1,4 @@
-"""What is hard to round of activations is moved to weights: SmoothQuant, for weights and activations of 8 bits."""
+"""SmoothQuant: outliers of the activations are moved into the weights, for both in 8 bits."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from models.errors import Refusal
 from models.quantization.activations import Largest
 from models.quantization.scheme import QuantizedMatrix, WeightScheme
 
-# O what a matrix gives, I what it reads, K channels of which several inputs may be one
+# O outputs of a matrix, I its inputs, K channels of which several inputs may be one
 
 
 @dataclass(frozen=True)
 class SmoothQuant:
     """Inputs are divided by s = max |x|^strength / max |w|^(1 − strength) (arXiv:2211.10438), each channel by its own
-    maxima over all tokens and over all weights that read it; then every weight goes to its nearest number."""
+    maxima over all tokens and over all weights that it is multiplied by; then weights are rounded to nearest."""
 
     strength: float = 0.5
     reading: ClassVar[type[Largest]] = Largest
@@ -29,7 +29,7 @@ class SmoothQuant:
             raise Refusal(f"quantizer.strength={self.strength}: need [0, 1]; 0.5 shares between weights and inputs")
 
     def scales(self, readers: Sequence[tuple[Tensor, Any]], channel_I: Tensor, scheme: WeightScheme) -> Tensor:
-        """Float32[K]. A channel that is all zeros, or read by zeros, keeps 1."""
+        """Float32[K]. A channel whose activations or weights are all zero keeps 1."""
         read_I = torch.stack([read.largest_I for _, read in readers]).amax(0)
         weight_I = torch.stack([weight_OI.abs().amax(0).float() for weight_OI, _ in readers]).amax(0)
         channel_I = channel_I.to(read_I.device)
