@@ -11,7 +11,10 @@ from typing import Any
 from hydra.utils import instantiate
 
 from models.errors import Refusal
+from models.formats.format import Format
 from models.load import check_folder, load_config
+from models.quantization.aware import Aware
+from models.quantization.scheme import Scheme
 from models.quantization.stored import Outline, read_outline
 from models.teachers.teacher import Source
 from pipeline import artifact
@@ -76,6 +79,7 @@ def multiple_for_later_stages(context: Context) -> int:
     for name in order[order.index(context.stage) + 1 :]:
         stage = stages[name]
         for node in [stage.get("scheme"), stage.get("qat"), *(stage.get("formats") or {}).values()]:
-            if node is not None:
-                needed = math.lcm(needed, getattr(instantiate(node, _convert_="all"), "multiple", 1))
+            choice = None if node is None else instantiate(node, _convert_="all")
+            if isinstance(choice, Scheme | Aware | Format):  # anything else is refused by the check of its stage
+                needed = math.lcm(needed, choice.multiple)
     return needed

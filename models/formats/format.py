@@ -60,9 +60,8 @@ class Written:
     """What became of the model; the certificate is judged by it, and the card reports it."""
 
     bits_per_weight: float  # of all parameters, scales and padding counted
-    fallbacks: Mapping[str, str] = field(
-        default_factory=dict
-    )  # parameter or subject → what differs from what was asked
+    # parameter or subject (activations, tokenizer) → what it became in place of what was asked
+    fallbacks: Mapping[str, str] = field(default_factory=dict)
     rounded: bool = False  # whether the format itself quantized plain weights, as it was asked to
     activations: Activations | None = None  # how its runtime rounds activations; None: not at all
     otherwise: Collection[str] = ()  # plain parameters that are held in another way (fewer bits, moved): not compared

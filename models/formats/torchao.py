@@ -36,7 +36,7 @@ class TorchAO(Format):
         if scheme.activations is not None:
             raise Refusal(
                 f"format={_NAME}: it rounds activations by another rule than they were quantized by; use "
-                f"format=compressed_tensors"
+                f"format=[compressed_tensors]"
             )
 
     def write(self, finished: Finished, folder: Path) -> Written:

@@ -190,7 +190,7 @@ class Scheme:
 
     @property
     def multiple(self) -> int:
-        """What the inputs of a quantized matrix have to be a multiple of."""
+        """What the inputs of a quantized matrix have to be a multiple of, as models.formats.format.Format has it."""
         return self.weights.group_size or 1
 
     def __str__(self) -> str:
