@@ -46,7 +46,7 @@ class CompressedTensors(Format):
         weights, activations = scheme.weights, scheme.activations
         if not weights.symmetric:
             raise Refusal(
-                f"format={_NAME}: transformers does not open asymmetric weights again; quantize with "
+                f"format={_NAME}: asymmetric weights are not opened again by transformers; quantize with "
                 f"scheme.weights.symmetric=true, or use format=[awq] or format=[torchao]"
             )
         check_scales(plan, weights, _NAME)
