@@ -277,7 +277,7 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def called(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, **ENVIRONMENT, "PYTHONPATH": str(folder)}
-    return subprocess.run([sys.executable, *words], cwd=folder, env=env, capture_output=True, text=True, timeout=500)
+    return subprocess.run([sys.executable, *words], cwd=folder, env=env, capture_output=True, text=True, timeout=900)
 
 
 def test_two_new_files_each_are_enough_for_a_run_with_all_six(copy: Path, tmp_path: Path) -> None:
