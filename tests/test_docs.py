@@ -195,7 +195,7 @@ def test_the_reference_has_every_group_choice_and_key(reference: Any) -> None:
 
 def test_what_the_yaml_says_of_a_key_is_in_the_reference(reference: Any) -> None:
     page = reference.pages()["stages.md"]
-    assert "what may go: heads (a KV head and those that read it)" in page  # stages.prune.kinds
+    assert "what may be removed: heads (a KV head with its query heads)" in page  # stages.prune.kinds
     assert "of every group's units" in page
 
 
@@ -225,15 +225,15 @@ def test_the_documentation_builds_strictly_and_fetches_nothing(tmp_path: Path) -
         assert not re.findall(r"<(?:script|img|link)[^>]*(?:src|href)=\"?https?:[^>]*>", page.read_text()), page
 
 
-def save_little(folder: Path, tokenizer: Any, seed: int) -> None:
-    """A Llama of a few thousand random weights."""
+def save_little(folder: Path, tokenizer: Any, seed: int, width: int = 64) -> None:
+    """A Llama of a few thousand random weights, or of some more."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, bos_token_id=tokenizer.bos_token_id,
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512, bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)

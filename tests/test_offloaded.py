@@ -19,6 +19,7 @@ from models.layerwise import Passage, in_turn
 from models.load import load_model
 from models.matrices import name_of_layers
 from models.offloaded import Offloaded, load_offloaded
+from models.quantization import proof
 from models.representations import decoder_layers
 from pipeline.layer_by_layer import FinishedLayers
 from pipeline.stages import quantize
@@ -137,7 +138,7 @@ def most_at_once(make: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[int, int]:
     gc.collect()
     with monkeypatch.context() as patch:
         patch.setattr(LlamaDecoderLayer, "forward", forward)
-        for owner, name in ((FinishedLayers, "keep"), (quantize, "check_held"), (quantize, "objective_sum")):
+        for owner, name in ((FinishedLayers, "keep"), (quantize, "check_held"), (proof, "objective_sum")):
             patch.setattr(owner, name, after(getattr(owner, name)))
         make()
     return most_layers[0], most_bytes[0]
@@ -157,7 +158,7 @@ def test_two_layers_are_in_memory_at_most_however_many_there_are(
     found = {}
     for layers in (2, 6):
         path = folder_of("llama", teacher, tmp_path / str(layers), num_hidden_layers=layers)
-        experiment, given = (EXPERIMENT, "model") if stage == "quantize" else (SPARSIFY, "teacher")
+        experiment, given = (EXPERIMENT, "model") if stage == "quantize" else (SPARSIFY, "model")
         make = partial(experiment.make, tmp_path / f"run-{layers}", stage, f"{given}.path={path}", *words[stage])
         found[layers] = most_at_once(make, monkeypatch)
     at_once = 2 if stage == "quantize" else 1  # a fold is tried on a copy of its layer

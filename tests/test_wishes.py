@@ -30,7 +30,7 @@ LAYERS = ["+experiment=distill", "teacher.path={model}", "student=layers", "stud
 BUDGET = ["+experiment=prune_recover", "model.path={model}", "data.train={text}", "stages.prune.target_parameters=70K"]
 GPTQ = ["+experiment=quantize_export", "model.path={model}", "data.train={text}", "quantizer=gptq",
         "format=[compressed_tensors]"]  # fmt: skip
-GGUF = ["+experiment=export_only", "model.path={model}", "format=gguf", "formats.gguf.type=q4_k_m"]
+GGUF = ["+experiment=export_only", "model.path={wide}", "format=gguf", "formats.gguf.type=q4_k_m"]
 SERVED = ["+experiment=distill", "teacher=served", "teacher.endpoint.url={url}", "teacher.path={model}",
           "data.train={text}", "divergence.temperature=1", "student.shape.num_hidden_layers=1"]  # fmt: skip
 OTHER_GPUS = ["+experiment=distill", "teacher.path={model}", "data.train={text}", "student=layers", "student.keep=1",
@@ -44,10 +44,11 @@ def things(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     tokenizer = train_tokenizer(TOPICS, 400, folder / "tokenizer")
     tokenizer.chat_template = (ROOT / "examples" / "chat.jinja").read_text()
     save_little(folder / "model", tokenizer, seed=0)
+    save_little(folder / "wide", tokenizer, seed=0, width=256)
     (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TOPICS[:60]))
     (folder / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in CHATS))
     return {name: str(folder / file) for name, file in
-            (("model", "model"), ("text", "text.jsonl"), ("chats", "chats.jsonl"))}  # fmt: skip
+            (("model", "model"), ("wide", "wide"), ("text", "text.jsonl"), ("chats", "chats.jsonl"))}  # fmt: skip
 
 
 def granted(wish: list[str], things: dict[str, str], run_dir: Path, *small: str) -> Path:

@@ -61,7 +61,8 @@ def check(context: Context, training: Training, precision: Any) -> list[str]:
     """Refuse what can be seen to fail before anything is loaded; warnings of what can be seen to go wrong."""
     trainer = context.config["trainer"]
     _check_numbers(trainer)
-    if trainer["nodes"] > 1 and not instantiate(context.config["launch"]).several_nodes:
+    launcher = instantiate(context.config["launch"])
+    if trainer["nodes"] > 1 and not launcher.several_nodes:
         raise Refusal(
             f"trainer.nodes={trainer['nodes']}: several nodes need launch=slurm inside an allocation; "
             f"slurm/train.sbatch does both"

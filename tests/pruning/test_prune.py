@@ -24,6 +24,7 @@ from models.pruning.importances.taylor import Taylor
 from models.pruning.plan import Wish
 from models.training.language_model import LanguageModel
 from pipeline.context import Context
+from pipeline.scoring import CalibrationText
 from pipeline.worker import build, check
 from tests.command import train, weights
 from tests.pruning.families import config_of
@@ -323,10 +324,11 @@ def test_a_cut_in_steps_scores_what_the_steps_before_have_left(made: Path, tmp_p
     steps: list[dict[str, np.ndarray]] = []
     plain = surgery.silence
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "pipeline.stages.prune.silence",
-            lambda model, anatomy, kept: (steps.append(kept), plain(model, anatomy, kept)),
-        )
+        for place in ("pipeline.stages.prune", "models.pruning.proof"):
+            patch.setattr(
+                f"{place}.silence",
+                lambda model, anatomy, kept: (steps.append(kept), plain(model, anatomy, kept)),
+            )
         folder = make(tmp_path / "steps", "prune", *words, "stages.prune.steps=2")
     first, last = steps  # the second is the certificate's
     plan = json.loads((folder / "plan.json").read_text())
@@ -344,7 +346,7 @@ def test_a_cut_in_steps_scores_what_the_steps_before_have_left(made: Path, tmp_p
     cut.load_state_dict(surgery.pruned_state(model.state_dict(), anatomy, first))
     stage, context = begin(tmp_path / "again", "prune", *words)
     stage.prepare(context)
-    batches = stage._batches(context, stage._tokenizer(), "train", stage.calibration)
+    batches = CalibrationText(context, stage._tokenizer(), stage.seed).batches("train", stage.calibration)
     kinds = ("heads", "mlp")
     want = Taylor().scores(cut, anatomy_of(cut), kinds, gather(Taylor(), cut, anatomy_of(cut), kinds, batches))
     for name, values in want.items():

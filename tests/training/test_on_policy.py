@@ -607,7 +607,7 @@ UNPACKED = "data.packing=false"
     [
         ([ON], ["data.packing=true", "packing=false"]),
         ([ON, UNPACKED, "objective.alpha=1.0"], ["asks no teacher"]),
-        ([ON, UNPACKED, "teacher=cached"], ["recorded or served", "teacher=online"]),
+        ([ON, UNPACKED, "teacher=cached"], ["cached or served", "teacher=online"]),
         ([ON, UNPACKED, "stages.distill.training.max_tokens=1000"], ["max_tokens=1000", "max_steps or epochs"]),
         ([ON, UNPACKED, f"{AT}.sampling.max_new_tokens=1000"], ["max_new_tokens=1000", "max_length=128"]),
         ([ON, UNPACKED, f"{AT}.share=2"], ["on_policy.share=2"]),
@@ -628,13 +628,16 @@ def test_what_cannot_be_done_is_refused_in_a_line(words: list[str], told: list[s
 
 def test_a_student_of_another_tokenizer_is_refused() -> None:
     values = OnPolicy(Sampling(temperature=1.0))
-    stage: Any = build(quickstart(UNPACKED), "distill")
-    object.__setattr__(stage, "align", True)
     from types import SimpleNamespace
 
+    from pipeline.training.combinations import Combination
+
+    stage: Any = build(quickstart(UNPACKED), "distill")
+    words = {"objective": stage.objective, "data": stage.data, "training": stage.training}
+    recipe: Any = SimpleNamespace(on_policy=values, align=True, **words)
     context: Any = SimpleNamespace(stage="distill")
     with pytest.raises(Refusal, match="align=true with on_policy"):
-        stage._check_on_policy(context, values, {})
+        Combination(context, recipe, stage.teacher, stage.student, None, None)._check_on_policy()
 
 
 @pytest.mark.slow
