@@ -104,7 +104,8 @@ def ours(side: str, folder: Path, settings: Settings, rows: Any, seed: int) -> d
     from models.pruning.importances.magnitude import Magnitude
     from models.pruning.importances.random import Random
     from models.pruning.importances.taylor import Taylor
-    from models.pruning.plan import Shapes, Wish, alike, choose
+    from models.pruning.plan import Wish, alike, choose
+    from models.pruning.sizes import Shapes
     from models.pruning.surgery import pruned_state, smaller_config
     from pipeline.data.tokenizer import load_tokenizer
 

@@ -18,22 +18,13 @@ from models.load import DTYPES, attention_for, load_config
 from models.objectives.head import Head
 from models.objectives.representation import Wanted
 from models.objectives.signal import Dense, Signal
-from models.teachers.cache import (
-    HEADER,
-    Cache,
-    Header,
-    Piece,
-    Shard,
-    Writer,
-    pieces_of,
-    read_header,
-    save_head,
-    scan,
-)
+from models.teachers.cache import HEADER, Cache, Header, read_header, save_head
 from models.teachers.encodings.encoding import Encoding
 from models.teachers.encodings.fidelity import fidelities
 from models.teachers.encodings.top_k import TopK
+from models.teachers.pieces import Piece, pieces_of, scan
 from models.teachers.served_payload import served_payload
+from models.teachers.shards import Shard, Writer
 from models.teachers.teacher import Opening, Source
 from pipeline.context import Context
 from pipeline.data.batch import collate, pad_token

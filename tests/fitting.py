@@ -29,7 +29,8 @@ from models.teachers.online import Online
 from models.teachers.sharded import Sharded
 from models.teachers.teacher import Opening
 from models.training.language_model import LanguageModel
-from models.training.on_policy import OnPolicy, Rollouts
+from models.training.on_policy import OnPolicy
+from models.training.rollouts import Rollouts
 from models.training.schedules import cosine
 from pipeline.data.batch import collate
 from pipeline.data.loader import PackedSequences, accumulation

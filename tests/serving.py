@@ -13,12 +13,18 @@ import json
 import os
 import re
 import signal
+import socket
+import subprocess
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
+
+from tests.command import ROOT
 
 DIALECTS = ("vllm", "openai", "strings", "llama.cpp", "tgi", "broken")
 OWNERS = {"vllm": "vllm", "llama.cpp": "llamacpp"}
@@ -215,6 +221,34 @@ class Handler(BaseHTTPRequestHandler):
 class Server(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 64
+
+
+class ServerProcess:
+    """This file's server in a process of its own, at a port of its own."""
+
+    def __init__(self, folder: Path, *options: str, dialect: str = "vllm") -> None:
+        self.folder, self.options, self.dialect, self.port = folder, options, dialect, free_port()
+        self.start()
+
+    def start(self) -> None:
+        command = [sys.executable, "-m", "tests.serving", str(self.folder), str(self.port), self.dialect, *self.options]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+        assert self.process.stdout is not None
+        while self.process.stdout.readline().strip() != "ready":
+            assert self.process.poll() is None, "the server did not start"
+
+    def kill(self) -> None:
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait()
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 if __name__ == "__main__":

@@ -18,30 +18,48 @@ from pipeline.worker import build, immaterial
 from tests.command import ROOT
 
 
+def composed(run_dir: Path, *words: str) -> dict[str, Any]:
+    ConfigStore.instance().store(name="schema", node=Config)
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return parse(compose("config", [f"run_dir={run_dir}", *words]))
+
+
+def run_stage(made: Any, context: Context) -> Path:
+    """As its own process would do it."""
+    made.prepare(context)
+    made.run(context)
+    shutil.rmtree(context.work, ignore_errors=True)
+    return context.out
+
+
+def make(config: dict[str, Any], stage: str) -> Path:
+    made, context = build(config, stage), Context(config, stage)
+    _know_parents(made, context)
+    return run_stage(made, context)
+
+
+def _know_parents(made: Any, context: Context) -> None:
+    for role, path in made.parents(context).items():
+        context.parents[role] = {"path": path, "content_hash": content_hash(Path(path))}
+
+
 @dataclass(frozen=True)
 class Experiment:
     name: str
     words: list[str]  # that make it small
 
     def composed(self, run_dir: Path, *words: str) -> dict[str, Any]:
-        ConfigStore.instance().store(name="schema", node=Config)
-        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            return parse(compose("config", [f"+experiment={self.name}", f"run_dir={run_dir}", *self.words, *words]))
+        return composed(run_dir, f"+experiment={self.name}", *self.words, *words)
 
     def begin(self, run_dir: Path, stage: str, *words: str) -> tuple[Any, Context]:
         config = self.composed(run_dir, *words)
         told = identity(config, stage, immaterial)
         made, context = build(config, stage), Context(config, stage, identity=told, fingerprint=" ".join(words))
-        for role, path in made.parents(context).items():
-            context.parents[role] = {"path": path, "content_hash": content_hash(Path(path))}
+        _know_parents(made, context)
         return made, context
 
     def make(self, run_dir: Path, stage: str, *words: str) -> Path:
-        made, context = self.begin(run_dir, stage, *words)
-        made.prepare(context)
-        made.run(context)
-        shutil.rmtree(context.work, ignore_errors=True)
-        return run_dir / stage
+        return run_stage(*self.begin(run_dir, stage, *words))
 
 
 def manifest(folder: Path) -> dict[str, Any]:

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from models.errors import Refusal
-from models.pruning.plan import Scores, Shapes, Wish, alike, choose
+from models.pruning.plan import Scores, Wish, alike, choose
+from models.pruning.sizes import Shapes
 from models.pruning.surgery import Kept, expressible
 
 

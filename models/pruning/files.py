@@ -16,7 +16,8 @@ from safetensors.numpy import save_file
 from models.errors import Refusal
 from models.pruning.groups import Anatomy
 from models.pruning.importance import Statistics
-from models.pruning.plan import Scores, Size
+from models.pruning.plan import Scores
+from models.pruning.sizes import Size
 from models.pruning.surgery import Kept
 
 

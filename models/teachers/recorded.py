@@ -11,8 +11,9 @@ from typing import Any
 from models.load import DTYPES
 from models.objectives.representation import Wanted
 from models.objectives.signal import Signal
-from models.teachers.cache import Cache, pieces_of
+from models.teachers.cache import Cache
 from models.teachers.encodings.encoding import Payload
+from models.teachers.pieces import pieces_of
 from models.teachers.teacher import Looked, Opening, Result, teacher_side
 
 

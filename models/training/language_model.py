@@ -23,7 +23,7 @@ from models.teachers.teacher import Teacher, capturing
 
 if TYPE_CHECKING:
     from models.quantization.aware import Rounding
-    from models.training.on_policy import Rollouts
+    from models.training.rollouts import Rollouts
 
 
 class LanguageModel(pl.LightningModule):

@@ -19,8 +19,9 @@ from models.pruning.feasible import feasible
 from models.pruning.files import plan_of, read_plan, write_plan
 from models.pruning.groups import Anatomy, anatomy_of
 from models.pruning.importance import Importance, Statistics
-from models.pruning.plan import Scores, Shapes, Wish, choose
+from models.pruning.plan import Scores, Wish, choose
 from models.pruning.proof import masked_equals_pruned
+from models.pruning.sizes import Shapes
 from models.pruning.surgery import Kept, pruned_state, silence, smaller_config
 from models.sharding import engine_of, load_sharded, zero3
 from pipeline import artifact

@@ -14,7 +14,7 @@ import torch
 from models.load import attention_for, load_config
 from models.teachers.teacher import Opening
 from models.training.language_model import LanguageModel
-from models.training.on_policy import Rollouts, ends_of
+from models.training.rollouts import Rollouts, ends_of
 from pipeline.context import Context
 from pipeline.data.batch import collate, pad_token
 from pipeline.data.loader import PackedSequences, accumulation

@@ -13,7 +13,8 @@ from transformers import AutoConfig
 from models.errors import Refusal
 from models.load import empty_model, parameter_count
 from models.pruning.groups import anatomy_of
-from models.pruning.plan import Shapes, Wish, alike, choose
+from models.pruning.plan import Wish, alike, choose
+from models.pruning.sizes import Shapes
 from models.pruning.surgery import expressible, smaller_config
 from tests.pruning.families import FAMILIES, FIXED_HEADS, LAYER_NORMS, config_of
 

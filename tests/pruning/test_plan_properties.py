@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from models.errors import Refusal
 from models.load import empty_model
 from models.pruning.groups import anatomy_of
-from models.pruning.plan import PER, RANKINGS, Shapes, Wish, alike, choose
+from models.pruning.plan import RANKINGS, Wish, alike, choose
+from models.pruning.sizes import PER, Shapes
 from tests.pruning.families import config_of
 
 LAYERS = 4

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
-import signal
-import socket
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,8 +14,6 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.core.config_store import ConfigStore
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from models.errors import Refusal
@@ -27,7 +21,6 @@ from models.generation import Sampling, generate
 from models.load import load_model
 from models.teachers.dialects.dialect import Generation
 from pipeline.artifact import content_hash
-from pipeline.config import Config, parse
 from pipeline.context import Context
 from pipeline.data.answers import Answers
 from pipeline.data.filters import (
@@ -43,8 +36,10 @@ from pipeline.data.filters import (
 from pipeline.data.tokenizer import load_tokenizer, train_tokenizer
 from pipeline.generation.request import end_tokens
 from pipeline.worker import build, check
+from tests import staged
 from tests.command import ROOT, train
 from tests.data.test_chat import CHATML, turn
+from tests.serving import ServerProcess
 
 TEXTS = sorted({text.strip() for text in topics.values()}, key=len)[:60]
 NEW = 12
@@ -109,21 +104,11 @@ def words_of(teacher: Path, corpus: Path) -> list[str]:
 
 
 def composed(run_dir: Path, *words: str) -> dict[str, Any]:
-    ConfigStore.instance().store(name="schema", node=Config)
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return parse(compose("config", [f"run_dir={run_dir}", *words]))
+    return staged.composed(run_dir, *words)
 
 
 def make(run_dir: Path, stage: str, *words: str, config: dict[str, Any] | None = None) -> Path:
-    """One stage in this process, as its own would do it."""
-    config = config or composed(run_dir, *words)
-    made, context = build(config, stage), Context(config, stage)
-    for role, path in made.parents(context).items():
-        context.parents[role] = {"path": path, "content_hash": content_hash(Path(path))}
-    made.prepare(context)
-    made.run(context)
-    shutil.rmtree(context.work)
-    return run_dir / stage
+    return staged.make(config or composed(run_dir, *words), stage)
 
 
 def rows_of(folder: Path, name: str = "answers.parquet") -> list[dict[str, Any]]:
@@ -497,31 +482,9 @@ def test_a_users_code_counts_and_this_projects_does_not(tmp_path: Path, monkeypa
 # --- a server ---
 
 
-class Server:
-    """tests/serving.py around the teacher."""
-
-    def __init__(self, folder: Path, *options: str) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = int(probe.getsockname()[1])
-        command = [sys.executable, "-m", "tests.serving", str(folder), str(self.port), "vllm", *options]
-        self.process = subprocess.Popen(
-            command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True
-        )
-        assert self.process.stdout is not None
-        while self.process.stdout.readline().strip() != "ready":
-            assert self.process.poll() is None, "the server did not start"
-
-    def kill(self) -> None:
-        self.process.send_signal(signal.SIGKILL)
-        self.process.wait()
-        assert self.process.stdout is not None
-        self.process.stdout.close()
-
-
 @pytest.fixture
-def servers() -> Iterator[list[Server]]:
-    started: list[Server] = []
+def servers() -> Iterator[list[ServerProcess]]:
+    started: list[ServerProcess] = []
     yield started
     for server in started:
         server.kill()
@@ -533,11 +496,16 @@ def served(port: int) -> list[str]:
 
 
 def test_a_served_teacher_that_goes_down_is_asked_again_for_the_rest(
-    servers: list[Server], made: Path, teacher: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    servers: list[ServerProcess],
+    made: Path,
+    teacher: Path,
+    corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("models.teachers.connection.FIRST_PAUSE_SECONDS", 0.01)
     words = [*words_of(teacher, corpus), "stages.generate.filters={}"]
-    servers.append(Server(teacher, "--die-after", "9"))
+    servers.append(ServerProcess(teacher, "--die-after", "9"))
     config = composed(tmp_path, *words, *served(servers[0].port))
     with pytest.raises(Refusal, match=r"no usable answer in 2 tries .* run the same command again") as down:
         make(tmp_path, "generate", config=config)
@@ -545,7 +513,7 @@ def test_a_served_teacher_that_goes_down_is_asked_again_for_the_rest(
     shelf = tmp_path / "work" / "answers" / "generate"
     before = sum(pq.read_metadata(path).num_rows for path in shelf.glob("shard-*"))
     assert 5 <= before <= 8
-    servers.append(Server(teacher))
+    servers.append(ServerProcess(teacher))
     url = f"http://127.0.0.1:{servers[1].port}/v1"
     config["stages"]["generate"]["teacher"]["endpoint"]["url"] = url
     folder = make(tmp_path, "generate", config=config)
@@ -559,7 +527,12 @@ def test_a_served_teacher_that_goes_down_is_asked_again_for_the_rest(
 
 
 def test_a_server_that_tells_tokens_has_told_the_stops_too(
-    servers: list[Server], made: Path, teacher: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    servers: list[ServerProcess],
+    made: Path,
+    teacher: Path,
+    corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The stop is cut off the text alone; its tokens are there, with their log-probabilities."""
     tokenizer = load_tokenizer(teacher)
@@ -573,7 +546,7 @@ def test_a_server_that_tells_tokens_has_told_the_stops_too(
             yield key, Generation(text, ids if number % 2 else ids[:2], "stop", told)
 
     monkeypatch.setattr("models.teachers.endpoint.Endpoint.generate", answers)
-    servers.append(Server(teacher))
+    servers.append(ServerProcess(teacher))
     words = [*served(servers[0].port), "stages.generate.filters={}", f"stages.generate.stop=[{json.dumps(stop)}]"]
     lengths = set()
     for row in rows_of(make(tmp_path, "generate", *words_of(teacher, corpus), *words)):
@@ -584,13 +557,13 @@ def test_a_server_that_tells_tokens_has_told_the_stops_too(
 
 
 def test_a_server_that_tells_only_text_is_told_where_answers_end(
-    servers: list[Server], made: Path, teacher: Path, corpus: Path, tmp_path: Path
+    servers: list[ServerProcess], made: Path, teacher: Path, corpus: Path, tmp_path: Path
 ) -> None:
     """The stop is cut off by the server, and belongs to the answer; its tokens are the text's own."""
     text = {row["prompt"]: "".join(f"<{token}>" for token in row["completion_ids"]) for row in rows_of(made)}
     stop = next(iter(text.values())).split("<")[3]  # the third token of an answer
     stop = f"<{stop}"
-    servers.append(Server(teacher))
+    servers.append(ServerProcess(teacher))
     words = served(servers[0].port)
     words[1] = f"teacher.endpoint.url=http://127.0.0.1:{servers[0].port}/openai/v1"
     words += ["stages.generate.filters={}", f"stages.generate.stop=['{stop}']"]

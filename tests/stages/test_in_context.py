@@ -10,22 +10,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.core.config_store import ConfigStore
 
 from models.errors import Refusal
 from models.measure import _names
 from models.questions import Question, answered
 from pipeline.accuracy import gap_closed
-from pipeline.artifact import content_hash
-from pipeline.config import Config, parse
-from pipeline.context import Context
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.quiz import quiz_of
 from pipeline.report.report import write_report
 from pipeline.report.terminal import table
 from pipeline.worker import build, check
-from tests.command import ROOT, train, weights
+from tests import staged
+from tests.command import train, weights
 
 LITTLE = [
     "data.max_documents=60",
@@ -46,21 +42,11 @@ HIDDEN = ["teacher=cached", "encoding=hidden_states"]
 
 
 def composed(run_dir: Path, *words: str, experiment: str = "demo/in_context") -> dict[str, Any]:
-    ConfigStore.instance().store(name="schema", node=Config)
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return parse(compose("config", [f"+experiment={experiment}", f"run_dir={run_dir}", *LITTLE, *words]))
+    return staged.composed(run_dir, f"+experiment={experiment}", *LITTLE, *words)
 
 
 def make(run_dir: Path, stage: str, *words: str) -> Path:
-    """One stage in this process, as its own would do it."""
-    config = composed(run_dir, *words)
-    made, context = build(config, stage), Context(config, stage)
-    for role, path in made.parents(context).items():
-        context.parents[role] = {"path": path, "content_hash": content_hash(Path(path))}
-    made.prepare(context)
-    made.run(context)
-    shutil.rmtree(context.work, ignore_errors=True)
-    return run_dir / stage
+    return staged.make(composed(run_dir, *words), stage)
 
 
 @pytest.fixture(scope="module")

@@ -17,8 +17,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.core.config_store import ConfigStore
 from torch import Tensor
 
 from models.errors import Refusal
@@ -29,11 +27,11 @@ from models.teachers.endpoint import Endpoint
 from models.teachers.served import Served
 from models.teachers.served_payload import served_payload
 from pipeline.artifact import content_hash
-from pipeline.config import Config, parse
 from pipeline.context import Context
 from pipeline.data.documents import Documents
 from pipeline.stages.record import Record
-from pipeline.worker import build, check
+from pipeline.worker import check
+from tests import staged
 from tests.command import ROOT, SMALL, train, weights
 
 LITTLE = [
@@ -51,21 +49,11 @@ WHOLE = [*CACHED, "encoding.k=400", "encoding.dtype=float32"]
 
 
 def composed(run_dir: Path, *words: str) -> dict[str, Any]:
-    ConfigStore.instance().store(name="schema", node=Config)
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return parse(compose("config", ["+experiment=quickstart", f"run_dir={run_dir}", *LITTLE, *words]))
+    return staged.composed(run_dir, "+experiment=quickstart", *LITTLE, *words)
 
 
 def make(run_dir: Path, stage: str, *words: str) -> Path:
-    """One stage in this process, as its own would do it."""
-    config = composed(run_dir, *words)
-    made, context = build(config, stage), Context(config, stage)
-    for role, path in made.parents(context).items():
-        context.parents[role] = {"path": path, "content_hash": content_hash(Path(path))}
-    made.prepare(context)
-    made.run(context)
-    shutil.rmtree(context.work)
-    return run_dir / stage
+    return staged.make(composed(run_dir, *words), stage)
 
 
 def losses(folder: Path) -> list[float]:

@@ -29,24 +29,15 @@ from models.objectives.signal import Dense, Signal
 from models.objectives.top_k import TopK as TopKDivergence
 from models.objectives.total_variation import TotalVariation
 from models.objectives.universal_logit import UniversalLogit
-from models.teachers.cache import (
-    HEAD,
-    HEADER,
-    Cache,
-    Header,
-    Writer,
-    key_of,
-    pieces_of,
-    save_head,
-    scan,
-    write_header,
-)
+from models.teachers.cache import HEAD, HEADER, Cache, Header, save_head, write_header
 from models.teachers.encodings.encoding import Encoding, Payload, describe
 from models.teachers.encodings.fidelity import fidelity
 from models.teachers.encodings.hidden_states import HiddenStates
 from models.teachers.encodings.sampled import Sampled
 from models.teachers.encodings.top_k import TopK
+from models.teachers.pieces import key_of, pieces_of, scan
 from models.teachers.recorded import Recorded
+from models.teachers.shards import Writer
 from models.teachers.teacher import Opening
 
 CPU = torch.device("cpu")

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -28,6 +25,7 @@ import models.teachers.endpoint
 from models.errors import Refusal
 from models.teachers.dialects.dialect import Generation
 from models.teachers.endpoint import Endpoint
+from tests.serving import ServerProcess, free_port
 
 V = 60
 ROOT = Path(__file__).resolve().parents[2]
@@ -60,26 +58,8 @@ def truth(folder: Path) -> Callable[[list[int]], torch.Tensor]:
     return logprobs
 
 
-class Served:
-    """A server process at a port of its own."""
-
-    def __init__(self, folder: Path, *options: str, dialect: str = "vllm") -> None:
-        self.folder, self.options, self.dialect, self.port = folder, options, dialect, free_port()
-        self.start()
-
-    def start(self) -> None:
-        command = [sys.executable, "-m", "tests.serving", str(self.folder), str(self.port), self.dialect, *self.options]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
-        assert self.process.stdout is not None
-        while self.process.stdout.readline().strip() != "ready":
-            assert self.process.poll() is None, "the server did not start"
-
-    def kill(self) -> None:
-        self.process.send_signal(signal.SIGKILL)
-        self.process.wait()
-        assert self.process.stdout is not None
-        self.process.stdout.close()
+class Served(ServerProcess):
+    """With what it counted, and the product's client of it."""
 
     def count(self, what: str) -> int:
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/count") as answer:
@@ -88,12 +68,6 @@ class Served:
     def endpoint(self, place: str = "", **values: Any) -> Endpoint:
         prefix = f"/{place}" if place else ""
         return Endpoint(f"http://127.0.0.1:{self.port}{prefix}/v1", **{"top_k": 7, "concurrency": 4, **values})
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="module")

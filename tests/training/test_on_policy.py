@@ -36,7 +36,8 @@ from models.objectives.total_variation import TotalVariation
 from models.targets import IGNORED
 from models.teachers.online import Resident
 from models.teachers.teacher import Opening
-from models.training.on_policy import OnPolicy, Replica, Rollouts, ends_of
+from models.training.on_policy import OnPolicy
+from models.training.rollouts import Replica, Rollouts, ends_of
 from pipeline.data.loader import PackedSequences
 from pipeline.worker import build
 from tests.command import SMALL, train

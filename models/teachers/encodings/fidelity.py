@@ -13,8 +13,8 @@ from models.objectives.chunked import objective_sum
 from models.objectives.forward_kl import ForwardKL
 from models.objectives.head import Head
 from models.objectives.signal import Dense
-from models.teachers.cache import Piece
 from models.teachers.encodings.encoding import Encoding, Payload
+from models.teachers.pieces import Piece
 
 _NOISE = 1.0  # of the spread of the hidden states: a student that is not yet its teacher
 
