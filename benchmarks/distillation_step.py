@@ -163,7 +163,7 @@ def ours(folder: Path, settings: Settings, side: str) -> dict[str, Any]:
                 "targets": targets,
                 "step_tokens": int((targets >= 0).sum()),
                 "tokens_of_step": ids.numel(),
-                "rows": [step],
+                "sequences": [step],
             }
         )
     clock = Clock(settings.device)

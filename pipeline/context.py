@@ -42,7 +42,7 @@ class Context:
 
     @property
     def data_folder(self) -> Path:
-        """Prepared rows, shared by the stages."""
+        """Prepared sequences, shared by the stages."""
         return self.run_dir / "work" / "data"
 
     @property

@@ -144,8 +144,8 @@ def rollouts(values: dict[str, Any], data: PackedSequences, load_student: Any) -
     """As the pipeline makes them."""
     return Rollouts(
         OnPolicy(**{**values, "sampling": Sampling(**values["sampling"])}),
-        rows=data.train,
-        step_rows=data.order().step_rows,
+        examples=data.train,
+        step_examples=data.order().step_sequences,
         collate=functools.partial(collate, pad_token=0, side=data.side),
         load_student=load_student,
         seed=data.seed,

@@ -130,11 +130,11 @@ class LanguageModel(pl.LightningModule):
             objective, summed = self.on_policy.objective(objective), self.on_policy.sum
         torch.manual_seed(seeds.mixed(self.seed, step, micro, self.global_rank))
         self.step_metrics = None
-        self._rows = batch["rows"]
+        self._sequences = batch["sequences"]
         total, parts = self._objective(objective, batch, summed)
         if not torch.isfinite(total):
             raise NotFinite(
-                f"step {step}: the loss is {total.item()} on sequences {batch['rows']} "
+                f"step {step}: the loss is {total.item()} on sequences {batch['sequences']} "
                 f"(micro-batch {micro}, rank {self.global_rank}); lower the learning rate or look at "
                 f"these sequences; the last checkpoint is from before this step"
             )
@@ -199,8 +199,8 @@ class LanguageModel(pl.LightningModule):
     def _check_gradient(self, norm: Any, step: int) -> None:
         if norm is not None and not math.isfinite(float(norm)):
             raise NotFinite(
-                f"step {step}: the gradient's norm is {float(norm)} on sequences {self._rows} (the last micro-batch); "
-                f"lower the learning rate; the last checkpoint is from before this step"
+                f"step {step}: the gradient's norm is {float(norm)} on sequences {self._sequences} (the last "
+                f"micro-batch); lower the learning rate; the last checkpoint is from before this step"
             )
 
     def optimizer_step(self, epoch: int, batch_idx: int, *arguments: Any, **words: Any) -> None:

@@ -34,23 +34,23 @@ _DUE, _REPLAY, _WRITE = range(1, 4)  # streams of random numbers
 class Answered:
     """An example of the data by its number, and what the student wrote after its prompt."""
 
-    row: int
+    number: int
     ids: list[int]
 
 
 @dataclass(frozen=True)
 class _Prompt:
     ids: list[int]
-    weight: float | None  # of an answer's tokens, where rows are weighted: what its first token had
+    weight: float | None  # of an answer's tokens, where examples are weighted: what its first token had
     teachers: list[list[int]]  # where the teacher has prompts of its own
 
 
 @dataclass(frozen=True)
 class _Step:
-    """All of an optimizer step's rows, on every rank, and what they count."""
+    """All of an optimizer step's examples, on every rank, and what they count."""
 
     answered: list[Answered]
-    rows: list[dict[str, Any]]
+    examples: list[dict[str, Any]]
     supervised: float
     tokens: int
 
@@ -62,8 +62,8 @@ class Rollouts:
         self,
         values: OnPolicy,
         *,
-        rows: Any,
-        step_rows: Callable[[int], Iterable[Any]],
+        examples: Any,
+        step_examples: Callable[[int], Iterable[Any]],
         collate: Callable[[Sequence[dict[str, Any]]], dict[str, Any]],
         load_student: Callable[[], nn.Module],
         seed: int,
@@ -72,11 +72,11 @@ class Rollouts:
         stop: Sequence[str] = (),
         tokenizer: Any = None,
     ) -> None:
-        """`rows[number]` is a row of the data, unpacked, `step_rows(step)` the numbers of a step's rows over all ranks.
+        """`examples[number]` is one of the data, unpacked; `step_examples(step)`: a step's numbers, of all ranks.
 
         `tokenizer`: with it the student writes none of the columns that a padded vocabulary has beyond it.
         """
-        self.values, self.rows, self.step_rows, self.collate = values, rows, step_rows, collate
+        self.values, self.examples, self.step_examples, self.collate = values, examples, step_examples, collate
         self.seed, self.pad_token, self.tokenizer = seed, pad_token, tokenizer
         self.end_tokens, self.stop = end_tokens, stop
         self.replica = Replica(load_student)
@@ -89,14 +89,14 @@ class Rollouts:
         return self._draws(_DUE, step).random() < self.values.share
 
     def begin(self, student: nn.Module, step: int, *, device: torch.device, rank: int = 0, world: int = 1) -> None:
-        """Have all rows of a step that is due written, for all its micro-batches. All ranks must call it."""
+        """Have all examples of a step that is due written, for all its micro-batches. All ranks must call it."""
         self.steps += 1
-        numbers = [int(number) for number in self.step_rows(step)]
+        numbers = [int(number) for number in self.step_examples(step)]
         capacity = self.values.replay_capacity
         draws = self._draws(_REPLAY, step)
         if capacity and len(self.buffer) == capacity and draws.random() < self.values.replay_share:
             answered = [self.buffer[at] for at in draws.choice(capacity, len(numbers), replace=False)]
-            prompts = [self._prompt(one.row) for one in answered]
+            prompts = [self._prompt(one.number) for one in answered]
         else:
             prompts = [self._prompt(number) for number in numbers]
             texts = self._write(self._writer(student, device), [prompt.ids for prompt in prompts], step, rank, world)
@@ -106,23 +106,23 @@ class Rollouts:
         both = list(zip(prompts, answered, strict=True))
         self._step = _Step(
             answered,
-            [_row(prompt, one.ids) for prompt, one in both],
+            [_example(prompt, one.ids) for prompt, one in both],
             sum(len(one.ids) * (1 if prompt.weight is None else prompt.weight) for prompt, one in both),
             sum(len(prompt.ids) + len(one.ids) for prompt, one in both),
         )
 
     def take(self, batch: dict[str, Any], micro: int, *, rank: int = 0, world: int = 1) -> dict[str, Any]:
-        """In place of `batch`, micro-batch `micro` of the step that was begun last: as many rows."""
+        """In place of `batch`, micro-batch `micro` of the step that was begun last: as many examples."""
         assert self._step is not None
-        count = len(batch["rows"])
+        count = len(batch["sequences"])
         mine = slice(count * (micro * world + rank), count * (micro * world + rank + 1))  # as the data order deals
         device = batch["input_ids"].device
-        made = self.collate(self._step.rows[mine])
+        made = self.collate(self._step.examples[mine])
         return {
             **{name: value.to(device) for name, value in made.items()},
             "step_tokens": self._step.supervised,
             "tokens_of_step": self._step.tokens,
-            "rows": [answered.row for answered in self._step.answered[mine]],
+            "sequences": [answered.number for answered in self._step.answered[mine]],
         }
 
     def objective(self, objective: Objective) -> Objective:
@@ -145,7 +145,7 @@ class Rollouts:
         ids = [torch.tensor(answered.ids, dtype=torch.int32) for answered in self.buffer]
         return {
             "counts": (self.steps, self.generated_tokens),
-            "rows": torch.tensor([answered.row for answered in self.buffer], dtype=torch.int64),
+            "examples": torch.tensor([answered.number for answered in self.buffer], dtype=torch.int64),
             "lengths": torch.tensor([len(part) for part in ids], dtype=torch.int64),
             "ids": torch.cat([torch.zeros(0, dtype=torch.int32), *ids]),
         }
@@ -155,8 +155,8 @@ class Rollouts:
         ids, lengths = state["ids"].tolist(), state["lengths"].tolist()
         ends = list(accumulate(lengths))
         self.buffer.clear()
-        for row, length, end in zip(state["rows"].tolist(), lengths, ends, strict=True):
-            self.buffer.append(Answered(row, ids[end - length : end]))
+        for number, length, end in zip(state["examples"].tolist(), lengths, ends, strict=True):
+            self.buffer.append(Answered(number, ids[end - length : end]))
 
     def _write(
         self, model: nn.Module, prompts: Sequence[Sequence[int]], step: int, rank: int, world: int
@@ -195,11 +195,11 @@ class Rollouts:
         return self.replica.refreshed(student, device)
 
     def _prompt(self, number: int) -> _Prompt:
-        row = self.rows[number]
-        first = next(at for at, target in enumerate(row["targets"]) if target != IGNORED)
-        more = max(0, min(self.values.prompt_tokens, len(row["input_ids"]) - 1) - first - 1)
-        weight = row["weights"][first] if "weights" in row else None
-        return _Prompt(row["input_ids"][: first + 1 + more], weight, _teachers_prompts(row, more))
+        example = self.examples[number]
+        first = next(at for at, target in enumerate(example["targets"]) if target != IGNORED)
+        more = max(0, min(self.values.prompt_tokens, len(example["input_ids"]) - 1) - first - 1)
+        weight = example["weights"][first] if "weights" in example else None
+        return _Prompt(example["input_ids"][: first + 1 + more], weight, _teachers_prompts(example, more))
 
     def _draws(self, stream: int, step: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, stream, step])
@@ -250,42 +250,44 @@ class _Corrected:
         return self.objective.representations
 
 
-def ends_of(rows: Any, sample: int = 256) -> list[int]:
-    """Tokens that end what is supervised in most of the first rows, and stand nowhere else in it.
+def ends_of(examples: Any, sample: int = 256) -> list[int]:
+    """Tokens that end what is supervised in most of the first examples, and stand nowhere else in it.
 
     Beside the tokenizer's own end token: a chat template's, or a task's separator.
     """
     total: Counter[int] = Counter()
     ends: Counter[int] = Counter()
-    for number in range(min(sample, len(rows))):
-        targets = rows[number]["targets"]
+    for number in range(min(sample, len(examples))):
+        targets = examples[number]["targets"]
         total.update(target for target in targets if target != IGNORED)
         ends.update(one for one, after in pairwise([*targets, IGNORED]) if one != IGNORED and after == IGNORED)
     return [token for token, times in ends.items() if 2 * times > ends.total() and times == total[token]]
 
 
-def _teachers_prompts(row: dict[str, Any], more: int) -> list[list[int]]:
+def _teachers_prompts(example: dict[str, Any], more: int) -> list[list[int]]:
     """Each up to its first supervised token, and `more` beyond, as the student's."""
-    if "teacher_targets" not in row:
+    if "teacher_targets" not in example:
         return []
-    begins = [at for at, position in enumerate(row["teacher_position_ids"]) if position == 0]
+    begins = [at for at, position in enumerate(example["teacher_position_ids"]) if position == 0]
     prompts = []
-    for begin, end in zip(begins, [*begins[1:], len(row["teacher_input_ids"])], strict=True):
-        first = next(at for at in range(begin, end) if row["teacher_targets"][at] != IGNORED)
-        prompts.append(row["teacher_input_ids"][begin : first + 1 + more])
+    for begin, end in zip(begins, [*begins[1:], len(example["teacher_input_ids"])], strict=True):
+        first = next(at for at in range(begin, end) if example["teacher_targets"][at] != IGNORED)
+        prompts.append(example["teacher_input_ids"][begin : first + 1 + more])
     return prompts
 
 
-def _row(prompt: _Prompt, ids: list[int]) -> dict[str, Any]:
+def _example(prompt: _Prompt, ids: list[int]) -> dict[str, Any]:
     """Prompt and answer as the data hold them: the answer is supervised, its end token included."""
-    row: dict[str, Any] = dict(zip(("input_ids", "position_ids", "targets"), _columns(prompt.ids, ids), strict=True))
+    example: dict[str, Any] = dict(
+        zip(("input_ids", "position_ids", "targets"), _columns(prompt.ids, ids), strict=True)
+    )
     if prompt.weight is not None:
-        row["weights"] = [0.0] * (len(prompt.ids) - 1) + [prompt.weight] * len(ids) + [0.0]
+        example["weights"] = [0.0] * (len(prompt.ids) - 1) + [prompt.weight] * len(ids) + [0.0]
     if prompt.teachers:
         columns = [_columns(teachers, ids) for teachers in prompt.teachers]
         for name, parts in zip(("input_ids", "position_ids", "targets"), zip(*columns, strict=True), strict=True):
-            row[f"teacher_{name}"] = [value for part in parts for value in part]
-    return row
+            example[f"teacher_{name}"] = [value for part in parts for value in part]
+    return example
 
 
 def _columns(prompt: list[int], ids: list[int]) -> tuple[list[int], list[int], list[int]]:

@@ -21,7 +21,7 @@ _BLANK = -1
 class MicroBatch:
     """The sequences one rank works on at once, and the totals of the optimizer step they belong to."""
 
-    rows: list[int]
+    sequences: list[int]
     step_tokens: float  # supervised tokens of the step, over all ranks and micro-batches; with weights, their sum
     tokens_of_step: int  # all its tokens, padding left out
 
@@ -50,7 +50,7 @@ class Order(Sampler[MicroBatch]):
         self.global_batch, self.micro_batch, self.rank, self.world = global_batch, micro_batch, rank, world
         self.first_step = first_step
 
-    def step_rows(self, step: int) -> np.ndarray:
+    def step_sequences(self, step: int) -> np.ndarray:
         """Numbers of the sequences of optimizer step `step`."""
         count = len(self.supervised)
         wanted = np.arange(step * self.global_batch, (step + 1) * self.global_batch)
@@ -59,7 +59,7 @@ class Order(Sampler[MicroBatch]):
         )
 
     def step_length(self, step: int) -> int:
-        return int(self.lengths[self.step_rows(step)].sum())
+        return int(self.lengths[self.step_sequences(step)].sum())
 
     def _permutation(self, epoch: int) -> np.ndarray:
         cached = getattr(self, "_cached", None)
@@ -70,25 +70,25 @@ class Order(Sampler[MicroBatch]):
     def __iter__(self) -> Iterator[MicroBatch]:
         step = self.first_step
         while True:
-            rows = self.step_rows(step)
-            tokens, length = self.supervised[rows].sum().item(), int(self.lengths[rows].sum())
+            sequences = self.step_sequences(step)
+            tokens, length = self.supervised[sequences].sum().item(), int(self.lengths[sequences].sum())
             for begin in range(self.rank * self.micro_batch, self.global_batch, self.world * self.micro_batch):
-                yield MicroBatch(rows[begin : begin + self.micro_batch].tolist(), tokens, length)
+                yield MicroBatch(sequences[begin : begin + self.micro_batch].tolist(), tokens, length)
             step += 1
 
 
 class _Collated(Dataset[dict[str, Any]]):
-    def __init__(self, rows: Any, pad_token: int, length: int | None, side: str) -> None:
-        self.rows, self.pad_token, self.length, self.side = rows, pad_token, length, side
+    def __init__(self, sequences: Any, pad_token: int, length: int | None, side: str) -> None:
+        self.sequences, self.pad_token, self.length, self.side = sequences, pad_token, length, side
 
     def __getitem__(self, micro: MicroBatch) -> dict[str, Any]:
-        columns = self.rows[[row for row in micro.rows if row != _BLANK]]
-        rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-        rows += [blank(self.rows.column_names, self.pad_token)] * (len(micro.rows) - len(rows))
-        return collate(rows, pad_token=self.pad_token, length=self.length, side=self.side) | {
+        columns = self.sequences[[number for number in micro.sequences if number != _BLANK]]
+        sequences = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        sequences += [blank(self.sequences.column_names, self.pad_token)] * (len(micro.sequences) - len(sequences))
+        return collate(sequences, pad_token=self.pad_token, length=self.length, side=self.side) | {
             "step_tokens": micro.step_tokens,
             "tokens_of_step": micro.tokens_of_step,
-            "rows": micro.rows,
+            "sequences": micro.sequences,
         }
 
 
@@ -161,9 +161,9 @@ class PackedSequences(pl.LightningDataModule):
             in_turn(len(self.validation), self.micro_batch, self.trainer.global_rank, self.trainer.world_size),
         )
 
-    def _loader(self, rows: Any, sampler: Any) -> DataLoader[Any]:
+    def _loader(self, sequences: Any, sampler: Any) -> DataLoader[Any]:
         return DataLoader(
-            _Collated(rows, self.pad_token, self.length, self.side),
+            _Collated(sequences, self.pad_token, self.length, self.side),
             sampler=sampler,
             batch_size=None,
             num_workers=self.workers,

@@ -109,7 +109,7 @@ def _build(
     aside: Path,
     teacher_tokenizer: PreTrainedTokenizerBase | None,
 ) -> None:
-    """Write aside/rows. Whatever else comes to lie in `aside` is scratch."""
+    """Write aside/sequences. Whatever else comes to lie in `aside` is scratch."""
     from datasets import Dataset
 
     tally: Counter[str] = Counter()
@@ -131,7 +131,7 @@ def _build(
         load_from_cache_file=False,
         desc="tokenizing",
     )
-    if not len(pieces):  # `map` gives a dataset without rows back as it was
+    if not len(pieces):  # `map` gives an empty dataset back as it was
         pieces = Dataset.from_dict({name: [] for name in features}, features=features)
     counted = {
         "documents": len(documents),
@@ -152,19 +152,19 @@ def write_sequences(
     counted: dict[str, Any],
     also: dict[str, Any] | None = None,
 ) -> None:
-    """Fill sequences with pieces and write aside/rows; `counted` and `also` go into their statistics."""
+    """Fill sequences with pieces and write aside/sequences; `counted` and `also` go into their statistics."""
     import pyarrow.compute as pc
 
     lengths = pc.list_value_length(pieces.data.column("input_ids")).to_numpy()
     sequence_of = best_fit_decreasing(lengths, max_length) if packing else np.arange(len(lengths))
-    sequences = _fill(pieces, sequence_of, max_length, aside / "rows.arrow")
+    sequences = _fill(pieces, sequence_of, max_length, aside / "sequences.arrow")
     # Without sequences datasets would write no shard at all, and then not open what it wrote.
-    sequences.save_to_disk(str(aside / "rows"), num_shards=None if len(sequences) else 1)
+    sequences.save_to_disk(str(aside / "sequences"), num_shards=None if len(sequences) else 1)
     tokens = int(lengths.sum())
     statistics = {
         **counted,
         "pieces": len(pieces),
-        "rows": len(sequences),
+        "sequences": len(sequences),
         "tokens": tokens,
         "supervised": pc.sum(sequences.data.column("supervised")).as_py() or 0,
         "bytes": pc.sum(sequences.data.column("bytes")).as_py() or 0,
@@ -173,7 +173,7 @@ def write_sequences(
     if "weight" in sequences.column_names:
         statistics["weight"] = pc.sum(sequences.data.column("weight")).as_py() or 0.0
     statistics |= also or {}
-    (aside / "rows" / STATISTICS).write_text(json.dumps(statistics, indent=2) + "\n")
+    (aside / "sequences" / STATISTICS).write_text(json.dumps(statistics, indent=2) + "\n")
 
 
 def _fill(pieces: Dataset, sequence_of: Ints, max_length: int, path: Path) -> Dataset:

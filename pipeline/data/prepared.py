@@ -37,7 +37,7 @@ def sequences_of(
 
 
 def once(folder: Path, build: Callable[[Path], None]) -> tuple[Dataset, dict[str, Any]]:
-    """The sequences in `folder`, which `build(aside)` writes as aside/rows where they are not there yet.
+    """The sequences in `folder`, which `build(aside)` writes as aside/sequences where they are not there yet.
 
     A folder that exists is whole and is only opened. Else it is written aside and renamed; of several
     processes that ask at once one writes and the others wait.
@@ -51,7 +51,7 @@ def once(folder: Path, build: Callable[[Path], None]) -> tuple[Dataset, dict[str
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir()
             build(aside)
-            os.rename(aside / "rows", folder)
+            os.rename(aside / "sequences", folder)
             shutil.rmtree(aside)
     return prepared(folder)
 

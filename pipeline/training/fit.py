@@ -35,7 +35,7 @@ class Fitted:
     trainer: pl.Trainer
     module: LanguageModel
     student: Student
-    rows: PackedSequences
+    sequences: PackedSequences
     tokenizer: Any
     prepared: Prepared
     rollouts: Rollouts | None
@@ -49,21 +49,21 @@ def fit(context: Context, recipe: Recipe) -> Fitted:
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)  # it sets itself to INFO when imported
     tokenizer = load_tokenizer(prepared.start)
     attention = attention_for(context.config["trainer"]["attention"], context.device, recipe.saved)
-    rows = _rows(context, recipe, prepared, tokenizer)
+    sequences = _sequences(context, recipe, prepared, tokenizer)
     student = Student.read(prepared.start, recipe, context.seed, attention)
     training = recipe.training
-    steps = rows.steps(max_steps=training.max_steps, max_tokens=training.max_tokens, epochs=training.epochs)
+    steps = sequences.steps(max_steps=training.max_steps, max_tokens=training.max_tokens, epochs=training.epochs)
     opening = _opening(context, recipe, prepared, tokenizer, attention)
-    rollouts = _rollouts(context, recipe, rows, student, tokenizer)
+    rollouts = _rollouts(context, recipe, sequences, student, tokenizer)
     module = _module(context, recipe, student, opening, rollouts, steps, vocabulary=len(tokenizer))
     checkpoint = last_checkpoint(context.work / "checkpoints", context.strategy.sharded, context.world)
-    trainer = _trainer(context, recipe, steps, validates=rows.validation is not None)
+    trainer = _trainer(context, recipe, steps, validates=sequences.validation is not None)
     # weights_only: it is our own file, with the state of the optimizer and of the loops
-    trainer.fit(module, datamodule=rows, ckpt_path=checkpoint, weights_only=False)
-    return Fitted(trainer, module, student, rows, tokenizer, prepared, rollouts, steps)
+    trainer.fit(module, datamodule=sequences, ckpt_path=checkpoint, weights_only=False)
+    return Fitted(trainer, module, student, sequences, tokenizer, prepared, rollouts, steps)
 
 
-def _rows(context: Context, recipe: Recipe, prepared: Prepared, tokenizer: Any) -> PackedSequences:
+def _sequences(context: Context, recipe: Recipe, prepared: Prepared, tokenizer: Any) -> PackedSequences:
     from datasets import load_from_disk
 
     data, training = recipe.data, recipe.training
@@ -95,19 +95,19 @@ def _opening(context: Context, recipe: Recipe, prepared: Prepared, tokenizer: An
 
 
 def _rollouts(
-    context: Context, recipe: Recipe, rows: PackedSequences, student: Student, tokenizer: Any
+    context: Context, recipe: Recipe, sequences: PackedSequences, student: Student, tokenizer: Any
 ) -> Rollouts | None:
     if recipe.on_policy is None:
         return None
-    ends = {tokenizer.eos_token_id, *ends_of(rows.train)} - {None}
+    ends = {tokenizer.eos_token_id, *ends_of(sequences.train)} - {None}
     return Rollouts(
         recipe.on_policy,
-        rows=rows.train,
-        step_rows=rows.order().step_rows,
-        collate=functools.partial(collate, pad_token=rows.pad_token),
+        examples=sequences.train,
+        step_examples=sequences.order().step_sequences,
+        collate=functools.partial(collate, pad_token=sequences.pad_token),
         load_student=student.load,
         seed=context.seed,
-        pad_token=rows.pad_token,
+        pad_token=sequences.pad_token,
         end_tokens=sorted(ends),
         stop=recipe.data.stops,
         tokenizer=tokenizer,

@@ -54,14 +54,14 @@ def prepare(
     statistics = {}
     for split in ("train", "validation"):
         other = teacher_tokenizer if split == "train" else None
-        rows, statistics[split], folder = sequences_of(data, split, tokenizer, context.data_folder, other)
-        folders[split] = str(folder) if len(rows) else None
+        sequences, statistics[split], folder = sequences_of(data, split, tokenizer, context.data_folder, other)
+        folders[split] = str(folder) if len(sequences) else None
         if split == "train":
-            prefix = common_prefix(rows)
+            prefix = common_prefix(sequences)
         if left_out := {name: count for name in _LEFT_OUT if (count := statistics[split].get(name))}:
             counts = ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in left_out.items())
             print(f"{context.stage}: {split}: {counts}", flush=True)
-        if split == "train" and not len(rows):
+        if split == "train" and not len(sequences):
             raise Refusal(f"{context.stage}: no text of data.train is left after tokenizing ({statistics[split]})")
     start = context.work / "start"
     if not start.exists():

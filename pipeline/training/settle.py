@@ -74,7 +74,7 @@ def _made_plain(context: Context, fitted: Fitted, state: dict[str, Tensor]) -> S
         if not recipe.keep_zeros:
             start = context.parents["student"]["path"] if "student" in context.parents else student.folder
             settled.also.append(lambda out: write_adapter(student.adapter, str(start), learnt, out / "adapter"))
-        proof = _unchanged(context, model, fitted.rows, merge, recipe.saved)
+        proof = _unchanged(context, model, fitted.sequences, merge, recipe.saved)
         settled.certificates["merged_equals_adapter"] = proof
     settled.state = model.state_dict()
     return settled
@@ -99,7 +99,7 @@ def _quantize(context: Context, fitted: Fitted, settled: Settled, rounding: Roun
     def freeze(model: Any) -> None:
         made.append(rounding.settle(model))
 
-    proof = _unchanged(context, settled.model, fitted.rows, freeze, saved, rounding.served)
+    proof = _unchanged(context, settled.model, fitted.sequences, freeze, saved, rounding.served)
     settled.certificates["trained_equals_frozen"] = proof
     settled.also.append(functools.partial(_write_quantized, context, made[0], saved))
     settled.certificates["weights_bit_equal"] = True  # or `_write_quantized` raises
@@ -120,7 +120,7 @@ def _write_quantized(
 def _unchanged(
     context: Context,
     model: Any,
-    rows: PackedSequences,
+    sequences: PackedSequences,
     change: Callable[[Any], object],
     saved: torch.dtype,
     served: Callable[[Any], AbstractContextManager[None]] = nullcontext,
@@ -128,8 +128,8 @@ def _unchanged(
     """`change` a trained model in place into the plain one that is saved, and measure on text what that changed, in
     float32 and in the dtype that is saved, the plain one as it is `served`. Raises Refusal where it is more than
     float32's rounding."""
-    numbers = range(min(_PROOF_SEQUENCES, len(rows.train)))
-    batch = collate([rows.train[number] for number in numbers], pad_token=rows.pad_token)
+    numbers = range(min(_PROOF_SEQUENCES, len(sequences.train)))
+    batch = collate([sequences.train[number] for number in numbers], pad_token=sequences.pad_token)
     words = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "use_cache": False}
     model.eval()
     before = model(**words).logits

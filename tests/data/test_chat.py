@@ -195,7 +195,7 @@ def test_a_long_conversation_is_cut_off_and_counted_and_dropped_if_nothing_is_le
     assert len(whole) > 100
     assert rows[0]["input_ids"] == whole[:100]
     assert rows[0]["targets"][-1] == IGNORED
-    assert (statistics["documents"], statistics["rows"]) == (3, 2)
+    assert (statistics["documents"], statistics["sequences"]) == (3, 2)
     assert (statistics["truncated"], statistics["unsupervised"]) == (2, 1)
 
 

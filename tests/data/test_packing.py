@@ -115,7 +115,7 @@ def test_every_token_after_begin_is_a_target_once_and_the_targets_decode_to_the_
         assert tokenizer.decode(read[:-1]) == text
     assert next(pieces, None) is None
     assert statistics["documents"] == len(TEXTS)
-    assert statistics["pieces"] == statistics["rows"] == len(rows)
+    assert statistics["pieces"] == statistics["sequences"] == len(rows)
 
 
 @pytest.mark.parametrize("max_length", [2, 7, 64, 513])
@@ -131,7 +131,7 @@ def test_packing_loses_no_piece_splits_none_and_fills_no_row_beyond_its_length(
         assert lengths.pop() <= max_length
     for name in ("documents", "pieces", "tokens", "supervised", "bytes"):
         assert before[name] == after[name]
-    assert after["rows"] == len(packed) <= before["rows"] == before["pieces"] == len(unpacked)
+    assert after["sequences"] == len(packed) <= before["sequences"] == before["pieces"] == len(unpacked)
 
 
 def test_nothing_is_predicted_across_pieces(tmp_path: Path, tokenizer: Any) -> None:
@@ -262,8 +262,8 @@ def test_preparing_few_documents_is_quiet(tmp_path: Path, plain: Any, capfd: pyt
 
 
 def test_what_a_killed_process_left_is_written_anew(tmp_path: Path, plain: Any) -> None:
-    (tmp_path / ".rows.partial" / "rows").mkdir(parents=True)
-    (tmp_path / ".rows.partial" / "rows" / "data-00000-of-00001.arrow").write_text("half")
+    (tmp_path / ".rows.partial" / "sequences").mkdir(parents=True)
+    (tmp_path / ".rows.partial" / "sequences" / "data-00000-of-00001.arrow").write_text("half")
     rows, _ = rows_of(tmp_path, plain)
     assert sum(rows["bytes"]) == sum(len(text.encode()) for text in TEXTS)
     assert not (tmp_path / ".rows.partial").exists()
@@ -322,7 +322,7 @@ def test_empty_documents_are_counted_wherever_they_are_found(tmp_path: Path, pla
 @pytest.mark.parametrize("packed", [True, False])
 def test_no_text_gives_no_rows(tmp_path: Path, plain: Any, texts: list[str], packed: bool) -> None:
     rows, statistics = rows_of(tmp_path, plain, texts, packing=packed)
-    assert len(rows) == statistics["rows"] == statistics["bytes"] == statistics["supervised"] == 0
+    assert len(rows) == statistics["sequences"] == statistics["bytes"] == statistics["supervised"] == 0
     assert rows.column_names == ["input_ids", "position_ids", "targets", "supervised", "bytes"]
 
 

@@ -234,10 +234,10 @@ def test_the_tokens_of_a_step_are_its_weights_on_every_rank(tmp_path: Path, toke
         order = module.order(rank, 2)
         loaded = iter(module._loader(rows, order))
         batches = [next(loaded) for _ in range(2)]
-        mine = sum(rows[int(i)]["weight"] for i in order.step_rows(0))
+        mine = sum(rows[int(i)]["weight"] for i in order.step_sequences(0))
         assert [batch["step_tokens"] for batch in batches] == [mine, mine]
         assert isinstance(batches[0]["step_tokens"], float)
-    everything = [next(iter(module._loader(rows, [MicroBatch(order.step_rows(0).tolist(), 0, 0)])))]
+    everything = [next(iter(module._loader(rows, [MicroBatch(order.step_sequences(0).tolist(), 0, 0)])))]
     assert float(everything[0]["weights"].sum()) == mine
 
 

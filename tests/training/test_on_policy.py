@@ -67,7 +67,7 @@ def assert_same(one: dict[str, Any], other: dict[str, Any], tolerance: float = T
         torch.testing.assert_close(tensor, other["state"][name], rtol=0, atol=tolerance, msg=name)
     if one["kept"] is not None:
         assert one["kept"]["counts"] == other["kept"]["counts"]
-        for name in ("rows", "lengths", "ids"):
+        for name in ("examples", "lengths", "ids"):
             assert torch.equal(one["kept"][name], other["kept"][name])
 
 
@@ -91,7 +91,7 @@ def answers_of(result: dict[str, Any]) -> list[tuple[list[int], list[int]]]:
     """(prompt, what was written) of what is kept, by the data's own definition of a prompt."""
     data, kept = answer_rows(), result["kept"]
     told = []
-    for number, ids in zip(kept["rows"].tolist(), kept["ids"].split(kept["lengths"].tolist()), strict=True):
+    for number, ids in zip(kept["examples"].tolist(), kept["ids"].split(kept["lengths"].tolist()), strict=True):
         row = data[number]
         told.append((row["input_ids"][: len(row["input_ids"]) - row["supervised"]], ids.tolist()))
     return told
@@ -135,8 +135,8 @@ def test_what_is_written_is_what_the_student_says(folder: Path) -> None:
 def test_every_second_step_is_a_share_of_a_half(folder: Path) -> None:
     values = OnPolicy(Sampling(temperature=1.0), share=0.5)
     rolls = Rollouts(
-        values, rows=[], step_rows=lambda step: [], collate=dict, load_student=torch.nn.Identity, seed=3, pad_token=0,
-        end_tokens=[],
+        values, examples=[], step_examples=lambda step: [], collate=dict, load_student=torch.nn.Identity, seed=3,
+        pad_token=0, end_tokens=[],
     )  # fmt: skip
     due = [rolls.due(step) for step in range(2000)]
     assert 0.46 < sum(due) / len(due) < 0.54
@@ -226,7 +226,7 @@ def test_text_kept_is_read_again_and_costs_nothing(reference: Any) -> None:
     due = [after > before + 0.5 for before, after in pairwise(on)]
     assert sum(fresh) < sum(due) < 20
     assert sum(fresh) >= 3  # the buffer has to be full first
-    assert len(reference["kept"]["rows"]) == 24
+    assert len(reference["kept"]["examples"]) == 24
 
 
 def test_a_single_process_resumes_to_the_bit_with_its_buffer(folder: Path) -> None:
@@ -292,7 +292,7 @@ def rolls_of(data: Dataset, **values: Any) -> Rollouts:
 def begun(data: Dataset, writer: Any = None, **values: Any) -> tuple[Rollouts, dict[str, Any]]:
     rolls = rolls_of(data, **values)
     rolls.begin(model(16, 2, seed=1) if writer is None else writer, 0, device=torch.device("cpu"))
-    return rolls, rolls.take({"input_ids": torch.zeros(1), "rows": [0] * 8}, 0)
+    return rolls, rolls.take({"input_ids": torch.zeros(1), "sequences": [0] * 8}, 0)
 
 
 DIVERGENCES = [
@@ -321,14 +321,14 @@ def test_a_row_is_the_prompt_and_what_was_written_and_all_of_that_is_supervised(
     data = answer_rows()
     rolls, batch = begun(data, replay_capacity=8)
     for line, answered in enumerate(rolls.buffer):
-        row = data[answered.row]
+        row = data[answered.number]
         prompt = row["input_ids"][: len(row["input_ids"]) - row["supervised"]]
         length = len(prompt) + len(answered.ids)
         assert batch["input_ids"][line, :length].tolist() == prompt + answered.ids
         assert batch["position_ids"][line, :length].tolist() == list(range(length))
         assert batch["targets"][line, len(prompt) - 1 : length - 1].tolist() == answered.ids
         assert (batch["targets"][line] >= 0).sum() == len(answered.ids)
-    assert batch["rows"] == [answered.row for answered in rolls.buffer]
+    assert batch["sequences"] == [answered.number for answered in rolls.buffer]
     assert batch["step_tokens"] == sum(len(answered.ids) for answered in rolls.buffer) == (batch["targets"] >= 0).sum()
 
 
@@ -341,9 +341,9 @@ def test_every_row_of_a_step_is_taken_once_where_the_order_would_have_it(world: 
     for rank in range(world):
         order = iter(rows.order(rank, world))
         for micro in range(8 // (world * micro_batch)):
-            wanted = next(order).rows
-            taken = rolls.take({"input_ids": torch.zeros(1), "rows": wanted}, micro, rank=rank, world=world)
-            assert taken["rows"] == wanted
+            wanted = next(order).sequences
+            taken = rolls.take({"input_ids": torch.zeros(1), "sequences": wanted}, micro, rank=rank, world=world)
+            assert taken["sequences"] == wanted
             assert len(taken["input_ids"]) == micro_batch
 
 
@@ -364,8 +364,8 @@ def test_another_step_and_another_seed_write_another_text() -> None:
     for step, seed in ((0, 0), (5, 0), (0, 1)):
         rolls = rolls_of(answer_rows(), replay_capacity=8)
         rolls.seed = seed
-        order = rolls.step_rows
-        rolls.step_rows = lambda _, order=order: order(0)  # type: ignore[misc]
+        order = rolls.step_examples
+        rolls.step_examples = lambda _, order=order: order(0)  # type: ignore[misc]
         rolls.begin(model(16, 2, seed=1), step, device=torch.device("cpu"))
         texts.append([answered.ids for answered in rolls.buffer])
     assert texts[0] != texts[1]
@@ -377,8 +377,8 @@ def test_the_buffer_keeps_the_newest_and_comes_back_from_its_state() -> None:
     student = model(16, 2, seed=1)
     for step in range(3):
         rolls.begin(student, step, device=torch.device("cpu"))
-    newest = [*rolls.step_rows(1)[-4:], *rolls.step_rows(2)]  # type: ignore[index]
-    assert [answered.row for answered in rolls.buffer] == [int(number) for number in newest]
+    newest = [*rolls.step_examples(1)[-4:], *rolls.step_examples(2)]  # type: ignore[index]
+    assert [answered.number for answered in rolls.buffer] == [int(number) for number in newest]
     back = rolls_of(answer_rows(), replay_capacity=12)
     back.load(rolls.state())
     assert back.buffer == rolls.buffer
@@ -395,9 +395,9 @@ def test_a_weighted_row_gives_its_weight_to_what_is_written() -> None:
     )
     data = data.add_column("weight", [w * r["supervised"] for w, r in zip(weights, data, strict=True)])
     rolls, batch = begun(data, replay_capacity=8)
-    assert batch["step_tokens"] == pytest.approx(sum(weights[a.row] * len(a.ids) for a in rolls.buffer))
+    assert batch["step_tokens"] == pytest.approx(sum(weights[a.number] * len(a.ids) for a in rolls.buffer))
     for line, answered in enumerate(rolls.buffer):
-        assert set(batch["weights"][line][batch["targets"][line] >= 0].tolist()) == {weights[answered.row]}
+        assert set(batch["weights"][line][batch["targets"][line] >= 0].tolist()) == {weights[answered.number]}
         assert batch["weights"][line][batch["targets"][line] < 0].abs().sum() == 0
 
 

@@ -262,7 +262,7 @@ def test_the_loss_is_the_dense_formula_over_the_whole_batch(folder: Path, refere
 def whole_batch() -> dict[str, torch.Tensor]:
     data = rows()
     order = Order(_column(data, "supervised"), _lengths(data), seed=0, global_batch=8, micro_batch=8, rank=0, world=1)
-    return collate([data[int(i)] for i in order.step_rows(0)], pad_token=0, length=LENGTH)
+    return collate([data[int(i)] for i in order.step_sequences(0)], pad_token=0, length=LENGTH)
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "gemma2", "gpt2", "gpt_neox", "phi3"])
@@ -381,7 +381,7 @@ def test_ranks_and_micro_batches_share_out_one_order() -> None:
                 row
                 for micro_at in range(len(per_rank[0][step]))
                 for rank in range(world)
-                for row in per_rank[rank][step][micro_at].rows
+                for row in per_rank[rank][step][micro_at].sequences
             ]
             for step in range(steps)
         ]
@@ -400,13 +400,13 @@ def test_every_rank_knows_the_tokens_of_the_whole_step() -> None:
             _column(data, "supervised"), _lengths(data), seed=0, global_batch=4, micro_batch=1, rank=rank, world=2
         )
         micro = next(iter(order))
-        assert micro.step_tokens == sum(data[int(i)]["supervised"] for i in order.step_rows(0))
+        assert micro.step_tokens == sum(data[int(i)]["supervised"] for i in order.step_sequences(0))
 
 
 def test_validation_shows_every_row_once_and_keeps_ranks_together() -> None:
     batches = [in_turn(9, 2, rank, 2) for rank in range(2)]
     assert [len(b) for b in batches] == [3, 3]
-    seen = [row for rank in batches for micro in rank for row in micro.rows]
+    seen = [row for rank in batches for micro in rank for row in micro.sequences]
     assert sorted(row for row in seen if row >= 0) == list(range(9))
 
 
