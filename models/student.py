@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig, set_seed
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from models.errors import Refusal
 from models.load import empty_model, load_config, load_model, save_model
@@ -197,7 +197,7 @@ class KvHeads:
 
 def write_fresh(config: PretrainedConfig, tokenizer: Any, folder: Path, seed: int) -> None:
     """Random weights by the family's own initialisation, from `seed` alone."""
-    set_seed(seed)
+    torch.manual_seed(seed)
     with torch.device("cpu"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     save_model(model, tokenizer, folder, model.state_dict(), torch.float32)
