@@ -1,13 +1,17 @@
-"""No module of the project imports itself by a detour, imports for type checkers and inside of functions included."""
+"""What imports what: no module of the project imports itself by a detour, imports for type checkers and inside of
+functions included; and no stage imports more than it needs."""
 
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+HEAVY = ("peft", "bitsandbytes", "deepspeed", "wandb", "matplotlib", "gguf", "compressed_tensors", "lm_eval")
 PACKAGES = ("models", "callbacks", "pipeline")
 
 
@@ -70,3 +74,14 @@ def test_no_module_imports_itself_by_a_detour(package: str) -> None:
 
 def test_a_circle_is_found() -> None:
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == [["b", "c"]]
+
+
+def test_a_stage_imports_no_library_that_it_may_not_need() -> None:
+    """Each stage is a process: what takes seconds to import is imported where it is used."""
+    stages = [path.stem for path in sorted((ROOT / "pipeline" / "stages").glob("*.py")) if path.stem != "__init__"]
+    code = (
+        f"import importlib, sys; [importlib.import_module(f'pipeline.stages.{{name}}') for name in {stages}];"
+        f"print(*(name for name in {HEAVY} if name in sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []

@@ -229,6 +229,22 @@ def test_everything_killed_in_the_middle_of_a_step_goes_on_to_the_same_bits(fini
     _same_weights(finished / "distill", run_dir / "distill")
 
 
+def test_a_command_killed_between_two_stages_goes_on_with_the_second(finished: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "killed"
+    shutil.copytree(finished / "pretrain", run_dir / "pretrain")
+    words = [f"run_dir={run_dir}", *SMALL, "stages=[distill,control]"]
+    third = "subprocess.Popen python 3"  # after the check and distill, as control is about to start
+    killed = train(*words, path=str(ROOT / "tests" / "killing"), RETORT_TEST_KILL=third)
+    assert killed.returncode == -signal.SIGKILL, killed.stdout + killed.stderr
+    _same_weights(finished / "distill", run_dir / "distill")
+    assert not (run_dir / "control").exists()
+    again = train(*words)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "distill: finished, skipped" in again.stdout
+    assert "distill: step" not in again.stdout
+    _same_weights(finished / "control", run_dir / "control")
+
+
 @pytest.mark.slow
 def test_two_ranks_die_with_the_command_and_go_on_to_the_same_bits(finished: Path, tmp_path: Path) -> None:
     """torchrun stands between: it and its ranks must not outlive what started them."""
