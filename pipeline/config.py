@@ -11,7 +11,7 @@ import difflib
 import hashlib
 import json
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
@@ -190,16 +190,18 @@ def identity(
     stage: str,
     immaterial: Callable[[str], Collection[str]],
     compared_by_content: Callable[[str], Collection[str]] = _none_of,
+    parents: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """The part of the configuration that decides what `stage` makes.
 
     `immaterial` names, for a node's `_target_`, the keys of that very node which change nothing beyond rounding:
     another value of theirs neither invalidates a finished stage nor forbids to go on in an unfinished one.
     `compared_by_content` names those whose files are compared by what they hold (parents of the stage): local ones are
-    written as `<local file>`, so that they may be moved. Paths into the run folder are written as `<run_dir>/…`, so
-    that it may be moved too.
+    written as `<local file>`, so that they may be moved. So may local models that the stage reads (`parents`: role →
+    path), which are written as `<role>`, and the run folder, paths into which are written as `<run_dir>/…`.
     """
     root = config["run_dir"].rstrip("/")
+    roles = {path: f"<{role}>" for role, path in (parents or {}).items() if Path(path).exists()}
 
     def clean(node: Any) -> Any:
         if isinstance(node, dict):
@@ -211,7 +213,7 @@ def identity(
             return [clean(v) for v in node]
         if isinstance(node, str) and (node == root or node.startswith(root + "/")):
             return "<run_dir>" + node[len(root) :]
-        return node
+        return roles.get(node, node) if isinstance(node, str) else node
 
     cleaned: dict[str, Any] = clean(config["stages"][stage])
     return cleaned

@@ -76,11 +76,12 @@ def check(spec: dict[str, Any]) -> dict[str, Any]:
                 entry = dataclasses.asdict(stage.check(context))
             if entry["content"] is None:
                 entry["content"] = stage.content()
+            parents = stage.parents(context)
             surroundings = {
                 "ranks": stage.ranks(context),
                 "device": context.device,
-                "parents": stage.parents(context),
-                "identity": identity(spec["config"], name, immaterial, compared_by_content),
+                "parents": parents,
+                "identity": identity(spec["config"], name, immaterial, compared_by_content, parents),
             }
             entry["warnings"] += _out_of_size(spec["config"], name, entry["parameters"])
             plan.append({"stage": name, **surroundings, **entry})

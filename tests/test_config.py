@@ -374,6 +374,29 @@ def test_the_identity_of_a_stage_knows_data_by_what_it_holds_and_not_by_where_it
     assert plan("there")["identity"] == before["identity"]
 
 
+def test_the_identity_of_a_stage_knows_its_models_by_what_they_hold_and_not_by_where_they_lie(tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from pipeline.worker import check
+
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 8, "num_attention_heads": 2}
+    for place in ("here", "there"):
+        LlamaForCausalLM(LlamaConfig(vocab_size=50, **shape)).save_pretrained(tmp_path / place)  # type: ignore[arg-type]
+
+    def plan(place: str) -> dict[str, Any]:
+        config = composed(
+            "+experiment=prune_recover", "run_dir=run", f"model.path={tmp_path / place}", "data.train=stdlib",
+            "only=[prune]",
+        )  # fmt: skip
+        (found,) = check({"config": config, "stages": ["prune"]})["plan"]
+        return found
+
+    here, there = plan("here"), plan("there")
+    assert here["identity"] == there["identity"]
+    assert here["identity"]["model"] == "<model>"
+    assert here["parents"] != there["parents"]  # of which the hashes are compared
+
+
 def test_answers_of_a_stage_of_the_run_have_one_identity_before_and_after_they_are_made(tmp_path: Path) -> None:
     def told() -> dict[str, Any]:
         config = composed("+experiment=demo/sequence_level", f"run_dir={tmp_path}")
