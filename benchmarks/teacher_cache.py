@@ -56,7 +56,7 @@ class Settings:
 @dataclass(frozen=True)
 class Side:
     what: str
-    encoding: tuple[str, dict[str, Any]] | None = None  # module in models/encodings and its settings, where recorded
+    encoding: tuple[str, dict[str, Any]] | None = None  # module in models/teachers/encodings and its settings
 
 
 # Each is trained in a process of its own.
@@ -118,11 +118,11 @@ def text(folder: Path, name: str, settings: Settings) -> Any:
 
 
 def rows_of(folder: Path, name: str, settings: Settings) -> Any:
-    from pipeline.data import rows
+    from pipeline.data.prepared import sequences_of
     from pipeline.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(str(folder / "tokenizer"))
-    return rows.rows_of(text(folder, name, settings), "train", tokenizer, folder / "work/data")[0]
+    return sequences_of(text(folder, name, settings), "train", tokenizer, folder / "work/data")[0]
 
 
 def write_inputs(folder: Path, settings: Settings) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import hypothesis
 import pytest
@@ -30,18 +29,6 @@ install_import_hook(
 # The same examples in every run, and no clock: a test that fails can be run again, on a machine that is busy, too.
 hypothesis.settings.register_profile("retort", derandomize=True, deadline=None, max_examples=30, print_blob=False)
 hypothesis.settings.load_profile("retort")
-
-ROOT = Path(__file__).resolve().parent.parent
-
-
-@pytest.fixture(scope="session")
-def shared() -> Path:
-    """Real text and a real small model beside the checkout; not part of the project."""
-    folder = ROOT.parent / "shared"
-    if not folder.is_dir():
-        pytest.skip("no shared/ folder beside the checkout")
-    return folder
-
 
 _LONG = (
     "test_run.py",

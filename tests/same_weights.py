@@ -20,17 +20,23 @@ REDUCED = [
     f"stages.{stage}.training.max_steps={steps}"
     for stage, steps in (("pretrain", 40), ("distill", 20), ("recover", 10), ("qat", 10))
 ]
-STAGES = "stages=[pretrain,distill,control,prune,recover,quantize,qat,export]"
+ALL_BUT_EVALUATE = "stop=export"
 
 
 def weights(checkout: Path, run_dir: Path) -> dict[str, str]:
     """Stage/file → sha256 of every model's weights that the quickstart writes."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}
     subprocess.run(
-        [sys.executable, "train.py", f"run_dir={run_dir}", *REDUCED, STAGES], cwd=checkout, env=env, check=True
+        [sys.executable, "train.py", f"run_dir={run_dir}", *REDUCED, ALL_BUT_EVALUATE],
+        cwd=checkout,
+        env=env,
+        check=True,
     )
-    files = [*run_dir.glob("*/model*.safetensors"), *run_dir.glob("export/*/model*")]
-    return {str(path.relative_to(run_dir)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(files)}
+    found = {
+        path.relative_to(run_dir): path for pattern in ("*/model*", "*/*/model*") for path in run_dir.glob(pattern)
+    }
+    files = {str(name): path for name, path in sorted(found.items()) if path.is_file() and name.parts[0] != "work"}
+    return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
 
 
 def main() -> int:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 
 from tests.command import train
+from tests.optional_data import STORIES, STORIES_TEXT, needed
 
 QUICK = [
     "stages.distill.training.max_steps=8",
@@ -17,12 +17,12 @@ QUICK = [
 
 
 @pytest.fixture(scope="module")
-def rows(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, float]]:
+def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, float]]:
     run_dir = tmp_path_factory.mktemp("own") / "run"
     done = train(
         "+experiment=distill",
-        f"teacher.path={shared}/models/stories260K",
-        f"data.train={shared}/data/tinystories/train.jsonl",
+        f"teacher.path={needed(STORIES)}",
+        f"data.train={needed(STORIES_TEXT)}",
         "student.shape={hidden_size: 32, intermediate_size: 96, num_hidden_layers: 2}",
         f"run_dir={run_dir}",
         *QUICK,

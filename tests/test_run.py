@@ -113,7 +113,7 @@ def test_the_control_sees_the_same_data_from_the_same_start(finished: Path) -> N
     differing = {k for k in distill["config"] if distill["config"][k] != control["config"][k]}
     assert differing == {"objective"}
     first = [json.loads((finished / s / "metrics.jsonl").read_text().splitlines()[0]) for s in ("distill", "control")]
-    # the same weights on the same rows: the hard loss of the first step is the same number
+    # the same weights on the same sequences: the cross-entropy of the first step is the same number
     assert first[0]["cross_entropy"] == pytest.approx(first[1]["cross_entropy"], abs=1e-6)
 
 
@@ -185,10 +185,10 @@ def test_two_commands_in_one_run_folder_are_kept_apart(finished: Path, tmp_path:
         first.wait()
 
 
-KILLS = {  # where in a stage, so that each kind of half-finished work is met once
+# Where in a stage, so that each kind of half-finished work is met once. Of a checkpoint: tests/test_callbacks.py.
+KILLS = {
     "while the tokenizer is written": ("os.rename", "tokenizer", 1),
-    "while rows are written": ("os.rename", "data", 1),
-    "before a checkpoint is renamed": ("os.rename", ".step-00000008.ckpt", 1),
+    "while sequences are written": ("os.rename", "data", 1),
     "before the artifact is renamed": ("os.rename", ".pretrain.partial", 1),
 }
 

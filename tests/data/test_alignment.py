@@ -28,9 +28,8 @@ from pipeline.data.pieces import tokenized
 from pipeline.data.prepared import sequences_of
 from pipeline.data.token_bytes import token_bytes, vocabulary_pairs
 from pipeline.data.tokenizer import load_tokenizer, train_tokenizer
+from tests.optional_data import STORIES, needed
 
-ROOT = Path(__file__).resolve().parents[2]
-STORIES = ROOT.parent / "shared" / "models" / "stories260K"
 ENGLISH = sorted({text.strip() for text in topics.values()}, key=len)[:20]
 TEXTS = [
     *ENGLISH[:2],
@@ -94,7 +93,7 @@ NAMES = ["bpe400", "bpe800", "trimming", "prefixing", "composing", "lowering", "
 
 def named(kinds: dict[str, Any], name: str) -> Any:
     if name not in kinds:
-        pytest.skip("the stories260K model is not beside this checkout")
+        needed(STORIES)
     return kinds[name]
 
 

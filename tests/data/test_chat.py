@@ -17,9 +17,8 @@ from pipeline.data.conversations import chat_template
 from pipeline.data.documents import Documents, documents
 from pipeline.data.packing import prepare
 from pipeline.data.tokenizer import load_tokenizer, train_tokenizer
+from tests.optional_data import STORIES, needed
 
-ROOT = Path(__file__).resolve().parents[2]
-STORIES = ROOT.parent / "shared" / "models" / "stories260K"
 TOPICS = sorted({text.strip() for text in topics.values()}, key=len)
 
 HEADER = "{{ '<|im_start|>' + message['role'] + '\\n' }}"
@@ -78,9 +77,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.fixture
 def stories() -> Any:
-    if not STORIES.exists():
-        pytest.skip("the stories260K model is not beside this checkout")
-    return load_tokenizer(STORIES)
+    return load_tokenizer(needed(STORIES))
 
 
 def rows_of(

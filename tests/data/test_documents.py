@@ -22,9 +22,9 @@ from pipeline.data.documents import Documents, check, content_key, documents
 from pipeline.data.source import SPLITS
 from pipeline.data.stdlib import library_documents
 from pipeline.data.tables import empty_documents
+from tests.command import ROOT
+from tests.optional_data import FOLDER, needed
 
-ROOT = Path(__file__).resolve().parents[2]
-SHARED = ROOT.parent / "shared"
 TEXTS = sorted({text.strip() for text in topics.values()})
 HELD_OUT = 0.2
 CHAT = [
@@ -234,9 +234,7 @@ def test_a_txt_file_is_sampled_by(tmp_path: Path, sample_by: str, expected: list
 
 @pytest.mark.parametrize("name", ["tinyshakespeare/input.txt", "wikitext2/valid.txt"])
 def test_one_well_known_txt_file_gives_all_three_splits(name: str) -> None:
-    path = SHARED / "data" / name
-    if not path.exists():
-        pytest.skip(f"{name} is not beside this checkout")
+    path = needed(FOLDER / "data" / name)
     parts = [texts_of(Documents(train=str(path)), split) for split in SPLITS]
     assert all(len(part) >= 10 for part in parts)
     assert sum(len(text) for part in parts for text in part) > 0.99 * len(path.read_text())

@@ -22,9 +22,8 @@ from pipeline.data.pieces import target_bytes
 from pipeline.data.prepared import prepared
 from pipeline.data.tables import empty_documents
 from pipeline.data.tokenizer import load_tokenizer, train_tokenizer
+from tests.optional_data import STORIES, needed
 
-ROOT = Path(__file__).resolve().parents[2]
-STORIES = ROOT.parent / "shared" / "models" / "stories260K"
 ENGLISH = sorted({text.strip() for text in topics.values()}, key=len)[:20]
 OTHERS = [
     "Привет, 你好 — naïve café 👩\u200d🚀!\n\n  \uff21",
@@ -54,9 +53,7 @@ def adding_its_own_ends(tmp: Path) -> Any:
 
 
 def sentencepiece_style(tmp: Path) -> Any:
-    if not STORIES.exists():
-        pytest.skip("the stories260K model is not beside this checkout")
-    tokenizer = load_tokenizer(STORIES)
+    tokenizer = load_tokenizer(needed(STORIES))
     assert tokenizer("x")["input_ids"][0] == tokenizer.bos_token_id  # it adds <s> of itself
     return tokenizer
 

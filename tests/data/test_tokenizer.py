@@ -13,9 +13,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from models.errors import Refusal
 from pipeline.data.tokenizer import PROBE, first_difference, load_tokenizer, train_tokenizer
+from tests.command import ROOT
+from tests.optional_data import STORIES, needed
 
-ROOT = Path(__file__).resolve().parents[2]
-STORIES = ROOT.parent / "shared" / "models" / "stories260K"
 TEXTS = [text for _, text in sorted(topics.items())]
 
 
@@ -189,9 +189,7 @@ def test_what_ends_a_text_and_how_long_it_may_be_is_no_difference(folder: Path) 
 
 
 def test_a_sentencepiece_style_tokenizer_is_compared_too(folder: Path) -> None:
-    if not STORIES.exists():
-        pytest.skip("the stories260K model is not beside this checkout")
-    stories = load_tokenizer(STORIES)
+    stories = load_tokenizer(needed(STORIES))
     assert first_difference(stories, load_tokenizer(STORIES)) is None
     assert (
         first_difference(stories, load_tokenizer(folder)) == "token 0: '<unk>' in teacher, '<|endoftext|>' in student"

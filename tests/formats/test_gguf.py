@@ -22,6 +22,7 @@ from models.matrices import matrices
 from models.quantization.ggml import MIXTURES, GgmlType
 from models.quantization.scheme import Activations, Scheme, WeightScheme
 from tests.formats.exporting import WIDTHS, as_folder, differences, on_blocks, small, with_scheme
+from tests.optional_data import STORIES, needed
 from tests.pruning.families import config_of, tokens
 
 gguf = pytest.importorskip("gguf")
@@ -440,8 +441,8 @@ def test_a_tokenizer_that_llama_cpp_lacks_is_left_out_and_told(quickstarts: Path
     assert told.startswith("token ids only: llama.cpp makes other tokens of")
 
 
-def test_a_real_small_llama_and_its_sentencepiece(tmp_path: Path, shared: Path) -> None:
-    folder = shared / "models/stories260K"
+def test_a_real_small_llama_and_its_sentencepiece(tmp_path: Path) -> None:
+    folder = needed(STORIES)
     written = Gguf(type="f32").write(Finished(folder, None, "float32"), tmp_path / "g")
     assert written.fallbacks == {}
     runtime = Gguf(cache="f32").open(tmp_path / "g", "cpu")

@@ -27,6 +27,7 @@ from pipeline.context import Context
 from pipeline.scoring import CalibrationText
 from pipeline.worker import build, check
 from tests.command import train, weights
+from tests.optional_data import STORIES, STORIES_TEXT, needed
 from tests.pruning.families import config_of
 from tests.pruning.test_plan import scores_of, shapes_of
 from tests.staged import Experiment, manifest
@@ -372,14 +373,13 @@ def test_a_plan_says_where_its_widths_run() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["its own", "stories260K"])
-def test_most_of_the_perplexity_that_a_cut_costs_is_won_back(model: str, request: Any, tmp_path: Path) -> None:
+def test_most_of_the_perplexity_that_a_cut_costs_is_won_back(model: str, tmp_path: Path) -> None:
     """The experiment as it stands in the README, and on a pretrained model."""
     words = []
     if model != "its own":
-        shared = request.getfixturevalue("shared")
         words = [
-            "start=prune", f"model.path={shared / 'models/stories260K'}", "data=files",
-            f"data.train={shared / 'data/tinystories/train.jsonl'}", "data.max_documents=4000",
+            "start=prune", f"model.path={needed(STORIES)}", "data=files",
+            f"data.train={needed(STORIES_TEXT)}", "data.max_documents=4000",
         ]  # fmt: skip
     done = train("+experiment=demo/prune_recover", *words, f"run_dir={tmp_path / 'run'}", timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -23,6 +23,7 @@ from pipeline.data.tokenizer import load_tokenizer
 from pipeline.report.columns import ZEROS_NOTE
 from pipeline.worker import build, check
 from tests.command import train, weights
+from tests.optional_data import STORIES, STORIES_TEXT, needed
 from tests.staged import Experiment, manifest
 
 LITTLE = [
@@ -322,11 +323,11 @@ def test_the_report_counts_zeros_and_says_what_they_are_good_for(made: Path, tmp
     assert "zeros" not in (run / "report.md").read_text()
 
 
-def test_the_more_a_method_looks_at_the_less_is_lost(shared: Path, tmp_path: Path) -> None:
+def test_the_more_a_method_looks_at_the_less_is_lost(tmp_path: Path) -> None:
     """Perplexity of stories260K at half of its weights, on stories that were no calibration."""
-    path = shared / "models" / "stories260K"
+    path = needed(STORIES)
     words = [
-        f"model.path={path}", "data=files", f"data.train={shared}/data/tinystories/train.jsonl",
+        f"model.path={path}", "data=files", f"data.train={needed(STORIES_TEXT)}",
         "data.max_documents=400", "data.max_length=256", "data.holdout=0.1", "stages.sparsify.calibration.samples=64",
         "stages.sparsify.calibration.length=128", "stages.sparsify.pattern=null", "stages.sparsify.fraction=0.5",
     ]  # fmt: skip

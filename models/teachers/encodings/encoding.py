@@ -23,7 +23,7 @@ Payload = dict[str, Tensor]  # of one piece or of many after one another; every 
 
 @runtime_checkable
 class Encoding(Protocol):
-    name: ClassVar[str]  # of its module in models/encodings
+    name: ClassVar[str]  # of its module in models/teachers/encodings
     keeps_head: ClassVar[bool]  # whether the teacher's head is needed to read it
 
     def encode(self, hidden_NH: Float[Tensor, "N H"], head: Head, seed: int) -> Payload:
