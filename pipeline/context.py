@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from models.errors import Refusal
 from pipeline.artifact import PLANNED_QUANTIZED, git_commit, read_manifest, versions, write_json
 from pipeline.training.strategy import Strategy
+
+if TYPE_CHECKING:
+    from pipeline.stages.stage import Makes
 
 
 @dataclass
@@ -91,14 +94,15 @@ class Context:
     def world(self) -> int:
         return self.devices * int(self.config["trainer"]["nodes"])
 
-    def manifest(self, kind: str) -> dict[str, Any]:
-        """What every manifest says; `kind` is what the stage makes."""
+    def manifest(self, kind: Makes) -> dict[str, Any]:
+        """What every manifest of an artifact says; `kind` is what the stage makes."""
+        return {"stage": self.stage, "kind": kind, **self.provenance(), "run_config": self.config}
+
+    def provenance(self) -> dict[str, Any]:
+        """What this making of the stage follows from."""
         return {
-            "stage": self.stage,
-            "kind": kind,
             "parents": self.parents,
             "config": self.identity,
-            "run_config": self.config,
             "fingerprint": self.fingerprint,
             "attempt": self.attempt,
             "seed": self.seed,
@@ -106,11 +110,11 @@ class Context:
             "git_commit": git_commit(),
         }
 
-    def makes(self, stage: str) -> str:
+    def makes(self, stage: str) -> Makes:
         """What another stage of this run makes, by its contract."""
         from hydra.utils import get_class
 
-        found: str = get_class(self.config["stages"][stage]["_target_"]).makes  # type: ignore[attr-defined]
+        found: Makes = get_class(self.config["stages"][stage]["_target_"]).makes  # type: ignore[attr-defined]
         return found
 
     def setting(self, stage: str, field: str) -> str:

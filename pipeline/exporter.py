@@ -26,6 +26,7 @@ from pipeline.alone import Alone
 from pipeline.context import Context
 from pipeline.report import card, units
 
+_KIND = "export"  # in the manifest of one export; an artifact's is what its stage makes
 _KILLED = "was killed, most likely for lack of memory; take a smaller export.length"
 
 
@@ -118,15 +119,16 @@ class Exporter:
         return folder
 
     def _manifest(self, name: str, folder: Path, written: Written, figures: dict[str, Any]) -> dict[str, Any]:
-        """The export's own manifest, without its seconds."""
+        """The manifest of one export, without its seconds: of a part of what the stage makes, and of no artifact."""
         context, serving = self.context, figures["serving"]
         fallbacks = dict(written.fallbacks)
         if "kl_as_quantized" in figures:
             how = fallbacks.get("activations", "activations are rounded in another way")
             fallbacks["activations"] = f"{how}; KL {figures['kl_as_quantized']:.1e} from the model as it was quantized"
-        manifest = context.manifest("export")
-        del manifest["run_config"]  # the stage's manifest has it
-        return manifest | {
+        return {
+            "stage": context.stage,
+            "kind": _KIND,
+            **context.provenance(),
             "format": context.config["stages"][context.stage]["formats"][name],
             "certificates": {
                 **{key: value for key, value in figures.items() if key not in ("first_odd_weight", "serving")},

@@ -30,7 +30,7 @@ from pipeline.context import Context
 from pipeline.data.batch import collate, pad_token
 from pipeline.progress import shown
 from pipeline.shelf import link
-from pipeline.training.ranks import join
+from pipeline.training.ranks import join, leave
 from pipeline.training.strategy import prepare_environment
 
 _FLUSH_SECONDS = 300.0
@@ -137,8 +137,7 @@ class Recording:
             teacher.give(teacher.look(batch, Wanted()), partial(measure, batch))
         teacher.close()
         if world > 1:
-            torch.distributed.barrier()
-            torch.distributed.destroy_process_group()
+            leave()
         return measured
 
     def from_server(self) -> None:

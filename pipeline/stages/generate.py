@@ -9,8 +9,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
-
 from models.errors import Refusal
 from models.generation import Sampling
 from models.load import empty_model, load_config, parameter_count
@@ -31,6 +29,7 @@ from pipeline.planned import teacher_config
 from pipeline.shelf import Shelf
 from pipeline.stages.stage import Makes, Stage
 from pipeline.stages.stage import Plan as StagePlan
+from pipeline.training.ranks import leave
 
 TOO_LONG = ("refuse", "drop")
 
@@ -209,8 +208,7 @@ class Generate(Stage):
             request.shards.flush()
         seconds = time.monotonic() - begin
         if context.world > 1 and self.teacher.runs_here:
-            torch.distributed.barrier()
-            torch.distributed.destroy_process_group()
+            leave()
         if context.rank == 0:
             self._publish(context, request, prepared, made / seconds if made else None)
 

@@ -33,7 +33,7 @@ from pipeline.planned import config_to_change, multiple_for_later_stages
 from pipeline.scoring import CalibrationText, Scoring, prepare_text
 from pipeline.stages.stage import Makes, Stage
 from pipeline.stages.stage import Plan as StagePlan
-from pipeline.training.ranks import join
+from pipeline.training.ranks import join, leave
 from pipeline.training.strategy import prepare_environment
 
 _KEPT_FRACTION = 0.8  # where no budget is given
@@ -182,8 +182,7 @@ class Prune(Stage):
         else:
             decision = self._decide(context, tokenizer, config, shapes, place)
         if several:
-            torch.distributed.barrier()
-            torch.distributed.destroy_process_group()
+            leave()
         if context.rank:
             return
         sharded = several and context.strategy.shards_parameters  # then it fits no one device
@@ -267,10 +266,10 @@ class Prune(Stage):
 
     def _open(self, context: Context, place: torch.device) -> tuple[Any, Callable[[], None] | None]:
         """The model to be scored, and how to be rid of it where it is sharded."""
-        strategy = context.config["strategy"]
-        if self.ranks(context) == 1 or strategy.get("stage") != 3:
+        strategy = context.strategy
+        if self.ranks(context) == 1 or not strategy.shards_parameters:
             return load_model(self.model, **self._words).to(place), None
-        config = zero3(self.dtype, "cpu" if strategy["offload_parameters"] else "none")
+        config = zero3(self.dtype, "cpu" if strategy.offloads_parameters else "none")
         model = load_sharded(self.model, config, **self._words)
         return model, engine_of(model, config).destroy
 

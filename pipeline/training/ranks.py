@@ -24,3 +24,9 @@ def join(device: str) -> torch.device:
     if device == "cuda":
         torch.cuda.set_device(place)
     return place
+
+
+def leave() -> None:
+    """End the process group once every rank is done: whoever left earlier would break off what others still send."""
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()

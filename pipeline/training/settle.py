@@ -167,7 +167,7 @@ def _publish(context: Context, fitted: Fitted, settled: Settled) -> None:
         context.out,
         build,
         {
-            **context.manifest("model"),
+            **context.manifest(context.makes(context.stage)),
             "tokens": module.tokens_seen,
             "steps": steps,
             "seconds": round(module.seconds_spent, 3),

@@ -32,6 +32,11 @@ class Strategy(Protocol):
         """Whether no rank holds whole weights (ZeRO-3)."""
         ...
 
+    @property
+    def offloads_parameters(self) -> bool:
+        """Whether sharded weights wait in host memory until they are needed."""
+        ...
+
     def lightning(self, device: str) -> Any:
         """What `Trainer(strategy=…)` takes; device is cpu or cuda."""
         ...
@@ -44,6 +49,7 @@ class Single:
     several_ranks: ClassVar[bool] = False
     sharded: ClassVar[bool] = False
     shards_parameters: ClassVar[bool] = False
+    offloads_parameters: ClassVar[bool] = False
 
     def lightning(self, device: str) -> Any:
         return "auto"
@@ -56,6 +62,7 @@ class DDP:
     several_ranks: ClassVar[bool] = True
     sharded: ClassVar[bool] = False
     shards_parameters: ClassVar[bool] = False
+    offloads_parameters: ClassVar[bool] = False
     timeout_minutes: float = 30.0
 
     def lightning(self, device: str) -> Any:
@@ -87,6 +94,10 @@ class ZeRO:
     @property
     def shards_parameters(self) -> bool:
         return self.stage == 3
+
+    @property
+    def offloads_parameters(self) -> bool:
+        return self.shards_parameters and self.offload_parameters
 
     def lightning(self, device: str) -> Any:
         section = {

@@ -390,6 +390,29 @@ def test_most_of_the_perplexity_that_a_cut_costs_is_won_back(model: str, tmp_pat
     assert (pruned - recovered) / (pruned - dense) >= 0.7
 
 
+class Striped:
+    """A strategy of one's own, with no field that the built-in ones have."""
+
+    several_ranks = sharded = shards_parameters = offloads_parameters = True
+
+
+def test_a_strategy_of_ones_own_says_whether_the_model_that_is_scored_is_sharded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = composed(tmp_path, "trainer.devices=2")
+    config["strategy"] = {"_target_": f"{__name__}.Striped"}
+    opened: list[dict[str, Any]] = []
+    monkeypatch.setattr("pipeline.stages.prune.load_sharded", lambda model, settings, **words: opened.append(settings))
+    monkeypatch.setattr("pipeline.stages.prune.engine_of", lambda model, settings: Engine())
+    build(config, "prune")._open(Context(config, "prune"), torch.device("cpu"))
+    assert opened[0]["zero_optimization"]["offload_param"]["device"] == "cpu"
+
+
+class Engine:
+    def destroy(self) -> None:
+        """It holds nothing."""
+
+
 @pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.slow), "zero3"])
 def test_two_ranks_score_as_one_does(made: Path, tmp_path: Path, strategy: str) -> None:
     words = [
