@@ -23,7 +23,7 @@ help:  ## this page
 	@echo "Examples (after make setup; python train.py --help tells the rest)"
 	@echo "  $(BIN)/python train.py dry_run=true"
 	@echo "  $(BIN)/python train.py +experiment=demo/prune_recover"
-	@echo "  $(BIN)/python train.py +experiment=quantize_only model.path=FOLDER quantizer=gptq scheme=w4a16_g128"
+	@echo "  $(BIN)/python train.py +experiment=quantize_only model.path=FOLDER data.train=TEXT quantizer=gptq scheme=w4a16_g128"
 
 ##@ Prepare
 

@@ -61,6 +61,21 @@ def commands() -> list[tuple[str, list[str]]]:
     return found
 
 
+# where a command stands in a comment, a docstring or a text that is printed
+AROUND = [ROOT / "Makefile", ROOT / "train.py", ROOT / "pipeline" / "help.py", *sorted((ROOT / "conf").rglob("*.yaml"))]
+AROUND += [*sorted((ROOT / "benchmarks").glob("*.py")), *sorted((ROOT / "examples").glob("*.py"))]
+
+
+def commands_around() -> list[tuple[str, list[str]]]:
+    """(file, words) of the commands in AROUND; what stands after two spaces explains the command."""
+    found = []
+    for path in AROUND:
+        for line in re.findall(r"\b(python (?:train|benchmarks/\w+|examples/\w+)\.py[^\"`\n]*)", path.read_text()):
+            if "…" not in line:  # as in `+experiment=…`
+                found.append((path.relative_to(ROOT).as_posix(), shlex.split(line.split("  ")[0])))
+    return found
+
+
 def of_train(words: list[str]) -> list[str] | None:
     """The arguments of `train.py`, of a command that runs it."""
     if words[0] == "sbatch":
@@ -68,8 +83,9 @@ def of_train(words: list[str]) -> list[str] | None:
     return words[2:] if Path(words[0]).name == "python" and words[1:2] == ["train.py"] else None
 
 
-TRAIN = [(name, arguments) for name, words in commands() if (arguments := of_train(words)) is not None]
-OTHERS = [(name, words) for name, words in commands() if of_train(words) is None]
+EVERY = {tuple(words): (name, words) for name, words in [*commands_around(), *commands()]}.values()  # each once
+TRAIN = [(name, arguments) for name, words in EVERY if (arguments := of_train(words)) is not None]
+OTHERS = [(name, words) for name, words in EVERY if of_train(words) is None]
 
 
 def front_door() -> Any:
@@ -295,8 +311,8 @@ ADDED = {
                    "stages.prune.protect_first=0", "stages.prune.protect_last=0", "only=[prune]"],
     "quantizer": ["+experiment=quantize_export", "model.path=one", "quantizer=stochastic", "scheme=w4a16_g32",
                   "format=[ollama]", "only=[quantize,export]"],  # and format
-    "stage": ["+experiment=evaluate_only", "model.path=one", "+stage@stages.average=average",
-              "stages.average.models=[one,two]", "order=[average,evaluate]", "only=[average]"],
+    "stage": ["+experiment=quantize_only", "model.path=one", "+stage@stages.average=average",
+              "stages.average.models=[one,two]", "order=[average,quantize,evaluate]", "only=[average]"],
 }  # fmt: skip
 
 
