@@ -87,6 +87,14 @@ def quantized_file(folder: Path) -> Path | None:
     return folder / QUANTIZED if (folder / QUANTIZED).is_file() else None
 
 
+def exports_of(manifest: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Folder → its figures, of an artifact that holds exports; of one without figures there are none."""
+    figures: dict[str, dict[str, Any]] = (manifest.get("metrics") or {}).get("formats") or {}
+    folders = dict.fromkeys(name.partition("/")[0] for name in manifest["files"] if "/" in name)
+    ordered = [name for name in figures if name in folders]
+    return {folder: figures.get(folder, {}) for folder in dict.fromkeys([*ordered, *folders])}
+
+
 def content_hash(path: Path, cache: Path | None = None) -> str:
     """sha256 over the names and contents of a model folder's (or a file's) files, manifest and metrics left out.
 

@@ -12,7 +12,7 @@ from pipeline.artifact import PLANNED_QUANTIZED, git_commit, read_manifest, vers
 from pipeline.training.strategy import Strategy
 
 if TYPE_CHECKING:
-    from pipeline.stages.stage import Makes
+    from pipeline.stages.stage import Makes, Stage
 
 
 @dataclass
@@ -110,12 +110,15 @@ class Context:
             "git_commit": git_commit(),
         }
 
-    def makes(self, stage: str) -> Makes:
-        """What another stage of this run makes, by its contract."""
+    def contract(self, stage: str) -> type[Stage]:
+        """The class of a stage of this run, which is asked what does not take the stage itself."""
         from hydra.utils import get_class
 
-        found: Makes = get_class(self.config["stages"][stage]["_target_"]).makes  # type: ignore[attr-defined]
-        return found
+        return get_class(self.config["stages"][stage]["_target_"])
+
+    def makes(self, stage: str) -> Makes:
+        """What a stage of this run makes."""
+        return self.contract(stage).makes
 
     def setting(self, stage: str, field: str) -> str:
         """How a field of a stage is set on the command line: by the choice at the top where the stage takes that."""

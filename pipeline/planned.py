@@ -8,13 +8,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from hydra.utils import instantiate
-
 from models.errors import Refusal
-from models.formats.format import Format
 from models.load import check_folder, load_config
-from models.quantization.aware import Aware
-from models.quantization.scheme import Scheme
 from models.quantization.stored import Outline, read_outline
 from models.teachers.teacher import Source
 from pipeline import artifact
@@ -73,13 +68,7 @@ def outline_of(folder: Path) -> Outline | None:
 
 
 def multiple_for_later_stages(context: Context) -> int:
-    """The least width that the schemes and formats of this run's later stages all divide."""
+    """The least width that this run's later stages all can read."""
     order, stages = context.config["order"], context.config["stages"]
-    needed = 1
-    for name in order[order.index(context.stage) + 1 :]:
-        stage = stages[name]
-        for node in [stage.get("scheme"), stage.get("qat"), *(stage.get("formats") or {}).values()]:
-            choice = None if node is None else instantiate(node, _convert_="all")
-            if isinstance(choice, Scheme | Aware | Format):  # anything else is refused by the check of its stage
-                needed = math.lcm(needed, choice.multiple)
-    return needed
+    later = order[order.index(context.stage) + 1 :]
+    return math.lcm(*(context.contract(name).multiple(stages[name]) for name in later))

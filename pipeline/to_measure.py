@@ -5,20 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from hydra.utils import instantiate
-
 from models.errors import Refusal
 from models.formats.container import check_installed
+from models.formats.format import Format
 from models.teachers.cache import HEADER
 from models.teachers.teacher import Source
 from pipeline import artifact
 from pipeline.context import Context
 
 
-def exports_to_measure(context: Context, models: list[str] | None) -> dict[str, tuple[str, dict[str, Any]]]:
-    """Role (stage/format) → stage and the format's node, of every export that will be measured.
+def exports_to_measure(context: Context, models: list[str] | None) -> dict[str, tuple[str, Format]]:
+    """Role (stage/format) → stage and format, of every export that will be measured.
 
-    Formats are built from the run's own config: a manifest could name any class.
+    Formats are those of the run's own stages: a manifest could name any class.
     """
     order, stages = context.config["order"], context.config["stages"]
     found = {}
@@ -27,10 +26,10 @@ def exports_to_measure(context: Context, models: list[str] | None) -> dict[str, 
             continue
         if name not in context.planned and artifact.read_manifest(context.run_dir / name) is None:
             continue
-        for form, node in (stages[name]["formats"] or {}).items():
-            role = f"{name}/{form}"
-            if node is not None and (models is None or {name, role} & set(models)):
-                found[role] = (name, node)
+        for folder, form in context.contract(name).exports(stages[name]).items():
+            role = f"{name}/{folder}"
+            if models is None or {name, role} & set(models):
+                found[role] = (name, form)
     return found
 
 
@@ -57,7 +56,7 @@ def models_to_measure(context: Context, models: list[str] | None, teacher: Sourc
     return found
 
 
-def check_exports(context: Context, exports: dict[str, tuple[str, dict[str, Any]]]) -> None:
+def check_exports(context: Context, exports: dict[str, tuple[str, Format]]) -> None:
     """In the check: refuse exports that have not been made, or whose packages are not installed."""
     for role, (stage, form) in exports.items():
         name = role.partition("/")[2]
@@ -66,10 +65,10 @@ def check_exports(context: Context, exports: dict[str, tuple[str, dict[str, Any]
                 f"{context.stage}: {stage} has made no {name}; add {stage} to stages, or leave it out with "
                 f"{context.setting(stage, 'formats')}.{name}=null"
             )
-        check_installed(f"{context.setting(stage, 'formats')}.{name}", instantiate(form, _convert_="all"))
+        check_installed(f"{context.setting(stage, 'formats')}.{name}", form)
 
 
-def check_unchanged(context: Context, exports: dict[str, tuple[str, dict[str, Any]]]) -> None:
+def check_unchanged(context: Context, exports: dict[str, tuple[str, Format]]) -> None:
     """Refuse exports whose files are not those that were certified."""
     for stage in dict.fromkeys(stage for stage, _ in exports.values()):
         certified = artifact.read_manifest(context.run_dir / stage)
@@ -81,9 +80,9 @@ def check_unchanged(context: Context, exports: dict[str, tuple[str, dict[str, An
 
 
 def formats_of(context: Context, stage: str) -> dict[str, dict[str, Any]]:
-    """Format → its metrics, of what a stage `export` has made."""
+    """Folder → its figures, of the exports that a stage has made."""
     manifest = artifact.read_manifest(context.run_dir / stage)
-    return manifest["metrics"]["formats"] if manifest else {}
+    return artifact.exports_of(manifest) if manifest else {}
 
 
 def bytes_on_disk(folder: str) -> int | None:

@@ -60,12 +60,12 @@ FIELDS = ("stage", "path", *(column.key for column in COLUMNS))
 
 
 def columns_of(rows: Sequence[Json]) -> list[Column]:
-    """The report's own columns, then one for each further key of the rows."""
+    """The report's own columns that have a figure, then one for each further key of the rows."""
     extra = dict.fromkeys(key for row in rows for key in row if key not in FIELDS)
     task = [column for column in TASK_COLUMNS if extra.pop(column.key, 0) is None]
     own = {column.key: column for column in (ZEROS, CACHE, BITS, RUNTIME) if extra.pop(column.key, 0) is None}
     return [
-        *COLUMNS,
+        *(column for column in COLUMNS if any(row.get(column.key) is not None for row in rows)),
         *([CACHE] if len({row[CACHE.key] for row in rows if row.get(CACHE.key)}) > 1 else []),
         *([ZEROS] if notes_on(rows) else []),
         *(column for column in (BITS, RUNTIME) if column.key in own),

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from pipeline.artifact import BESIDE, QUANTIZED
+from pipeline.artifact import BESIDE, QUANTIZED, exports_of
 from pipeline.report.columns import BITS, COLUMNS, FIELDS
 from pipeline.report.manifests import Artifact, parents_of
 
@@ -24,7 +24,7 @@ def measurements(artifacts: Sequence[Artifact]) -> Json:
         if artifact.manifest["kind"] == "model" and artifact.name not in measured:
             rows[artifact.name, str(artifact.folder)] = _unmeasured(artifact)
         if artifact.manifest["kind"] == "exports":
-            for form, figures in artifact.manifest["metrics"]["formats"].items():
+            for form, figures in exports_of(artifact.manifest).items():
                 if (name := f"{artifact.name}/{form}") not in measured:
                     rows[name, str(artifact.folder / form)] = _unmeasured_export(artifact, form, figures)
     return {"rows": _finite(list(rows.values())), "comparisons": _finite(comparisons)}
@@ -78,7 +78,7 @@ def _unmeasured_export(artifact: Artifact, form: str, figures: Json) -> Json:
     return dict.fromkeys(FIELDS) | {
         "stage": f"{artifact.name}/{form}",
         "path": str((artifact.folder / form).resolve()),
-        "parameters": artifact.manifest["metrics"]["parameters"],
+        "parameters": (artifact.manifest.get("metrics") or {}).get("parameters"),
         **{column.key: figures[column.key] for column in (*COLUMNS, BITS) if column.key in figures},
     }
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
+
+from hydra.utils import instantiate
 
 from models.errors import Refusal
 from models.load import check_folder, empty_model, parameter_count
@@ -55,6 +58,11 @@ class Distill(Stage):
     lora: Lora | None = None  # adapters are trained and merged, and not the student's own weights
     keep_zeros: bool = False  # weights of the start that are zero stay zero
     qat: Aware | None = None  # the start's weights are quantized (stage quantize), and stay so
+
+    @classmethod
+    def multiple(cls, settings: Mapping[str, Any]) -> int:
+        qat = instantiate(settings["qat"], _convert_="all") if settings.get("qat") is not None else None
+        return qat.multiple if isinstance(qat, Aware) else 1  # its check refuses others
 
     def ranks(self, context: Context) -> int:
         return context.world

@@ -11,9 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from hydra.utils import instantiate
-
 from models.errors import Refusal
+from models.formats.format import Format
 from models.load import DTYPES, check_folder
 from models.measure import Speed, measure_export, measure_folder
 from models.questions import PER
@@ -83,7 +82,7 @@ class Evaluate(Stage):
         exports = {name: str(context.run_dir / name) for name, _ in self._exports(context).values()}
         return {**self._models(context), **exports, **self.data.made_by_stages}
 
-    def _exports(self, context: Context) -> dict[str, tuple[str, dict[str, Any]]]:
+    def _exports(self, context: Context) -> dict[str, tuple[str, Format]]:
         return exports_to_measure(context, self.models)
 
     def _models(self, context: Context) -> dict[str, str]:
@@ -111,6 +110,8 @@ class Evaluate(Stage):
         for role, path in parents.items():
             if not context.produced_by(path):
                 check_folder(path, role)
+            if context.produced_by(path) not in context.planned:  # else it is still to be made
+                artifact.quantized_file(Path(path))  # refuses one that an older version has quantized
         for pair in self.compare or []:
             if len(pair) != 2:
                 raise Refusal(f"stages.{context.stage}.compare={pair}: need pairs like [distill, control]")
@@ -183,13 +184,10 @@ class Evaluate(Stage):
         }
         return row, right
 
-    def _export_row(
-        self, context: Context, role: str, stage: str, node: dict[str, Any], alone: Alone
-    ) -> dict[str, Any]:
+    def _export_row(self, context: Context, role: str, stage: str, form: Format, alone: Alone) -> dict[str, Any]:
         folder, name = context.run_dir / role, role.partition("/")[2]
         tokenizer = load_tokenizer(str(folder), self._trusted)
         batches, text_bytes, prompt = self._text(context, tokenizer)
-        form = instantiate(node, _convert_="all")
         words = (form, str(folder), batches, text_bytes, prompt, context.device, self.speed)
         measured = alone(measure_export, *words, killed=_KILLED.format(role))
         metrics = formats_of(context, stage).get(name, {})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -10,8 +11,9 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
+from hydra.utils import instantiate
 from torch import Tensor
 
 from models.errors import Refusal
@@ -79,6 +81,16 @@ class Export(Stage):
     @property
     def _formats(self) -> dict[str, Format]:
         return {name: form for name, form in (self.formats or {}).items() if form is not None}
+
+    @classmethod
+    def multiple(cls, settings: Mapping[str, Any]) -> int:
+        return math.lcm(*(form.multiple for form in cls.exports(settings).values()))
+
+    @classmethod
+    def exports(cls, settings: Mapping[str, Any]) -> Mapping[str, Format]:
+        chosen = {name: node for name, node in (settings["formats"] or {}).items() if node is not None}
+        made = {name: instantiate(node, _convert_="all") for name, node in chosen.items()}
+        return {name: form for name, form in made.items() if isinstance(form, Format)}  # its check refuses others
 
     def ranks(self, context: Context) -> int:
         return 1

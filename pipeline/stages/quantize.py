@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from hydra.utils import instantiate
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -66,6 +67,11 @@ class Quantize(Stage):
             self.trust_remote_code,
             self.seed,
         )
+
+    @classmethod
+    def multiple(cls, settings: Mapping[str, Any]) -> int:
+        scheme = instantiate(settings["scheme"], _convert_="all")
+        return scheme.multiple if isinstance(scheme, Scheme) else 1  # its check refuses others
 
     def ranks(self, context: Context) -> int:
         return 1

@@ -12,6 +12,15 @@ The life of a stage, by who calls it:
 3. `run` (on `ranks(context)` processes): the work. Rank 0 hands the result to `artifact.publish(context.out, …)`, with
    `context.manifest(self.makes)` and what was measured.
 
+What the artifact of each kind holds, for the stages and the report that read it:
+
+    model     a checkpoint that transformers opens, with its tokenizer; metrics.parameters
+    answers   what pipeline/data/answer_files.py reads
+    signal    what models/teachers/cache.py reads
+    exports   a folder for each of `exports`; their figures, where the report is to show some, as
+              metrics.formats: folder → figures
+    results   metrics.rows and metrics.comparisons, as the stage evaluate writes them
+
 A killed stage is started again with 2. and finds in `context.work` what it left there; once `context.out` is published,
 `context.work` is removed.
 """
@@ -19,10 +28,14 @@ A killed stage is started again with 2. and finds in `context.work` what it left
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pipeline.context import Context
+
+if TYPE_CHECKING:
+    from models.formats.format import Format
 
 Makes = Literal["model", "answers", "signal", "exports", "results"]
 
@@ -47,6 +60,19 @@ class Stage(ABC):
     makes: ClassVar[Makes]  # what stands in the artifact's folder, and as `kind` in its manifest
     on_demand: ClassVar[bool] = False  # True: left out of a run whose configuration names its folder nowhere
     immaterial: ClassVar[frozenset[str]] = frozenset()  # fields that change nothing it makes, beyond rounding
+
+    # Asked of a stage's settings by stages before and after it, where others of its settings may not be given yet.
+
+    @classmethod
+    def multiple(cls, settings: Mapping[str, Any]) -> int:
+        """What the widths of the model that it reads have to be a multiple of: a stage before it that prunes keeps such
+        widths where its `multiple_of` is auto. 1: it takes any width."""
+        return 1
+
+    @classmethod
+    def exports(cls, settings: Mapping[str, Any]) -> Mapping[str, Format]:
+        """Of a stage that makes exports: folder → the format that writes it, with which evaluate opens it again."""
+        return {}
 
     @abstractmethod
     def ranks(self, context: Context) -> int:

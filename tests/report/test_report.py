@@ -205,6 +205,18 @@ def test_columns_of_later_stages_are_kept_and_shown(run):
     assert "| 0.618 | – |" in text
 
 
+def test_a_column_without_a_figure_is_left_out(run):
+    unknown = dict.fromkeys(MEASURED[2:])
+    manifest = json.loads((run / "evaluate" / "manifest.json").read_text())
+    manifest["metrics"]["rows"] = [row | unknown for row in manifest["metrics"]["rows"]]
+    (run / "evaluate" / "manifest.json").write_text(json.dumps(manifest))
+    report = write_report(run)
+    heading = next(line for line in (run / "report.md").read_text().splitlines() if line.startswith("| stage"))
+    named = ["stage", "parameters", "on disk", "test perplexity", "bits per byte", "time spent", "tokens spent"]
+    assert heading == f"| {' | '.join(named)} |"
+    assert len(table(report).columns) == len(named)
+
+
 def test_a_second_evaluation_adds_what_the_first_did_not_measure(run):
     write_artifact(
         run,

@@ -6,8 +6,10 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -15,20 +17,22 @@ from safetensors.torch import load_file, save_file
 
 from models.errors import Refusal
 from models.formats.compressed_tensors import CompressedTensors
-from models.formats.format import Finished, Written
+from models.formats.format import Finished, Format, Written
 from models.formats.gptq import GPTQ
 from models.formats.huggingface import HuggingFace
 from models.measure import documents, negative_log_likelihood, open_for_inference, scored
 from models.quantization.scheme import WeightScheme
-from pipeline.artifact import content_hash, read_manifest
+from pipeline.artifact import content_hash, publish, read_manifest
+from pipeline.context import Context
 from pipeline.data.batch import collate
 from pipeline.data.tokenizer import train_tokenizer
 from pipeline.report import units
 from pipeline.report.report import write_report
 from pipeline.report.terminal import table
+from pipeline.stages.stage import Makes, Plan, Stage
 from pipeline.worker import build, check
 from tests.formats.quantized import quantized
-from tests.staged import Experiment, manifest
+from tests.staged import Experiment, make, manifest
 
 LITTLE = [
     "data=stdlib",
@@ -376,14 +380,14 @@ def test_an_export_is_no_model_to_export(exported: Path) -> None:
         check({"config": EXPERIMENT.composed(exported.parent / "again", *words), "stages": ["export"]})
 
 
-@pytest.mark.parametrize("stage", ["quantize", "export"])
+@pytest.mark.parametrize("stage", ["quantize", "export", "evaluate"])
 def test_a_folder_that_an_old_version_has_quantized_is_refused_in_one_line(
     stage: str, start: Path, tmp_path: Path
 ) -> None:
     old = tmp_path / "old"
     shutil.copytree(start / "teacher", old)
     (old / "grid.safetensors").write_bytes(b"")
-    words = [f"model.path={old}", f"stages.export.model={old}"]
+    words = [f"model.path={old}", f"stages.export.model={old}", f"stages.evaluate.models=[{old}]"]
     with pytest.raises(
         Refusal, match=r"old: it was quantized by a version before 0\.2 \(grid\.safetensors\); run"
     ) as no:
@@ -416,6 +420,64 @@ def test_widths_are_rounded_to_what_schemes_and_formats_of_later_stages_need(sta
     assert len(told) == 2  # a finished cut is made anew where they need another number
     with pytest.raises(Refusal, match="need a whole number, or auto"):
         build(EXPERIMENT.composed(tmp_path, *words[:1], "stages.prune.multiple_of=most", *words[2:]), "prune")
+
+
+@dataclass(frozen=True)
+class Twins(Stage):
+    """Makes exports, and has no field `formats`."""
+
+    makes: ClassVar[Makes] = "exports"
+
+    @classmethod
+    def multiple(cls, settings: Mapping[str, Any]) -> int:
+        return 40
+
+    @classmethod
+    def exports(cls, settings: Mapping[str, Any]) -> dict[str, Format]:
+        return {"one": HuggingFace(), "other": HuggingFace()}
+
+    def ranks(self, context: Context) -> int:
+        return 1
+
+    def parents(self, context: Context) -> dict[str, str]:
+        return {}
+
+    def content(self) -> str:
+        return ""
+
+    def check(self, context: Context) -> Plan:
+        return Plan()
+
+    def prepare(self, context: Context) -> None:
+        context.work.mkdir(parents=True, exist_ok=True)
+
+    def run(self, context: Context) -> None:
+        def build(folder: Path) -> None:
+            for name in self.exports({}):
+                (folder / name).mkdir()
+                (folder / name / "config.json").write_text("{}")
+
+        publish(context.out, build, context.manifest(self.makes))
+
+
+def with_twins(run_dir: Path, start: Path, *words: str) -> dict[str, Any]:
+    words = (*words, "+stage@stages.prune=prune", "order=[prune,quantize,export,evaluate]")
+    config = EXPERIMENT.composed(run_dir, f"model.path={start}/teacher", *words)
+    config["stages"]["twins"] = {"_target_": f"{__name__}.Twins"}
+    config["order"] = ["prune", "twins", "evaluate"]
+    return config
+
+
+def test_a_stage_of_ones_own_says_what_it_exports_and_which_widths_it_needs(start: Path, tmp_path: Path) -> None:
+    config = with_twins(tmp_path / "run", start, "stages.prune.multiple_of=auto", "stages.evaluate.models=[twins]")
+    assert build(config, "prune")._multiple(Context(config, "prune")) == 40
+    stage = build(config, "evaluate")
+    assert stage.parents(Context(config, "evaluate", planned=["twins"])) == {"twins": f"{tmp_path}/run/twins"}
+    make(config, "twins")
+    assert list(stage._exports(Context(config, "evaluate"))) == ["twins/one", "twins/other"]
+    rows = write_report(tmp_path / "run")["rows"]
+    assert [row["stage"] for row in rows] == ["twins/one", "twins/other"]
+    assert check({"config": config, "stages": ["evaluate"]})["plan"][0]["model"] == "2 models"
 
 
 def test_a_plain_model_that_comes_out_as_another_fails_the_stage(
