@@ -33,7 +33,7 @@ class Settings:
     student_layers: int = 2
     teacher_hidden: int = 512
     teacher_layers: int = 4
-    rows: int = 4
+    sequences: int = 4
     length: int = 512
     temperature: float = 2.0
     device: str = "cpu"
@@ -98,7 +98,7 @@ class Clock:
 
 
 def write_inputs(folder: Path, settings: Settings) -> None:
-    """Student, teacher, the token rows of every step, and the least of a tokenizer that TRL's constructor asks for."""
+    """Student, teacher, the sequences of every step, and the least of a tokenizer that TRL's constructor asks for."""
     import torch
     from tokenizers import Tokenizer, models
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, logging
@@ -126,7 +126,9 @@ def write_inputs(folder: Path, settings: Settings) -> None:
             )
         ).save_pretrained(folder / name)
     steps = settings.warmup_steps + settings.steps
-    torch.save(torch.randint(2, settings.vocabulary, (steps, settings.rows, settings.length)), folder / "tokens.pt")
+    torch.save(
+        torch.randint(2, settings.vocabulary, (steps, settings.sequences, settings.length)), folder / "tokens.pt"
+    )
     words = {"<s>": 0, "</s>": 1, "<unk>": 2}
     PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="<unk>")),
@@ -264,7 +266,7 @@ def trl(folder: Path, settings: Settings, side: str) -> dict[str, Any]:
         model=model,
         teacher_model=teacher,
         processing_class=AutoTokenizer.from_pretrained(folder / "tokenizer"),
-        train_dataset=Dataset.from_list([{"prompt": "<s>"}] * (len(tokens) * settings.rows)),
+        train_dataset=Dataset.from_list([{"prompt": "<s>"}] * (len(tokens) * settings.sequences)),
         args=Config(
             output_dir=str(folder / "trl"),
             beta=0.0,
@@ -329,14 +331,14 @@ def distillkit(folder: Path, settings: Settings, side: str) -> dict[str, Any]:
         loss_functions=losses,
     )
     model, teacher = _models(folder, settings)
-    rows = [{"input_ids": row} for row in tokens.reshape(-1, settings.length).tolist()]
+    sequences = [{"input_ids": sequence} for sequence in tokens.reshape(-1, settings.length).tolist()]
     trainer = Trainer(
         model,
         config,
         OnlineSignalSource(teacher, settings.vocabulary),
         settings.vocabulary,
         processing_class=AutoTokenizer.from_pretrained(folder / "tokenizer"),
-        train_dataset=Dataset.from_list(rows),
+        train_dataset=Dataset.from_list(sequences),
         args=SFTConfig(
             output_dir=str(folder / "distillkit"),
             max_length=settings.length,
@@ -365,7 +367,7 @@ def _arguments(settings: Settings, side: str, steps: int) -> dict[str, Any]:
     """What every trainer of transformers' is told alike."""
     return {
         "max_steps": steps,
-        "per_device_train_batch_size": settings.rows,
+        "per_device_train_batch_size": settings.sequences,
         "gradient_checkpointing": side.endswith("checkpointed"),
         "bf16": settings.precision == "bf16",
         "use_cpu": settings.device == "cpu",
@@ -487,7 +489,9 @@ def ratios(figures: dict[str, Any]) -> dict[str, dict[str, float]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="about a minute on 2 cores: fewer rows, steps and sides")
+    parser.add_argument(
+        "--quick", action="store_true", help="about a minute on 2 cores: fewer sequences, steps and sides"
+    )
     parser.add_argument(
         "--peer-python",
         help="has TRL (default: $RETORT_PEER_PYTHON or .venv-peers/bin/python)",
@@ -525,7 +529,7 @@ def main() -> None:
         sides = [side for side in sides if side != "trl_liger"]
     settings = Settings(device=device, precision="bf16" if device == "cuda" else "fp32", threads=os.cpu_count() or 1)
     if words.quick:
-        settings = replace(settings, rows=2, steps=3, repeats=2)
+        settings = replace(settings, sequences=2, steps=3, repeats=2)
     given = {name: value for name in asdict(settings) if (value := getattr(words, name, None)) is not None}
     settings = replace(settings, **given)
     if not settings.distillkit:

@@ -38,7 +38,7 @@ class Settings:
     groups: int = 2  # key-value heads of gqa; mha has one for each head, mqa one
     prompt_tokens: int = 16
     lengths: str = "64,128,256,512,1024"  # new tokens
-    rows: int = 1
+    sequences: int = 1
     device: str = "cpu"
     precision: str = "fp32"
     threads: int = 2
@@ -77,7 +77,9 @@ def run_child(side: str, settings: Settings) -> None:
     dtype = torch.float32 if settings.precision == "fp32" else torch.bfloat16
     model = model.to(settings.device, dtype).eval()
     generator = torch.Generator().manual_seed(1)
-    prompts = torch.randint(settings.vocabulary, (settings.rows, settings.prompt_tokens), generator=generator).tolist()
+    prompts = torch.randint(
+        settings.vocabulary, (settings.sequences, settings.prompt_tokens), generator=generator
+    ).tolist()
 
     def now() -> float:
         if settings.device == "cuda":
@@ -93,7 +95,7 @@ def run_child(side: str, settings: Settings) -> None:
             sampling,
             pad_token=0,
             end_tokens=(),
-            batch_size=settings.rows,
+            batch_size=settings.sequences,
             use_cache=mode == "cached",
         )
         return [answer.ids for _, (answer,) in sorted(found)]
@@ -118,7 +120,7 @@ def run_child(side: str, settings: Settings) -> None:
                 "seconds": seconds,
                 "cpu_seconds": cpu_seconds,
                 "texts": texts,
-                "cache_bytes_per_token": held / (settings.rows * settings.prompt_tokens),
+                "cache_bytes_per_token": held / (settings.sequences * settings.prompt_tokens),
                 "peak_memory": peak,
                 "load": os.getloadavg()[0],
                 "versions": {name: metadata.version(name) for name in ("torch", "transformers")},
@@ -146,7 +148,7 @@ def measure(sides: list[str], settings: Settings, say: Any) -> dict[str, Any]:
                 sys.exit(f"{done.stderr[-4000:]}\nerror: {side} failed")
             runs[side].append(json.loads(done.stdout.splitlines()[-1]))
             last = settings.new_tokens[-1]
-            speed = settings.rows * last / runs[side][-1]["seconds"][str(last)]
+            speed = settings.sequences * last / runs[side][-1]["seconds"][str(last)]
             say(f"{repeat + 1}/{settings.repeats} {side}: {speed:,.0f} tokens/s at {last} tokens")
     figures = {side: summary(each, settings) for side, each in runs.items()}
     return {"sides": figures, "ratio": ratios(figures), "same_text": same_text(runs)}
@@ -161,12 +163,12 @@ def summary(runs: list[dict[str, Any]], settings: Settings) -> dict[str, Any]:
     *_, before, last = (1, *settings.new_tokens)
     grown = work[last] / work[before] if before in work else None
     return {
-        "tokens_per_second": {n: round(settings.rows * n / seconds[n], 1) for n in seconds},
+        "tokens_per_second": {n: round(settings.sequences * n / seconds[n], 1) for n in seconds},
         "tokens_per_second_range": {
-            n: [round(settings.rows * n / pick(run["seconds"][str(n)] for run in runs), 1) for pick in (max, min)]
+            n: [round(settings.sequences * n / pick(run["seconds"][str(n)] for run in runs), 1) for pick in (max, min)]
             for n in seconds
         },
-        "cpu_ms_per_token": {n: round(1000 * cpu[n] / (settings.rows * n), 2) for n in cpu},
+        "cpu_ms_per_token": {n: round(1000 * cpu[n] / (settings.sequences * n), 2) for n in cpu},
         "growth": None if grown is None else round(math.log(grown) / math.log(last / before), 2),
         "cache_bytes_per_token": runs[0]["cache_bytes_per_token"],
         "peak_memory": int(statistics.median(run["peak_memory"] for run in runs)),
@@ -242,7 +244,7 @@ def main() -> None:
         settings = replace(settings, lengths="64,128,256", repeats=1)
     given = {name: value for name in asdict(settings) if (value := getattr(words, name, None)) is not None}
     settings = replace(settings, **given)
-    for name in ("rows", "repeats", "prompt_tokens", "layers"):
+    for name in ("sequences", "repeats", "prompt_tokens", "layers"):
         if getattr(settings, name) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(settings, name)}: need 1 or more")
     console = Console()

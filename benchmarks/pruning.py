@@ -1,4 +1,4 @@
-"""Perplexity right after a cut, and its seconds and peak memory: ours against LLM-Pruner's algorithm in torch-pruning.
+"""Perplexity right after pruning, seconds and peak memory: ours against LLM-Pruner's algorithm in torch-pruning.
 
     .venv/bin/python benchmarks/pruning.py --quick
 
@@ -34,12 +34,12 @@ class Settings:
     kept_fraction: float = 0.75
     calibration_samples: int = 10  # LLM-Pruner's
     calibration_length: int = 64
-    held_out_rows: int = 128  # of 128 tokens each, for the perplexity
+    held_out_sequences: int = 128  # of 128 tokens each, for the perplexity
     train_steps: int = 1400  # of the model that is made
     dtype: str = "float32"
     device: str = "cpu"
     threads: int = 2
-    repeats: int = 3  # each with other calibration rows, and another seed of the random sides
+    repeats: int = 3  # each with other calibration sequences, and another seed of the random sides
 
 
 SIDES = {
@@ -57,7 +57,7 @@ SIDES = {
     "torch_pruning_random": "its RandomImportance",
 }
 PEERS = dict(zip(list(SIDES)[:10:2], list(SIDES)[1:10:2], strict=True))  # what is random is not compared
-PARTS = ("load", "score", "cut", "save")
+PARTS = ("load", "score", "prune", "save")
 GOALS = {"perplexity": 1.0, "seconds": 1 / 3, "peak_memory": 0.6}  # ours ÷ theirs, at most
 HELD = {"ours": 2.2, "peer": 4.2}  # times the weights, at most: what must be free before a side starts
 
@@ -93,7 +93,7 @@ def resident(field: str, of: str = "self/status") -> int:
     return int(line.split()[1]) * 1024
 
 
-def ours(side: str, folder: Path, settings: Settings, rows: Any, seed: int) -> dict[str, Any]:
+def ours(side: str, folder: Path, settings: Settings, sequences: Any, seed: int) -> dict[str, Any]:
     """As the stage `prune`, without its certificate, which no peer has."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -112,11 +112,11 @@ def ours(side: str, folder: Path, settings: Settings, rows: Any, seed: int) -> d
     order = side.removeprefix("ours").removeprefix("_") or "mix"
     importance = {"l2": Magnitude(2), "random": Random(seed)}.get(order) or Taylor(order)
     dtype = DTYPES[settings.dtype]
-    ends = torch.full((len(rows), 1), -100, device=rows.device)
+    ends = torch.full((len(sequences), 1), -100, device=sequences.device)
     batch = {
-        "input_ids": rows,
-        "position_ids": torch.arange(rows.shape[1], device=rows.device).expand_as(rows),
-        "targets": torch.cat([rows[:, 1:], ends], dim=1),
+        "input_ids": sequences,
+        "position_ids": torch.arange(sequences.shape[1], device=sequences.device).expand_as(sequences),
+        "targets": torch.cat([sequences[:, 1:], ends], dim=1),
     }
     clock = Clock(settings.device)
     with clock.part("load"):
@@ -127,22 +127,22 @@ def ours(side: str, folder: Path, settings: Settings, rows: Any, seed: int) -> d
         kinds = ("heads", "mlp")
         statistics_ = gather(importance, model, anatomy, kinds, [batch] if importance.needs_calibration_data else [])
         scores = importance.scores(model, anatomy, kinds, statistics_)
-    with clock.part("cut"):
+    with clock.part("prune"):
         shapes, wish = Shapes.of_model(model, anatomy), Wish(kept_fraction=settings.kept_fraction)
         kept = alike(shapes, scores, choose(shapes, scores, wish), wish)
         with torch.device("meta"):
-            cut = AutoModelForCausalLM.from_config(smaller_config(model.config, anatomy, kept)[0])
+            pruned = AutoModelForCausalLM.from_config(smaller_config(model.config, anatomy, kept)[0])
         state = pruned_state(model.state_dict(), anatomy, kept)
     with clock.part("save"):
-        save_model(cut, tokenizer, folder / side, state, dtype)
+        save_model(pruned, tokenizer, folder / side, state, dtype)
     found = clock.figures()
     del model, state
-    cut = load_model(str(folder / side), dtype=dtype).to(settings.device)
+    pruned = load_model(str(folder / side), dtype=dtype).to(settings.device)
     removed = {name: sorted({*range(anatomy.groups[name].units)} - {*kept[name].tolist()}) for name in kept}
-    return {**found, "perplexity": perplexity(cut, folder), "parameters": numbers(cut), "removed": removed}
+    return {**found, "perplexity": perplexity(pruned, folder), "parameters": numbers(pruned), "removed": removed}
 
 
-def peer(side: str, folder: Path, settings: Settings, rows: Any, seed: int) -> dict[str, Any]:
+def peer(side: str, folder: Path, settings: Settings, sequences: Any, seed: int) -> dict[str, Any]:
     """torch-pruning's recipe for language models (examples/LLMs/prune_llm.py) with the hidden size left whole."""
     import torch
     import torch_pruning as tp
@@ -156,14 +156,14 @@ def peer(side: str, folder: Path, settings: Settings, rows: Any, seed: int) -> d
         model = model.to(settings.device).eval()
         model.config.use_cache = False
     with clock.part("score"):
-        importance = _importance(tp, order, model, rows)
+        importance = _importance(tp, order, model, sequences)
         layers, ratio = model.model.layers, 1 - settings.kept_fraction
         heads = {layer.self_attn.q_proj: f"layers.{n}.heads" for n, layer in enumerate(layers)}
         mlps = {layer.mlp.gate_proj: f"layers.{n}.mlp" for n, layer in enumerate(layers)}
         counts = [getattr(layer.self_attn, f"{name}_proj") for layer in layers for name in "qkv"]
         pruner = tp.pruner.BasePruner(
             model,
-            example_inputs=rows[:1, :8],
+            example_inputs=sequences[:1, :8],
             output_transform=lambda out: out.logits,
             importance=importance,
             global_pruning=False,
@@ -176,7 +176,7 @@ def peer(side: str, folder: Path, settings: Settings, rows: Any, seed: int) -> d
         )
         plan = pruner.step(interactive=True)
         groups = [next(plan)]  # all are scored before the first is handed out
-    with clock.part("cut"):
+    with clock.part("prune"):
         removed = {}
         head_dim = model.config.hidden_size // model.config.num_attention_heads
         while groups:
@@ -194,27 +194,27 @@ def peer(side: str, folder: Path, settings: Settings, rows: Any, seed: int) -> d
     return {**found, "perplexity": perplexity(model, folder), "parameters": numbers(model), "removed": removed}
 
 
-def _importance(tp: Any, order: str, model: Any, rows: Any) -> Any:
+def _importance(tp: Any, order: str, model: Any, sequences: Any) -> Any:
     """With the gradients it reads in the model. Group reduction sum, nothing normalised: LLM-Pruner's."""
     plain = {"group_reduction": "sum", "normalizer": None}
     if order in ("l2", "random"):
         return tp.importance.RandomImportance() if order == "random" else tp.importance.MagnitudeImportance(2, **plain)
     squares: dict[Any, Any] = {}
     if order == "llm_pruner":  # its passes: of each sample alone, squared and kept, of every parameter
-        for row in rows:
-            model(input_ids=row[None], labels=row[None], use_cache=False).loss.backward()
+        for sequence in sequences:
+            model(input_ids=sequence[None], labels=sequence[None], use_cache=False).loss.backward()
             for parameter in model.parameters():
-                square = parameter.grad * parameter.grad / len(rows)
+                square = parameter.grad * parameter.grad / len(sequences)
                 squares[parameter] = squares[parameter].add_(square) if parameter in squares else square
             model.zero_grad()
     if order == "second":
         hessian = tp.importance.GroupHessianImportance(**plain)
-        for row in rows:
+        for sequence in sequences:
             model.zero_grad()
-            model(input_ids=row[None], labels=row[None], use_cache=False).loss.backward()
+            model(input_ids=sequence[None], labels=sequence[None], use_cache=False).loss.backward()
             hessian.accumulate_grad(model)
         return hessian
-    model(input_ids=rows, labels=rows, use_cache=False).loss.backward()
+    model(input_ids=sequences, labels=sequences, use_cache=False).loss.backward()
     if order != "llm_pruner":
         return tp.importance.GroupTaylorImportance(multivariable=order == "vectorize", **plain)
 
@@ -236,18 +236,18 @@ def _importance(tp: Any, order: str, model: Any, rows: Any) -> Any:
 
 
 def perplexity(model: Any, folder: Path) -> float | None:
-    """Of the held-out rows; None where there are none."""
+    """Of the held-out sequences; None where there are none."""
     import torch
 
-    rows = torch.load(folder / "tokens.pt")["held_out"].to(model.device)
-    if not len(rows):
+    sequences = torch.load(folder / "tokens.pt")["held_out"].to(model.device)
+    if not len(sequences):
         return None
     losses = 0.0
     with torch.no_grad():
-        for some in rows.split(16):
+        for some in sequences.split(16):
             logits = model(input_ids=some, use_cache=False).logits[:, :-1].float().flatten(0, 1)
             losses += float(torch.nn.functional.cross_entropy(logits, some[:, 1:].flatten(), reduction="sum"))
-    return math.exp(losses / rows[:, 1:].numel())
+    return math.exp(losses / sequences[:, 1:].numel())
 
 
 def numbers(model: Any) -> int:
@@ -266,12 +266,13 @@ def run_child(side: str, folder: Path, settings: Settings, repeat: int) -> None:
     warnings.simplefilter("ignore")
     logging.disable_progress_bar()
     torch.set_num_threads(settings.threads)
-    rows = torch.load(folder / "tokens.pt")["calibration"][repeat].to(settings.device)
+    sequences = torch.load(folder / "tokens.pt")["calibration"][repeat].to(settings.device)
     run = ours if side.startswith("ours") else peer
-    run(side, folder / "warm", replace(settings, model=str(folder / "warm")), rows % 64, 0)  # all of it, for nothing
+    small = replace(settings, model=str(folder / "warm"))
+    run(side, folder / "warm", small, sequences % 64, 0)  # all of it, for nothing
     if settings.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    found = run(side, folder, settings, rows, repeat)
+    found = run(side, folder, settings, sequences, repeat)
     names = ("torch", "transformers", *(() if side.startswith("ours") else ("torch-pruning",)))
     print(json.dumps({**found, "versions": {name: metadata.version(name) for name in names}}))
 
@@ -291,7 +292,7 @@ def teacher(settings: Settings, say: Callable[[str], None]) -> str:
 
 
 def write_inputs(folder: Path, settings: Settings) -> tuple[Settings, float | None]:
-    """The token rows of all sides, a small model to warm up with, the big random one; the uncut model's perplexity."""
+    """The sequences of all sides, a small model to warm up with, the big random one; perplexity before pruning."""
     import torch
     from tokenizers import Tokenizer, models
     from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, logging
@@ -319,17 +320,19 @@ def write_inputs(folder: Path, settings: Settings) -> tuple[Settings, float | No
         return replace(settings, model=str(folder / "model")), None
     tokenizer = load_tokenizer(settings.model)
 
-    def some(split: str, rows: int, length: int) -> Any:
+    def some(split: str, sequences: int, length: int) -> Any:
         texts = tokenizer(documents(Documents(), split)["text"][:])["input_ids"]
         whole = torch.tensor([token for text in texts for token in text])
-        every = len(whole) // rows  # from all of the text alike
+        every = len(whole) // sequences  # from all of the text alike
         if every < length:
-            sys.exit(f"error: {len(whole):,} tokens to hold out; need {rows * length:,}: fewer --held-out-rows")
-        starts = torch.randint(every - length + 1, (rows,), generator=generator) + every * torch.arange(rows)
+            sys.exit(
+                f"error: {len(whole):,} tokens to hold out; need {sequences * length:,}: fewer --held-out-sequences"
+            )
+        starts = torch.randint(every - length + 1, (sequences,), generator=generator) + every * torch.arange(sequences)
         return torch.stack([whole[start : start + length] for start in starts])
 
     calibration = [some("train", shape[1], shape[2]) for _ in range(settings.repeats)]
-    tokens = {"calibration": torch.stack(calibration), "held_out": some("validation", settings.held_out_rows, 128)}
+    tokens = {"calibration": torch.stack(calibration), "held_out": some("validation", settings.held_out_sequences, 128)}
     torch.save(tokens, folder / "tokens.pt")
     model = AutoModelForCausalLM.from_pretrained(settings.model, dtype=dtype)
     return settings, perplexity(model, folder)
@@ -367,7 +370,7 @@ def measure(sides: list[str], settings: Settings, peer_python: str, say: Callabl
         name: {key: value <= most for key, most in GOALS.items() if (value := each[key]) is not None}
         for name, each in ratio.items()
     }
-    return {"sides": found, "ratio": ratio, "goals": goals, "perplexity_uncut": dense, "weights": weights}
+    return {"sides": found, "ratio": ratio, "goals": goals, "perplexity_before": dense, "weights": weights}
 
 
 def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -466,7 +469,12 @@ def main() -> None:
             f"--peer-python {words.peer_python}: not there; make it as benchmarks/README.md says, or leave "
             f"torch-pruning out with --sides ours"
         )
-    for name, least in (("repeats", 1), ("calibration_samples", 1), ("calibration_length", 8), ("held_out_rows", 1)):
+    for name, least in (
+        ("repeats", 1),
+        ("calibration_samples", 1),
+        ("calibration_length", 8),
+        ("held_out_sequences", 1),
+    ):
         if getattr(settings, name) < least:
             parser.error(f"--{name.replace('_', '-')} {getattr(settings, name)}: need {least} or more")
     console = Console()
@@ -480,12 +488,12 @@ def main() -> None:
     if settings.model != BIG:
         config = json.loads(Path(settings.model, "config.json").read_text())
         if config.get("num_key_value_heads") != config["num_attention_heads"]:
-            say("left out: the peers; torch-pruning cuts models whose heads share keys and values wrongly")
+            say("left out: the peers; torch-pruning prunes models whose heads share keys and values wrongly")
             sides = [side for side in sides if side.startswith("ours")]
     found = measure(sides, settings, words.peer_python, say)
     console.print(table(found))
-    if found["perplexity_uncut"]:
-        say(f"uncut: perplexity {found['perplexity_uncut']:.3f}")
+    if found["perplexity_before"]:
+        say(f"before pruning: perplexity {found['perplexity_before']:.3f}")
     for name, each in found["ratio"].items():
         missed = [key for key, met in found["goals"][name].items() if not met]
         shown = ", ".join(f"{key} {value}" for key, value in each.items() if value is not None)

@@ -34,12 +34,12 @@ class Settings:
     skip: str = ""  # kinds of matrices that stay float on all sides: gate_proj,up_proj
     calibration_samples: int = 128
     calibration_length: int = 256
-    held_out_rows: int = 128  # of as many tokens each
+    held_out_sequences: int = 128  # of as many tokens each
     iterations: int = 200  # of auto-round's tuning
     train_steps: int = 1400  # of the model that is made
     qat_steps: int = 200  # of quantization-aware training
     threads: int = 2
-    repeats: int = 3  # each with other calibration rows
+    repeats: int = 3  # each with other calibration sequences
 
 
 SIDES = {
@@ -155,7 +155,7 @@ def peer(side: str, scheme: str, folder: Path, settings: Settings, repeat: int) 
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear) and name.endswith(tuple(left_out(settings, scheme)))
     ]
-    rows = torch.load(folder / "tokens.pt")["calibration"][repeat]
+    sequences = torch.load(folder / "tokens.pt")["calibration"][repeat]
     begin = time.perf_counter()
     tuner = AutoRound(
         model,
@@ -163,9 +163,9 @@ def peer(side: str, scheme: str, folder: Path, settings: Settings, repeat: int) 
         bits=bits,
         group_size=group or -1,
         sym=True,
-        dataset=list(rows.split(8)),
-        seqlen=rows.shape[1],
-        nsamples=len(rows),
+        dataset=list(sequences.split(8)),
+        seqlen=sequences.shape[1],
+        nsamples=len(sequences),
         batch_size=8,
         iters=settings.iterations if side == "auto_round" else 0,
         alg_configs=side.removeprefix("auto_round_"),
@@ -198,20 +198,20 @@ def left_out(settings: Settings, scheme: str) -> list[str]:
 
 
 def worth(model: Any, folder: Path, settings: Settings) -> dict[str, float]:
-    """Perplexity of the held-out rows, and KL(float model ‖ model) in nats a token."""
+    """Perplexity of the held-out sequences, and KL(float model ‖ model) in nats a token."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    rows = torch.load(folder / "tokens.pt")["held_out"]
+    sequences = torch.load(folder / "tokens.pt")["held_out"]
     parent = AutoModelForCausalLM.from_pretrained(settings.model, dtype=torch.float32).eval()
     model.eval()
     nats = divergence = 0.0
     with torch.no_grad():
-        for some in rows.split(16):
+        for some in sequences.split(16):
             q, p = (each(input_ids=some, use_cache=False).logits[:, :-1].log_softmax(-1) for each in (model, parent))
             nats -= float(q.gather(-1, some[:, 1:, None]).double().sum())
             divergence += float((p.exp() * (p - q)).double().sum())
-    tokens = rows[:, 1:].numel()
+    tokens = sequences[:, 1:].numel()
     return {"perplexity": math.exp(nats / tokens), "kl": divergence / tokens}
 
 
@@ -258,22 +258,22 @@ def teacher(settings: Settings, say: Callable[[str], None]) -> str:
 
 
 def write_tokens(folder: Path, settings: Settings) -> None:
-    """The rows that our stage calibrates with, for the peer too; and rows of text that was held out."""
+    """The sequences that our stage calibrates with, for the peer too; and sequences of text that was held out."""
     import torch
 
     from pipeline.data.documents import documents
 
     calibration = []
     for repeat in range(settings.repeats):
-        made, context = stage("gptq", "w8a16", [], folder / f"rows-{repeat}", settings, repeat)
+        made, context = stage("gptq", "w8a16", [], folder / f"sequences-{repeat}", settings, repeat)
         tokenizer, _, batches = made.layer_by_layer.open(context)
         calibration.append(torch.cat(batches))
     texts = documents(made.data, "test")["text"][:]
     tokens = [token for text in texts for token in tokenizer(text, verbose=False)["input_ids"]]
     length = settings.calibration_length
-    count = min(settings.held_out_rows, len(tokens) // length)
+    count = min(settings.held_out_sequences, len(tokens) // length)
     if not count:
-        sys.exit(f"error: {len(tokens):,} tokens are held out, less than a row of {length}; give more --text")
+        sys.exit(f"error: {len(tokens):,} tokens are held out, less than a sequence of {length}; give more --text")
     held_out = torch.tensor(tokens[: count * length]).view(count, length)
     torch.save({"calibration": torch.stack(calibration), "held_out": held_out}, folder / "tokens.pt")
 
@@ -400,7 +400,9 @@ def main() -> None:
 
     settings, sides, schemes = Settings(threads=os.cpu_count() or 1), list(SIDES), list(SCHEMES)
     if words.quick:
-        settings = replace(settings, train_steps=150, repeats=1, calibration_samples=32, held_out_rows=32, qat_steps=20)
+        settings = replace(
+            settings, train_steps=150, repeats=1, calibration_samples=32, held_out_sequences=32, qat_steps=20
+        )
         sides, schemes = [side for side in SIDES if side not in PEERS], ["w4a16_g32"]
     settings = replace(
         settings, **{name: value for name in asdict(settings) if (value := getattr(words, name)) is not None}
@@ -420,7 +422,7 @@ def main() -> None:
     for name, path in also.items():
         if not Path(path, "config.json").is_file():
             parser.error(f"--also {name}={path}: no config.json in it; give a model folder")
-    for name in ("repeats", "calibration_samples", "held_out_rows"):
+    for name in ("repeats", "calibration_samples", "held_out_sequences"):
         if getattr(settings, name) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(settings, name)}: need 1 or more")
     console = Console()

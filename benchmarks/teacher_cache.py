@@ -2,9 +2,9 @@
 
     .venv/bin/python benchmarks/teacher_cache.py --quick
 
-The same student on the same rows of real text, without a teacher, with one that runs beside it, and with what the stage
-`record` wrote of it. Each training is a fresh process, so that peak memory is its own; the sides take turns, so that a
-busy machine slows all of them.
+The same student on the same sequences of real text, without a teacher, with one that runs beside it, and with what the
+stage `record` wrote of it. Each training is a fresh process, so that peak memory is its own; the sides take turns, so
+that a busy machine slows all of them.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ class Settings:
     student_layers: int = 4
     teacher_hidden: int = 512
     teacher_layers: int = 8
-    teacher_steps: int = 100  # of `teacher_rows`, before anything is measured
-    teacher_rows: int = 2
-    rows: int = 8
+    teacher_steps: int = 100  # of `teacher_sequences`, before anything is measured
+    teacher_sequences: int = 2
+    sequences: int = 8
     length: int = 256
     device: str = "cpu"
     precision: str = "fp32"  # bf16: autocast over fp32 student weights, the teacher's own weights in bf16
@@ -45,8 +45,8 @@ class Settings:
     repeats: int = 2
 
     @property
-    def epoch_rows(self) -> int:
-        return (self.warmup_steps + self.steps) * self.rows
+    def epoch_sequences(self) -> int:
+        return (self.warmup_steps + self.steps) * self.sequences
 
     @property
     def dtype(self) -> str:
@@ -117,7 +117,7 @@ def text(folder: Path, name: str, settings: Settings) -> Any:
     return Documents(train=str(folder / f"{name}.jsonl"), holdout=0.0, max_length=settings.length)
 
 
-def rows_of(folder: Path, name: str, settings: Settings) -> Any:
+def packed(folder: Path, name: str, settings: Settings) -> Any:
     from pipeline.data.prepared import sequences_of
     from pipeline.data.tokenizer import load_tokenizer
 
@@ -126,7 +126,7 @@ def rows_of(folder: Path, name: str, settings: Settings) -> Any:
 
 
 def write_inputs(folder: Path, settings: Settings) -> dict[str, Any]:
-    """Real text, its tokenizer and rows, a student, and a teacher that has learnt something of other text."""
+    """Real text, its tokenizer and sequences, a student, and a teacher that has learnt something of other text."""
     import random
 
     import torch
@@ -139,13 +139,16 @@ def write_inputs(folder: Path, settings: Settings) -> dict[str, Any]:
     texts = documents(Documents(), "train")["text"][:]
     tokenizer = train_tokenizer(texts, settings.vocabulary, folder / "tokenizer")
     random.Random(0).shuffle(texts)
-    for name, rows in (("epoch", settings.epoch_rows), ("lessons", settings.teacher_steps * settings.teacher_rows)):
+    for name, sequences in (
+        ("epoch", settings.epoch_sequences),
+        ("lessons", settings.teacher_steps * settings.teacher_sequences),
+    ):
         tokens, chosen = 0, list[str]()
-        while texts and tokens < rows * settings.length:
+        while texts and tokens < sequences * settings.length:
             chosen.append(json.dumps({"text": texts.pop()}) + "\n")
             tokens += len(tokenizer(json.loads(chosen[-1])["text"])["input_ids"])
-        if name == "epoch" and tokens < rows * settings.length:
-            sys.exit(f"error: {rows} rows of {settings.length} tokens are more than the embedded corpus has")
+        if name == "epoch" and tokens < sequences * settings.length:
+            sys.exit(f"error: {sequences} sequences of {settings.length} tokens are more than the embedded corpus has")
         (folder / f"{name}.jsonl").write_text("".join(chosen))
     torch.manual_seed(0)
     for name, hidden, layers in (
@@ -168,16 +171,16 @@ def write_inputs(folder: Path, settings: Settings) -> dict[str, Any]:
         )
         LlamaForCausalLM(config).save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
-    lessons = rows_of(folder, "lessons", settings) if settings.teacher_steps else None
+    lessons = packed(folder, "lessons", settings) if settings.teacher_steps else None
     if lessons is not None and len(lessons):
-        taught = replace(settings, rows=settings.teacher_rows)
+        taught = replace(settings, sequences=settings.teacher_sequences)
         module, _ = train(folder, "teacher", CrossEntropy(), None, lessons, settings.teacher_steps, taught)
         module.student.save_pretrained(folder / "teacher")
     return {**of_teacher(folder, settings), "steps": settings.teacher_steps}
 
 
 def of_teacher(folder: Path, settings: Settings) -> dict[str, Any]:
-    """How much it has learnt, on the first rows of the text it will be asked about."""
+    """How much it has learnt, on the first sequences of the text it will be asked about."""
     import torch
     from torch.nn.functional import cross_entropy
 
@@ -186,8 +189,8 @@ def of_teacher(folder: Path, settings: Settings) -> dict[str, Any]:
     from pipeline.data.batch import collate
 
     model = load_model(str(folder / "teacher"), dtype=torch.float32).eval()
-    rows = rows_of(folder, "epoch", settings)
-    batch = collate([rows[number] for number in range(min(settings.rows, len(rows)))], pad_token=0)
+    sequences = packed(folder, "epoch", settings)
+    batch = collate([sequences[number] for number in range(min(settings.sequences, len(sequences)))], pad_token=0)
     with torch.no_grad():
         hidden = hidden_states(model, batch["input_ids"], batch["position_ids"])
         supervised = batch["targets"] >= 0
@@ -247,8 +250,8 @@ def record(folder: Path, settings: Settings, side: str) -> dict[str, Any]:
         text(folder, "epoch", settings),
         Cached(path, str(folder / side), settings.dtype, recorder=TimedOnline(path, settings.dtype)),
         encoding_of(side),
-        batch_size=settings.rows,
-        sample_tokens=settings.rows * settings.length,
+        batch_size=settings.sequences,
+        sample_tokens=settings.sequences * settings.length,
     )
     context = Context(
         {
@@ -268,10 +271,10 @@ def record(folder: Path, settings: Settings, side: str) -> dict[str, Any]:
     assert manifest is not None
     metrics = manifest["metrics"]
     told = metrics["fidelity"]["1"]
-    lengths = [len(ids) for ids in rows_of(folder, "epoch", settings)["input_ids"]]
+    lengths = [len(ids) for ids in packed(folder, "epoch", settings)["input_ids"]]
     # From the first batch's end, which warms up, to the last shard on disk; the last batch of all measures.
     warm = len(gives) > 2
-    tokens = sum(lengths[settings.rows :] if warm else lengths)
+    tokens = sum(lengths[settings.sequences :] if warm else lengths)
     return {
         "bytes_per_token": round(metrics["bytes_per_token"], 1),
         "head_bytes": manifest["files"].get(HEAD, {}).get("bytes", 0),
@@ -290,7 +293,7 @@ def train(
     student: str,
     objective: Any,
     source: Any,
-    rows: Any,
+    sequences: Any,
     steps: int,
     settings: Settings,
     keep: Path | None = None,
@@ -312,11 +315,11 @@ def train(
 
     tokenizer = load_tokenizer(str(folder / "tokenizer"))
     data = PackedSequences(
-        rows,
+        sequences,
         None,
         seed=0,
-        global_batch=settings.rows,
-        micro_batch=settings.rows,
+        global_batch=settings.sequences,
+        micro_batch=settings.sequences,
         pad_token=pad_token(tokenizer),
         length=settings.length,
     )
@@ -387,10 +390,10 @@ def train_side(folder: Path, settings: Settings, side: str) -> dict[str, Any]:
         "sharded": lambda: Sharded(path, settings.dtype),
     }.get(side, lambda: Cached(path, str(folder / side), settings.dtype))()
     objective = CrossEntropy() if source is None else Distillation(ALPHA, ForwardKL(TEMPERATURE))
-    rows = rows_of(folder, "epoch", settings)
+    sequences = packed(folder, "epoch", settings)
     steps = settings.warmup_steps + settings.steps
     keep = folder / f"{side}.gradient"
-    _, (clock, divergences) = train(folder, "student", objective, source, rows, steps, settings, keep)
+    _, (clock, divergences) = train(folder, "student", objective, source, sequences, steps, settings, keep)
     return {
         **clock.figures(settings.warmup_steps),
         "first_divergence": divergences[0] if divergences else None,
@@ -555,7 +558,7 @@ def table(figures: dict[str, Any]) -> Any:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--quick", action="store_true", help="about a minute on 2 cores: fewer rows, steps, sides and lessons"
+        "--quick", action="store_true", help="about a minute on 2 cores: fewer sequences, steps, sides and lessons"
     )
     parser.add_argument("--sides", help=f"comma-separated, of {', '.join(SIDES)}")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
@@ -579,10 +582,10 @@ def main() -> None:
     device = words.device or ("cuda" if torch.cuda.is_available() else "cpu")
     settings = Settings(device=device, precision="bf16" if device == "cuda" else "fp32", threads=os.cpu_count() or 1)
     if words.quick:
-        settings = replace(settings, rows=4, teacher_steps=10, warmup_steps=1, steps=3, repeats=1)
+        settings = replace(settings, sequences=4, teacher_steps=10, warmup_steps=1, steps=3, repeats=1)
     given = {name: value for name in asdict(settings) if (value := getattr(words, name, None)) is not None}
     settings = replace(settings, **given)
-    for name in ("rows", "warmup_steps", "steps", "repeats"):
+    for name in ("sequences", "warmup_steps", "steps", "repeats"):
         if getattr(settings, name) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(settings, name)}: need 1 or more")
     console = Console()

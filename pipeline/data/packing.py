@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.data.pieces import Ints, Teacher, conversation_cutter, no_pieces, text_cutter
+from pipeline.data.pieces import Ints, Teacher, conversation_pieces, no_pieces, text_pieces
 from pipeline.data.prepared import STATISTICS, once
 from pipeline.data.source import DataSource
 from pipeline.data.tables import empty_documents
@@ -113,12 +113,12 @@ def _build(
     from datasets import Dataset
 
     tally: Counter[str] = Counter()
-    cutter = conversation_cutter if "messages" in documents.column_names else text_cutter
+    maker = conversation_pieces if "messages" in documents.column_names else text_pieces
     teacher = None if teacher_tokenizer is None else Teacher(teacher_tokenizer, tokenizer, tally)
     features = features_of(*no_pieces(data, teacher))
     bytes_each = documents.data.nbytes / max(1, documents.data.num_rows)
     pieces = documents.map(
-        cutter(tokenizer, data, tally, teacher),
+        maker(tokenizer, data, tally, teacher),
         batched=True,
         batch_size=int(min(1000, max(1, BYTES_AT_ONCE / max(1, bytes_each)))),
         with_indices=True,

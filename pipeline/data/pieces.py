@@ -33,7 +33,7 @@ Ints = NDArray[np.integer[Any]]
 Tokens = tuple[list[int], list[tuple[int, int]]]  # ids, and where each stands in the text, in characters
 _Spoken = tuple[str, list[tuple[int, int]], Tokens]  # a text, where in it the assistant speaks, and its tokens
 Pieces = dict[str, list[Any]]  # columns input_ids, targets, supervised, bytes; weights; teacher_input_ids, spans
-Cutter = Callable[[dict[str, list[Any]], list[int]], Pieces]
+PieceMaker = Callable[[dict[str, list[Any]], list[int]], Pieces]
 
 
 def no_pieces(data: DataSource, teacher: Teacher | None) -> Pieces:
@@ -104,14 +104,14 @@ class Teacher:
 # Texts
 
 
-def text_cutter(
+def text_pieces(
     tokenizer: PreTrainedTokenizerBase, data: DataSource, tally: Counter[str], teacher: Teacher | None
-) -> Cutter:
+) -> PieceMaker:
     begin, end = ends(tokenizer, "the tokenizer")
     if teacher:
         ends(teacher.tokenizer, "the teacher's tokenizer")
 
-    def cut(batch: dict[str, list[Any]], indices: list[int]) -> Pieces:
+    def make(batch: dict[str, list[Any]], indices: list[int]) -> Pieces:
         pieces = no_pieces(data, teacher)
         texts, weights = [], []
         given = batch["weight"] if data.weight_column is not None else [1.0] * len(indices)
@@ -140,7 +140,7 @@ def text_cutter(
                     teacher.add_window(pieces, aligned, at, len(window), theirs[0])
         return pieces
 
-    return cut
+    return make
 
 
 def tokenized(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> Iterator[Tokens]:
@@ -179,15 +179,15 @@ def target_bytes(text: str, offsets: list[tuple[int, int]]) -> Ints:
 # Conversations
 
 
-def conversation_cutter(
+def conversation_pieces(
     tokenizer: PreTrainedTokenizerBase, data: DataSource, tally: Counter[str], teacher: Teacher | None
-) -> Cutter:
+) -> PieceMaker:
     template = chat_template(tokenizer, data)
     taught_template = teachers_template(teacher.tokenizer, data) if teacher else ""
     if not tokenizer.is_fast:
         raise Refusal("the data are conversations, which need a fast tokenizer (with a tokenizer.json)")
 
-    def cut(batch: dict[str, list[Any]], indices: list[int]) -> Pieces:
+    def make(batch: dict[str, list[Any]], indices: list[int]) -> Pieces:
         pieces = no_pieces(data, teacher)
         places = [f"conversation {index}" for index in indices]
         read = [conversation(messages, where) for messages, where in zip(batch["messages"], places, strict=True)]
@@ -222,7 +222,7 @@ def conversation_cutter(
                 teacher.add_conversation(pieces, (side, theirs), contents, inside)
         return pieces
 
-    return cut
+    return make
 
 
 def _spoken(

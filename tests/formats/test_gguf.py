@@ -164,7 +164,7 @@ def test_a_quantized_model_is_packed_to_the_bit(family: str, scheme: WeightSchem
     for name, quantized in finished.quantized.matrices.items():
         assert torch.equal(runtime.weight(name), quantized.dequantized()), name
     assert 4.5 <= written.bits_per_weight < 16
-    # The same numbers as floats are in their places; packed, only what the matrices read is rounded beside.
+    # The same numbers as floats are in their places; packed, only the activations are rounded as well.
     Gguf(type="f32").write(finished, tmp_path / "f")
     floats = Gguf(cache="f32").open(tmp_path / "f", "cpu").logits(tokens())
     assert differences(floats, truth(model, tokens()))[0] < CLOSE[family]

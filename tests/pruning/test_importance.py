@@ -105,7 +105,7 @@ def test_taylor_is_llm_pruners_from_whole_gradients_of_every_sample(family: str,
 
 
 def read_by(model: Any, parameter: str) -> torch.Tensor:
-    """What the module of a matrix reads of the tokens that predict, by a hook of its own."""
+    """Activations that enter the module of a matrix, at the tokens that predict, by a hook of its own."""
     seen: list[torch.Tensor] = []
     module = model.get_submodule(parameter.rpartition(".")[0])
     handle = module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))

@@ -373,7 +373,7 @@ def test_a_plan_says_where_its_widths_run() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["its own", "stories260K"])
-def test_most_of_the_perplexity_that_a_cut_costs_is_won_back(model: str, tmp_path: Path) -> None:
+def test_most_of_the_perplexity_that_pruning_costs_is_won_back(model: str, tmp_path: Path) -> None:
     """The experiment as it stands in the README, and on a pretrained model."""
     words = []
     if model != "its own":

@@ -1,4 +1,4 @@
-"""The stage quantize where weights are scaled first, and where what they read is rounded too."""
+"""The stage quantize where weights are scaled first, and where activations are rounded too."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Grids against the formulas they are named for, and at their edges."""
+"""Quantization schemes against the formulas they are named for, and at their edges."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ METHODS = [Magnitude(), Wanda(), SparseGPT(), SparseGPT(block=7)]
 
 
 def case(seed: int = 0) -> tuple[Tensor, Tensor]:
-    """A matrix [O, I] and what it reads [N, I], its inputs of unlike size and far from independent."""
+    """A matrix [O, I] and its activations [N, I], which are of unlike size and far from independent."""
     generator = torch.Generator().manual_seed(seed)
     draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
     mixed = draw(TOKENS, IN) @ (torch.eye(IN, dtype=torch.float64) + 0.5 * draw(IN, IN))

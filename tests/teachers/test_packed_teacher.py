@@ -55,7 +55,7 @@ def test_nf4_is_what_bitsandbytes_says_of_every_matrix(folder: Path) -> None:
 
 
 def test_int8_is_within_its_rounding_of_the_plain_model(folder: Path) -> None:
-    """Rows of weights and of what they read by their largest magnitude, in 8 bits each: under one per cent."""
+    """Rows of weights and of activations by their largest magnitude, in 8 bits each: under one per cent."""
     plain, teacher = load_model(str(folder), dtype=torch.float32).eval(), opened(folder, "int8")
     assert teacher.model.model.layers[0].mlp.up_proj.weight.dtype == torch.int8
     want, got = plain(IDS).logits, teacher.model(IDS).logits
