@@ -31,6 +31,9 @@ WRONG = {  # what is typed → what the answer says
     "stages.distill.student.shape.hidden_size=8": "write student.shape.hidden_size=8",
     "stages.distill.lora=qlora": "a name stands where settings are needed; write lora=qlora",
     "stages.distill.objective=cross_entropy": "write objective=cross_entropy",
+    "stages.quantize.method=awq": "unknown config key 'stages.quantize.method'; write quantizer=awq",
+    "stages.quantize.quantizer=awq": "write quantizer=awq",
+    "stages.prune.importance=wanda": "write importance=wanda",
     "experiment=distill": "write +experiment=distill",
     "order=[pretrain,distill,control,prune,recover,quantize,qat,unquantized,export,evaluate]": "stages.record is not "
     "in order, which says when a stage runs: add it, e.g. order=[",

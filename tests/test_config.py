@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
+import io
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -17,7 +21,7 @@ from hydra.utils import get_object, instantiate
 from models.errors import Refusal
 from pipeline.config import Config, differences, identity, parse, selected
 from pipeline.worker import build, compared_by_content, immaterial
-from tests.command import ROOT, train
+from tests.command import ROOT, front_door, train
 
 CONF = ROOT / "conf"
 EXPERIMENTS = sorted(
@@ -547,23 +551,23 @@ MISTAKES = {
 
 
 def refused(*words: str) -> str:
-    """What the front door would say, without starting its processes."""
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
-
-    from pipeline.command_line import arguments, explain
-    from pipeline.config import selected
+    """What `python train.py WORDS` says: by train.py itself, but that Hydra composes and the check runs in here."""
     from pipeline.worker import check
 
-    try:
-        words = tuple(arguments(list(words)))
-        config = composed(*words)
+    def main() -> None:
+        config = composed(*sys.argv[1:])
         check({"config": config, "stages": selected(config)})
-    except Refusal as problem:
-        return str(problem)
-    except (HydraException, OmegaConfBaseException) as problem:
-        return explain(problem, list(words))
-    raise AssertionError("nothing was refused")
+        raise AssertionError("nothing was refused")
+
+    door, told = front_door(), io.StringIO()
+    with (
+        mock.patch.object(door, "main", main),
+        mock.patch.object(sys, "argv", ["train.py", *words]),
+        contextlib.redirect_stderr(told),
+    ):
+        assert door._told(door.front_door) == 2
+    assert told.getvalue().startswith("error: ")
+    return told.getvalue().removeprefix("error: ").rstrip("\n")
 
 
 @pytest.mark.parametrize("words", MISTAKES)
@@ -574,7 +578,7 @@ def test_a_mistake_is_one_line_that_names_it(words: str) -> None:
         assert part in said
 
 
-@pytest.mark.parametrize("words", ["+a.b=1", "trainer.devices=0", "strategy=zero4", "experiment=quickstart"])
+@pytest.mark.parametrize("words", ["+a.b=1", "trainer.devices=0", "stages.quantize.method=awq", "quantizer=null"])
 def test_the_front_door_says_it_in_one_line_before_any_work(words: str, tmp_path: Path) -> None:
     done = train(f"run_dir={tmp_path}/run", words)
     assert done.returncode == 2, done.stdout + done.stderr

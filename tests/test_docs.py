@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import shlex
@@ -20,7 +19,7 @@ import yaml
 
 from pipeline.data.tokenizer import train_tokenizer
 from pipeline.worker import build
-from tests.command import ENVIRONMENT, ROOT
+from tests.command import ENVIRONMENT, ROOT, front_door
 from tests.test_config import composed
 
 TOPICS = sorted({text.strip() for text in topics.values()}, key=len)
@@ -86,16 +85,6 @@ def of_train(words: list[str]) -> list[str] | None:
 EVERY = {tuple(words): (name, words) for name, words in [*commands_around(), *commands()]}.values()  # each once
 TRAIN = [(name, arguments) for name, words in EVERY if (arguments := of_train(words)) is not None]
 OTHERS = [(name, words) for name, words in EVERY if of_train(words) is None]
-
-
-def front_door() -> Any:
-    """train.py as a module."""
-    spec = importlib.util.spec_from_file_location("front_door", ROOT / "train.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 FLAGS = {"--cfg", "job", "--help", "-m", "--shell-completion"}
