@@ -22,6 +22,7 @@ from models.teachers.cache import HEADER, Cache, Header, read_header, save_head
 from models.teachers.encodings.encoding import Encoding
 from models.teachers.encodings.fidelity import fidelities
 from models.teachers.encodings.top_k import TopK
+from models.teachers.endpoint import Endpoint
 from models.teachers.pieces import Piece, pieces_of, scan
 from models.teachers.served_payload import served_payload
 from models.teachers.shards import Shard, Writer
@@ -86,7 +87,7 @@ def _first(keys_P2: Any) -> Any:
 class Recording:
     """Writes the pieces of the sequences `todo` to `shards`."""
 
-    teacher: Any
+    teacher: Source
     encoding: Encoding
     sequences: Any  # a datasets.Dataset
     todo: list[int]
@@ -101,8 +102,8 @@ class Recording:
         world, rank = context.world, context.rank
         place = join(context.device) if world > 1 else torch.device(context.device)
         attention = attention_for("auto", context.device, DTYPES[self.teacher.dtype])
-        source: Source = self.teacher.recorder
-        teacher: Any = source.open(Opening(self.header.vocabulary, attention, packing, device=context.device))
+        opening = Opening(self.header.vocabulary, attention, packing, device=context.device)
+        teacher = self.teacher.asked_once().open(opening)
         if isinstance(teacher, torch.nn.Module):
             teacher.to(place)
         known, measured = Known(self.shards, self.header), {}
@@ -140,12 +141,12 @@ class Recording:
             leave()
         return measured
 
-    def from_server(self) -> None:
+    def from_server(self, server: Endpoint) -> None:
         """Asks a server for its log-probabilities at every token of every new piece."""
         known, writer = Known(self.shards, self.header), Writer(self.shards, 0, self.shard_bytes)
         columns = load_config(self.teacher.path, "teacher", self.teacher.trust_remote_code).vocab_size
         encoding, vocabulary = self.encoding, self.header.vocabulary
-        assert isinstance(encoding, TopK)
+        assert isinstance(encoding, TopK)  # as Encoding.of_server makes it
 
         def pieces() -> Iterator[tuple[tuple[bytes, Any], list[int]]]:
             for number in shown(range(len(self.todo)), len(self.todo), "recording"):
@@ -155,7 +156,7 @@ class Recording:
                     yield (piece.key, piece.supervised - piece.start), ids
 
         try:
-            for (key, supervised), ids_TK, log_TK in self.teacher.endpoint.score(pieces()):
+            for (key, supervised), ids_TK, log_TK in server.score(pieces()):
                 ids_NK, log_NK = ids_TK[supervised], log_TK[supervised]
                 writer.add(key, served_payload(encoding, ids_NK, log_NK, vocabulary, columns, self.teacher.path))
                 writer.flush_after(_FLUSH_SECONDS)

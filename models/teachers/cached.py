@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from models.errors import Refusal
 from models.load import DTYPES
@@ -13,7 +12,7 @@ from models.teachers.teacher import Opening, Source, Teacher
 
 
 @dataclass(frozen=True)
-class Cached:
+class Cached(Source):
     """`cache` holds the signal of the teacher at `path`. Where only the cache is left, it is its own `path`: the
     tokenizer and the config lie in it."""
 
@@ -21,13 +20,20 @@ class Cached:
     cache: str
     dtype: str = "float32"  # the recording teacher's
     trust_remote_code: bool = False
-    needs_record: ClassVar[bool] = True
-    runs_here: ClassVar[bool] = True
-    recorder: Source | None = None
+    recorder: Source | None = None  # how it runs where it is asked; None: it is recorded already
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise Refusal(f"teacher.dtype={self.dtype}: need one of {', '.join(DTYPES)}")
+
+    @property
+    def recorded(self) -> str:
+        return self.cache
+
+    def asked_once(self) -> Source:
+        if self.recorder is None:
+            raise Refusal("teacher.recorder=null: it says how the teacher runs; use teacher@teacher.recorder=online")
+        return self.recorder
 
     def check(self, objective: Objective) -> None:
         refuse_representations(objective)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +17,13 @@ from models.load import DTYPES, load_model
 from models.objectives.representation import Wanted
 from models.objectives.signal import Signal
 from models.objectives.term import Objective
-from models.teachers.teacher import Looked, Opening, Prefix, Result, Teacher, look_through, prefix_of, signal_of
+from models.teachers.teacher import Looked, Opening, Prefix, Result, Source, Teacher, look_through, prefix_of, signal_of
 
 PACKED = ("int8", "nf4")
 
 
 @dataclass(frozen=True)
-class Online:
+class Online(Source):
     """Frozen, without graph, its head handed to the engine instead of logits.
 
     Under ZeRO-3 it is sharded by the student's engine. It is in no checkpoint and in no optimizer.
@@ -33,8 +33,6 @@ class Online:
     dtype: str = "float32"
     trust_remote_code: bool = False
     weights: str | None = None  # of PACKED: the layers' matrices in fewer bits than dtype, by bitsandbytes
-    needs_record: ClassVar[bool] = False
-    runs_here: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -45,6 +43,10 @@ class Online:
             raise Refusal(
                 f"teacher.weights={self.weights}: bitsandbytes is not installed; pip install 'bitsandbytes>=0.50'"
             )
+
+    @property
+    def packed_weights(self) -> str | None:
+        return self.weights
 
     def check(self, objective: Objective) -> None:
         """It serves all of them."""

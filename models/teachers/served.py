@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from models.errors import Refusal
 from models.objectives.term import Objective
 from models.teachers.cached import refuse_representations
 from models.teachers.endpoint import Endpoint
 from models.teachers.recorded import Recorded
-from models.teachers.teacher import Opening, Teacher
+from models.teachers.teacher import SERVED, Opening, Source, Teacher
 
 
 @dataclass(frozen=True)
-class Served:
+class Served(Source):
     """vLLM or llama.cpp's server gives the top-k log-probabilities of every token; training reads them from `cache`.
 
     `path` holds the teacher's tokenizer and config; its weights are the server's. A server gives log-probabilities at
@@ -26,8 +25,18 @@ class Served:
     endpoint: Endpoint
     dtype: str = "float32"
     trust_remote_code: bool = False
-    needs_record: ClassVar[bool] = True
-    runs_here: ClassVar[bool] = False
+
+    @property
+    def recorded(self) -> str:
+        return self.cache
+
+    @property
+    def server(self) -> Endpoint:
+        return self.endpoint
+
+    def key(self, content_hash: str) -> str:
+        # The server is asked where no model is named: what answers at an address can change.
+        return f"{SERVED}{self.endpoint.model or self.endpoint.ask().model}"
 
     def check(self, objective: Objective) -> None:
         refuse_representations(objective)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +18,13 @@ from models.objectives.representation import Wanted
 from models.objectives.signal import Signal
 from models.objectives.term import Objective
 from models.sharding import engine_of, gathered, load_sharded, zero3
-from models.teachers.teacher import Looked, Opening, Prefix, Result, Teacher, look_through, prefix_of, signal_of
+from models.teachers.teacher import Looked, Opening, Prefix, Result, Source, Teacher, look_through, prefix_of, signal_of
 
 OFFLOADS = ("none", "cpu", "nvme")
 
 
 @dataclass(frozen=True)
-class Sharded:
+class Sharded(Source):
     """DeepSpeed ZeRO-3 for inference: every rank holds a share of each weight, gathered layer by layer.
 
     `offload` moves the shares to host memory or to `nvme_path` (ZeRO-Inference), so that even one small GPU, or none,
@@ -37,8 +37,6 @@ class Sharded:
     trust_remote_code: bool = False
     offload: str = "none"
     nvme_path: str | None = None
-    needs_record: ClassVar[bool] = False
-    runs_here: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:

@@ -1,16 +1,17 @@
 """Where a teacher's signal comes from: the contract of conf/teacher/*.yaml, and of what it opens.
 
-A source is a handful of values; `open` makes the teacher of it that a training step asks.
+A source is a frozen dataclass that derives from `Source`; `open` makes the teacher of it that a training step asks.
 """
 
 from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Int
@@ -24,22 +25,58 @@ from models.objectives.signal import Dense, Signal
 from models.objectives.term import Objective
 from models.representations import Capture
 
+if TYPE_CHECKING:
+    from models.generation import Answer, Sampling
+    from models.teachers.endpoint import Endpoint
+
+SERVED = "served "  # begins the key of a teacher of which its name is all that is known
+
 Result = TypeVar("Result")
 
 
-@runtime_checkable
-class Source(Protocol):
+class Source(ABC):
     path: str  # folder or hub id of the teacher: its tokenizer, its config and, where it runs here, its weights
     dtype: str  # of models.load.DTYPES
     trust_remote_code: bool
-    needs_record: ClassVar[bool]  # whether training reads what the stage `record` wrote
-    runs_here: ClassVar[bool]  # whether the teacher's weights are opened by this program at all
 
+    @property
+    def recorded(self) -> str | None:
+        """The folder with its signal, as the stage `record` writes it, where training asks that and not the teacher."""
+        return None
+
+    @property
+    def server(self) -> Endpoint | None:
+        """Who answers where another program runs it. None: its weights are opened by this one."""
+        return None
+
+    @property
+    def packed_weights(self) -> str | None:
+        """In which kind of fewer bits its matrices are held, which ZeRO-3 cannot shard; None: as they are."""
+        return None
+
+    @property
+    def needs_record(self) -> bool:
+        return self.recorded is not None
+
+    @property
+    def runs_here(self) -> bool:
+        return self.server is None
+
+    def asked_once(self) -> Source:
+        """What opens its weights for a stage that asks it before training (`record`, `generate`)."""
+        return self
+
+    def key(self, content_hash: str) -> str:
+        """By what its signal and its answers are found again; `content_hash`: of the files at `path`."""
+        return content_hash
+
+    @abstractmethod
     def check(self, objective: Objective) -> None:
         """Refuse, before anything is loaded, an objective this source cannot serve."""
-        ...
 
-    def open(self, opening: Opening) -> Teacher: ...
+    @abstractmethod
+    def open(self, opening: Opening) -> Teacher:
+        """What a training step asks; weights may be loaded now or in its `check`."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +116,23 @@ class Teacher(Protocol):
 
     def close(self) -> None:
         """Free what it holds; the stage is over."""
+        ...
+
+
+@runtime_checkable
+class Author(Teacher, Protocol):
+    """A teacher that also writes answers, for the stage `generate`."""
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, **words: Any
+    ) -> Iterator[tuple[int, list[Answer]]]:
+        """As models.generation.generate; on several ranks every one calls it with equally many prompts."""
+        ...
+
+    def log_probabilities(
+        self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], **words: Any
+    ) -> list[list[float]]:
+        """As models.generation.log_probabilities, likewise."""
         ...
 
 

@@ -10,7 +10,7 @@ import torch
 
 from models.errors import Refusal
 from models.load import DTYPES, attention_for
-from models.teachers.teacher import Opening, Source
+from models.teachers.teacher import Author, Opening, Source
 from pipeline.context import Context
 from pipeline.data.batch import pad_token
 from pipeline.generation.request import Request
@@ -19,8 +19,8 @@ from pipeline.training.ranks import join
 from pipeline.training.strategy import prepare_environment
 
 
-def answered_here(context: Context, source: Any, request: Request, batch_size: int) -> int:
-    """Tokens made by this rank; `source`: a Source, or one that is cached elsewhere and has its recorder here."""
+def answered_here(context: Context, source: Source, request: Request, batch_size: int) -> int:
+    """Tokens made by this rank."""
     prepare_environment(context.device)
     world, rank = context.world, context.rank
     place = join(context.device) if world > 1 else torch.device(context.device)
@@ -48,14 +48,16 @@ def answered_here(context: Context, source: Any, request: Request, batch_size: i
     return made
 
 
-def _opened(context: Context, source: Any, vocabulary: int) -> Any:
+def _opened(context: Context, source: Source, vocabulary: int) -> Author:
     attention = attention_for("auto", context.device, DTYPES[source.dtype])
-    opened: Source = getattr(source, "recorder", None) or source
-    return opened.open(Opening(vocabulary, attention, packed=False, device=context.device))
+    opened = source.asked_once().open(Opening(vocabulary, attention, packed=False, device=context.device))
+    if not isinstance(opened, Author):
+        raise Refusal(f"{context.stage}: this teacher writes no answers; use teacher=online or teacher=sharded")
+    return opened
 
 
 def _answers(
-    context: Context, teacher: Any, source: Any, request: Request, unit: list[str], batch_size: int
+    context: Context, teacher: Author, source: Source, request: Request, unit: list[str], batch_size: int
 ) -> list[tuple[int, Any, list[float]]]:
     """(number of the prompt in `unit`, answer, log-probabilities of its tokens), sample by sample."""
     tokenizer = request.tokenizer

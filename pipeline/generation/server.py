@@ -8,12 +8,14 @@ from typing import Any
 from models import seeds
 from models.errors import Refusal
 from models.generation import Answer
+from models.teachers.endpoint import Endpoint
 from pipeline.generation.request import Request
 from pipeline.progress import shown
 
 
-def answered_by_server(teacher: Any, request: Request) -> int:
-    """Tokens made. The server draws its own random numbers, from a seed of each answer's own."""
+def answered_by_server(server: Endpoint, path: str, request: Request) -> int:
+    """Tokens made; `path`: of the teacher, for messages. The server draws its own random numbers, from a seed of each
+    answer's own."""
     sampling = request.sampling
 
     def items() -> Iterator[tuple[tuple[str, int], list[int], int]]:
@@ -23,7 +25,7 @@ def answered_by_server(teacher: Any, request: Request) -> int:
                 yield (key, sample), ids, seeds.of_answer(sampling.seed, ids, sample) % 2**31
 
     count, made = sum(map(len, request.todo.values())), 0
-    answers = teacher.endpoint.generate(
+    answers = server.generate(
         items(),
         max_new_tokens=sampling.max_new_tokens,
         temperature=sampling.temperature,
@@ -35,7 +37,7 @@ def answered_by_server(teacher: Any, request: Request) -> int:
         ids = _ids(generation, reason, request)
         if ids and not 0 <= min(ids) <= max(ids) < len(request.tokenizer):
             raise Refusal(
-                f"teacher.path={teacher.path}: the server answers with token {max(ids)}, and its tokenizer "
+                f"teacher.path={path}: the server answers with token {max(ids)}, and its tokenizer "
                 f"has {len(request.tokenizer)}; give the tokenizer of the model that is served"
             )
         # An answer that came to its end by itself is learnt with its end; not all servers report that token.

@@ -31,7 +31,7 @@ from pipeline.training import settings
 from pipeline.training.combinations import Combination
 from pipeline.training.prepare import prepare
 from pipeline.training.recipe import Recipe
-from pipeline.training.teacher_cache import cache_of, check_prepared
+from pipeline.training.teacher_cache import check_prepared
 from pipeline.training.train import train
 
 
@@ -125,7 +125,7 @@ class Distill(Stage):
 
     @property
     def _cache(self) -> str | None:
-        return cache_of(self.teacher) if self._taught else None
+        return self.teacher.recorded if self._taught else None
 
     @property
     def _recipe(self) -> Recipe:

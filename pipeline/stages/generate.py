@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 from models.errors import Refusal
 from models.generation import Sampling
 from models.load import empty_model, load_config, parameter_count
+from models.teachers.teacher import Source
 from pipeline import artifact
 from pipeline.context import Context
 from pipeline.data.answer_files import ANSWERS, DROPPED
@@ -42,7 +43,7 @@ class Generate(Stage):
     immaterial: ClassVar[frozenset[str]] = frozenset({"batch_size", "shard_answers"})
 
     data: DataSource
-    teacher: Any  # a Source, or one that is recorded elsewhere: cached, served
+    teacher: Source
     sampling: Sampling
     prompt_tokens: int | None = None  # of every text so many tokens are the prompt; None: all of them
     stop: list[str] | None = None  # texts that end an answer, beside the end tokens; None: of a task its separator
@@ -88,8 +89,8 @@ class Generate(Stage):
             )
         corpus = check_source(context, self.data)
         self._check_prompts(context, chat=bool(corpus["chat"]))
-        if not self.teacher.runs_here:
-            self.teacher.endpoint.check()
+        if self.teacher.server is not None:
+            self.teacher.server.check()
             if self.sampling.beams > 1:
                 raise Refusal(
                     f"stages.{context.stage}.sampling.beams={self.sampling.beams}: a server searches no beams; set it "
@@ -157,10 +158,7 @@ class Generate(Stage):
 
     def _header(self, context: Context, tokenizer: Any, ends: list[int]) -> str:
         """Everything beside the prompt that decides an answer."""
-        teacher = context.parents["teacher"]["content_hash"]
-        if not self.teacher.runs_here:
-            endpoint = self.teacher.endpoint  # asked for its model: what answers at an address can change
-            teacher = f"served {endpoint.model or endpoint.ask().model}"
+        teacher = self.teacher.key(context.parents["teacher"]["content_hash"])
         sampling = {name: value for name, value in asdict(self.sampling).items() if name != "samples"}
         decisive = [teacher, tokenizer_key(tokenizer), self.teacher.dtype, sampling, self._stop, ends]
         return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
@@ -200,10 +198,10 @@ class Generate(Stage):
         )
         begin, made = time.monotonic(), 0
         try:
-            if self.teacher.runs_here:
+            if self.teacher.server is None:
                 made = answered_here(context, self.teacher, request, self.batch_size)
             else:
-                made = answered_by_server(self.teacher, request)
+                made = answered_by_server(self.teacher.server, self.teacher.path, request)
         finally:  # a server that stays down, or an interrupt: what has come is kept
             request.shards.flush()
         seconds = time.monotonic() - begin

@@ -14,7 +14,7 @@ from models.heads import logit_numbers
 from models.load import empty_model, load_config, parameter_count
 from models.teachers.cache import Cache, Header, read_header, write_header
 from models.teachers.encodings.encoding import Encoding, describe
-from models.teachers.encodings.top_k import TopK
+from models.teachers.teacher import Source
 from pipeline import artifact
 from pipeline.context import Context
 from pipeline.data.conversations import tokenizer_of
@@ -37,7 +37,7 @@ class Record(Stage):
     immaterial: ClassVar[frozenset[str]] = frozenset({"batch_size", "shard_mb", "sample_tokens"})
 
     data: DataSource
-    teacher: Any  # a Source that reads cached logits: cached, served
+    teacher: Source  # one that needs a record: cached, served
     encoding: Encoding
     batch_size: int = 8  # sequences that the teacher reads at once; memory only
     shard_mb: int = 256  # of one file; an interrupted run repeats as much at most, or five minutes' work
@@ -50,11 +50,8 @@ class Record(Stage):
 
     @property
     def _encoding(self) -> Encoding:
-        """A server gives the top k at temperature 1 alone."""
-        if self.teacher.runs_here:
-            return self.encoding
-        dtype = self.encoding.dtype if isinstance(self.encoding, TopK) else "float16"
-        return TopK(self.teacher.endpoint.top_k, [1.0], dtype)
+        server = self.teacher.server
+        return self.encoding if server is None else self.encoding.of_server(server.top_k)
 
     def ranks(self, context: Context) -> int:
         return context.world if self.teacher.runs_here else 1
@@ -68,20 +65,11 @@ class Record(Stage):
 
     def check(self, context: Context) -> StagePlan:
         corpus = check_source(context, self.data)
-        if not getattr(self.teacher, "needs_record", False):
+        if not self.teacher.needs_record:
             raise Refusal(f"{context.stage} records for teacher=cached or teacher=served; there is nothing to record")
-        if not self.teacher.runs_here:
-            self.teacher.endpoint.check()
-            if not isinstance(self.encoding, TopK):
-                raise Refusal(
-                    f"encoding={self.encoding.name}: a server gives the best k tokens alone; use encoding=top_k and "
-                    f"teacher.endpoint.top_k"
-                )
-            if self.encoding.k not in (TopK().k, self.teacher.endpoint.top_k):
-                raise Refusal(
-                    f"encoding.k={self.encoding.k}: of a server, teacher.endpoint.top_k="
-                    f"{self.teacher.endpoint.top_k} decides; set that one"
-                )
+        if self.teacher.server is not None:
+            self.teacher.server.check()
+        encoding = describe(self._encoding)
         if self.data.teacher_prompts > 1:
             raise Refusal(
                 f"task.draws={self.data.teacher_prompts}: the mean of several prompts' distributions is not recorded; "
@@ -89,7 +77,7 @@ class Record(Stage):
             )
         config = teacher_config(context, self.teacher, weights=self.teacher.runs_here)
         check_length(config, self.data, "teacher")
-        planned = Header(describe(self._encoding), config.vocab_size, "", "", None, self.teacher.dtype)
+        planned = Header(encoding, config.vocab_size, "", "", None, self.teacher.dtype)
         config.save_pretrained(self._planned(context))
         write_header(self._planned(context), planned)
         return StagePlan(
@@ -152,25 +140,20 @@ class Record(Stage):
             shards,
             self.shard_mb * 2**20,
         )
-        if self.teacher.runs_here:
+        if self.teacher.server is None:
             measured = recording.from_model(context, self.data.packing, self.batch_size, self.sample_tokens)
         else:
-            recording.from_server()
+            recording.from_server(self.teacher.server)
         if context.rank:
             return
         self._publish(context, tokenizer, prepared, header, shards, measured, time.monotonic() - begin)
 
     def _header(self, context: Context, tokenizer: Any) -> Header:
-        parent = context.parents["teacher"]
-        teacher = parent["content_hash"]
-        if not self.teacher.runs_here:
-            endpoint = self.teacher.endpoint  # asked for its model: what answers at an address can change
-            teacher = f"served {endpoint.model or endpoint.ask().model}"
         template = getattr(tokenizer, "chat_template", None)
         return Header(
             describe(self._encoding),
             len(tokenizer),
-            teacher,
+            self.teacher.key(context.parents["teacher"]["content_hash"]),
             tokenizer_key(tokenizer),
             None if template is None else hashlib.sha256(str(template).encode()).hexdigest(),
             self.teacher.dtype,

@@ -13,7 +13,7 @@ from models.student import Start
 from models.teachers.teacher import Source
 from pipeline.context import Context
 from pipeline.training.recipe import Recipe
-from pipeline.training.teacher_cache import cache_of, check_cache
+from pipeline.training.teacher_cache import check_cache
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Combination:
                 f"objective.also: {recipe.objective.representations[0].name} compares layers position by position, and "
                 f"the teacher's prompts are other ones; leave it out"
             )
-        if cache_of(self.source) and recipe.data.teacher_prompts > 1:
+        if self.source.needs_record and recipe.data.teacher_prompts > 1:
             raise Refusal(
                 f"task.draws={recipe.data.teacher_prompts}: the mean of several prompts' distributions is not cached; "
                 f"use task.draws=1, or teacher=online or sharded"
@@ -81,7 +81,7 @@ class Combination:
             for term in recipe.objective.representations:
                 term.check(self.student, self.teacher)
             check_cache(self.context, recipe, self.source)
-        if (packed := getattr(self.source, "weights", None)) and self.context.strategy.shards_parameters:
+        if (packed := self.source.packed_weights) and self.context.strategy.shards_parameters:
             raise Refusal(
                 f"teacher.weights={packed} under ZeRO-3: packed weights are not sharded; use "
                 f"strategy=zero2, or teacher.weights=null"

@@ -8,7 +8,7 @@ from datasets import load_from_disk
 
 from models.errors import Refusal
 from models.teachers.cache import HEADER, Cache, read_header
-from models.teachers.teacher import Source
+from models.teachers.teacher import SERVED, Source
 from pipeline import artifact
 from pipeline.context import Context
 from pipeline.data.pairs import teacher_side
@@ -18,14 +18,9 @@ from pipeline.training.prepare import Prepared
 from pipeline.training.recipe import Recipe
 
 
-def cache_of(teacher: Source) -> str | None:
-    """The folder of the cached logits that a teacher answers from, or None."""
-    return getattr(teacher, "cache", None) if teacher.needs_record else None
-
-
 def check_cache(context: Context, recipe: Recipe, teacher: Source) -> None:
     """In the check: the cache's header, as it is or as the stage before will write it, against what is asked of it."""
-    path = cache_of(teacher)
+    path = teacher.recorded
     if path is None:
         return
     if recipe.align:
@@ -63,7 +58,7 @@ def check_prepared(context: Context, teacher: Source, path: str) -> None:
     """Before the ranks start: whether the cache is of this very teacher, and holds every prepared sequence. What is
     missing would be missed at its batch, perhaps days from now."""
     recorded = read_header(Path(path)).teacher
-    by_name = teacher.path == path or recorded.startswith("served ")  # of a served one, a name is all there is
+    by_name = teacher.path == path or recorded.startswith(SERVED)  # of a served one, a name is all there is
     if not by_name and recorded != context.parents["teacher"]["content_hash"]:
         raise Refusal(
             f"teacher.cache={path}: it was recorded of another teacher than {teacher.path}; run the "

@@ -30,15 +30,18 @@ from models.objectives.top_k import TopK as TopKDivergence
 from models.objectives.total_variation import TotalVariation
 from models.objectives.universal_logit import UniversalLogit
 from models.teachers.cache import HEAD, HEADER, Cache, Header, save_head, write_header
+from models.teachers.cached import Cached
 from models.teachers.encodings.encoding import Encoding, Payload, describe
 from models.teachers.encodings.fidelity import fidelity
 from models.teachers.encodings.hidden_states import HiddenStates
 from models.teachers.encodings.sampled import Sampled
 from models.teachers.encodings.top_k import TopK
+from models.teachers.endpoint import Endpoint
 from models.teachers.pieces import key_of, pieces_of, scan
 from models.teachers.recorded import Recorded
+from models.teachers.served import Served
 from models.teachers.shards import Writer
-from models.teachers.teacher import Opening
+from models.teachers.teacher import Opening, Source
 
 CPU = torch.device("cpu")
 N, V, H = 13, 41, 12
@@ -581,3 +584,44 @@ def test_a_recorded_teacher_gives_each_batch_its_own_pieces_in_order(encoding: E
 
         assert teacher.give(looked, work) == pytest.approx(work(Dense(hidden[order], head)), rel=1e-6)
     teacher.close()
+
+
+@pytest.mark.parametrize("encoding", [HiddenStates(), Sampled(temperature=2.0)], ids=str)
+def test_what_a_server_cannot_fill_is_refused(encoding: Encoding) -> None:
+    with pytest.raises(Refusal, match=rf"encoding={encoding.name}: .* use encoding=top_k"):
+        encoding.of_server(20)
+
+
+def test_a_server_decides_how_many_tokens_are_kept() -> None:
+    assert TopK(dtype="float32").of_server(20) == TopK(20, [1.0], "float32")
+    with pytest.raises(Refusal, match=r"encoding\.k=30: .*teacher\.endpoint\.top_k=20 decides"):
+        TopK(30).of_server(20)
+
+
+def test_fidelity_is_reported_at_the_temperatures_that_an_encoding_declares() -> None:
+    kinds = (HiddenStates(), Sampled(temperature=2.0), TopK(temperatures=[1.0, 3.0]))
+    assert [list(encoding.measured_at) for encoding in kinds] == [[1.0], [2.0], [1.0, 3.0]]
+
+
+def test_a_source_of_ones_own_declares_what_differs_and_nothing_else() -> None:
+    class Own(Source):
+        path, dtype, trust_remote_code = "teacher", "float32", False
+
+        def check(self, objective: Any) -> None:
+            """It serves all of them."""
+
+        def open(self, opening: Any) -> Any:
+            raise NotImplementedError
+
+    own = Own()
+    assert (own.recorded, own.server, own.packed_weights) == (None, None, None)
+    assert own.runs_here
+    assert not own.needs_record
+    assert own.asked_once() is own
+    assert own.key("sha256:1") == "sha256:1"
+    endpoint = Endpoint("http://localhost:1/v1", model="big")
+    served = Served("teacher", "cache", endpoint)
+    assert (served.recorded, served.server, served.key("sha256:1")) == ("cache", endpoint, "served big")
+    assert not served.runs_here
+    with pytest.raises(Refusal, match=r"teacher\.recorder=null"):
+        Cached("teacher", "cache").asked_once()

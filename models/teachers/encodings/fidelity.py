@@ -32,10 +32,9 @@ def fidelities(
     payloads = [encoding.encode(piece.states(hidden), head, seeds.of_piece(piece.key)) for piece in chosen]
     payload = {name: torch.cat([each[name] for each in payloads]) for name in payloads[0]}
     states_NH = torch.cat([piece.states(hidden) for piece in chosen])
-    one = [getattr(encoding, "temperature", 1.0)]
     return {
         f"{temperature:g}": fidelity(encoding, payload, states_NH, head, temperature)
-        for temperature in getattr(encoding, "temperatures", one)
+        for temperature in encoding.measured_at
     }
 
 

@@ -12,11 +12,11 @@ from torch import Tensor
 from models.errors import Refusal
 from models.objectives import signal
 from models.objectives.head import Head
-from models.teachers.encodings.encoding import Payload
+from models.teachers.encodings.encoding import Encoding, Payload
 
 
 @dataclass(frozen=True)
-class HiddenStates:
+class HiddenStates(Encoding):
     """In the teacher's own dtype nothing is lost; int8 has one scale a token, and a quarter to half the bytes.
 
     Every divergence at every temperature can be worked out from it; the product with the teacher's head is left to

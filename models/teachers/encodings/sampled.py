@@ -12,11 +12,11 @@ from torch import Tensor
 from models.errors import Refusal
 from models.objectives import signal
 from models.objectives.head import Head
-from models.teachers.encodings.encoding import Payload, in_chunks, wide
+from models.teachers.encodings.encoding import Encoding, Payload, in_chunks, wide
 
 
 @dataclass(frozen=True)
-class Sampled:
+class Sampled(Encoding):
     """`draws` tokens from softmax(logits / temperature) for every token, as ids with counts; Σ p log p exactly.
 
     Sparse Logit Sampling, arXiv:2503.16870: unlike a top-k, its gradient is the dense one on average, tail included.
@@ -26,13 +26,16 @@ class Sampled:
     draws: int = 50
     temperature: float = 1.0
     name: ClassVar[str] = "sampled"
-    keeps_head: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.draws < 2**16:
             raise Refusal(f"encoding.draws={self.draws}: need 1 to 65535; 50 is usual")
         if not self.temperature > 0:
             raise Refusal(f"encoding.temperature={self.temperature}: need a number above 0")
+
+    @property
+    def measured_at(self) -> list[float]:
+        return [self.temperature]
 
     def encode(self, hidden_NH: Float[Tensor, "N H"], head: Head, seed: int) -> Payload:
         generator = torch.Generator(device=hidden_NH.device).manual_seed(seed)

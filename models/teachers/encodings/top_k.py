@@ -13,14 +13,14 @@ from models.errors import Refusal
 from models.objectives import signal, top_k
 from models.objectives.buckets import tail_of
 from models.objectives.head import Head
-from models.teachers.encodings.encoding import Payload, in_chunks, wide
+from models.teachers.encodings.encoding import Encoding, Payload, in_chunks, wide
 
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
 FLOOR = -1e4  # a log-probability that stands for none: 0 · −∞ would be no number
 
 
 @dataclass(frozen=True)
-class TopK:
+class TopK(Encoding):
     """Log-probabilities at temperature 1, by the exact normaliser; per temperature the logit of all other tokens.
 
     Training compares k + 1 categories, the rest being one. That is a true divergence, and for k = V the dense one.
@@ -30,7 +30,6 @@ class TopK:
     temperatures: list[float] = field(default_factory=lambda: [1.0, 2.0])
     dtype: str = "float16"
     name: ClassVar[str] = "top_k"
-    keeps_head: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.k < 1:
@@ -39,6 +38,15 @@ class TopK:
             raise Refusal(f"encoding.dtype={self.dtype}: need float16 or float32")
         if not self.temperatures or not all(t > 0 for t in self.temperatures):
             raise Refusal(f"encoding.temperatures={self.temperatures}: need numbers above 0")
+
+    @property
+    def measured_at(self) -> list[float]:
+        return self.temperatures
+
+    def of_server(self, top_k: int) -> TopK:
+        if self.k not in (TopK.k, top_k):  # what nobody has set is no wish
+            raise Refusal(f"encoding.k={self.k}: of a server, teacher.endpoint.top_k={top_k} decides; set that one")
+        return TopK(top_k, [1.0], self.dtype)
 
     def encode(self, hidden_NH: Float[Tensor, "N H"], head: Head, seed: int) -> Payload:
         parts = [self.of(logits_nV) for logits_nV in in_chunks(hidden_NH, head, wide(hidden_NH))]
