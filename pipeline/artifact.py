@@ -13,10 +13,12 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from models.errors import Refusal
 
+# What an artifact is, as `kind` in its manifest; pipeline/stages/stage.py says what each holds.
+Makes = Literal["model", "answers", "signal", "exports", "results"]
 MANIFEST = "manifest.json"
 PLAN = "plan.json"  # of a pruned model: which units it keeps
 SCORES = "scores.safetensors"  # of a pruned model: the calibration statistics

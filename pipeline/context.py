@@ -5,14 +5,11 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from models.errors import Refusal
-from pipeline.artifact import PLANNED_QUANTIZED, git_commit, read_manifest, versions, write_json
+from pipeline.artifact import PLANNED_QUANTIZED, Makes, git_commit, read_manifest, versions, write_json
 from pipeline.training.strategy import Strategy
-
-if TYPE_CHECKING:
-    from pipeline.stages.stage import Makes, Stage
 
 
 @dataclass
@@ -110,15 +107,12 @@ class Context:
             "git_commit": git_commit(),
         }
 
-    def contract(self, stage: str) -> type[Stage]:
-        """The class of a stage of this run, which is asked what does not take the stage itself."""
+    def makes(self, stage: str) -> Makes:
+        """What a stage of this run makes, by its contract."""
         from hydra.utils import get_class
 
-        return get_class(self.config["stages"][stage]["_target_"])
-
-    def makes(self, stage: str) -> Makes:
-        """What a stage of this run makes."""
-        return self.contract(stage).makes
+        found: Makes = get_class(self.config["stages"][stage]["_target_"]).makes  # type: ignore[attr-defined]
+        return found
 
     def setting(self, stage: str, field: str) -> str:
         """How a field of a stage is set on the command line: by the choice at the top where the stage takes that."""

@@ -27,7 +27,7 @@ from pipeline.context import Context
 from pipeline.report import card, units
 
 _KIND = "export"  # in the manifest of one export; an artifact's is what its stage makes
-_KILLED = "was killed, most likely for lack of memory; take a smaller export.length"
+_KILLED = "was killed, most likely for lack of memory; take a smaller stages.{stage}.length"
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class Exporter:
             self.speed,
             written.otherwise,
             None if same_rounding else self._references(self.activations),
-            killed=f"{self.context.stage}: {name} {_KILLED}",
+            killed=f"{self.context.stage}: {name} {_KILLED.format(stage=self.context.stage)}",
         )
         return figures
 
@@ -114,7 +114,8 @@ class Exporter:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
             words = (str(self.folder), self.quantized, self.dtype, self.samples, folder, context.device, activations)
-            self.alone(refer, *words, killed=f"{context.stage}: the model itself {_KILLED}")
+            killed = f"{context.stage}: the model itself {_KILLED.format(stage=context.stage)}"
+            self.alone(refer, *words, killed=killed)
             (folder / "done").touch()
         return folder
 

@@ -55,7 +55,7 @@ class LayerByLayer:
         corpus = check_source(context, self.data)
         config = config_to_change(context, self.model, self.trust_remote_code)
         if self.reads:
-            self.calibration.check(self.stage, config, corpus)
+            self.calibration.check(context.stage, config, corpus)
         whole = empty_model(config)
         fits(whole)
         config.dtype = DTYPES[self.dtype]
@@ -76,7 +76,7 @@ class LayerByLayer:
 
     def _batches(self, context: Context, tokenizer: Any) -> list[Tensor]:
         sequences, _, _ = sequences_of(self.data, "train", tokenizer, context.data_folder)
-        samples = self.calibration.take(self.stage, sequences, np.random.default_rng(self.seed))
+        samples = self.calibration.take(context.stage, sequences, np.random.default_rng(self.seed))
         ids = torch.tensor([sample["input_ids"] for sample in samples], device=context.device)
         return list(ids.split(self.calibration.batch_size))
 

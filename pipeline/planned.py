@@ -14,6 +14,7 @@ from models.quantization.stored import Outline, read_outline
 from models.teachers.teacher import Source
 from pipeline import artifact
 from pipeline.context import Context
+from pipeline.stages.stage import contract_of
 
 
 def config_of(
@@ -71,4 +72,4 @@ def multiple_for_later_stages(context: Context) -> int:
     """The least width that this run's later stages all can read."""
     order, stages = context.config["order"], context.config["stages"]
     later = order[order.index(context.stage) + 1 :]
-    return math.lcm(*(context.contract(name).multiple(stages[name]) for name in later))
+    return math.lcm(*(contract_of(context, name).multiple(stages[name]) for name in later))

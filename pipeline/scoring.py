@@ -67,7 +67,7 @@ class CalibrationText:
         if folder is None:
             return []
         draw = np.random.default_rng([self.seed, *split.encode()])
-        samples = calibration.take("prune", load_from_disk(folder), draw)
+        samples = calibration.take(self.context.stage, load_from_disk(folder), draw)
         if not samples:
             raise Refusal(
                 f"{self.context.stage}: no sequence of data.{split} has a token to predict, on which units are scored"

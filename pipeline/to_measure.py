@@ -12,6 +12,7 @@ from models.teachers.cache import HEADER
 from models.teachers.teacher import Source
 from pipeline import artifact
 from pipeline.context import Context
+from pipeline.stages.stage import contract_of
 
 
 def exports_to_measure(context: Context, models: list[str] | None) -> dict[str, tuple[str, Format]]:
@@ -26,7 +27,7 @@ def exports_to_measure(context: Context, models: list[str] | None) -> dict[str, 
             continue
         if name not in context.planned and artifact.read_manifest(context.run_dir / name) is None:
             continue
-        for folder, form in context.contract(name).exports(stages[name]).items():
+        for folder, form in contract_of(context, name).exports(stages[name]).items():
             role = f"{name}/{folder}"
             if models is None or {name, role} & set(models):
                 found[role] = (name, form)

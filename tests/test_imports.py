@@ -4,6 +4,7 @@ functions included; and no stage imports more than it needs."""
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -85,3 +86,9 @@ def test_a_stage_imports_no_library_that_it_may_not_need() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
+
+
+def test_what_works_on_tensors_names_no_stage_of_the_configuration() -> None:
+    """A run may call its stages otherwise: what models/ says of a setting is true whatever the stage is called."""
+    naming = [path for path in (ROOT / "models").rglob("*.py") if re.search(r"\bstages\.[a-z]", path.read_text())]
+    assert naming == []

@@ -50,7 +50,7 @@ def scheme_of(plan: Plan, name: str) -> Scheme:
         if matrix.slot is not None:
             raise Refusal(
                 f"format={name}: {each} lies in one tensor with other experts, and the container holds linear modules; "
-                f"use format=[huggingface], or do not quantize it: stages.quantize.skip=[{matrix.name}]"
+                f"use format=[huggingface], or do not quantize it: skip=[{matrix.name}]"
             )
         if matrix.transposed:
             raise Refusal(
@@ -66,7 +66,7 @@ def check_scales(plan: Plan, scheme: WeightScheme, name: str) -> None:
     if dtype not in ("float32", scheme.scale_dtype):
         raise Refusal(
             f"format={name}: the model is {dtype}, which rounds scales in {scheme.scale_dtype}; quantize with "
-            f"scheme.weights.scale_dtype={dtype}, or export with stages.export.dtype={scheme.scale_dtype}"
+            f"scheme.weights.scale_dtype={dtype}, or export with dtype={scheme.scale_dtype}"
         )
 
 
@@ -76,8 +76,8 @@ def check_divides(plan: Plan, name: str, outputs: int, inputs: int) -> None:
         for width, word, what in ((each_outputs, outputs, "outputs"), (each_inputs, inputs, "inputs")):
             if width % word:
                 raise Refusal(
-                    f"format={name}: {each} has {width} {what}, and the container packs {word} at once; prune to "
-                    f"stages.prune.multiple_of={word}, skip the matrix in stages.quantize.skip, or use "
+                    f"format={name}: {each} has {width} {what}, and the container packs {word} at once; prune with "
+                    f"multiple_of={word}, leave the matrix out of quantization with skip, or use "
                     f"format=[compressed_tensors]"
                 )
 

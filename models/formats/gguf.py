@@ -109,7 +109,7 @@ class Gguf(Format):
                 if exact != "f32" and inputs % 32:
                     raise Refusal(
                         f"format.type={exact}: {name} has {inputs} inputs, which blocks of 32 do not divide; use "
-                        f"type=f32, or prune the width with stages.prune.multiple_of=32"
+                        f"type=f32, or prune the width with multiple_of=32"
                     )
         elif self.type in MIXTURES:
             width = TYPES[MIXTURES[self.type]].width
@@ -119,7 +119,7 @@ class Gguf(Format):
                 raise Refusal(
                     f"format.type={self.type}: no matrix has a multiple of {width} inputs (they have "
                     f"{', '.join(map(str, sorted(widths)))}); use {' or '.join(fit) or 'f16'}, or prune the widths "
-                    f"with stages.prune.multiple_of={width}"
+                    f"with multiple_of={width}"
                 )
 
     def exact_for(self, scheme: WeightScheme) -> str:

@@ -100,7 +100,7 @@ class GgmlType:
             fit = [known for known, layout in TYPES.items() if inputs % layout.width == 0]
             raise Refusal(
                 f"ggml.type={self.type}: {name} has {inputs} inputs, which blocks of {self.width} do not divide; "
-                f"need {' or '.join(fit) or 'f16'}, or prune the width with stages.prune.multiple_of={self.width}"
+                f"need {' or '.join(fit) or 'f16'}, or prune the width with multiple_of={self.width}"
             )
 
     def pack(self, weight_OI: Tensor) -> Blocks:

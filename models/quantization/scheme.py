@@ -98,15 +98,11 @@ class WeightScheme:
         """Raises Refusal where groups do not divide a matrix's inputs, with sizes that divide all `widths` too."""
         if inputs % self.width(inputs):
             fit = [str(size) for size in (256, 128, 64, 32, 16, 8, 4) if not any(w % size for w in (inputs, *widths))]
-            prune = (
-                f", prune the width with stages.prune.multiple_of={self.group_size}"
-                if self.width(inputs) < inputs
-                else ""
-            )
+            prune = f", prune the width with multiple_of={self.group_size}" if self.width(inputs) < inputs else ""
             raise Refusal(
                 f"scheme.weights.group_size={self.group_size}: {name} has {inputs} inputs, which it does not divide; "
                 f"need {' or '.join([*fit, 'granularity=channel with group_size=null'])}{prune}, or leave it out with "
-                f"stages.quantize.skip"
+                f"skip"
             )
 
     def of_range(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:

@@ -258,7 +258,7 @@ class Task(DataSource):
         if teacher_tokenizer is not None:
             raise Refusal(
                 "data=task: the teacher's and the student's answers are compared token by token, so both need one "
-                "tokenizer; set stages.distill.align=false and choose a student of the teacher's family"
+                "tokenizer; set align=false on the stage that trains, and choose a student of the teacher's family"
             )
         counts: Counter[str] = Counter({"queries": 0, "too_long": 0, "across": 0, "demonstrations_left_out": 0})
         if split == "train" and self.too_long == "refuse":

@@ -40,7 +40,7 @@ from pipeline.to_measure import (
 )
 
 BEFORE = "student before"
-_KILLED = "measuring {} was killed, most likely for lack of memory; try stages.evaluate.dtype=bfloat16, batch_size=1"
+_KILLED = "measuring {role} was killed, most likely for lack of memory; try stages.{stage}.dtype=bfloat16, batch_size=1"
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ class Evaluate(Stage):
         tokenizer = load_tokenizer(str(folder), self._trusted)
         batches, text_bytes, prompt = self._text(context, tokenizer)
         words = (form, str(folder), batches, text_bytes, prompt, context.device, self.speed)
-        measured = alone(measure_export, *words, killed=_KILLED.format(role))
+        measured = alone(measure_export, *words, killed=_KILLED.format(role=role, stage=context.stage))
         metrics = formats_of(context, stage).get(name, {})
         print(f"{role}: perplexity {measured['perplexity']:.2f}", flush=True)
         return {
@@ -233,7 +233,7 @@ class Evaluate(Stage):
         record = artifact.quantized_file(Path(folder))
         settings = (context.device, self.dtype, self.speed, self.data.packing, self._trusted)
         words = (folder, batches, text_bytes, prompt, *settings, quiz, record)
-        measured: dict[str, Any] = alone(measure_folder, *words, killed=_KILLED.format(role))
+        measured: dict[str, Any] = alone(measure_folder, *words, killed=_KILLED.format(role=role, stage=context.stage))
         return measured
 
     def _teacher_role(self, context: Context) -> str | None:

@@ -56,8 +56,9 @@ class Pretrain(Stage):
         corpus = check_source(context, self.data)
         if corpus["chat"] and not self.tokenizer.path:
             raise Refusal(
-                "pretrain trains its tokenizer on text, and the data are conversations; give "
-                "stages.pretrain.tokenizer.path=FOLDER, or teacher.path=FOLDER to distil from an existing teacher"
+                f"{context.stage} trains its tokenizer on text, and the data are conversations; give "
+                f"stages.{context.stage}.tokenizer.path=FOLDER, or teacher.path=FOLDER to distil from an existing "
+                f"teacher"
             )
         vocabulary = len(load_tokenizer(self.tokenizer.path)) if self.tokenizer.path else self.tokenizer.vocab_size
         config = self._config(vocabulary)

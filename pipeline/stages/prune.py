@@ -140,7 +140,7 @@ class Prune(Stage):
                 raise Refusal(f"prune.plan={self.plan}: the stage writes that file itself; copy it elsewhere first")
             kept, _ = read_plan(Path(self.plan), anatomy)
         else:
-            self.calibration.check("prune", config, corpus, self.data.max_length)
+            self.calibration.check(context.stage, config, corpus, self.data.max_length)
             scoring.check(self.importance, anatomy, self.kinds)
             self._scoring(context).check(self._files)
             # As if all scores were known: what cannot be met or expressed is refused before a weight is read. How units

@@ -30,14 +30,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from pipeline.artifact import Makes as Makes  # stages take it from here
 from pipeline.context import Context
 
 if TYPE_CHECKING:
     from models.formats.format import Format
-
-Makes = Literal["model", "answers", "signal", "exports", "results"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,3 +97,10 @@ class Stage(ABC):
     @abstractmethod
     def run(self, context: Context) -> None:
         """The work, on every rank; rank 0 publishes."""
+
+
+def contract_of(context: Context, name: str) -> type[Stage]:
+    """The class of a stage of this run, which is asked what does not take the stage itself."""
+    from hydra.utils import get_class
+
+    return get_class(context.config["stages"][name]["_target_"])
