@@ -21,8 +21,8 @@ from models.matrices import name_of_layers
 from models.offloaded import Offloaded, load_offloaded
 from models.quantization import proof
 from models.representations import decoder_layers
-from pipeline.layer_by_layer import FinishedLayers
 from pipeline.stages import quantize
+from pipeline.steps.layer_by_layer import FinishedLayers
 from tests.pruning.families import FAMILIES, model_of, tokens
 from tests.quantization.little import EXPERIMENT, activations, folder_of, teacher_in
 from tests.sparsity.test_sparsify import EXPERIMENT as SPARSIFY

@@ -1,4 +1,4 @@
-"""What a format is: all that the stage export (pipeline/exporter.py) and other stages know of it.
+"""What a format is: all that the stage export (pipeline/steps/exporter.py) and other stages know of it.
 
 A format of your own is a frozen dataclass that derives from `Format`, in a file of its own here, and a yaml in
 conf/format that names it as `_target_`, sets its fields and begins with `# @package formats.NAME`. Then `format=[NAME]`

@@ -19,7 +19,6 @@ from models.questions import PER
 from models.student import Start
 from models.teachers.teacher import Source
 from pipeline import artifact
-from pipeline.accuracy import with_accuracy
 from pipeline.alone import Alone
 from pipeline.context import Context
 from pipeline.data.batch import collate, pad_token
@@ -27,10 +26,11 @@ from pipeline.data.prepared import sequences_of
 from pipeline.data.source import DataSource, check_source, source_key
 from pipeline.data.tasks import Task
 from pipeline.data.tokenizer import load_tokenizer
-from pipeline.quiz import check_room, quiz_of
 from pipeline.stages.stage import Makes, Stage
 from pipeline.stages.stage import Plan as StagePlan
-from pipeline.to_measure import (
+from pipeline.steps.accuracy import with_accuracy
+from pipeline.steps.quiz import check_room, quiz_of
+from pipeline.steps.to_measure import (
     bytes_on_disk,
     check_exports,
     check_unchanged,
@@ -116,7 +116,8 @@ class Evaluate(Stage):
             if len(pair) != 2:
                 raise Refusal(f"stages.{context.stage}.compare={pair}: need pairs like [distill, control]")
         self._check_task(context, parents)
-        return StagePlan(model=f"{len(parents) + len(exports)} models", data=corpus)
+        models = len(parents) + len(exports)
+        return StagePlan(model=f"{models} model{'s' if models > 1 else ''}", data=corpus)
 
     def _check_task(self, context: Context, models: dict[str, str]) -> None:
         if self.task is None:

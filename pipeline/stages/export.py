@@ -31,11 +31,11 @@ from pipeline.data.batch import collate, pad_token
 from pipeline.data.conversations import tokenizer_of
 from pipeline.data.prepared import sequences_of
 from pipeline.data.source import DataSource, check_source, source_key
-from pipeline.exporter import Exporter
 from pipeline.planned import config_to_change, outline_of
 from pipeline.progress import shown
 from pipeline.stages.stage import Makes, Stage
 from pipeline.stages.stage import Plan as StagePlan
+from pipeline.steps.exporter import Exporter
 
 _QUANTIZERS = ("transformers.quantizers.auto", "torchao.quantization", "compressed_tensors")
 

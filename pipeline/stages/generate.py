@@ -27,9 +27,9 @@ from pipeline.generation.prompts import Chosen, keys_of, read_prompts, write_pro
 from pipeline.generation.request import Request, end_tokens
 from pipeline.generation.server import answered_by_server
 from pipeline.planned import teacher_config
-from pipeline.shelf import Shelf
 from pipeline.stages.stage import Makes, Stage
 from pipeline.stages.stage import Plan as StagePlan
+from pipeline.steps.shelf import Shelf
 from pipeline.training.ranks import leave
 
 TOO_LONG = ("refuse", "drop")

@@ -30,9 +30,9 @@ from pipeline.data.calibration import Calibration
 from pipeline.data.conversations import tokenizer_of
 from pipeline.data.source import DataSource, check_source, source_key
 from pipeline.planned import config_to_change, multiple_for_later_stages
-from pipeline.scoring import CalibrationText, Scoring, prepare_text
 from pipeline.stages.stage import Makes, Stage
 from pipeline.stages.stage import Plan as StagePlan
+from pipeline.steps.scoring import CalibrationText, Scoring, prepare_text
 from pipeline.training.ranks import join, leave
 from pipeline.training.strategy import prepare_environment
 

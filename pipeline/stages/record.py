@@ -23,10 +23,10 @@ from pipeline.data.prepared import sequences_of
 from pipeline.data.source import DataSource, check_source, source_key
 from pipeline.data.tokenizer import load_tokenizer, tokenizer_key
 from pipeline.planned import teacher_config
-from pipeline.recording import Recording, adopt, outstanding
-from pipeline.shelf import Shelf, link
 from pipeline.stages.stage import Makes, Stage
 from pipeline.stages.stage import Plan as StagePlan
+from pipeline.steps.recording import Recording, adopt, outstanding
+from pipeline.steps.shelf import Shelf, link
 from pipeline.training.settings import check_length
 
 

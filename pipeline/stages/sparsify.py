@@ -24,10 +24,10 @@ from pipeline import artifact
 from pipeline.context import Context
 from pipeline.data.calibration import Calibration
 from pipeline.data.source import DataSource, source_key
-from pipeline.layer_by_layer import FinishedLayers, LayerByLayer, check_reached
 from pipeline.progress import shown
 from pipeline.stages.stage import Makes, Stage
 from pipeline.stages.stage import Plan as StagePlan
+from pipeline.steps.layer_by_layer import FinishedLayers, LayerByLayer, check_reached
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from models.pruning.importances.taylor import Taylor
 from models.pruning.plan import Wish
 from models.training.language_model import LanguageModel
 from pipeline.context import Context
-from pipeline.scoring import CalibrationText
+from pipeline.steps.scoring import CalibrationText
 from pipeline.worker import build, check
 from tests.command import train, weights
 from tests.optional_data import STORIES, STORIES_TEXT, needed

@@ -152,7 +152,7 @@ def test_zeros_that_do_not_hold_leave_nothing_behind(
 def test_too_little_text_is_refused_before_a_weight_is_read(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.layer_by_layer.load_offloaded", None)
+    monkeypatch.setattr("pipeline.steps.layer_by_layer.load_offloaded", None)
     with pytest.raises(Refusal, match=r"calibration\.samples=90000 .* need 2,880,000 tokens, and data") as refused:
         make(tmp_path, "sparsify", *from_(made, "stages.sparsify.calibration.samples=90000"))
     assert "\n" not in str(refused.value)

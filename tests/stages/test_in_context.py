@@ -14,11 +14,11 @@ import torch
 from models.errors import Refusal
 from models.measure import _names
 from models.questions import Question, answered
-from pipeline.accuracy import gap_closed
 from pipeline.data.tokenizer import load_tokenizer
-from pipeline.quiz import quiz_of
 from pipeline.report.report import write_report
 from pipeline.report.terminal import table
+from pipeline.steps.accuracy import gap_closed
+from pipeline.steps.quiz import quiz_of
 from pipeline.worker import build, check
 from tests import staged
 from tests.command import train, weights

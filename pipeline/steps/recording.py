@@ -30,7 +30,7 @@ from models.teachers.teacher import Opening, Source
 from pipeline.context import Context
 from pipeline.data.batch import collate, pad_token
 from pipeline.progress import shown
-from pipeline.shelf import link
+from pipeline.steps.shelf import link
 from pipeline.training.ranks import join, leave
 from pipeline.training.strategy import prepare_environment
 

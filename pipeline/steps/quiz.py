@@ -10,9 +10,9 @@ from models.errors import Refusal
 from models.load import load_config
 from models.measure import Quiz
 from models.questions import Question
-from pipeline.accuracy import SEEN, SHOWN, SHOWN_SEEN, UNSEEN
 from pipeline.data.batch import pad_token
 from pipeline.data.tasks import Task
+from pipeline.steps.accuracy import SEEN, SHOWN, SHOWN_SEEN, UNSEEN
 
 _LEFT_OUT = ("too_long", "demonstrations_left_out", "across")
 
