@@ -19,6 +19,7 @@ _ROOT = str(Path(__file__).resolve().parent.parent)
 
 class Launcher(Protocol):
     several_nodes: ClassVar[bool]
+    on_this_machine: ClassVar[bool]  # one rank is a plain process, a child of the command that was typed
 
     def command(self, arguments: list[str], *, ranks: int, nodes: int) -> list[str]:
         """The command line that runs `python -m ARGUMENTS` once per rank."""
@@ -30,6 +31,7 @@ class Local:
     """One process, or torchrun with one process per device of this machine."""
 
     several_nodes: ClassVar[bool] = False
+    on_this_machine: ClassVar[bool] = True
 
     def command(self, arguments: list[str], *, ranks: int, nodes: int) -> list[str]:
         if ranks == 1:
@@ -50,6 +52,7 @@ class Slurm:
     """`srun` inside an allocation, one task per device; the ranks find each other through Slurm's own variables."""
 
     several_nodes: ClassVar[bool] = True
+    on_this_machine: ClassVar[bool] = False
     arguments: list[str] = field(default_factory=list)  # further words for srun, e.g. a container's
 
     def command(self, arguments: list[str], *, ranks: int, nodes: int) -> list[str]:

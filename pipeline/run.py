@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from models.errors import Refusal, StageFailed
-from pipeline import artifact
+from pipeline import artifact, prefork
 from pipeline.config import differences, fingerprint, selected
 from pipeline.launch import die_with, environment
 from pipeline.report.report import write_report
@@ -34,7 +34,12 @@ console = Console()
 def run(config: dict[str, Any]) -> None:
     run_dir = Path(config["run_dir"]).absolute()
     config = {**config, "run_dir": str(run_dir)} if config["run_dir"] == str(run_dir) else _rooted(config, run_dir)
-    plan = {entry["stage"]: entry for entry in _check(config, selected(config))}
+    with prefork.server(config, selected(config)) as server:
+        _walk(config, run_dir, server)
+
+
+def _walk(config: dict[str, Any], run_dir: Path, server: prefork.Server | None) -> None:
+    plan = {entry["stage"]: entry for entry in _check(config, selected(config), server)}
     if config["dry_run"]:
         _show(config, _jobs(config, plan))
         console.print("dry_run=true: nothing was started")
@@ -49,7 +54,7 @@ def run(config: dict[str, Any]) -> None:
         _show(config, jobs)
         artifact.write_json(run_dir / "config.json", config)
         for job in jobs:
-            _run_stage(config, job, lock)
+            _run_stage(config, job, lock, server)
         report = write_report(run_dir)
     console.print(table(report))
     console.print(f"report: {run_dir / 'report.html'}")
@@ -72,23 +77,28 @@ def _rooted(config: dict[str, Any], run_dir: Path) -> dict[str, Any]:
     return {**moved, "run_dir": str(run_dir)}
 
 
-def _check(config: dict[str, Any], stages: list[str]) -> list[dict[str, Any]]:
+def _check(config: dict[str, Any], stages: list[str], server: prefork.Server | None) -> list[dict[str, Any]]:
     """All that can be refused is refused by one process, before the first stage starts."""
-    with tempfile.NamedTemporaryFile("w", suffix=".json") as spec, console.status("checking"):
+    with (
+        tempfile.NamedTemporaryFile("w", suffix=".json") as spec,
+        tempfile.TemporaryFile("w+") as out,
+        tempfile.TemporaryFile("w+") as err,
+        console.status("checking"),
+    ):
         json.dump({"config": config, "stages": stages}, spec)
         spec.flush()
-        done = subprocess.run(
-            [sys.executable, "-m", "pipeline.worker", "check", spec.name],
-            env=environment(1, "auto"),
-            capture_output=True,
-            text=True,
-        )
-    lines = done.stdout.strip().splitlines()
+        arguments, env = ["check", spec.name], environment(1, "auto")
+        if server is not None:
+            code = server.run(arguments, env, [out.fileno(), err.fileno()], output=True)
+        else:
+            command = [sys.executable, "-m", "pipeline.worker", *arguments]
+            code = subprocess.run(command, env=env, stdout=out, stderr=err).returncode
+        out.seek(0)
+        err.seek(0)
+        lines, errors = out.read().strip().splitlines(), err.read().strip()
     answer = json.loads(lines[-1]) if lines and lines[-1].startswith("{") else None
     if answer is None:
-        raise StageFailed(
-            f"the check of the configuration broke off:\n{done.stderr.strip()[-4000:]}", done.returncode or 1
-        )
+        raise StageFailed(f"the check of the configuration broke off:\n{errors[-4000:]}", code or 1)
     if "refusal" in answer:
         raise Refusal(answer["refusal"])
     found: list[dict[str, Any]] = answer["plan"]
@@ -163,7 +173,7 @@ def _parents(config: dict[str, Any], entry: dict[str, Any]) -> dict[str, dict[st
     return found
 
 
-def _run_stage(config: dict[str, Any], job: dict[str, Any], lock: int) -> None:
+def _run_stage(config: dict[str, Any], job: dict[str, Any], lock: int, server: prefork.Server | None) -> None:
     name, entry = job["stage"], job["plan"]
     run_dir = Path(config["run_dir"])
     work = run_dir / "work" / name
@@ -192,10 +202,16 @@ def _run_stage(config: dict[str, Any], job: dict[str, Any], lock: int) -> None:
     begin = time.monotonic()
     modes = [("stage", 1)] if ranks == 1 else [("prepare", 1), ("run", ranks)]
     for mode, count in modes:
-        command = launcher.command(["pipeline.worker", mode, str(spec)], ranks=count, nodes=nodes)
         env = environment(max(1, count // nodes), entry["device"])
         # The lock goes along: as long as any process of the stage lives, no other command may work here.
-        code = subprocess.run(command, env=env, pass_fds=[lock], preexec_fn=partial(die_with, os.getpid())).returncode
+        if server is not None and count == 1 and launcher.on_this_machine:
+            # Whoever saves a model asks whether it is DeepSpeed's (accelerate, extract_model_from_parallel).
+            modules = ["deepspeed"] if entry["makes"] == "model" else []
+            code = server.run([mode, str(spec)], env, [lock], modules=modules)
+        else:
+            command = launcher.command(["pipeline.worker", mode, str(spec)], ranks=count, nodes=nodes)
+            parent = partial(die_with, os.getpid())
+            code = subprocess.run(command, env=env, pass_fds=[lock], preexec_fn=parent).returncode
         if code == 2:  # refused, and told why
             raise StageFailed("", code)
         if code:

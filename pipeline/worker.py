@@ -4,6 +4,7 @@ python -m pipeline.worker check SPEC     every selected stage refuses what it ca
 python -m pipeline.worker prepare SPEC   the single-process part of a stage
 python -m pipeline.worker run SPEC       a rank of the rest
 python -m pipeline.worker stage SPEC     both, in one process
+python -m pipeline.worker serve FD       forks into these, one after the other (pipeline/prefork.py)
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import re
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,10 +31,15 @@ if TYPE_CHECKING:
     from pipeline.stages.stage import Stage
 
 
-def main() -> int:
-    mode, spec = sys.argv[1], json.loads(Path(sys.argv[2]).read_text())
-    die_with(os.getppid())
+def main(arguments: Sequence[str]) -> int:
+    mode, told = arguments
     _quiet()
+    if mode == "serve":
+        from pipeline.prefork import serve
+
+        return serve(int(told), main)
+    spec = json.loads(Path(told).read_text())
+    die_with(os.getppid())
     try:
         if mode == "check":
             print(json.dumps(check(spec)))
@@ -78,6 +84,7 @@ def check(spec: dict[str, Any]) -> dict[str, Any]:
                 entry["content"] = stage.content()
             parents = stage.parents(context)
             surroundings = {
+                "makes": stage.makes,
                 "ranks": stage.ranks(context),
                 "device": context.device,
                 "parents": parents,
@@ -251,4 +258,4 @@ def _quiet() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

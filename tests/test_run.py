@@ -233,7 +233,7 @@ def test_a_command_killed_between_two_stages_goes_on_with_the_second(finished: P
     run_dir = tmp_path / "killed"
     shutil.copytree(finished / "pretrain", run_dir / "pretrain")
     words = [f"run_dir={run_dir}", *SMALL, "stages=[distill,control]"]
-    third = "subprocess.Popen python 3"  # after the check and distill, as control is about to start
+    third = "socket.sendmsg socket 3"  # the front door asks for the check, distill, and control: killed as it asks
     killed = train(*words, path=str(ROOT / "tests" / "killing"), RETORT_TEST_KILL=third)
     assert killed.returncode == -signal.SIGKILL, killed.stdout + killed.stderr
     _same_weights(finished / "distill", run_dir / "distill")
