@@ -19,7 +19,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from models.errors import Refusal, StageFailed
-from pipeline.command_line import arguments, explain
+from pipeline.command_line import arguments, check_taken, explain
 from pipeline.config import Config, parse
 
 os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # so that errors arrive here, to be said in one line
@@ -34,6 +34,7 @@ def main(composed: DictConfig) -> None:
 
 
 def _run(composed: DictConfig) -> None:
+    check_taken(composed, sys.argv[1:])
     config = parse(composed)
     from pipeline.run import run  # rich and the report: not for `--cfg job`
 

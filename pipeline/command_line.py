@@ -21,6 +21,9 @@ from models.errors import Refusal
 from pipeline.config import Config, nearest
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
+GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir())
+_LISTS = {"format": "formats", "filter": "filters", "auxiliary": "auxiliaries"}  # groups of which several are chosen
+_NOT_OF_STAGES = {"experiment", "scale", "stage", "training", "strategy", "logger", "callbacks", "launch"}
 _ANSWERED_BY_HYDRA = {"--hydra-help", "--version", "--info", "-i", "--shell-completion", "-sc"}
 
 
@@ -40,6 +43,7 @@ def arguments(given: Sequence[str]) -> list[str]:
     # beside the other overrides: argparse wants them all in one place
     if not any(word.startswith("+experiment=") for word in words):
         words.insert(at, "+experiment=quickstart")
+    words[at:at] = _passed_on([word for word in words if "=" in word and not word.startswith("-")])
     if {"-m", "--multirun"} & set(words) and not any(word.startswith("run_dir=") for word in words):
         words.insert(at, "run_dir=runs/${name}/${hydra:job.override_dirname}")
     return words
@@ -51,10 +55,79 @@ def _word(word: str) -> str:
     word = re.sub(r"^stages=(?=\[|\w)", "only=", word)
     word = re.sub(r"^(only|force)=(?!null$)([^\[].*)$", r"\1=[\2]", word)
     word = re.sub(r"(?<==)~(?=/|$)|(?<=[\[,])~(?=/)", lambda _: os.path.expanduser("~"), word)
-    group, _, value = word.partition("=")
-    if value == "null" and (CONF / group / "none.yaml").is_file():
+    group, equals, value = word.partition("=")
+    if equals and not value:
+        raise Refusal(f"{word}: it names no value; write {word}VALUE, or {word}null for none")
+    if value == "null" and group and (CONF / group).is_dir():
+        if not (CONF / group / "none.yaml").is_file():
+            raise Refusal(f"{word}: a run needs one; choose {group}={', '.join(names_of(group))}")
         return f"{group}=none"
     return word
+
+
+def _passed_on(words: Sequence[str]) -> list[str]:
+    """Overrides by which GROUP.KEY=VALUE reaches stages that change another key of that choice, and hold a copy of it.
+
+    A stage that has set the key itself keeps its own value.
+    """
+    changed = [found for word in words if (found := re.match(r"(\w+)\.([\w.]+)=", word)) and (CONF / found[1]).is_dir()]
+    if not changed:
+        return []
+    given = {word.partition("=")[0] for word in words}
+    composed = composed_without_values(words)
+    passed = []
+    for group, key in (found.groups() for found in changed):
+        value = OmegaConf.select(composed, f"{group}.{key}")
+        for path, copy in _copies(composed.get("stages") or {}, group, "stages"):
+            same_class = copy.get("_target_") == OmegaConf.select(composed, f"{group}._target_")
+            if same_class and OmegaConf.select(copy, key) == value and f"{path}.{key}" not in given:
+                passed.append(f"{path}.{key}=${{{group}.{key}}}")
+    return passed
+
+
+def _copies(node: Any, name: str, path: str) -> Iterator[tuple[str, DictConfig]]:
+    """Every place below `node` that has a node of this name which is no interpolation."""
+    for key in map(str, node) if isinstance(node, DictConfig) else ():
+        if OmegaConf.is_interpolation(node, key) or OmegaConf.is_missing(node, key):
+            continue
+        if key == name and isinstance(node[key], DictConfig):
+            yield f"{path}.{key}", node[key]
+        else:
+            yield from _copies(node[key], name, f"{path}.{key}")
+
+
+def check_taken(composed: DictConfig, words: Sequence[str]) -> None:
+    """Refuse a choice, or a value of one, that no stage of the run takes: it would change nothing."""
+    taken = _taken(composed)
+    for word in words:
+        group = re.match(r"(\w+)(?=[.=])", word)
+        key = _key_of(group[1]) if group else ""
+        choices = {*map(_key_of, GROUPS), "model"} - _NOT_OF_STAGES
+        if key in choices and key not in taken and word.partition("=")[2] not in ("none", "[]"):
+            name = OmegaConf.select(composed, "name")
+            raise Refusal(f"{word}: no stage of {name} takes it; its stages are {', '.join(composed.order)}")
+
+
+def _taken(composed: DictConfig) -> set[str]:
+    """The keys at the top that the stages of `order` take, or that those take."""
+    whole: Any = OmegaConf.to_container(composed, resolve=False)
+
+    def mentioned(node: Any) -> Iterator[str]:
+        if isinstance(node, dict):
+            yield from (name for name, value in node.items() if value is not None)  # a copy, changed
+            node = list(node.values())
+        if isinstance(node, list):
+            for value in node:
+                yield from mentioned(value)
+        if isinstance(node, str):
+            yield from re.findall(r"\$\{(\w+)", node)
+
+    found: set[str] = set()
+    new = {name for stage in whole["order"] for name in mentioned(whole["stages"].get(stage))}
+    while new := {name for name in new if name in whole and name != "stages"} - found:
+        found |= new
+        new = {name for key in new for name in mentioned(whole[key])}
+    return found
 
 
 def _check_grammar(word: str) -> None:
@@ -67,13 +140,26 @@ def _check_grammar(word: str) -> None:
         pass
     key, equals, value = word.partition("=")
     if not equals:
-        raise Refusal(f"{word}: it names no value; write {word}=VALUE")
-    quoted = f'{key}="{value.strip(chr(34))}"'
+        experiment = (CONF / "experiment" / f"{word}.yaml").is_file()
+        raise Refusal(f"{word}: it names no value; write {f'+experiment={word}' if experiment else f'{word}=VALUE'}")
+    parts = value[1:-1].split(",") if value.startswith("[") and value.endswith("]") else [value]
+    parts = [part if re.fullmatch(r"[\w./-]*", part) else f'"{part.strip(chr(34))}"' for part in parts]
+    quoted = f"{key}=[{','.join(parts)}]" if value.startswith("[") else f"{key}={parts[0]}"
     try:
         parser.parse_overrides([quoted])
     except HydraException:
         raise Refusal(f"{word}: Hydra's grammar does not take this value; see hydra.cc's override grammar") from None
     raise Refusal(f"{word}: a value with = or brackets needs quotes of its own; write '{quoted}'")
+
+
+def _key_of(group: str) -> str:
+    """Where the choice of a group stands in the configuration."""
+    return _LISTS.get(group, group)
+
+
+def names_of(group: str) -> list[str]:
+    """The choices of a group."""
+    return sorted(str(path.relative_to(CONF / group).with_suffix("")) for path in (CONF / group).glob("**/*.yaml"))
 
 
 def explain(problem: Exception, words: Sequence[str]) -> str:
@@ -87,6 +173,10 @@ def explain(problem: Exception, words: Sequence[str]) -> str:
         r"Could not find '([^']+)/([^'/]+)' Available options in '[^']+': (.*?) Config search path", text
     ):
         return f"{found[1]}={found[2]}: no such choice{nearest(found[2], found[3].split())}"
+    if found := re.search(r"Missing mandatory value: ([\w.]+)", text):  # of what another value is taken from
+        return f"{found[1]} is not set; give {found[1]}=…"
+    if found := re.search(r"Could not load '(\w+)/([\w/]+)'", text):
+        return f"{found[1]}={found[2]}: no such choice{nearest(found[2], names_of(found[1]))}"
     return text
 
 
@@ -97,6 +187,11 @@ def _unfit(word: str, why: str) -> str:
     if found := re.search(r"could not be converted to (\w+)", why):
         return f"{key}={value}: need {kinds.get(found[1], found[1])}"
     node = OmegaConf.select(OmegaConf.structured(Config), key)
+    if key in _LISTS.values():
+        group = next(name for name, plural in _LISTS.items() if plural == key)
+        return (
+            f"{key}={value}: need settings; choose some by name: {group}={value if value[:1] == '[' else f'[{value}]'}"
+        )
     if OmegaConf.is_dict(node):
         keys = ", ".join(f"{key}.{name}=…" for name in node)
         return f"{key}={value}: need settings; set its keys one by one: {keys}"
@@ -112,8 +207,12 @@ def _unknown(key: str, words: Sequence[str]) -> str:
     walked: list[str] = []
     for part in key.split("."):
         if isinstance(node, ListConfig) or not isinstance(node, DictConfig):
-            return told
+            group = next((name for name in GROUPS if [_key_of(name)] == walked), None)
+            return told + (f"; choose {group}= first, of {', '.join(names_of(group))}" if group else "")
         if part not in node:
+            group = next((name for name, plural in _LISTS.items() if [plural] == walked), None)
+            if group and part in names_of(group):
+                return f"{told}; choose it: {group}=[{','.join([*map(str, node), part])}]"
             if choice := _choice(node, value):
                 return f"{told}; write {choice}={value}"
             known = [str(name) for name in node]
@@ -123,6 +222,14 @@ def _unknown(key: str, words: Sequence[str]) -> str:
             source = re.fullmatch(r"\$\{([\w.]+)\}", str(dict(node.items_ex(resolve=False))[part]))
             if source:
                 rest = key[len(".".join(walked)) :]
+                for group, plural in _LISTS.items():
+                    if plural != source[1]:
+                        continue
+                    told = f"{key}={value}: {'.'.join(walked)} is taken from {plural}"
+                    if value in names_of(group):
+                        return f"{told}; write {group}=[{value}]"
+                    if other := next((name for name in GROUPS if value in names_of(name)), None):
+                        return f"{told}; write +{other}@{plural}{rest}={value}"
                 return f"{key}={value}: {'.'.join(walked)} is taken from {source[1]}; write {source[1]}{rest}={value}"
         node = node[part]
     return told
@@ -135,7 +242,7 @@ def _choice(node: DictConfig, value: str) -> str:
 
 def spelling(name: str, value: str) -> str:
     """How `value` is chosen where the field `name` of a stage takes a choice."""
-    groups = [name, name.removesuffix("s"), *sorted(path.name for path in CONF.iterdir() if path.is_dir())]
+    groups = [name, name.removesuffix("s"), *GROUPS]
     found = next((group for group in groups if (CONF / group / f"{value}.yaml").is_file()), None)
     return f"{found}={value}" if found else f"one of the choices in conf/, as {name}=CHOICE"
 

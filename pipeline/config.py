@@ -56,7 +56,7 @@ class Config:
     run_dir: str = MISSING
     seed: int = 0
     order: list[str] = MISSING  # the stages of the run, in order
-    only: list[str] | None = None  # `stages=[a,b]` on the command line ends up here
+    only: list[str] | None = None  # these stages of the order alone; `stages=[a,b]` says the same
     start: str | None = None
     stop: str | None = None
     force: list[str] = field(default_factory=list)  # redo these although they are finished
@@ -99,10 +99,25 @@ def nearest(word: str, words: list[str]) -> str:
     return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(sorted(words))}"
 
 
+def typed(composed: Any, key: str) -> str:
+    """The key that a person sets: where a node on the way is taken from another place, that place's."""
+    node, parts = composed, key.split(".")
+    for at, part in enumerate(parts):
+        if not OmegaConf.is_dict(node) or part not in node:
+            return key
+        if OmegaConf.is_interpolation(node, part):
+            source = re.fullmatch(r"\$\{([\w.]+)\}", str(dict(node.items_ex(resolve=False))[part]))
+            return typed(composed, ".".join([source[1], *parts[at + 1 :]])) if source else key
+        node = None if OmegaConf.is_missing(node, part) else node[part]
+    return key
+
+
 def parse(composed: Any) -> dict[str, Any]:
     """Hydra's composed config → plain resolved dict that fits the schema. Raises Refusal in one line."""
     try:
         plain = _numbers(OmegaConf.to_container(composed, resolve=True))
+        if (plain.get("model") or {}).get("path") == "???":  # no stage takes it, or the line above had raised
+            plain["model"]["path"] = None
         merged = OmegaConf.merge(OmegaConf.structured(Config), plain)
         config: dict[str, Any] = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
     except ConfigKeyError as problem:
@@ -113,8 +128,7 @@ def parse(composed: Any) -> dict[str, Any]:
         raise Refusal(f"unknown config key {key!r}{nearest(last, known)}") from None
     except (MissingMandatoryValue, InterpolationToMissingValueError) as problem:
         found = re.search(r"Missing mandatory value: (\w+\.[\w.]+)", str(problem))  # of an interpolation
-        key = found[1] if found else str(problem.full_key)
-        key = re.sub(r"^stages\.\w+\.(?=(data|teacher|student|objective)\.)", "", key)
+        key = typed(composed, found[1] if found else str(problem.full_key))
         raise Refusal(f"{key} is not set; give {key}=…") from None
     except OmegaConfBaseException as problem:
         raise Refusal(f"{problem.full_key or 'config'}: {str(problem).splitlines()[0]}") from None
@@ -126,7 +140,7 @@ def parse(composed: Any) -> dict[str, Any]:
             )
         if not isinstance(config["stages"][name], dict) or "_target_" not in config["stages"][name]:
             raise Refusal(
-                f"stages.{name} is no stage, having no _target_: select the others with stages=[…], or take one from "
+                f"stages.{name} is no stage, having no _target_: select the others with only=[…], or take one from "
                 f"conf/stage, as `- /stage@stages.{name}: NAME` in the experiment's defaults"
             )
     if unknown := [name for name in config["stages"] if name not in order]:
@@ -144,7 +158,7 @@ def parse(composed: Any) -> dict[str, Any]:
     for option in ("start", "stop"):
         if config[option] is not None and config[option] not in order:
             raise Refusal(f"{option}={config[option]}: no such stage{nearest(config[option], order)}")
-    for option, names in (("stages", config["only"] or []), ("force", config["force"])):
+    for option, names in (("only", config["only"] or []), ("force", config["force"])):
         for name in names:
             if name not in order:
                 raise Refusal(f"{option}=[{name}]: no such stage{nearest(name, order)}")
@@ -177,7 +191,7 @@ def selected(config: dict[str, Any]) -> list[str]:
         raise Refusal(f"start={config['start']} comes after stop={config['stop']}; the order is {', '.join(order)}")
     chosen = [n for n in order[first : last + 1] if config["only"] is None or n in config["only"]]
     if not chosen:
-        raise Refusal(f"start, stop and stages leave nothing to do; the order is {', '.join(order)}")
+        raise Refusal(f"start, stop and only leave nothing to do; the order is {', '.join(order)}")
     return chosen
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -116,9 +117,27 @@ class Context:
 
     def setting(self, stage: str, field: str) -> str:
         """How a field of a stage is set on the command line: by the choice at the top where the stage takes that."""
+        if field == "model" and self.config["stages"][stage].get(field) == (self.config["model"] or {}).get("path"):
+            return "model.path"
         chosen = self.config.get(field)
         taken = chosen is not None and self.config["stages"][stage].get(field) == chosen
         return field if taken else f"stages.{stage}.{field}"
+
+    def in_its_words(self, message: str) -> str:
+        """A message of this stage, which names settings by the kind of stage (`prune.kinds`) or from the stage on
+        (`calibration.samples`), with the keys under which a person sets them in this run."""
+        node = self.config["stages"][self.stage]
+        kind = node["_target_"].split(".")[-2]
+
+        def key(found: re.Match[str]) -> str:
+            first, second = found.groups()
+            if first == kind and second in node:
+                return self.setting(self.stage, second)
+            if first not in self.config and isinstance(node.get(first), dict) and second in node[first]:
+                return f"{self.setting(self.stage, first)}.{second}"
+            return found[0]
+
+        return re.sub(r"(?<![\w./-])(\w+)\.(\w+)", key, message)
 
     def produced_by(self, path: str) -> str | None:
         """The stage of this run whose artifact `path` is, if any."""

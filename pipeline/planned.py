@@ -33,7 +33,7 @@ def config_of(
 
 def config_to_change(context: Context, model: str, trust_remote_code: bool) -> Any:
     """The config of the model that a stage changes; its weights must not be packed."""
-    setting = f"stages.{context.stage}.model"
+    setting = context.setting(context.stage, "model")
     config = config_of(context, model, "model", setting=setting, trust_remote_code=trust_remote_code)
     if getattr(config, "quantization_config", None):
         raise Refusal(f"{setting}={model}: its weights are packed; give the model it was made of")
@@ -54,7 +54,7 @@ def teacher_config(context: Context, teacher: Source, weights: bool) -> Any:
 def needs_stage(context: Context, stage: str, setting: str) -> Refusal:
     """What a stage reads is another stage's work, which is neither there nor in this run."""
     return Refusal(
-        f"{context.stage} needs the stage {stage}, which has not been run; add it to stages, or give {setting}=FOLDER"
+        f"{context.stage} needs the stage {stage}, which has not been run; add it to only=[…], or give {setting}=FOLDER"
     )
 
 

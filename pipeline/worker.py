@@ -40,6 +40,7 @@ def main(arguments: Sequence[str]) -> int:
         return serve(int(told), main)
     spec = json.loads(Path(told).read_text())
     die_with(os.getppid())
+    context = None
     try:
         if mode == "check":
             print(json.dumps(check(spec)))
@@ -54,8 +55,9 @@ def main(arguments: Sequence[str]) -> int:
             stage.run(context)
         return 0
     except Refusal as problem:
+        told = str(problem) if context is None else context.in_its_words(str(problem))
         print(
-            json.dumps({"refusal": str(problem)}) if mode == "check" else f"error: {problem}",
+            json.dumps({"refusal": told}) if mode == "check" else f"error: {told}",
             file=sys.stdout if mode == "check" else sys.stderr,
             flush=True,
         )
@@ -70,6 +72,8 @@ def check(spec: dict[str, Any]) -> dict[str, Any]:
 
     plan = []
     stages = needed(spec["config"], spec["stages"])
+    for name in stages:  # of all, since a stage looks at what later ones need
+        check_kinds(spec["config"]["stages"][name], f"stages.{name}")
     with tempfile.TemporaryDirectory(prefix="retort-plan-") as plans:
         for name in stages:
             before = stages[: stages.index(name)]
@@ -77,11 +81,14 @@ def check(spec: dict[str, Any]) -> dict[str, Any]:
             seed = spec["config"]["stages"][name].get("seed", 0)
             if not isinstance(seed, int) or seed < 0:
                 raise Refusal(f"stages.{name}.seed={seed}: need a whole number of at least 0")
-            stage = build(spec["config"], name)
-            with refusing("config"):
-                entry = dataclasses.asdict(stage.check(context))
-            if entry["content"] is None:
-                entry["content"] = stage.content()
+            try:
+                stage = build(spec["config"], name)
+                with refusing("config"):
+                    entry = dataclasses.asdict(stage.check(context))
+                if entry["content"] is None:
+                    entry["content"] = stage.content()
+            except Refusal as problem:
+                raise Refusal(context.in_its_words(str(problem))) from None
             parents = stage.parents(context)
             surroundings = {
                 "makes": stage.makes,
@@ -191,15 +198,18 @@ def check_kinds(node: Any, where: str) -> None:
 
 
 def _check_kind(annotation: str, value: Any, where: str, name: str) -> None:
-    kinds = annotation.split(" | ")
+    kinds = re.split(r" \| (?![^\[]*\])", annotation)
     if set(kinds) <= set(_KINDS):
         if not any(_KINDS[kind][1](value) for kind in kinds):
             needed = " or ".join(_KINDS[kind][0] for kind in kinds)
             raise Refusal(f"{where}.{name}={value}: need {needed}")
-    elif isinstance(value, str) and all(
-        re.fullmatch(r"(?!Any$|Path$)[A-Z]\w*|None|(dict|Mapping)\[.*", kind) for kind in kinds
+    elif isinstance(value, str | list) and all(
+        re.fullmatch(r"(?!(Any|Path|Sequence\[.*)$)[A-Z]\w*(\[.*)?|None|dict\[.*", kind) for kind in kinds
     ):
-        raise Refusal(f"{where}.{name}={value}: a name stands where settings are needed; write {spelling(name, value)}")
+        chosen = value if isinstance(value, str) else next(iter(value), "")
+        raise Refusal(
+            f"{where}.{name}={value}: a name stands where settings are needed; write {spelling(name, chosen)}"
+        )
 
 
 def _check_numbers(built: Any, node: dict[str, Any], where: str) -> None:

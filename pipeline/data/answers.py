@@ -66,16 +66,18 @@ class Answers(DataSource):
 
     def check(self, planned: bool = False) -> dict[str, Any]:
         if self.max_length < 2:
-            raise Refusal(f"data.max_length={self.max_length}: need 2 tokens or more, the second is predicted")
+            raise Refusal(f"{self.node}.max_length={self.max_length}: need 2 tokens or more, the second is predicted")
         if self.too_long not in TOO_LONG:
-            raise Refusal(f"data.too_long={self.too_long}: need one of {', '.join(TOO_LONG)}")
+            raise Refusal(f"{self.node}.too_long={self.too_long}: need one of {', '.join(TOO_LONG)}")
         if not 0 <= self.holdout < 0.5:
-            raise Refusal(f"data.holdout={self.holdout}: need [0, 0.5); 0.05 holds 5 % out for each split")
+            raise Refusal(f"{self.node}.holdout={self.holdout}: need [0, 0.5); 0.05 holds 5 % out for each split")
         if self.context and self.as_text:
-            raise Refusal("data.context=true with as_text=true: the teacher's own prompts are tokens; leave one out")
+            raise Refusal(
+                f"{self.node}.context=true with as_text=true: the teacher's own prompts are tokens; leave one out"
+            )
         for name in ("max_answers", "validation_sequences"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise Refusal(f"data.{name}={getattr(self, name)}: need 1 or more, or null for all")
+                raise Refusal(f"{self.node}.{name}={getattr(self, name)}: need 1 or more, or null for all")
         files = [] if planned else self._files("train")
         if not planned:
             for split in ("train", "validation", "test"):
@@ -196,8 +198,9 @@ class Answers(DataSource):
         if dropped and self.too_long == "refuse":
             beside = f" (teacher_max_length={self.teacher_max_length})" if self.context else ""
             raise Refusal(
-                f"data.max_length={self.max_length}{beside}: {dropped:,} of {counts['documents']:,} answers are longer "
-                f"with their prompts, the longest {longest:,} tokens; raise it, or set data.too_long=drop or truncate"
+                f"{self.node}.max_length={self.max_length}{beside}: {dropped:,} of {counts['documents']:,} answers are "
+                f"longer with their prompts, the longest {longest:,} tokens; raise it, or set "
+                f"{self.node}.too_long=drop or truncate"
             )
 
     def _tokens(self, row: dict[str, Any], tokenizer: Any) -> tuple[list[int], list[int], str]:

@@ -156,7 +156,7 @@ class Distill(Stage):
             check_folder(path, "student")
             return self.student
         if context.config_folder(path) == path:
-            raise needs_stage(context, Path(path).name, "student.path")
+            raise needs_stage(context, Path(path).name, f"{context.setting(context.stage, 'student')}.path")
         return replace(self.student, path=context.config_folder(path))  # type: ignore[type-var]
 
     def _plan(self, context: Context, student: Any) -> None:

@@ -114,7 +114,7 @@ class Evaluate(Stage):
                 artifact.quantized_file(Path(path))  # refuses one that an older version has quantized
         for pair in self.compare or []:
             if len(pair) != 2:
-                raise Refusal(f"stages.{context.stage}.compare={pair}: need pairs like [distill, control]")
+                raise Refusal(f"stages.{context.stage}.compare={pair}: need a list of pairs, e.g. [[distill, control]]")
         self._check_task(context, parents)
         models = len(parents) + len(exports)
         return StagePlan(model=f"{models} model{'s' if models > 1 else ''}", data=corpus)

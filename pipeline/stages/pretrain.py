@@ -101,7 +101,7 @@ class Pretrain(Stage):
             known = AutoConfig.for_model(kind).to_dict()
         except (ValueError, KeyError):
             raise Refusal(
-                f"model.model_type={kind}: transformers knows no such family; llama is a good start"
+                f"pretrain.model.model_type={kind}: transformers knows no such family; llama is a good start"
             ) from None
         if unknown := [name for name in values if name not in known]:
             raise Refusal(f"model.{unknown[0]}: the {kind} config has no such number")

@@ -144,7 +144,7 @@ class Quantize(Stage):
         """The matrices that are quantized. Raises Refusal for settings that do not fit this model."""
         taken = chosen(model, self.skip, "quantize.skip")
         if self.quantizer.reading is not None:
-            check_read(taken, f"quantizer={type(self.quantizer).__name__}", "quantizer=round_to_nearest")
+            check_read(taken, f"the quantizer {type(self.quantizer).__name__}", "quantizer=round_to_nearest")
         if self.scheme.activations is not None:
             check_read(taken, f"scheme={self.scheme}", "scheme=w8a16")
         if self.quantizer.scales is not None:
@@ -152,8 +152,8 @@ class Quantize(Stage):
                 anatomy_of(model)
             except Refusal as problem:
                 raise Refusal(
-                    f"quantizer={type(self.quantizer).__name__}: which parts its scales could be folded into is not "
-                    f"known ({problem}); use quantizer=gptq"
+                    f"the quantizer {type(self.quantizer).__name__}: which parts its scales could be folded into is "
+                    f"not known ({problem}); use quantizer=gptq"
                 ) from None
         widths = {str(matrix): matrix.of(model.get_parameter(matrix.parameter)).shape[-1] for matrix in taken}
         for name, inputs in widths.items():

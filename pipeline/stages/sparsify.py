@@ -117,11 +117,7 @@ class Sparsify(Stage):
         """The matrices that lose weights. Raises Refusal for settings that do not fit this model."""
         taken = chosen(model, self.skip, "sparsify.skip")
         if self.sparsity.reading is not None:
-            check_read(
-                taken,
-                f"sparsity={type(self.sparsity).__name__}",
-                "sparsity=magnitude",
-            )
+            check_read(taken, f"the method {type(self.sparsity).__name__}", "sparsity=magnitude")
         if self.pattern is not None:
             self._check_widths(model, taken, Pattern.parse(self.pattern))
         return taken
