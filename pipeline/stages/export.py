@@ -110,7 +110,11 @@ class Export(Stage):
             raise Refusal(f"export.length={self.length}: the model reads at most {limit} (max_position_embeddings)")
         for name, form in self._formats.items():
             check_installed(f"{context.setting(context.stage, 'formats')}.{name}", form)
-            form.check(plan)
+            try:
+                form.check(plan)
+            except Refusal as problem:  # a format does not know its name in this run
+                setting = f"{context.setting(context.stage, 'formats')}.{name}"
+                raise Refusal(str(problem).replace("format.", f"{setting}.")) from None
         return StagePlan(
             model=plan.config.model_type,
             parameters=parameter_count(empty_model(plan.config)),

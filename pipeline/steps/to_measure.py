@@ -42,7 +42,7 @@ def models_to_measure(context: Context, models: list[str] | None, teacher: Sourc
         names = [Path(m).name for m in wanted]
         if twice := [m for m, name in zip(wanted, names, strict=True) if names.count(name) > 1]:
             raise Refusal(f"evaluate.models: {', '.join(twice)} would bear one name in the report; rename a folder")
-        return {Path(m).name: m if "/" in m else str(context.run_dir / m) for m in wanted}
+        return {Path(m).name: str(context.run_dir / m) if m in context.config["order"] else m for m in wanted}
     order = context.config["order"]
     found = {
         name: str(context.run_dir / name)

@@ -126,7 +126,7 @@ class Combination:
             what = "keep_zeros=true" if keep_zeros else "lora.dropout" if lora.dropout else "lora.base"
             raise Refusal(
                 f"{self._stage}: {what} with qat and lora: what is trained is fq(W + BA), a whole matrix in "
-                f"full precision; set lora.base=null, lora.dropout=0, keep_zeros=false"
+                f"full precision; set {self._stage}.lora=null, or lora.base=null, lora.dropout=0 and keep_zeros=false"
             )
 
     def _check_on_policy(self) -> None:
