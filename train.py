@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -34,11 +35,16 @@ def main(composed: DictConfig) -> None:
 
 
 def _run(composed: DictConfig) -> None:
-    check_taken(composed, sys.argv[1:])
-    config = parse(composed)
+    config = configuration(composed)
     from pipeline.run import run  # rich and the report: not for `--cfg job`
 
     run(config)
+
+
+def configuration(composed: DictConfig) -> dict[str, Any]:
+    """What Hydra composed of this command line, resolved, and without words that mean nothing. Raises Refusal."""
+    check_taken(composed, sys.argv[1:])
+    return parse(composed)
 
 
 def _told(work: Callable[[], None]) -> int:

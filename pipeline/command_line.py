@@ -23,6 +23,8 @@ from pipeline.config import Config, nearest
 CONF = Path(__file__).resolve().parent.parent / "conf"
 GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir())
 _LISTS = {"format": "formats", "filter": "filters", "auxiliary": "auxiliaries"}  # groups of which several are chosen
+_RENAMED = {"grid": "scheme", "method": "quantizer"}  # since 0.1
+_ABSENT = object()
 _NOT_OF_STAGES = {"experiment", "scale", "stage", "training", "strategy", "logger", "callbacks", "launch"}
 _ANSWERED_BY_HYDRA = {"--hydra-help", "--version", "--info", "-i", "--shell-completion", "-sc"}
 
@@ -77,7 +79,9 @@ def _passed_on(words: Sequence[str]) -> list[str]:
     composed = composed_without_values(words)
     passed = []
     for group, key in (found.groups() for found in changed):
-        value = OmegaConf.select(composed, f"{group}.{key}")
+        value = OmegaConf.select(composed, f"{group}.{key}", default=_ABSENT)
+        if value is _ABSENT:  # Hydra says so
+            continue
         for path, copy in _copies(composed.get("stages") or {}, group, "stages"):
             same_class = copy.get("_target_") == OmegaConf.select(composed, f"{group}._target_")
             if same_class and OmegaConf.select(copy, key) == value and f"{path}.{key}" not in given:
@@ -142,9 +146,10 @@ def _check_grammar(word: str) -> None:
     if not equals:
         experiment = (CONF / "experiment" / f"{word}.yaml").is_file()
         raise Refusal(f"{word}: it names no value; write {f'+experiment={word}' if experiment else f'{word}=VALUE'}")
-    parts = value[1:-1].split(",") if value.startswith("[") and value.endswith("]") else [value]
+    is_list = value.startswith("[") and value.endswith("]")
+    parts = value[1:-1].split(",") if is_list else [value]
     parts = [part if re.fullmatch(r"[\w./-]*", part) else f'"{part.strip(chr(34))}"' for part in parts]
-    quoted = f"{key}=[{','.join(parts)}]" if value.startswith("[") else f"{key}={parts[0]}"
+    quoted = f"{key}=[{','.join(parts)}]" if is_list else f"{key}={parts[0]}"
     try:
         parser.parse_overrides([quoted])
     except HydraException:
@@ -213,6 +218,8 @@ def _unknown(key: str, words: Sequence[str]) -> str:
             group = next((name for name, plural in _LISTS.items() if [plural] == walked), None)
             if group and part in names_of(group):
                 return f"{told}; choose it: {group}=[{','.join([*map(str, node), part])}]"
+            if (new := _RENAMED.get(part)) and new in node:
+                return f"{told}; it is called {new}: {new}=CHOICE, of {', '.join(names_of(new))}"
             if choice := _choice(node, value):
                 return f"{told}; write {choice}={value}"
             known = [str(name) for name in node]

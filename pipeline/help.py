@@ -12,6 +12,7 @@ EXAMPLES = """\
   python train.py +experiment=export_only model.path=FOLDER format=gguf formats.gguf.type=q4_k_m
   python train.py +experiment=distill_7b_to_1b trainer.devices=8 strategy=zero2 logger=wandb dry_run=true"""
 
+_ADDED = {"scale": "+scale"}  # groups that no run has before they are chosen
 _INTERNAL = ("experiment", "stage", "training", "callbacks")  # experiments have a list of their own
 
 
@@ -32,8 +33,9 @@ def page() -> str:
             "Experiments (+experiment=NAME; quickstart where none is named):",
             *(f"  {name:<{width}}  {told}" for name, told in experiments),
             "",
-            "Choices (GROUP=CHOICE; GROUP.KEY=VALUE changes a value of the choice, --cfg job prints them all):",
-            *(line for group, lines in groups.items() for line in (f"  {group}=", *lines)),
+            "Choices (GROUP=CHOICE; GROUP.KEY=VALUE changes a value of the choice, --cfg job prints them all).",
+            "Of format, filter and auxiliary several are chosen, format=[a,b]; formats.a.KEY=VALUE changes a value.",
+            *(line for group, lines in groups.items() for line in (f"  {_ADDED.get(group, group)}=", *lines)),
             "",
             "Which stages run: only=[a,b] start=a stop=b force=[a]; dry_run=true shows the plan and stops;",
             "resume=overwrite redoes what was made with other values; run_dir=FOLDER holds everything that is written.",

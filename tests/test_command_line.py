@@ -35,6 +35,33 @@ WRONG = {  # what is typed → what the answer says
     "stages.quantize.quantizer=awq": "write quantizer=awq",
     "stages.prune.importance=wanda": "write importance=wanda",
     "experiment=distill": "write +experiment=distill",
+    "prune_recover": "write +experiment=prune_recover",
+    "data.train=": "it names no value; write data.train=VALUE, or data.train=null for none",
+    "data.train=[a,b=c]": "write 'data.train=[a,\"b=c\"]'",
+    "quantizer=null": "quantizer=null: a run needs one; choose quantizer=awq, clipped, gptq",
+    "only=[x]": "only=[x]: no such stage",
+    "on_policy.share=1": "choose on_policy= first, of distillm, gkd, minillm",
+    "formats.torchao.x=1": "choose it: format=[huggingface,compressed_tensors,gguf,torchao]",
+    "format=[gguf,gpqt]": "format=gpqt: no such choice; did you mean gptq?",
+    "auxiliary=[hidden_state]": "auxiliary=hidden_state: no such choice; did you mean hidden_states?",
+    "formats=[gguf]": "choose some by name: format=[gguf]",
+    "formats=gguf": "write format=gguf",
+    "stages.export.formats=gguf": "write format=gguf",
+    "stages.export.formats=[gguf]": "write format=gguf",
+    "stages.distill.training.schedule=wsd": "write schedule=wsd",
+    "objective.also.x=hidden_states": "objective.also is taken from auxiliaries; write auxiliary=[hidden_states]",
+    "objective.also.x=reverse_kl": "write +divergence@auxiliaries.x=reverse_kl",
+    "stages.evaluate.compare=[distill,control]": "need a list of pairs, e.g. [[distill, control]]",
+    "stages.prune.steps=0": "stages.prune.steps=0: need at least 1",
+    "stages.distill.training.max_steps=0": "stages.distill.training.max_steps=0: need a number above 0",
+    "+experiment=export_only model.path=m quantizer=awq": "quantizer=awq: no stage of export_only takes it; its stages "
+    "are export",
+    "+experiment=sparsify_recover model.path=m data.train=t on_policy=gkd": "on_policy=gkd: no stage of",
+    "+experiment=demo/prune_recover qat.scales=x": "qat.scales=x: no stage of prune_recover takes it",
+    "+experiment=distill teacher.path=t data.train=t importance=wanda": "importance=wanda: no stage of distill",
+    "+experiment=evaluate_only model.path=m": "data.test is not set",
+    "+experiment=evaluate_only model.path=m data.train=t": "data.test is not set",
+    "+experiment=in_context teacher.path=t": "task.train is not set",
     "order=[pretrain,distill,control,prune,recover,quantize,qat,unquantized,export,evaluate]": "stages.record is not "
     "in order, which says when a stage runs: add it, e.g. order=[",
 }
@@ -42,7 +69,7 @@ WRONG = {  # what is typed → what the answer says
 
 @pytest.mark.parametrize("word", WRONG)
 def test_an_answer_names_the_argument_and_the_spelling_that_works(word: str) -> None:
-    told = refused(word)
+    told = refused(*word.split())
     assert WRONG[word] in told
     assert len(told.splitlines()) == 1
 
@@ -151,12 +178,50 @@ def test_a_recipe_far_from_its_size_is_warned_of() -> None:
     assert entry["warnings"] == []
 
 
-def test_the_model_that_an_experiment_changes_is_its_teacher_too() -> None:
-    for path in sorted((CONF / "experiment").glob("*.yaml")):
-        if "model:\n  path: ???" in path.read_text():
-            with initialize_config_dir(str(CONF), version_base="1.3"):
-                text = "data.test=t" if path.stem == "evaluate_only" else "data.train=t"
-                config = parse(compose("config", [f"+experiment={path.stem}", "model.path=some/folder", text]))
-            first = config["stages"][config["order"][0]]
-            assert "some/folder" in (first.get("model"), *(first.get("models") or []))
-            assert config["teacher"]["path"] == "some/folder"
+CHANGING = [path.stem for path in sorted((CONF / "experiment").glob("*.yaml")) if "${model.path}" in path.read_text()]
+
+
+@pytest.mark.parametrize("experiment", CHANGING)
+def test_the_model_that_an_experiment_changes_must_be_given_and_is_its_teacher_too(experiment: str) -> None:
+    text = "data.test=t" if experiment == "evaluate_only" else "data.train=t"
+    words = [f"+experiment={experiment}"] if experiment == "export_only" else [f"+experiment={experiment}", text]
+    assert refused(*words) == "model.path is not set; give model.path=…"
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = parse(compose("config", [f"+experiment={experiment}", "model.path=some/folder", text]))
+    first = config["stages"][config["order"][0]]
+    assert "some/folder" in (first.get("model"), *(first.get("models") or []))
+    assert config["teacher"]["path"] == "some/folder"
+
+
+def test_every_recipe_that_changes_a_model_is_among_them() -> None:
+    assert len(CHANGING) == 8
+
+
+def test_finished_models_are_measured_without_one_that_is_changed(tmp_path: Path) -> None:
+    config = composed(
+        "+experiment=evaluate_only", "stages.evaluate.models=[a/b,c/d]", "data.test=t", f"run_dir={tmp_path}"
+    )
+    assert config["model"]["path"] is None
+    assert config["teacher"]["path"] == "a/b"
+    assert config["data"]["train"] == "t"
+
+
+def test_a_changed_key_of_a_choice_reaches_the_stages_that_change_another_one() -> None:
+    """A stage with a learning rate of its own holds a copy of the optimizer; what it has set itself stays."""
+    words = arguments(["optimizer.betas=[0.8,0.9]", "optimizer.lr=1e-9", "schedule.minimum=0.5"])
+    config = composed(*words)
+    trained = {name: stage["training"] for name, stage in config["stages"].items() if "training" in stage}
+    assert {*trained} >= {"pretrain", "distill", "control", "recover", "qat"}
+    for name, training in trained.items():
+        assert training["optimizer"]["betas"] == [0.8, 0.9], name
+        assert training["schedule"]["minimum"] == 0.5, name
+    assert trained["pretrain"]["optimizer"]["lr"] == 4e-3
+    assert trained["distill"]["optimizer"]["lr"] == 1e-9
+    mine = composed(*arguments(["optimizer.eps=1e-5", "stages.qat.training.optimizer.eps=1e-6"]))["stages"]
+    assert mine["qat"]["training"]["optimizer"]["eps"] == 1e-6
+    assert mine["pretrain"]["training"]["optimizer"]["eps"] == 1e-5
+
+
+def test_a_sweep_over_a_key_is_a_run_for_each_value() -> None:
+    words = arguments(["optimizer.eps=1e-5,1e-6", "-m"])
+    assert "stages.pretrain.training.optimizer.eps=${optimizer.eps}" in words

@@ -45,6 +45,7 @@ GIVEN = {  # to the experiments that bring no model of their own
 # what a person must say, for the choices that cannot know it
 SAID = {
     "data=files": ["data.train=stdlib"],
+    "data=test": ["data.test=stdlib"],
     "data=chat": ["data.train=chat.jsonl"],
     "student=layers": ["student.keep=2"],
     "student=one_billion": [],
@@ -481,7 +482,7 @@ MISTAKES = {
     "+seeds=1": ["'seeds'", "did you mean seed?"],
     "+stages.distil.x=1": ["stages.distil", "did you mean distill?"],
     "trainer.devices=0": ["trainer.devices=0"],
-    "run_dir=": ["run_dir is empty; give run_dir=FOLDER"],
+    "run_dir=": ["write run_dir=VALUE"],
     "trainer.precision=fp16": ["trainer.precision=fp16", "bf16-mixed"],
     "trainer.accelerator=tpu": ["trainer.accelerator=tpu"],
     "trainer.accelerator=cuda": ["trainer.accelerator=cuda"],
@@ -490,7 +491,7 @@ MISTAKES = {
     "experiment=quickstart": ["write +experiment=quickstart"],
     "+experiment=quickstrat": ["quickstrat", "quickstart"],
     "strategy=zero4": ["strategy=zero4", "did you mean zero"],
-    "stages=[distil]": ["stages=[distil]", "did you mean distill?"],
+    "stages=[distil]": ["only=[distil]", "did you mean distill?"],
     "start=nowhere": ["start=nowhere"],
     "resume=maybe": ["resume=maybe", "overwrite"],
     "seed=x": ["seed"],
@@ -555,7 +556,8 @@ def refused(*words: str) -> str:
     from pipeline.worker import check
 
     def main() -> None:
-        config = composed(*sys.argv[1:])
+        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+            config = door.configuration(compose("config", sys.argv[1:]))
         check({"config": config, "stages": selected(config)})
         raise AssertionError("nothing was refused")
 
