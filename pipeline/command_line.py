@@ -218,10 +218,10 @@ def _unknown(key: str, words: Sequence[str]) -> str:
             group = next((name for name, plural in _LISTS.items() if [plural] == walked), None)
             if group and part in names_of(group):
                 return f"{told}; choose it: {group}=[{','.join([*map(str, node), part])}]"
-            if (new := _RENAMED.get(part)) and new in node:
-                return f"{told}; it is called {new}: {new}=CHOICE, of {', '.join(names_of(new))}"
             if choice := _choice(node, value):
                 return f"{told}; write {choice}={value}"
+            if (new := _RENAMED.get(part)) and new in node:
+                return f"{told}; it is called {new}: {new}=CHOICE, of {', '.join(names_of(new))}"
             known = [str(name) for name in node]
             return told + (nearest(part, known) if known else f"; nothing is set there yet: +{key}=…")
         walked.append(part)

@@ -208,11 +208,11 @@ def identity(
 ) -> dict[str, Any]:
     """The part of the configuration that decides what `stage` makes.
 
-    `immaterial` names, for a node's `_target_`, the keys of that very node which change nothing beyond rounding:
-    another value of theirs neither invalidates a finished stage nor forbids to go on in an unfinished one.
-    `compared_by_content` names those whose files are compared by what they hold (parents of the stage): local ones are
-    written as `<local file>`, so that they may be moved. So may local models that the stage reads (`parents`: role →
-    path), which are written as `<role>`, and the run folder, paths into which are written as `<run_dir>/…`.
+    `immaterial` names, for a node's `_target_`, the keys of that very node (or `a.b` below it) which change nothing
+    beyond rounding: another value of theirs neither invalidates a finished stage nor forbids to go on in an unfinished
+    one. `compared_by_content` names those whose files are compared by what they hold (parents of the stage): local ones
+    are written as `<local file>`, so that they may be moved. So may local models that the stage reads (`parents`: role
+    → path), which are written as `<role>`, and the run folder, paths into which are written as `<run_dir>/…`.
     """
     root = config["run_dir"].rstrip("/")
     roles = {path: f"<{role}>" for role, path in (parents or {}).items() if Path(path).exists()}
@@ -221,7 +221,7 @@ def identity(
         if isinstance(node, dict):
             target = node.get("_target_")
             left_out, moving = (immaterial(target), compared_by_content(target)) if target else ((), ())
-            kept = {k: clean(v) for k, v in node.items() if k not in left_out}
+            kept = {k: clean(_without(v, k, left_out)) for k, v in node.items() if k not in left_out}
             return kept | {k: _without_place(kept[k]) for k in moving if k in kept}
         if isinstance(node, list):
             return [clean(v) for v in node]
@@ -231,6 +231,11 @@ def identity(
 
     cleaned: dict[str, Any] = clean(config["stages"][stage])
     return cleaned
+
+
+def _without(node: Any, key: str, names: Collection[str]) -> Any:
+    """A node without those of its keys that `names` has as `KEY.NAME`."""
+    return {k: v for k, v in node.items() if f"{key}.{k}" not in names} if isinstance(node, dict) else node
 
 
 def _without_place(node: Any) -> Any:

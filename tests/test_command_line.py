@@ -33,6 +33,8 @@ WRONG = {  # what is typed → what the answer says
     "stages.distill.objective=cross_entropy": "write objective=cross_entropy",
     "stages.quantize.method=awq": "unknown config key 'stages.quantize.method'; write quantizer=awq",
     "stages.quantize.quantizer=awq": "write quantizer=awq",
+    "stages.quantize.scheme=w4a16_g32": "write scheme=w4a16_g32",
+    "stages.quantize.grid=int4_group32": "it is called scheme: scheme=CHOICE, of w2a16_g32",
     "stages.prune.importance=wanda": "write importance=wanda",
     "experiment=distill": "write +experiment=distill",
     "prune_recover": "write +experiment=prune_recover",

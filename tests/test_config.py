@@ -445,7 +445,8 @@ def test_every_value_of_a_stage_is_of_its_identity_but_for_those_of_speed_and_me
                 at = at[key]
             at[path[-1]] = "another value"
             same = identity(changed, stage, immaterial) == told
-            assert same == (path in SPEED_AND_MEMORY), (stage, path)
+            quantized_in_batches = stage == "quantize" and path == ("calibration", "batch_size")
+            assert same == (path in SPEED_AND_MEMORY or quantized_in_batches), (stage, path)
 
 
 def test_a_key_is_left_out_of_the_identity_where_its_class_says_so_and_nowhere_else() -> None:
@@ -464,7 +465,7 @@ def test_what_a_class_calls_immaterial_are_fields_of_its() -> None:
     declaring = {target: immaterial(target) for target in sorted(targets) if immaterial(target)}
     assert len(declaring) >= 6
     for target, names in declaring.items():
-        assert set(names) <= set(inspect.signature(get_object(target)).parameters), target
+        assert {n.partition(".")[0] for n in names} <= set(inspect.signature(get_object(target)).parameters), target
 
 
 def test_a_selection_is_a_range_and_a_set() -> None:

@@ -41,6 +41,7 @@ class Quantize(Stage):
     """The result is an ordinary checkpoint of dequantized values; the integers lie beside it."""
 
     makes: ClassVar[Makes] = "model"
+    immaterial: ClassVar[frozenset[str]] = frozenset({"calibration.batch_size"})
 
     model: str  # folder or hub id
     data: DataSource  # of whose training split some text is the calibration

@@ -35,6 +35,7 @@ class Sparsify(Stage):
     """Zeros in place: the result has the same shape, and is an ordinary checkpoint."""
 
     makes: ClassVar[Makes] = "model"
+    immaterial: ClassVar[frozenset[str]] = frozenset({"calibration.batch_size"})
 
     model: str  # folder or hub id
     data: DataSource  # of whose training split some text is the calibration
