@@ -174,10 +174,11 @@ def test_force_and_a_selection_of_stages(finished: Path, tmp_path: Path) -> None
 
 def test_two_commands_in_one_run_folder_are_kept_apart(finished: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "busy"
-    first = start(f"run_dir={run_dir}", *SMALL, "stop=pretrain")
+    words = [f"run_dir={run_dir}", *SMALL, "stop=pretrain", "stages.pretrain.training.max_steps=100000"]
+    first = start(*words)
     try:
         _wait_for(lambda: (run_dir / "work" / "pretrain").exists(), first)
-        second = train(f"run_dir={run_dir}", *SMALL, "stop=pretrain")
+        second = train(*words)
         assert second.returncode == 2
         assert "another command is working in it" in second.stderr
     finally:
