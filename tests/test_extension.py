@@ -280,34 +280,36 @@ def called(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *words], cwd=folder, env=env, capture_output=True, text=True, timeout=900)
 
 
-def test_two_new_files_each_are_enough_for_a_run_with_all_six(copy: Path, tmp_path: Path) -> None:
-    done = called(copy, "train.py", "+experiment=six", f"run_dir={tmp_path / 'run'}")
+@pytest.fixture(scope="module")
+def run(copy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("six") / "run"
+    done = called(copy, "train.py", "+experiment=six", f"run_dir={folder}")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    made = {path.parent.name: json.loads(path.read_text()) for path in (tmp_path / "run").glob("*/manifest.json")}
+    return folder
+
+
+def test_two_new_files_each_are_enough_for_a_run_with_all_six(run: Path) -> None:
+    made = {path.parent.name: json.loads(path.read_text()) for path in run.glob("*/manifest.json")}
     assert set(made) == {"pretrain", "distill", "scratch", "average", "prune", "quantize", "export"}
     assert set(made["average"]["parents"]) == {"first", "second"}
-    plan = json.loads((tmp_path / "run" / "prune" / "plan.json").read_text())
+    plan = json.loads((run / "prune" / "plan.json").read_text())
     for group, kept in plan["kept"].items():  # the importance is followed: the first units stay
         assert kept == list(range(len(kept))), group
         assert 0 < len(kept) < plan["units"][group]
     assert plan["kept"]
-    width = json.loads((tmp_path / "run" / "prune" / "config.json").read_text())["intermediate_size"]
+    width = json.loads((run / "prune" / "config.json").read_text())["intermediate_size"]
     assert width % 24 == 0  # what the format declares, though the scheme needs 8 alone
-    with safe_open(tmp_path / "run" / "export" / "renamed" / "model.safetensors", "pt") as file:
+    with safe_open(run / "export" / "renamed" / "model.safetensors", "pt") as file:
         parts = {name.rpartition(".")[2] for name in file.keys()}
     assert parts == {"weight", "whole_numbers", "steps"}
     assert made["export"]["certificates"]["renamed"]["weights_bit_equal"]
 
 
-def test_the_average_is_the_mean_of_both(copy: Path, tmp_path: Path) -> None:
+def test_the_average_is_the_mean_of_both(run: Path) -> None:
     """What a stage of one's own writes is what the others read."""
     import torch
     from safetensors.torch import load_file
 
-    run = tmp_path / "run"
-    words = ["only=[pretrain,distill,scratch,average]", "stages.pretrain.training.max_steps=1"]
-    done = called(copy, "train.py", "+experiment=six", f"run_dir={run}", *words)
-    assert done.returncode == 0, done.stderr[-2000:]
     one, other, mean = (load_file(run / name / "model.safetensors") for name in ("distill", "scratch", "average"))
     for name in mean:
         torch.testing.assert_close(mean[name], (one[name] + other[name]) / 2)
