@@ -15,7 +15,9 @@ from typing import Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
@@ -23,6 +25,7 @@ from models.errors import Refusal, StageFailed
 from pipeline.command_line import arguments, check_taken, explain
 from pipeline.config import Config, parse
 
+failed: list[int] = []  # exit statuses of the runs of a sweep
 os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # so that errors arrive here, to be said in one line
 ConfigStore.instance().store(name="schema", node=Config)
 
@@ -31,7 +34,9 @@ ConfigStore.instance().store(name="schema", node=Config)
 def main(composed: DictConfig) -> None:
     # Leaving by SystemExit, because Hydra would put a line of its own before any other error.
     if code := _told(lambda: _run(composed)):
-        sys.exit(code)
+        if HydraConfig.get().mode is not RunMode.MULTIRUN or code == 130:
+            sys.exit(code)
+        failed.append(code)  # the other runs of a sweep go on
 
 
 def _run(composed: DictConfig) -> None:
@@ -80,6 +85,8 @@ def front_door() -> None:
         if "Config group override" not in str(problem):  # as of `logger=null`, where Hydra raises no error of its own
             raise
         raise Refusal(f"{problem}; name one of the files in conf/") from None
+    if failed:
+        raise StageFailed(f"{len(failed)} of the runs of this sweep did not finish; see above", failed[0])
 
 
 if __name__ == "__main__":

@@ -65,14 +65,24 @@ def _template_of(folder: Path) -> bool:
     return "tokenizer.chat_template" in GGUFReader(str(folder / "model.gguf")).fields
 
 
+def asked() -> str:
+    """A line; nothing at its end, or at the end of what is typed (Ctrl-D)."""
+    try:
+        return input("> ")
+    except EOFError:
+        return ""
+
+
 def main(folder: str, question: str = "") -> None:
     path = Path(folder)
+    if not (path / "model.gguf").is_file() and not (path / "config.json").is_file():
+        sys.exit(f"error: {folder} holds no model; give a folder with model.gguf, or with config.json and weights")
     answer = with_llama_cpp(path) if (path / "model.gguf").exists() else with_transformers(path)
     if question:
         print(answer([{"role": "user", "content": question}]))
         return
     messages: Messages = []
-    while line := input("> "):
+    while line := asked():
         messages.append({"role": "user", "content": line})
         messages.append({"role": "assistant", "content": answer(messages)})
         print(messages[-1]["content"])

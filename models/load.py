@@ -22,25 +22,27 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def check_folder(path: str, role: str, weights: bool = True) -> None:
     """Refuse, before anything is loaded, a model folder that cannot be opened safely. A hub id passes unread.
 
-    `weights`: whether they will be opened, or only what lies beside them.
+    `role`: what the model is (teacher), or the setting that names it. `weights`: whether they will be opened, or only
+    what lies beside them.
     """
+    setting = role if "." in role else f"{role}.path"
     folder = Path(path)
     if not folder.exists():
         if path.startswith((".", "/", "~")) or path.count("/") != 1:
-            raise Refusal(f"{role}.path={path}: no such folder; give a model folder or a hub id like org/name")
+            raise Refusal(f"{setting}={path}: no such folder; give a model folder or a hub id like org/name")
         return
     if not (folder / "config.json").is_file():
-        raise Refusal(f"{role}.path={path}: no config.json in it; give a folder AutoModelForCausalLM can open")
+        raise Refusal(f"{setting}={path}: no config.json in it; give a folder AutoModelForCausalLM can open")
     if weights and (folder / "signal.json").is_file():
-        raise Refusal(f"{role}.path={path}: this is a teacher cache, without the model's weights; give its folder")
+        raise Refusal(f"{setting}={path}: this is a teacher cache, without the model's weights; give its folder")
     if weights and not list(folder.glob("*.safetensors")):
         pickled = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))
         if pickled:
             raise Refusal(
-                f"{role}.path={path}: only pickled weights ({pickled[0]}), which can run code when opened; "
+                f"{setting}={path}: only pickled weights ({pickled[0]}), which can run code when opened; "
                 f"convert them with save_pretrained(…, safe_serialization=True)"
             )
-        raise Refusal(f"{role}.path={path}: no *.safetensors in it; the weights are missing")
+        raise Refusal(f"{setting}={path}: no *.safetensors in it; the weights are missing")
 
 
 def load_config(path: str, role: str = "model", trust_remote_code: bool = False) -> PretrainedConfig:

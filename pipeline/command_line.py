@@ -5,6 +5,7 @@ Imports nothing heavy: the front door answers `--cfg job` through this module.
 
 from __future__ import annotations
 
+import difflib
 import itertools
 import os
 import re
@@ -14,6 +15,7 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
@@ -23,9 +25,17 @@ from pipeline.config import Config, nearest
 CONF = Path(__file__).resolve().parent.parent / "conf"
 GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir())
 _LISTS = {"format": "formats", "filter": "filters", "auxiliary": "auxiliaries"}  # groups of which several are chosen
+_KINDS = {
+    **{"Integer": "a whole number", "Float": "a number", "Boolean": "true or false"},
+    **{"int": "a whole number", "float": "a number", "bool": "true or false"},
+}
 _RENAMED = {"grid": "scheme", "method": "quantizer"}  # since 0.1
 _ABSENT = object()
 _NOT_OF_STAGES = {"experiment", "scale", "stage", "training", "strategy", "logger", "callbacks", "launch"}
+_OF_HYDRA = {
+    *("--help", "--hydra-help", "--version", "--cfg", "--resolve", "--package", "--run", "--multirun", "--info"),
+    *("--shell-completion", "--config-path", "--config-name", "--config-dir", "--experimental-rerun"),
+}
 _ANSWERED_BY_HYDRA = {"--hydra-help", "--version", "--info", "-i", "--shell-completion", "-sc"}
 
 
@@ -38,6 +48,10 @@ def arguments(given: Sequence[str]) -> list[str]:
     words = [_word(word) for word in given]
     if _ANSWERED_BY_HYDRA & set(words):
         return words
+    for word in words:
+        if word.startswith("--") and word.partition("=")[0] not in _OF_HYDRA:
+            key, _, value = word[2:].replace("-", "_").partition("=")
+            raise Refusal(f"{word}: settings are written KEY=VALUE; write {key}={value or 'true'}")
     for before, word in itertools.pairwise(["", *words]):
         if not word.startswith("-") and not (before.startswith("-") and "=" not in word):  # as in `--cfg job`
             _check_grammar(word)
@@ -47,8 +61,15 @@ def arguments(given: Sequence[str]) -> list[str]:
         words.insert(at, "+experiment=quickstart")
     words[at:at] = _passed_on([word for word in words if "=" in word and not word.startswith("-")])
     if {"-m", "--multirun"} & set(words) and not any(word.startswith("run_dir=") for word in words):
+        same = {override.key_or_group for override in _parsed(words) if not override.is_sweep_override()}
+        same_keys = ",".join(f'"{key}"' for key in sorted(same | {"run_dir"}))
+        words.insert(at, f"hydra.job.config.override_dirname.exclude_keys=[{same_keys}]")
         words.insert(at, "run_dir=runs/${name}/${hydra:job.override_dirname}")
     return words
+
+
+def _parsed(words: Sequence[str]) -> list[Override]:
+    return OverridesParser.create().parse_overrides([word for word in words if "=" in word and word[0] != "-"])
 
 
 def _word(word: str) -> str:
@@ -109,7 +130,8 @@ def check_taken(composed: DictConfig, words: Sequence[str]) -> None:
         choices = {*map(_key_of, GROUPS), "model"} - _NOT_OF_STAGES
         if key in choices and key not in taken and word.partition("=")[2] not in ("none", "[]"):
             name = OmegaConf.select(composed, "name")
-            raise Refusal(f"{word}: no stage of {name} takes it; its stages are {', '.join(composed.order)}")
+            other = "; the teacher is teacher.path" if key == "model" and "teacher" in taken else ""
+            raise Refusal(f"{word}: no stage of {name} takes it; its stages are {', '.join(composed.order)}{other}")
 
 
 def _taken(composed: DictConfig) -> set[str]:
@@ -188,9 +210,10 @@ def explain(problem: Exception, words: Sequence[str]) -> str:
 def _unfit(word: str, why: str) -> str:
     """A value of another kind than the schema's."""
     key, _, value = word.partition("=")
-    kinds = {"Integer": "a whole number", "Float": "a number", "Boolean": "true or false"}
     if found := re.search(r"could not be converted to (\w+)", why):
-        return f"{key}={value}: need {kinds.get(found[1], found[1])}"
+        return f"{key}={value}: need {_KINDS.get(found[1], found[1])}"
+    if found := re.search(r"is not a valid (\w+)", why):
+        return f"{key}={value}: need {_KINDS.get(found[1], found[1])}"
     node = OmegaConf.select(OmegaConf.structured(Config), key)
     if key in _LISTS.values():
         group = next(name for name, plural in _LISTS.items() if plural == key)
@@ -223,6 +246,9 @@ def _unknown(key: str, words: Sequence[str]) -> str:
             if (new := _RENAMED.get(part)) and new in node:
                 return f"{told}; it is called {new}: {new}=CHOICE, of {', '.join(names_of(new))}"
             known = [str(name) for name in node]
+            inside = [name for name in known if part in _keys(node, name)]
+            if inside and not difflib.get_close_matches(part, known, n=1, cutoff=0.8):
+                return f"{told}; did you mean {' or '.join('.'.join([*walked, name, part]) for name in inside)}?"
             return told + (nearest(part, known) if known else f"; nothing is set there yet: +{key}=…")
         walked.append(part)
         if OmegaConf.is_interpolation(node, part) and ".".join(walked) != key:
@@ -240,6 +266,13 @@ def _unknown(key: str, words: Sequence[str]) -> str:
                 return f"{key}={value}: {'.'.join(walked)} is taken from {source[1]}; write {source[1]}{rest}={value}"
         node = node[part]
     return told
+
+
+def _keys(node: DictConfig, name: str) -> set[str]:
+    """Of the node of this name; none where it is a value, not set, or taken from another place."""
+    if OmegaConf.is_missing(node, name) or OmegaConf.is_interpolation(node, name):
+        return set()
+    return {str(key) for key in node[name]} if isinstance(node[name], DictConfig) else set()
 
 
 def _choice(node: DictConfig, value: str) -> str:

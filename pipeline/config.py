@@ -149,7 +149,7 @@ def parse(composed: Any) -> dict[str, Any]:
             raise Refusal(f"unknown stage stages.{unknown[0]}{nearest(unknown[0], order)}")
         raise Refusal(
             f"stages.{unknown[0]} is not in order, which says when a stage runs: add it, e.g. "
-            f"order=[{','.join([*order, unknown[0]])}]"
+            f"order=[{','.join([*order, *unknown])}]; to run some stages alone, give only=[{','.join(order)}] instead"
         )
     if not config["run_dir"]:
         raise Refusal("run_dir is empty; give run_dir=FOLDER")

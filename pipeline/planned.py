@@ -54,7 +54,8 @@ def teacher_config(context: Context, teacher: Source, weights: bool) -> Any:
 def needs_stage(context: Context, stage: str, setting: str) -> Refusal:
     """What a stage reads is another stage's work, which is neither there nor in this run."""
     return Refusal(
-        f"{context.stage} needs the stage {stage}, which has not been run; add it to only=[…], or give {setting}=FOLDER"
+        f"{context.stage} needs the stage {stage}, which has not been run, and which this command leaves out (only, "
+        f"start, stop); run it too, or give {setting}=FOLDER"
     )
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 from hydra.utils import instantiate
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from models.errors import Refusal, StageFailed
@@ -57,7 +58,7 @@ def _walk(config: dict[str, Any], run_dir: Path, server: prefork.Server | None) 
             _run_stage(config, job, lock, server)
         report = write_report(run_dir)
     console.print(table(report))
-    console.print(f"report: {run_dir / 'report.html'}")
+    console.print(f"report: {run_dir / 'report.html'}", markup=False)
 
 
 def _rooted(config: dict[str, Any], run_dir: Path) -> dict[str, Any]:
@@ -228,7 +229,7 @@ def _run_stage(config: dict[str, Any], job: dict[str, Any], lock: int, server: p
 
 
 def _show(config: dict[str, Any], jobs: list[dict[str, Any]]) -> None:
-    plan = Table(title=f"{config['name']} → {config['run_dir']}", title_justify="left")
+    plan = Table(title=escape(f"{config['name']} → {config['run_dir']}"), title_justify="left")
     for column in ("stage", "", "model", "parameters", "teacher", "until", "ranks"):
         plan.add_column(column, justify="right" if column in ("parameters", "ranks") else "left")
     for job in jobs:
@@ -239,14 +240,14 @@ def _show(config: dict[str, Any], jobs: list[dict[str, Any]]) -> None:
             job["do"],
             entry["model"],
             size,
-            entry["teacher"],
+            escape(entry["teacher"]),
             entry["until"],
             f"{entry['ranks']} × {entry['device']}",
         )
     console.print(plan)
     for job in jobs:
         for warning in job["plan"]["warnings"]:
-            console.print(f"[yellow]warning[/]: {job['stage']}: {warning}")
+            console.print(f"[yellow]warning[/]: {job['stage']}: {escape(warning)}")
 
 
 def _differs(run_dir: Path, stage: str, changed: list[tuple[str, Any, Any]]) -> str:

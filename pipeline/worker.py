@@ -28,6 +28,7 @@ from pipeline.config import identity, nearest
 from pipeline.launch import die_with
 
 if TYPE_CHECKING:
+    from pipeline.context import Context
     from pipeline.stages.stage import Stage
 
 
@@ -72,8 +73,10 @@ def check(spec: dict[str, Any]) -> dict[str, Any]:
 
     plan = []
     stages = needed(spec["config"], spec["stages"])
-    for name in stages:  # of all, since a stage looks at what later ones need
-        check_kinds(spec["config"]["stages"][name], f"stages.{name}")
+    made = {}
+    for name in stages:  # all before any is checked, since a stage looks at what later ones need
+        with in_words_of(Context(spec["config"], name)):
+            made[name] = build(spec["config"], name)
     with tempfile.TemporaryDirectory(prefix="retort-plan-") as plans:
         for name in stages:
             before = stages[: stages.index(name)]
@@ -81,14 +84,11 @@ def check(spec: dict[str, Any]) -> dict[str, Any]:
             seed = spec["config"]["stages"][name].get("seed", 0)
             if not isinstance(seed, int) or seed < 0:
                 raise Refusal(f"stages.{name}.seed={seed}: need a whole number of at least 0")
-            try:
-                stage = build(spec["config"], name)
-                with refusing("config"):
-                    entry = dataclasses.asdict(stage.check(context))
+            stage = made[name]
+            with in_words_of(context), refusing("config"):
+                entry = dataclasses.asdict(stage.check(context))
                 if entry["content"] is None:
                     entry["content"] = stage.content()
-            except Refusal as problem:
-                raise Refusal(context.in_its_words(str(problem))) from None
             parents = stage.parents(context)
             surroundings = {
                 "makes": stage.makes,
@@ -100,6 +100,15 @@ def check(spec: dict[str, Any]) -> dict[str, Any]:
             entry["warnings"] += _out_of_size(spec["config"], name, entry["parameters"])
             plan.append({"stage": name, **surroundings, **entry})
     return {"plan": plan}
+
+
+@contextmanager
+def in_words_of(context: Context) -> Iterator[None]:
+    """Refusals in it name settings by their keys in this run."""
+    try:
+        yield
+    except Refusal as problem:
+        raise Refusal(context.in_its_words(str(problem))) from None
 
 
 def _out_of_size(config: dict[str, Any], name: str, parameters: int | None) -> list[str]:
@@ -232,11 +241,11 @@ def refusing(node: str) -> Iterator[None]:
         yield
     except InstantiationException as problem:
         cause = problem.__cause__
-        if isinstance(cause, Refusal):
-            raise cause from None
         where = next(
             (line.split(":", 1)[1].strip() for line in str(problem).splitlines() if line.startswith("full_key:")), ""
         )
+        if isinstance(cause, Refusal):  # a format does not know its name in this run
+            raise Refusal(re.sub(r"^format\.", f"{where or 'format'}.", str(cause))) from None
         raise Refusal(f"{node}{'.' + where if where else ''}: {_told(cause or problem, str(problem))}") from None
 
 

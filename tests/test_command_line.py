@@ -37,6 +37,15 @@ WRONG = {  # what is typed → what the answer says
     "stages.quantize.grid=int4_group32": "it is called scheme: scheme=CHOICE, of w2a16_g32",
     "stages.prune.importance=wanda": "write importance=wanda",
     "experiment=distill": "write +experiment=distill",
+    "--dry-run": "settings are written KEY=VALUE; write dry_run=true",
+    "dry_run=maybe": "dry_run=maybe: need true or false",
+    "lr=1e-4": "unknown config key 'lr'; did you mean optimizer.lr?",
+    "scheme.bits=4": "unknown config key 'scheme.bits'; did you mean scheme.weights.bits?",
+    "formats.gguf.type=q4_km": "formats.gguf.type=q4_km: need one of auto",
+    "stages.distill.training.global_batch=6": "stages.distill.training.global_batch=6 is not a multiple of "
+    "stages.distill.training.micro_batch=8",
+    "+experiment=evaluate_only model.path=/no/where data.test=stdlib": "model.path=/no/where: no such folder",
+    "+experiment=distill model.path=m teacher.path=t data.train=t": "the teacher is teacher.path",
     "prune_recover": "write +experiment=prune_recover",
     "data.train=": "it names no value; write data.train=VALUE, or data.train=null for none",
     "data.train=[a,b=c]": "write 'data.train=[a,\"b=c\"]'",
@@ -140,6 +149,8 @@ def test_values_of_choices_reach_the_stages_that_take_them() -> None:
 def test_a_sweep_gives_each_run_a_folder_of_its_own() -> None:
     folders = [word for word in arguments(["-m", "seed=1,2"]) if word.startswith("run_dir=")]
     assert folders == ["run_dir=runs/${name}/${hydra:job.override_dirname}"]
+    (named,) = [word for word in arguments(["-m", "seed=1,2", "data.train=a/b"]) if word.startswith("hydra.")]
+    assert named == 'hydra.job.config.override_dirname.exclude_keys=["data.train","experiment","run_dir"]'
     assert [word for word in arguments(["-m", "seed=1,2", "run_dir=x"]) if word.startswith("run_dir=")] == ["run_dir=x"]
 
 

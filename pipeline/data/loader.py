@@ -186,7 +186,8 @@ def accumulation(global_batch: int, micro_batch: int, world: int) -> int:
     if global_batch % (micro_batch * world):
         fitting = [m for m in range(1, global_batch + 1) if global_batch % (m * world) == 0]
         raise Refusal(
-            f"global_batch={global_batch} is not a multiple of micro_batch={micro_batch} × {world} ranks; "
+            f"training.global_batch={global_batch} is not a multiple of training.micro_batch={micro_batch} × {world} "
+            f"ranks; "
             + (
                 f"micro_batch can be {', '.join(map(str, fitting))}"
                 if fitting

@@ -121,7 +121,7 @@ def check_source(context: Context, data: DataSource) -> dict[str, Any]:
             planned = True
             if maker not in context.planned:
                 raise Refusal(
-                    f"{context.stage} needs the stage {maker}, which has not been run; add it to only=[…], or give "
+                    f"{context.stage} needs the stage {maker}, which has not been run; run it too, or give "
                     f"data.train=FOLDER"
                 )
     return data.check(planned)

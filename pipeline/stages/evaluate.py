@@ -107,9 +107,9 @@ class Evaluate(Stage):
                 f"{context.stage} has no model to measure; run a training stage first or name folders in "
                 f"stages.{context.stage}.models"
             )
-        for role, path in parents.items():
+        for path in parents.values():
             if not context.produced_by(path):
-                check_folder(path, role)
+                check_folder(path, self._setting(context, path))
             if context.produced_by(path) not in context.planned:  # else it is still to be made
                 artifact.quantized_file(Path(path))  # refuses one that an older version has quantized
         for pair in self.compare or []:
@@ -118,6 +118,12 @@ class Evaluate(Stage):
         self._check_task(context, parents)
         models = len(parents) + len(exports)
         return StagePlan(model=f"{models} model{'s' if models > 1 else ''}", data=corpus)
+
+    def _setting(self, context: Context, path: str) -> str:
+        """The setting that names this model, for messages."""
+        if self.teacher is not None and path == self.teacher.path and self.models is None:
+            return "teacher"
+        return "model" if path == (context.config["model"] or {}).get("path") else "evaluate.models"
 
     def _check_task(self, context: Context, models: dict[str, str]) -> None:
         if self.task is None:

@@ -63,7 +63,7 @@ def check_exports(context: Context, exports: dict[str, tuple[str, Format]]) -> N
         name = role.partition("/")[2]
         if stage not in context.planned and name not in formats_of(context, stage):
             raise Refusal(
-                f"{context.stage}: {stage} has made no {name}; add {stage} to only=[…], or leave it out with "
+                f"{context.stage}: {stage} has made no {name}; run {stage} too, or leave it out with "
                 f"{context.setting(stage, 'formats')}.{name}=null"
             )
         check_installed(f"{context.setting(stage, 'formats')}.{name}", form)
