@@ -536,7 +536,7 @@ MISTAKES = {
     "teacher=cached teacher.cache=./nowhere": ["nowhere", "run the stage record"],
     "teacher=cached start=distill teacher.path=./nowhere": ["teacher.path=./nowhere"],
     "stages=[record]": ["nothing to record"],
-    "teacher=served teacher.endpoint.url=nonsense divergence.temperature=1": ["nonsense"],
+    "teacher=served teacher.endpoint.url=nonsense divergence.temperature=1.0": ["nonsense"],
     "teacher=served teacher.endpoint.url=http://localhost:1/v1": ["temperature=2", "forward_kl to 1"],
     "teacher=served": ["teacher.endpoint.url is not set"],
     "teacher=served teacher.endpoint.url=http://localhost:1/v1 encoding=hidden_states": [

@@ -167,6 +167,8 @@ HOME_MADE = (  # each with the field's own: recover, quantization scheme, sequen
 OF_OTHERS = {  # words that are others' own, or old names that a reader of this version may still have
     "CHANGELOG.md": r"`[^`]*grid[^`]*`",
     "pipeline/artifact.py": r"grid\.safetensors",
+    "pipeline/command_line.py": r"\"grid\": ",
+    "tests/test_command_line.py": r"stages\.quantize\.grid=",
     "tests/stages/test_export.py": r"grid\\?\.safetensors",
     "pipeline/report/chart.py": r"`grid`|class=\"grid\"",  # CSS, and a chart's
     "pipeline/report/report.html.j2": r"display: grid|[-.]grid\b|grid-template",

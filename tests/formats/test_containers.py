@@ -376,7 +376,7 @@ def test_widths_that_words_do_not_hold_are_refused_with_those_that_fit(tmp_path:
     scheme = WeightScheme(4, "channel", None)
     source = quantized(tmp_path / "model", scheme, intermediate_size=44)
     for form in (GPTQ(), AWQ()):
-        with pytest.raises(Refusal, match=r"44 (inputs|outputs), and the container packs 8 at once; prune to .*of=8"):
+        with pytest.raises(Refusal, match=r"44 (inputs|outputs), and the container packs 8 at once; prune with .*of=8"):
             form.check(plan_of(source, scheme))
     CompressedTensors().check(plan_of(source, scheme))
     form = CompressedTensors()

@@ -161,7 +161,7 @@ def test_too_little_text_is_refused_before_a_weight_is_read(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["stages.sparsify.fraction=0.5"], r"fraction=0\.5 and sparsify\.pattern=2:4: need one"),
+        (["stages.sparsify.fraction=0.5"], r"fraction=0\.5 and stages\.sparsify\.pattern=2:4: need one"),
         (["stages.sparsify.pattern=null"], "need one"),
         (["stages.sparsify.pattern=null", "stages.sparsify.fraction=1.0"], r"fraction=1\.0: need \(0, 1\)"),
         (["stages.sparsify.pattern='4:2'"], "pattern=4:2: need N:M with 0 < N < M"),

@@ -288,7 +288,7 @@ def test_a_format_that_was_not_made_is_refused_before_anything_is_measured(start
     words = [f"model.path={start}/teacher", "format=[huggingface,compressed_tensors,gptq,awq]"]
     config = EXPERIMENT.composed(start / "run", *words)
     with pytest.raises(
-        Refusal, match=r"export has made no awq; add export to stages, or leave it out with formats\.awq=null"
+        Refusal, match=r"export has made no awq; run export too, or leave it out with formats\.awq=null"
     ):
         check({"config": config, "stages": ["evaluate"]})
 
