@@ -64,7 +64,8 @@ def chat_template(tokenizer: PreTrainedTokenizerBase, data: DataSource) -> str:
         return tokenizer.get_chat_template()
     except ValueError as error:
         raise Refusal(
-            "the data are conversations and the tokenizer has no chat template; give data.chat_template=FILE"
+            "the data are conversations and the tokenizer has no chat template; give data.chat_template=FILE (a simple "
+            "one is examples/chat.jinja)"
         ) from error
 
 

@@ -54,7 +54,8 @@ class Training:
     def length(self) -> str:
         """For the plan: what ends the stage."""
         limits = {"steps": self.max_steps, "tokens": self.max_tokens, "epochs": self.epochs}
-        return " or ".join(f"{value:,} {name}" for name, value in limits.items() if value is not None)
+        given = ((f"{value:,}", name) for name, value in limits.items() if value is not None)
+        return " or ".join(f"{value} {name[:-1] if value == '1' else name}" for value, name in given)
 
 
 def check(context: Context, training: Training, precision: Any) -> list[str]:
