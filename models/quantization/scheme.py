@@ -101,8 +101,8 @@ class WeightScheme:
             prune = f", prune the width with multiple_of={self.group_size}" if self.width(inputs) < inputs else ""
             raise Refusal(
                 f"scheme.weights.group_size={self.group_size}: {name} has {inputs} inputs, which it does not divide; "
-                f"need {' or '.join([*fit, 'granularity=channel with group_size=null'])}{prune}, or leave "
-                f"its like out with skip=[{name.split('.')[-2] if '.' in name else name}]"
+                f"need {' or '.join([*fit, 'granularity=channel with group_size=null'])}{prune}, or leave it "
+                f"out with skip=[{name.split('.')[-2] if '.' in name else name}]"
             )
 
     def of_range(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
