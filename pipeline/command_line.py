@@ -140,7 +140,8 @@ def _taken(composed: DictConfig) -> set[str]:
 
     def mentioned(node: Any) -> Iterator[str]:
         if isinstance(node, dict):
-            yield from (name for name, value in node.items() if value is not None)  # a copy, changed
+            # A copy, changed; but a stage's own `model` is what it makes or a path, never a copy of the one at the top.
+            yield from (name for name, value in node.items() if isinstance(value, dict) and name != "model")
             node = list(node.values())
         if isinstance(node, list):
             for value in node:

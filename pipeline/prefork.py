@@ -1,9 +1,9 @@
 """One process that has imported what the stages of a run need, and forks into the check and into each stage.
 
 PyTorch, transformers and Lightning take some five seconds to import: a run of twelve short stages would spend a minute
-on it. The server imports, and does nothing else: it computes nothing, so that no thread runs while it forks, and it is
-used only where there is no GPU, since a driver that was asked once does not survive a fork. Everywhere else, and for
-stages on several ranks, stages are new processes.
+on it. The server imports, and does nothing else: it computes nothing, so that the threads which libraries start on
+import (OpenBLAS, jemalloc) wait while it forks. It is used only where there is no GPU, since a driver that was asked
+once does not survive a fork. Everywhere else, and for stages on several ranks, stages are new processes.
 """
 
 from __future__ import annotations
@@ -46,10 +46,11 @@ class Server:
     """The server's process, from outside."""
 
     def __init__(self, config: dict[str, Any], stages: Sequence[str]) -> None:
+        self._env = environment(1, "cpu")
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._process = subprocess.Popen(
             [sys.executable, "-m", "pipeline.worker", "serve", str(theirs.fileno())],
-            env=environment(1, "cpu"),
+            env=self._env,
             pass_fds=[theirs.fileno()],
         )
         theirs.close()
@@ -70,7 +71,9 @@ class Server:
         `fds` stay open in it; with `output` the first two become its standard output and error. `modules` are imported
         before, for it and for all that come after it.
         """
-        request = json.dumps({"arguments": [*arguments], "env": env, "modules": [*modules], "output": output})
+        # What differs alone: a message is bounded, and an environment hardly.
+        changed = {name: env.get(name) for name in env.keys() | self._env if env.get(name) != self._env.get(name)}
+        request = json.dumps({"arguments": [*arguments], "env": changed, "modules": [*modules], "output": output})
         try:
             socket.send_fds(self._socket, [request.encode()], [*fds])
             answer = self._socket.recv(64)
@@ -118,8 +121,11 @@ def serve(fd: int, main: Callable[[Sequence[str]], int]) -> int:
             continue
         connection.close()
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        os.environ.clear()
-        os.environ.update(request["env"])
+        for name, value in request["env"].items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
         if request["output"]:
             for standard, each in zip((1, 2), fds, strict=False):
                 os.dup2(each, standard)

@@ -135,9 +135,11 @@ def needed(config: dict[str, Any], stages: list[str]) -> list[str]:
         return any(named(value, folder) for value in node) if isinstance(node, list) else node == folder
 
     def wanted(name: str) -> bool:
-        with refusing(f"stages.{name}"):
+        try:
             if not getattr(get_class(config["stages"][name]["_target_"]), "on_demand", False):
                 return True
+        except (ImportError, ValueError):
+            return True  # refused when it is built, in better words
         others = {key: node for key, node in config["stages"].items() if key != name}
         return named({**config, "stages": others}, f"{config['run_dir']}/{name}")
 

@@ -70,6 +70,7 @@ WRONG = {  # what is typed → what the answer says
     "+experiment=sparsify_recover model.path=m data.train=t on_policy=gkd": "on_policy=gkd: no stage of",
     "+experiment=demo/prune_recover qat.scales=x": "qat.scales=x: no stage of prune_recover takes it",
     "+experiment=distill teacher.path=t data.train=t importance=wanda": "importance=wanda: no stage of distill",
+    "model.path=m": "model.path=m: no stage of quickstart takes it",
     "+experiment=evaluate_only model.path=m": "data.test is not set",
     "+experiment=evaluate_only model.path=m data.train=t": "data.test is not set",
     "+experiment=in_context teacher.path=t": "task.train is not set",

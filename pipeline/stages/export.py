@@ -114,7 +114,7 @@ class Export(Stage):
                 form.check(plan)
             except Refusal as problem:  # a format does not know its name in this run
                 setting = f"{context.setting(context.stage, 'formats')}.{name}"
-                raise Refusal(str(problem).replace("format.", f"{setting}.")) from None
+                raise Refusal(re.sub(r"\bformat\.(?=\w)", f"{setting}.", str(problem))) from None
         return StagePlan(
             model=plan.config.model_type,
             parameters=parameter_count(empty_model(plan.config)),
