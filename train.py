@@ -22,7 +22,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from models.errors import Refusal, StageFailed
-from pipeline.command_line import arguments, check_taken, explain
+from pipeline.command_line import arguments, explain, takers
 from pipeline.config import Config, parse
 
 failed: list[int] = []  # exit statuses of the runs of a sweep
@@ -40,16 +40,17 @@ def main(composed: DictConfig) -> None:
 
 
 def _run(composed: DictConfig) -> None:
-    config = configuration(composed)
+    config, typed = configuration(composed)
     from pipeline.run import run  # rich and the report: not for `--cfg job`
 
-    run(config)
+    run(config, typed)
 
 
-def configuration(composed: DictConfig) -> dict[str, Any]:
-    """What Hydra composed of this command line, resolved, and without words that mean nothing. Raises Refusal."""
-    check_taken(composed, sys.argv[1:])
-    return parse(composed)
+def configuration(composed: DictConfig) -> tuple[dict[str, Any], dict[str, list[str]]]:
+    """What Hydra composed of this command line, resolved; and each choice on it with the stages that take it. Raises
+    Refusal."""
+    typed = takers(composed, sys.argv[1:])
+    return parse(composed), typed
 
 
 def _told(work: Callable[[], None]) -> int:
@@ -61,7 +62,7 @@ def _told(work: Callable[[], None]) -> int:
         print("interrupted; run the same command again to go on from the last checkpoint", file=sys.stderr)
         return 130
     except Refusal as problem:
-        print(f"error: {problem}", file=sys.stderr)
+        print(problem.told, file=sys.stderr)
         return 2
     except StageFailed as problem:
         if str(problem):

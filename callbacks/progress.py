@@ -16,7 +16,8 @@ class Progress(pl.Callback):
 
     Reads the module's `step_metrics` (loss, tokens_per_second) and `validation_metrics` (validation_loss), as
     MetricsFile does. Where stdout is no terminal a plain line is printed every `every_fraction` of the steps or
-    `every_seconds`, whichever comes first. The trainer needs `enable_progress_bar=False`.
+    `every_seconds`, whichever comes first, and at the end; a validation stands in the first line after it alone. The
+    trainer needs `enable_progress_bar=False`.
     """
 
     def __init__(
@@ -28,14 +29,14 @@ class Progress(pl.Callback):
         self.console = console or Console()
         self._bar: Bar | None = None
         self._numbers: dict[str, str] = {}
-        self._step = self._next_step = 0
+        self._step = self._next_step = self._printed_step = 0
         self._started: tuple[int, float] | None = None
         self._printed = 0.0
 
     def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
         if not trainer.is_global_zero:
             return
-        self._step = trainer.global_step
+        self._step = self._printed_step = trainer.global_step
         total = trainer.max_steps if trainer.max_steps > 0 else None  # -1: the epochs decide
         self._started, self._printed = None, time.monotonic()
         self._next_step = self._step + self._stride(trainer)
@@ -80,6 +81,12 @@ class Progress(pl.Callback):
             self._bar.update(self._bar.task_ids[0], description=self.stage, numbers=self._text(trainer))
 
     def on_train_end(self, trainer: pl.Trainer, module: Any) -> None:
+        if (
+            trainer.is_global_zero
+            and not self._bar
+            and (self._step > self._printed_step or "validation" in self._numbers)
+        ):
+            self._print_step(trainer)
         self._stop()
 
     def on_exception(self, trainer: pl.Trainer, module: Any, exception: BaseException) -> None:
@@ -99,15 +106,17 @@ class Progress(pl.Callback):
             self._started = self._step, now  # after the first step: compiling and warming up predict nothing
         if self._bar:
             self._bar.update(self._bar.task_ids[0], completed=self._step, numbers=self._text(trainer))
-        elif (
-            self._step >= self._next_step
-            or self._step == trainer.max_steps
-            or now - self._printed >= self.every_seconds
-        ):
+        elif self._step == trainer.max_steps:
+            return  # the last line waits for the last validation
+        elif self._step >= self._next_step or now - self._printed >= self.every_seconds:
             self._next_step = (self._step // self._stride(trainer) + 1) * self._stride(trainer)
-            self._printed = now
-            of = f"/{trainer.max_steps} ({100 * self._step // trainer.max_steps} %)" if trainer.max_steps > 0 else ""
-            self._print(f"{self.stage}: step {self._step}{of}  {self._text(trainer)}")
+            self._print_step(trainer)
+
+    def _print_step(self, trainer: pl.Trainer) -> None:
+        self._printed, self._printed_step = time.monotonic(), self._step
+        of = f"/{trainer.max_steps} ({100 * self._step // trainer.max_steps} %)" if trainer.max_steps > 0 else ""
+        self._print(f"{self.stage}: step {self._step}{of}  {self._text(trainer)}")
+        self._numbers.pop("validation", None)  # told
 
     def _text(self, trainer: pl.Trainer) -> str:
         parts = [self._numbers[key] for key in ("loss", "validation", "speed") if key in self._numbers]

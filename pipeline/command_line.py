@@ -32,6 +32,7 @@ _KINDS = {
 _RENAMED = {"grid": "scheme", "method": "quantizer"}  # since 0.1
 _ABSENT = object()
 _NOT_OF_STAGES = {"experiment", "scale", "stage", "training", "strategy", "logger", "callbacks", "launch"}
+OF_RANKS = re.compile(r"(strategy|trainer\.(devices|nodes))(?=[.=])")  # what says how many ranks there are
 _OF_HYDRA = {
     *("--help", "--hydra-help", "--version", "--cfg", "--resolve", "--package", "--run", "--multirun", "--info"),
     *("--shell-completion", "--config-path", "--config-name", "--config-dir", "--experimental-rerun"),
@@ -121,22 +122,33 @@ def _copies(node: Any, name: str, path: str) -> Iterator[tuple[str, DictConfig]]
             yield from _copies(node[key], name, f"{path}.{key}")
 
 
-def check_taken(composed: DictConfig, words: Sequence[str]) -> None:
-    """Refuse a choice, or a value of one, that no stage of the run takes: it would change nothing."""
-    taken = _taken(composed)
+def takers(composed: DictConfig, words: Sequence[str]) -> dict[str, list[str]]:
+    """Each choice, or value of one, with the stages of the run that take it; and what says how many ranks there are
+    (strategy, trainer.devices), with all of them. Raises Refusal for a choice that no stage takes: it would change
+    nothing."""
+    whole: Any = OmegaConf.to_container(composed, resolve=False)
+    taken = {name: _taken(whole, name) for name in whole["order"]}
+    found = {}
     for word in words:
         group = re.match(r"(\w+)(?=[.=])", word)
         key = _key_of(group[1]) if group else ""
         choices = {*map(_key_of, GROUPS), "model"} - _NOT_OF_STAGES
-        if key in choices and key not in taken and word.partition("=")[2] not in ("none", "[]"):
+        value = word.partition("=")[2]
+        if OF_RANKS.match(word) and value not in ("single", "1", "auto"):
+            found[word] = list(taken)
+        if key not in choices or value in ("none", "[]"):
+            continue
+        found[word] = [name for name, keys in taken.items() if key in keys]
+        if not found[word]:
             name = OmegaConf.select(composed, "name")
-            other = "; the teacher is teacher.path" if key == "model" and "teacher" in taken else ""
+            teaches = key == "model" and any("teacher" in keys for keys in taken.values())
+            other = "; the teacher is teacher.path" if teaches else ""
             raise Refusal(f"{word}: no stage of {name} takes it; its stages are {', '.join(composed.order)}{other}")
+    return found
 
 
-def _taken(composed: DictConfig) -> set[str]:
-    """The keys at the top that the stages of `order` take, or that those take."""
-    whole: Any = OmegaConf.to_container(composed, resolve=False)
+def _taken(whole: dict[str, Any], stage: str) -> set[str]:
+    """The keys at the top of the configuration (not resolved) that a stage takes, or that those take."""
 
     def mentioned(node: Any) -> Iterator[str]:
         if isinstance(node, dict):
@@ -150,7 +162,7 @@ def _taken(composed: DictConfig) -> set[str]:
             yield from re.findall(r"\$\{(\w+)", node)
 
     found: set[str] = set()
-    new = {name for stage in whole["order"] for name in mentioned(whole["stages"].get(stage))}
+    new = set(mentioned(whole["stages"].get(stage)))
     while new := {name for name in new if name in whole and name != "stages"} - found:
         found |= new
         new = {name for key in new for name in mentioned(whole[key])}
@@ -190,6 +202,17 @@ def names_of(group: str) -> list[str]:
     return sorted(str(path.relative_to(CONF / group).with_suffix("")) for path in (CONF / group).glob("**/*.yaml"))
 
 
+def experiment_with(stage: str, field: str, beside: str) -> str:
+    """The simplest experiment that has a stage with this field, for a model of one's own; with the stage `beside` too
+    where there is one. "" where there is none."""
+    shelf = CONF / "stage" / f"{stage}.yaml"
+    if not shelf.is_file() or not re.search(rf"^{field}:", shelf.read_text(), re.MULTILINE):
+        return ""
+    texts = {path.stem: path.read_text() for path in (CONF / "experiment").glob("*.yaml")}
+    fit = [name for name, text in texts.items() if f"stages.{stage}: {stage}\n" in text and "${model.path}" in text]
+    return min(fit, key=lambda name: (f"stages.{beside}: " not in texts[name], len(texts[name])), default="")
+
+
 def explain(problem: Exception, words: Sequence[str]) -> str:
     """Hydra's and OmegaConf's errors in one line; `words` are the arguments that were composed."""
     text = " ".join(str(problem).split())
@@ -200,12 +223,22 @@ def explain(problem: Exception, words: Sequence[str]) -> str:
     if found := re.search(
         r"Could not find '([^']+)/([^'/]+)' Available options in '[^']+': (.*?) Config search path", text
     ):
-        return f"{found[1]}={found[2]}: no such choice{nearest(found[2], found[3].split())}"
+        return _no_such(found[1], found[2], found[3].split())
     if found := re.search(r"Missing mandatory value: ([\w.]+)", text):  # of what another value is taken from
         return f"{found[1]} is not set; give {found[1]}=…"
     if found := re.search(r"Could not load '(\w+)/([\w/]+)'", text):
-        return f"{found[1]}={found[2]}: no such choice{nearest(found[2], names_of(found[1]))}"
+        return _no_such(found[1], found[2], names_of(found[1]))
     return text
+
+
+def _no_such(group: str, name: str, known: list[str]) -> str:
+    told = f"{group}={name}: no such choice"
+    if group == "scheme" and (found := re.fullmatch(r"w([2-8])a16_g(\d+)", name)):
+        bits, size = found.groups()
+        near = next((each for each in known if each.startswith(f"w{bits}a16_g")), "")
+        keys = [*([] if near else [f"scheme.weights.bits={bits}"]), f"scheme.weights.group_size={size}"]
+        return f"{told}; write scheme={' '.join([near or 'w4a16_g128', *keys])}"
+    return told + nearest(name, known)
 
 
 def _unfit(word: str, why: str) -> str:

@@ -165,7 +165,7 @@ def parse(composed: Any) -> dict[str, Any]:
     return config
 
 
-_COUNTS = re.compile(r"(^|_)(parameters|tokens|bytes)$")
+COUNTS = re.compile(r"(^|_)(parameters|tokens|bytes)$")
 _SUFFIXES = {"K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9, "T": 10**12}
 
 
@@ -175,7 +175,7 @@ def _numbers(node: Any, key: str = "") -> Any:
         return {name: _numbers(value, str(name)) for name, value in node.items()}
     if isinstance(node, list):
         return [_numbers(value) for value in node]
-    if not _COUNTS.search(key):
+    if not COUNTS.search(key):
         return node
     if isinstance(node, str) and (found := re.fullmatch(r"(\d+(?:\.\d+)?)([KMGBT])", node.strip(), re.IGNORECASE)):
         return int(Decimal(found[1]) * _SUFFIXES[found[2].upper()])

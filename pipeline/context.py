@@ -10,6 +10,7 @@ from typing import Any
 
 from models.errors import Refusal
 from pipeline.artifact import PLANNED_QUANTIZED, Makes, git_commit, read_manifest, versions, write_json
+from pipeline.command_line import experiment_with
 from pipeline.training.strategy import Strategy
 
 
@@ -125,16 +126,21 @@ class Context:
 
     def in_its_words(self, message: str) -> str:
         """A message of this stage, which names settings by the kind of stage (`prune.kinds`) or from the stage on
-        (`calibration.samples`), with the keys under which a person sets them in this run."""
-        node = self.config["stages"][self.stage]
-        kind = node["_target_"].split(".")[-2]
+        (`calibration.samples`), with the keys under which a person sets them in this run. A setting of a kind of stage
+        that the run has none of comes with the experiment that has one."""
+        stages, order = self.config["stages"], self.config["order"]
+        node = stages[self.stage]
+        before = order[: order.index(self.stage)]
 
         def key(found: re.Match[str]) -> str:
             first, second = found.groups()
-            if first == kind and second in node:
-                return self.setting(self.stage, second)
+            for name in (self.stage, *reversed(before)):
+                if stages[name]["_target_"].split(".")[-2] == first and second in stages[name]:
+                    return self.setting(name, second)
             if first not in self.config and isinstance(node.get(first), dict) and second in node[first]:
                 return f"{self.setting(self.stage, first)}.{second}"
+            if experiment := experiment_with(first, second, beside=self.stage):
+                return f"+experiment={experiment} {second if second in self.config else f'stages.{first}.{second}'}"
             return found[0]
 
         return re.sub(r"(?<![\w./-])(\w+)\.(\w+)", key, message)

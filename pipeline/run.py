@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -32,15 +32,18 @@ from pipeline.report.terminal import table
 console = Console()
 
 
-def run(config: dict[str, Any]) -> None:
+def run(config: dict[str, Any], typed: Mapping[str, Sequence[str]]) -> None:
+    """`typed`: each choice on the command line, with the stages that take it."""
     run_dir = Path(config["run_dir"]).absolute()
     config = {**config, "run_dir": str(run_dir)} if config["run_dir"] == str(run_dir) else _rooted(config, run_dir)
     with prefork.server(config, selected(config)) as server:
-        _walk(config, run_dir, server)
+        spec = {"config": config, "stages": selected(config), "typed": typed}
+        _walk(config, run_dir, server, {entry["stage"]: entry for entry in _check(spec, server)})
 
 
-def _walk(config: dict[str, Any], run_dir: Path, server: prefork.Server | None) -> None:
-    plan = {entry["stage"]: entry for entry in _check(config, selected(config), server)}
+def _walk(
+    config: dict[str, Any], run_dir: Path, server: prefork.Server | None, plan: dict[str, dict[str, Any]]
+) -> None:
     if config["dry_run"]:
         _show(config, _jobs(config, plan))
         console.print("dry_run=true: nothing was started")
@@ -57,7 +60,7 @@ def _walk(config: dict[str, Any], run_dir: Path, server: prefork.Server | None) 
         for job in jobs:
             _run_stage(config, job, lock, server)
         report = write_report(run_dir)
-    console.print(table(report))
+    _print_whole(table(report))
     console.print(f"report: {run_dir / 'report.html'}", markup=False)
 
 
@@ -78,17 +81,20 @@ def _rooted(config: dict[str, Any], run_dir: Path) -> dict[str, Any]:
     return {**moved, "run_dir": str(run_dir)}
 
 
-def _check(config: dict[str, Any], stages: list[str], server: prefork.Server | None) -> list[dict[str, Any]]:
+def _check(spec: dict[str, Any], server: prefork.Server | None) -> list[dict[str, Any]]:
     """All that can be refused is refused by one process, before the first stage starts."""
+    if not console.is_terminal:  # where no spinner is seen, that it takes seconds is said
+        console.print("checking")
+        console.file.flush()
     with (
-        tempfile.NamedTemporaryFile("w", suffix=".json") as spec,
+        tempfile.NamedTemporaryFile("w", suffix=".json") as file,
         tempfile.TemporaryFile("w+") as out,
         tempfile.TemporaryFile("w+") as err,
         console.status("checking"),
     ):
-        json.dump({"config": config, "stages": stages}, spec)
-        spec.flush()
-        arguments, env = ["check", spec.name], environment(1, "auto")
+        json.dump(spec, file)
+        file.flush()
+        arguments, env = ["check", file.name], environment(1, "auto")
         if server is not None:
             code = server.run(arguments, env, [out.fileno(), err.fileno()], output=True)
         else:
@@ -244,10 +250,19 @@ def _show(config: dict[str, Any], jobs: list[dict[str, Any]]) -> None:
             entry["until"],
             f"{entry['ranks']} × {entry['device']}",
         )
-    console.print(plan)
+    _print_whole(plan)
     for job in jobs:
         for warning in job["plan"]["warnings"]:
-            console.print(f"[yellow]warning[/]: {job['stage']}: {escape(warning)}")
+            told = f"[yellow]warning[/]: {job['stage']}: {escape(warning)}"
+            console.print(told, soft_wrap=not console.is_terminal)
+
+
+def _print_whole(shown: Table) -> None:
+    """In a pipe or a log, which have no width, as wide as no cell is cut."""
+    if not console.is_terminal:
+        most = console.measure(shown, options=console.options.update(width=10_000)).maximum
+        console.width = max(console.width, most)
+    console.print(shown)
 
 
 def _differs(run_dir: Path, stage: str, changed: list[tuple[str, Any, Any]]) -> str:

@@ -17,14 +17,14 @@ import re
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from models.errors import NotFinite, Refusal
-from pipeline.command_line import spelling
-from pipeline.config import identity, nearest
+from models.errors import NotFinite, Problems, Refusal
+from pipeline.command_line import OF_RANKS, spelling
+from pipeline.config import COUNTS, identity, nearest
 from pipeline.launch import die_with
 
 if TYPE_CHECKING:
@@ -56,12 +56,11 @@ def main(arguments: Sequence[str]) -> int:
             stage.run(context)
         return 0
     except Refusal as problem:
-        told = str(problem) if context is None else context.in_its_words(str(problem))
-        print(
-            json.dumps({"refusal": told}) if mode == "check" else f"error: {told}",
-            file=sys.stdout if mode == "check" else sys.stderr,
-            flush=True,
-        )
+        if mode == "check":
+            print(json.dumps({"refusal": str(problem)}), flush=True)
+        else:
+            told = str(problem) if context is None else context.in_its_words(str(problem))
+            print(Refusal(told).told, file=sys.stderr, flush=True)
         return 2
     except NotFinite as problem:
         print(f"error: {problem}", file=sys.stderr, flush=True)
@@ -69,37 +68,104 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def check(spec: dict[str, Any]) -> dict[str, Any]:
+    """The plan of every stage that will run. Raises Refusal with all that they refuse."""
     from pipeline.context import Context
 
-    plan = []
-    stages = needed(spec["config"], spec["stages"])
+    config, typed = spec["config"], spec.get("typed", {})
     made = {}
-    for name in stages:  # all before any is checked, since a stage looks at what later ones need
-        with in_words_of(Context(spec["config"], name)):
-            made[name] = build(spec["config"], name)
-    with tempfile.TemporaryDirectory(prefix="retort-plan-") as plans:
-        for name in stages:
-            before = stages[: stages.index(name)]
-            context = Context(spec["config"], name, plans=Path(plans), planned=before)
-            seed = spec["config"]["stages"][name].get("seed", 0)
-            if not isinstance(seed, int) or seed < 0:
-                raise Refusal(f"stages.{name}.seed={seed}: need a whole number of at least 0")
-            stage = made[name]
-            with in_words_of(context), refusing("config"):
-                entry = dataclasses.asdict(stage.check(context))
-                if entry["content"] is None:
-                    entry["content"] = stage.content()
-            parents = stage.parents(context)
-            surroundings = {
-                "makes": stage.makes,
-                "ranks": stage.ranks(context),
-                "device": context.device,
-                "parents": parents,
-                "identity": identity(spec["config"], name, immaterial, compared_by_content, parents),
-            }
-            entry["warnings"] += _out_of_size(spec["config"], name, entry["parameters"])
-            plan.append({"stage": name, **surroundings, **entry})
+    for name in needed(
+        config, spec["stages"]
+    ):  # all before any is checked, since a stage looks at what later ones need
+        with in_words_of(Context(config, name)):
+            made[name] = build(config, name)
+    problems = Problems()
+    with problems:
+        _check_taken(config, typed)
+    with problems:
+        plan = _checked(config, made)
+    problems.tell()
+    plan[0]["warnings"] += _on_one_rank(config, typed, made)
     return {"plan": plan}
+
+
+def _checked(config: dict[str, Any], made: dict[str, Stage]) -> list[dict[str, Any]]:
+    """What each stage plans. One cause in several stages is told once, and a stage that reads what another one would
+    have made, had that not been refused, is not checked."""
+    from pipeline.context import Context
+
+    plan, names, told, unknown = [], list(made), Problems(), set[str]()
+    subjects: set[str] = set()
+    with tempfile.TemporaryDirectory(prefix="retort-plan-") as plans:
+        for name, stage in made.items():
+            context = Context(config, name, plans=Path(plans), planned=names[: names.index(name)])
+            problems = Problems()
+            with problems:
+                if unknown and unknown & {context.produced_by(path) for path in stage.parents(context).values()}:
+                    unknown.add(name)
+                    continue
+                plan.append(_entry(context, stage))
+            if problems.lines and not (Path(plans) / name).exists():
+                unknown.add(name)
+            new = [(line, re.sub(rf"(stages\.)?\b{name}\b", "", line.partition(": ")[0])) for line in problems.lines]
+            for line, subject in new:
+                if subject not in subjects:
+                    told.add(line)
+            subjects |= {subject for _, subject in new}
+    told.tell()
+    return plan
+
+
+def _entry(context: Context, stage: Stage) -> dict[str, Any]:
+    config, name = context.config, context.stage
+    seed = config["stages"][name].get("seed", 0)
+    if not isinstance(seed, int) or seed < 0:
+        raise Refusal(f"stages.{name}.seed={seed}: need a whole number of at least 0")
+    with in_words_of(context), refusing("config"):
+        entry = dataclasses.asdict(stage.check(context))
+        if entry["content"] is None:
+            entry["content"] = stage.content()
+    parents = stage.parents(context)
+    entry["warnings"] += _out_of_size(config, name, entry["parameters"])
+    return {
+        "stage": name,
+        "makes": stage.makes,
+        "ranks": stage.ranks(context),
+        "device": context.device,
+        "parents": parents,
+        "identity": identity(config, name, immaterial, compared_by_content, parents),
+        **entry,
+    }
+
+
+def _check_taken(config: dict[str, Any], typed: Mapping[str, Sequence[str]]) -> None:
+    """Refuse a choice on the command line for a stage that the run leaves out: it would change nothing."""
+    from pipeline.context import Context
+    from pipeline.stages.stage import contract_of
+
+    running = needed(config, config["order"])
+    for word, stages in typed.items():
+        if not set(stages) & set(running):
+            raise Refusal(
+                f"{word}: only the stage {stages[0]} takes it, which this run leaves out; it runs with "
+                f"{contract_of(Context(config, stages[0]), stages[0]).on_demand}"
+            )
+
+
+def _on_one_rank(config: dict[str, Any], typed: Mapping[str, Sequence[str]], made: dict[str, Stage]) -> list[str]:
+    """Told of a strategy or ranks on the command line where no stage has more than one. Refused where the command is
+    for the whole run, and no script that submits jobs has added them."""
+    from hydra.utils import instantiate
+
+    from pipeline.context import Context
+
+    words = [word for word in typed if OF_RANKS.match(word)]
+    two = {**config, "trainer": {**config["trainer"], "devices": 2}}
+    if not words or any(stage.ranks(Context(two, name)) > 1 for name, stage in made.items()):
+        return []
+    told = f"{' '.join(words)}: without effect, as each stage here ({', '.join(made)}) runs on one rank"
+    if list(made) == needed(config, config["order"]) and instantiate(config["launch"]).on_this_machine:
+        raise Refusal(f"{told}; leave it out")
+    return [told]
 
 
 @contextmanager
@@ -136,7 +202,7 @@ def needed(config: dict[str, Any], stages: list[str]) -> list[str]:
 
     def wanted(name: str) -> bool:
         try:
-            if not getattr(get_class(config["stages"][name]["_target_"]), "on_demand", False):
+            if not getattr(get_class(config["stages"][name]["_target_"]), "on_demand", ""):
                 return True
         except (ImportError, ValueError):
             return True  # refused when it is built, in better words
@@ -213,7 +279,8 @@ def _check_kind(annotation: str, value: Any, where: str, name: str) -> None:
     if set(kinds) <= set(_KINDS):
         if not any(_KINDS[kind][1](value) for kind in kinds):
             needed = " or ".join(_KINDS[kind][0] for kind in kinds)
-            raise Refusal(f"{where}.{name}={value}: need {needed}")
+            counted = "; 6B, 900M and 6e9 are understood" if COUNTS.search(name) and isinstance(value, str) else ""
+            raise Refusal(f"{where}.{name}={value}: need {needed}{counted}")
     elif isinstance(value, str | list) and all(
         re.fullmatch(r"(?!(Any|Path|Sequence\[.*)$)[A-Z]\w*(\[.*)?|None|dict\[.*", kind) for kind in kinds
     ):

@@ -558,8 +558,8 @@ def refused(*words: str) -> str:
 
     def main() -> None:
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            config = door.configuration(compose("config", sys.argv[1:]))
-        check({"config": config, "stages": selected(config)})
+            config, typed = door.configuration(compose("config", sys.argv[1:]))
+        check({"config": config, "stages": selected(config), "typed": typed})
         raise AssertionError("nothing was refused")
 
     door, told = front_door(), io.StringIO()
@@ -569,8 +569,9 @@ def refused(*words: str) -> str:
         contextlib.redirect_stderr(told),
     ):
         assert door._told(door.front_door) == 2
-    assert told.getvalue().startswith("error: ")
-    return told.getvalue().removeprefix("error: ").rstrip("\n")
+    lines = told.getvalue().splitlines()
+    assert all(line.startswith("error: ") for line in lines)
+    return "\n".join(line.removeprefix("error: ") for line in lines)
 
 
 @pytest.mark.parametrize("words", MISTAKES)

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.errors import Refusal
+from models.errors import Problems
 from models.formats.checkpoint import rewritten
-from models.formats.container import changed, check_divides, left_out, quantized_of, scales_OG, scheme_of
+from models.formats.container import changed, check_divides, check_float16, left_out, quantized_of, scales_OG, scheme_of
 from models.formats.format import Finished, Format, Plan, Runtime, Written
 from models.formats.unpacked import unpacked
 from models.load import load_config
@@ -41,17 +41,16 @@ class AWQ(Format):
 
     def check(self, plan: Plan) -> None:
         scheme = scheme_of(plan, _NAME)
-        weights = scheme.weights
+        weights, problems = scheme.weights, Problems()
         if weights.bits != 4:
-            raise Refusal(
-                f"format={_NAME}: scheme.weights.bits={weights.bits}; need 4, or use format=[compressed_tensors] (2 to "
-                f"8 bits)"
+            problems.add(
+                f"format={_NAME}: it has no {weights.bits} bits; quantize with quantize.scheme.weights.bits=4, or use "
+                f"format=[compressed_tensors] (2 to 8 bits)"
             )
-        if weights.scale_dtype != "float16":
-            raise Refusal(f"format={_NAME}: scheme.weights.scale_dtype={weights.scale_dtype}; scales are float16 there")
-        if scheme.activations is not None:
-            raise Refusal(f"format={_NAME}: it cannot hold quantized activations; use format=[compressed_tensors]")
-        check_divides(plan, _NAME, 8, 1)
+        check_float16(problems, scheme, _NAME)
+        with problems:
+            check_divides(plan, _NAME, 8, 1)
+        problems.tell()
 
     def write(self, finished: Finished, folder: Path) -> Written:
         held = quantized_of(finished)

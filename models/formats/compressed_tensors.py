@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from models.errors import Refusal
+from models.errors import Problems
 from models.formats.checkpoint import rewritten
 from models.formats.container import changed, check_scales, left_out, quantized_of, scales_OG, scheme_of
 from models.formats.format import Finished, Format, Plan, Runtime, Written
@@ -43,20 +43,24 @@ class CompressedTensors(Format):
 
     def check(self, plan: Plan) -> None:
         scheme = scheme_of(plan, _NAME)
-        weights, activations = scheme.weights, scheme.activations
+        weights, activations, problems = scheme.weights, scheme.activations, Problems()
         if not weights.symmetric:
-            raise Refusal(
+            problems.add(
                 f"format={_NAME}: asymmetric weights are not opened again by transformers; quantize with "
-                f"scheme.weights.symmetric=true, or use format=[awq] or format=[torchao]"
+                f"quantize.scheme.weights.symmetric=true, or use format=[awq] or format=[torchao]"
             )
-        check_scales(plan, weights, _NAME)
-        if activations is None:
-            return
-        if activations.bits != 8 or weights.bits != 8 or weights.granularity == "group":
-            raise Refusal(
+        with problems:
+            check_scales(plan, weights, _NAME)
+        if activations is not None and (activations.bits, weights.bits, weights.granularity == "group") != (
+            8,
+            8,
+            False,
+        ):
+            problems.add(
                 f"format={_NAME}: weights of {weights.bits} bits by {weights.granularity} with activations of "
-                f"{activations.bits}; need 8 and 8 bits, by channel or tensor"
+                f"{activations.bits}; need 8 and 8 bits, by channel or tensor, as quantize.scheme=w8a8 has them"
             )
+        problems.tell()
 
     def write(self, finished: Finished, folder: Path) -> Written:
         from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32

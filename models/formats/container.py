@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib import metadata
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from packaging.requirements import Requirement
 from torch import Tensor, nn
 
-from models.errors import Refusal
+from models.errors import Problems, Refusal
 from models.formats.checkpoint import dtype_of, in_dtype, names
 from models.formats.format import Finished, Format, Plan
 from models.load import empty_model
@@ -39,8 +39,8 @@ def scheme_of(plan: Plan, name: str) -> Scheme:
     """Raises Refusal where there is none, and where its matrices are no linear modules of their own."""
     if plan.scheme is None:
         raise Refusal(
-            f"format={name}: the model's weights are not quantized; run the stage quantize before export, or leave the "
-            f"format out (huggingface takes any model)"
+            f"format={name}: it holds quantized weights, and the model's are not; quantize them with "
+            f"quantize.scheme=w4a16_g128, or use format=[huggingface], which takes any model"
         )
     plain = {str(matrix): matrix for matrix in matrices(empty_model(plan.config))}
     for each in plan.shapes:
@@ -50,7 +50,7 @@ def scheme_of(plan: Plan, name: str) -> Scheme:
         if matrix.slot is not None:
             raise Refusal(
                 f"format={name}: {each} lies in one tensor with other experts, and the container holds linear modules; "
-                f"use format=[huggingface], or do not quantize it: skip=[{matrix.name}]"
+                f"use format=[huggingface], or do not quantize it: quantize.skip=[{matrix.name}]"
             )
         if matrix.transposed:
             raise Refusal(
@@ -66,27 +66,35 @@ def check_scales(plan: Plan, scheme: WeightScheme, name: str) -> None:
     if dtype not in ("float32", scheme.scale_dtype):
         raise Refusal(
             f"format={name}: the model is {dtype}, which rounds scales in {scheme.scale_dtype}; quantize with "
-            f"scheme.weights.scale_dtype={dtype}, or export with dtype={scheme.scale_dtype}"
+            f"quantize.scheme.weights.scale_dtype={dtype}, or export with export.dtype={scheme.scale_dtype}"
         )
+
+
+def check_float16(problems: Problems, scheme: Scheme, name: str) -> None:
+    """Of a container that has scales in float16, and no activations."""
+    if (dtype := scheme.weights.scale_dtype) != "float16":
+        problems.add(
+            f"format={name}: scales are float16 there, and not {dtype}; quantize with "
+            f"quantize.scheme.weights.scale_dtype=float16"
+        )
+    if scheme.activations is not None:
+        problems.add(f"format={name}: it cannot hold quantized activations; use format=[compressed_tensors]")
 
 
 def check_divides(plan: Plan, name: str, outputs: int, inputs: int) -> None:
     """Refuse matrices whose integers do not fill whole words."""
-    for each, (each_outputs, each_inputs) in plan.shapes.items():
-        for width, word, what in ((each_outputs, outputs, "outputs"), (each_inputs, inputs, "inputs")):
-            if width % word:
-                raise Refusal(
-                    f"format={name}: {each} has {width} {what}, and the container packs {word} at once; prune with "
-                    f"multiple_of={word}, leave the matrix out of quantization with skip, or use "
-                    f"format=[compressed_tensors]"
-                )
-
-
-def check_group(scheme: WeightScheme, name: str, sizes: Collection[int]) -> None:
-    if scheme.granularity == "group" and scheme.group_size not in sizes:
+    odd = {
+        each: f"{width} {what}, and the container packs {word} at once"
+        for each, shape in plan.shapes.items()
+        for width, word, what in ((shape[0], outputs, "outputs"), (shape[1], inputs, "inputs"))
+        if width % word
+    }
+    if odd:
+        skip = dict.fromkeys(each.removesuffix(".weight").rpartition(".")[2] for each in odd)
         raise Refusal(
-            f"format={name}: scheme.weights.group_size={scheme.group_size}; need one of "
-            f"{', '.join(map(str, sizes))}, or granularity=channel"
+            f"format={name}: {next(iter(odd))} has {next(iter(odd.values()))}; use format=[compressed_tensors], prune "
+            f"with prune.multiple_of={max(outputs, inputs)}, or leave such matrices as they are with "
+            f"quantize.skip=[{','.join(skip)}]"
         )
 
 
@@ -131,5 +139,5 @@ def scales_OG(quantized: QuantizedMatrix, dtype: str) -> Tensor:
     outputs = quantized.integers.shape[0]
     found = quantized.scale.to(SCALE_DTYPES[dtype])
     if not torch.equal(found.float(), quantized.scale):
-        raise Refusal(f"a scale is not exact in {dtype}; run the stage quantize again")
+        raise Refusal(f"a scale is not exact in {dtype}; quantize the model again")
     return found.expand(outputs, -1).contiguous()

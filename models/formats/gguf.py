@@ -90,16 +90,17 @@ class Gguf(Format):
         check_family(plan.config)
         width = head_width(plan.config)
         if self.cache == "q8_0" and width % 32:
-            raise Refusal(f"format.cache=q8_0: blocks of 32 do not divide heads {width} wide; use cache=f16")
+            raise Refusal(f"format.cache=q8_0: blocks of 32 do not divide heads {width} wide; use format.cache=f16")
         if plan.scheme is not None and plan.scheme.activations is not None:
             raise Refusal(
                 "format=gguf: llama.cpp rounds activations in its own way; use format=[compressed_tensors], or "
-                "quantize without activations"
+                "quantize without activations, as quantize.scheme=w8a16 does"
             )
         if plan.blocks is not None:
             if self.type != "auto":
                 raise Refusal(
-                    f"format.type={self.type}: the model is quantized to ggml's {plan.blocks} already; use type=auto"
+                    f"format.type={self.type}: the model is quantized to ggml's {plan.blocks} already; use "
+                    f"format.type=auto"
                 )
             for name, (_, inputs) in plan.shapes.items():
                 GgmlType(plan.blocks).check(name, inputs)
@@ -109,7 +110,7 @@ class Gguf(Format):
                 if exact != "f32" and inputs % 32:
                     raise Refusal(
                         f"format.type={exact}: {name} has {inputs} inputs, which blocks of 32 do not divide; use "
-                        f"type=f32, or prune the width with multiple_of=32"
+                        f"format.type=f32, or prune the width with prune.multiple_of=32"
                     )
         elif self.type in MIXTURES:
             width = TYPES[MIXTURES[self.type]].width
@@ -118,8 +119,8 @@ class Gguf(Format):
                 fit = [name for name, base in MIXTURES.items() if any(w % TYPES[base].width == 0 for w in widths)]
                 raise Refusal(
                     f"format.type={self.type}: no matrix has a multiple of {width} inputs (they have "
-                    f"{', '.join(map(str, sorted(widths)))}); use {' or '.join(fit) or 'f16'}, or prune the widths "
-                    f"with multiple_of={width}"
+                    f"{', '.join(map(str, sorted(widths)))}); use format.type={' or '.join(fit) or 'f16'}, or prune "
+                    f"the widths with prune.multiple_of={width}"
                 )
 
     def exact_for(self, scheme: WeightScheme) -> str:
@@ -132,7 +133,7 @@ class Gguf(Format):
             return exact if self.type == "auto" else self.type
         raise Refusal(
             f"format.type={self.type}: the model is quantized to {scheme.bits} bits already, and would be rounded "
-            f"twice; use type=auto ({exact}), or export the model that was not quantized"
+            f"twice; use format.type=auto ({exact}), or export the model that was not quantized"
         )
 
     def write(self, finished: Finished, folder: Path) -> Written:
@@ -297,7 +298,7 @@ class _Writing:
             return GgmlType(kind).pack(weight.flatten(0, -2)).bytes
         if kind == "f16" and not bool((weight.abs() <= LARGEST).all()):
             raise Refusal(
-                f"format=gguf: {parameter} has weights beyond {LARGEST:.0f}, where float16 ends; use others=bf16"
+                f"format=gguf: {parameter} has weights beyond {LARGEST:.0f}, where float16 ends; use format.others=bf16"
             )
         held = weight.to(FLOATS[kind]).contiguous()
         return held.view(torch.int16) if kind == "bf16" else held  # numpy has no bfloat16

@@ -11,6 +11,7 @@ Of a matrix with O outputs, I inputs and b bits, all integers from 0 up, symmetr
 from __future__ import annotations
 
 import json
+import math
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.errors import Refusal
+from models.errors import Problems
 from models.formats.checkpoint import rewritten
-from models.formats.container import changed, check_divides, left_out, quantized_of, scales_OG, scheme_of
+from models.formats.container import changed, check_divides, check_float16, left_out, quantized_of, scales_OG, scheme_of
 from models.formats.format import Finished, Format, Plan, Runtime, Written
 from models.formats.unpacked import unpacked
 from models.load import load_config
@@ -46,22 +47,23 @@ class GPTQ(Format):
 
     def check(self, plan: Plan) -> None:
         scheme = scheme_of(plan, _NAME)
-        weights = scheme.weights
+        weights, problems = scheme.weights, Problems()
         if weights.bits not in _BITS:
-            raise Refusal(
-                f"format={_NAME}: scheme.weights.bits={weights.bits}; need one of {', '.join(map(str, _BITS))}"
+            *some, last = map(str, _BITS)
+            problems.add(
+                f"format={_NAME}: it has no {weights.bits} bits; quantize with quantize.scheme.weights.bits="
+                f"{', '.join(some)} or {last}"
             )
         if not weights.symmetric:
-            raise Refusal(
+            problems.add(
                 f"format={_NAME}: scheme.weights.symmetric=false, and a zero point of 0 cannot be expressed there; use "
-                f"format=[awq], or quantize with scheme.weights.symmetric=true"
+                f"format=[awq], or quantize with quantize.scheme.weights.symmetric=true"
             )
-        if weights.scale_dtype != "float16":
-            raise Refusal(f"format={_NAME}: scheme.weights.scale_dtype={weights.scale_dtype}; scales are float16 there")
-        if scheme.activations is not None:
-            raise Refusal(f"format={_NAME}: it cannot hold quantized activations; use format=[compressed_tensors]")
-        word = 32 if weights.bits == 3 else 32 // weights.bits
-        check_divides(plan, _NAME, word, word)
+        check_float16(problems, scheme, _NAME)
+        with problems:
+            word = math.lcm(32, weights.bits) // weights.bits
+            check_divides(plan, _NAME, word, word)
+        problems.tell()
 
     def write(self, finished: Finished, folder: Path) -> Written:
         held = quantized_of(finished)

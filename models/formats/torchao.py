@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from models.errors import Refusal
+from models.errors import Problems
 from models.formats.checkpoint import beside, in_dtype, shards, tensors
 from models.formats.container import check_scales, left_out, quantized_of, scales_OG, scheme_of
 from models.formats.format import Finished, Format, Plan, Runtime, Written
@@ -32,12 +32,15 @@ class TorchAO(Format):
 
     def check(self, plan: Plan) -> None:
         scheme = scheme_of(plan, _NAME)
-        check_scales(plan, scheme.weights, _NAME)
+        problems = Problems()
+        with problems:
+            check_scales(plan, scheme.weights, _NAME)
         if scheme.activations is not None:
-            raise Refusal(
+            problems.add(
                 f"format={_NAME}: it rounds activations by another rule than they were quantized by; use "
                 f"format=[compressed_tensors]"
             )
+        problems.tell()
 
     def write(self, finished: Finished, folder: Path) -> Written:
         from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict

@@ -80,9 +80,10 @@ class Wish:
             if getattr(self, name) < 0:
                 raise Refusal(f"prune.{name}={getattr(self, name)}: need 0 or more layers")
         if self.protect_first + self.protect_last >= layers:
+            few = int(layers > 2)
             raise Refusal(
                 f"prune.protect_first={self.protect_first} and protect_last={self.protect_last} leave none of {layers} "
-                f"layers to prune"
+                f"layers to prune; use e.g. prune.protect_first={few} prune.protect_last={few}"
             )
         if self.multiple_of < 1:
             raise Refusal(f"prune.multiple_of={self.multiple_of}: need 1 or more; 64 suits tensor cores")

@@ -38,7 +38,7 @@ class BlockQAT:
         if start is not None:
             raise Refusal(
                 f"qat.type={self.type}: the student is quantized already and would be rounded twice; give the model "
-                f"before the stage quantize"
+                f"that it was made of"
             )
         shapes = {}
         for matrix in self._taken(plain):

@@ -100,7 +100,7 @@ class GgmlType:
             fit = [known for known, layout in TYPES.items() if inputs % layout.width == 0]
             raise Refusal(
                 f"ggml.type={self.type}: {name} has {inputs} inputs, which blocks of {self.width} do not divide; "
-                f"need {' or '.join(fit) or 'f16'}, or prune the width with multiple_of={self.width}"
+                f"need {' or '.join(fit) or 'f16'}, or prune the width with prune.multiple_of={self.width}"
             )
 
     def pack(self, weight_OI: Tensor) -> Blocks:
@@ -142,16 +142,18 @@ def type_of_scheme(scheme: WeightScheme) -> str:
     """The smallest type whose blocks hold a scheme's own integers and scales. Raises Refusal where none does."""
     if not scheme.symmetric:
         raise Refusal(
-            "gguf: blocks hold −scale · zero point in half precision, which is not exact; quantize with "
-            "scheme.weights.symmetric=true"
+            "format=gguf: blocks hold −scale · zero point in half precision, which is not exact; quantize with "
+            "quantize.scheme.weights.symmetric=true, or use format.type=f32"
         )
     if scheme.scale_dtype != "float16":
         raise Refusal(
-            f"gguf: blocks hold scales in float16, not {scheme.scale_dtype}; use scheme.weights.scale_dtype=float16"
+            f"format=gguf: blocks hold scales in float16, not {scheme.scale_dtype}; quantize with "
+            f"quantize.scheme.weights.scale_dtype=float16, or use format.type=f32"
         )
     if scheme.group_size is not None and scheme.group_size % 32:
         raise Refusal(
-            f"gguf: blocks are of 32 neighbours; scheme.weights.group_size={scheme.group_size} is no multiple of 32"
+            f"format=gguf: blocks are of 32 neighbours; scheme.weights.group_size={scheme.group_size} is no multiple "
+            f"of 32; quantize with quantize.scheme.weights.group_size=32, or use format.type=f32"
         )
     return "q4_0" if scheme.bits <= 4 else "q8_0"
 

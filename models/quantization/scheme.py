@@ -6,7 +6,7 @@ the export multiplies the same integers with the same scales.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -94,16 +94,23 @@ class WeightScheme:
         own = torch.finfo(SCALE_DTYPES[self.scale_dtype]).bits + (0 if self.symmetric else self.bits)
         return self.bits + scales * own / (outputs * inputs)
 
-    def check(self, name: str, inputs: int, widths: Collection[int] = ()) -> None:
-        """Raises Refusal where groups do not divide a matrix's inputs, with sizes that divide all `widths` too."""
-        if inputs % self.width(inputs):
-            fit = [str(size) for size in (256, 128, 64, 32, 16, 8, 4) if not any(w % size for w in (inputs, *widths))]
-            prune = f", prune the width with multiple_of={self.group_size}" if self.width(inputs) < inputs else ""
-            raise Refusal(
-                f"scheme.weights.group_size={self.group_size}: {name} has {inputs} inputs, which it does not divide; "
-                f"need {' or '.join([*fit, 'granularity=channel with group_size=null'])}{prune}, or leave it "
-                f"out with skip=[{name.split('.')[-2] if '.' in name else name}]"
-            )
+    def check(self, inputs: Mapping[str, int]) -> None:
+        """Raises Refusal where groups do not divide the inputs of a matrix (name → inputs), with sizes that divide
+        those of all."""
+        odd = {name: count for name, count in inputs.items() if count % self.width(count)}
+        if not odd:
+            return
+        fit = [str(size) for size in (256, 128, 64, 32, 16, 8, 4) if not any(n % size for n in inputs.values())]
+        channel = "scheme.weights.granularity=channel with scheme.weights.group_size=null"
+        wide = all(self.width(count) < count for count in odd.values())
+        prune = f", prune the width with prune.multiple_of={self.group_size}" if wide else ""
+        name, count = next(iter(odd.items()))
+        names = dict.fromkeys(each.split(".")[-2] if "." in each else each for each in odd)
+        skip = f", or leave out those with quantize.skip=[{','.join(names)}]" if len(odd) < len(inputs) else ""
+        raise Refusal(
+            f"scheme.weights.group_size={self.group_size}: {name} has {count} inputs, which it does not divide; need "
+            f"{' or '.join([*fit, channel])}{prune}{skip}"
+        )
 
     def of_range(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         """(scale, zero_point) of ranges that have to be represented, of any shape. Raises Refusal for NaN and ∞."""

@@ -44,7 +44,8 @@ class Calibration:
         limit = getattr(config, "max_position_embeddings", None)
         if limit and limit < length:
             raise Refusal(
-                f"{stage}.calibration.length={length}: the model reads at most {limit} tokens (max_position_embeddings)"
+                f"{stage}.calibration.length={length}: the model reads at most {limit} tokens "
+                f"(max_position_embeddings); use {stage}.calibration.length={limit}"
             )
         most = (corpus.get("train") or {}).get("tokens_at_most")
         if self.concatenated and most is not None and not corpus["chat"] and most < self.samples * self.length:

@@ -22,7 +22,8 @@ def as_markdown(page: Json) -> str:
             + (" (replaced since)" if parent["replaced"] else "")
             for parent in stage["parents"]
         )
-        return f"- {_md(stage['stage'])} `{stage['hash']}`" + (f" ← {parents}" if parents else "")
+        known = f" `{stage['hash']}`" if stage["hash"] else ""
+        return f"- {_md(stage['stage'])}{known}" + (f" ← {parents}" if parents else "")
 
     lines = [f"# {_md(page['run'])}", "", *table([_md(h) for h in page["headings"]], page["rows"]), ""]
     for note in page["notes"]:

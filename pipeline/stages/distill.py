@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from hydra.utils import instantiate
 
-from models.errors import Refusal
+from models.errors import Problems, Refusal
 from models.load import check_folder, empty_model, parameter_count
 from models.lora import Lora
 from models.objectives.term import Objective, needs_teacher
@@ -76,18 +76,24 @@ class Distill(Stage):
         return source_key(self.data)
 
     def check(self, context: Context) -> StagePlan:
-        warnings = settings.check(context, self.training, self.precision)
+        problems, warnings = Problems(), list[str]()
+        with problems:
+            warnings += settings.check(context, self.training, self.precision)
         corpus = check_source(context, self.data)
         # Where another program runs the teacher, or only its cache is left, its tokenizer and config will do.
         opened = self.student.opens_teacher or (self._taught and not self._cache)
         teacher = teacher_config(context, self.teacher, weights=opened)
         student = self._start(context).config(context.config_folder(self.teacher.path))
-        settings.check_length(teacher, self.data, "teacher")
-        settings.check_length(student, self.data, "student")
+        with problems:
+            settings.check_length(teacher, self.data, "teacher")
+            settings.check_length(student, self.data, "student")
         sizes = {role: parameter_count(empty_model(c)) for role, c in (("teacher", teacher), ("student", student))}
-        Combination(context, self._recipe, self.teacher, self.student, teacher, student).check()
-        self._plan(context, student)
-        settings.check_disk(context, sizes["student"])
+        with problems:
+            Combination(context, self._recipe, self.teacher, self.student, teacher, student).check()
+        with problems:
+            self._plan(context, student)
+            settings.check_disk(context, sizes["student"])
+        problems.tell()
         if sizes["student"] > sizes["teacher"]:
             warnings.append(
                 f"the student ({sizes['student']:,} parameters) is larger than its teacher ({sizes['teacher']:,})"

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 from hydra.utils import instantiate
 from torch import Tensor
 
-from models.errors import Refusal
+from models.errors import Problems, Refusal
 from models.formats.certificate import Tolerances
 from models.formats.checkpoint import dtype_of
 from models.formats.container import check_installed
@@ -105,16 +105,22 @@ class Export(Stage):
     def check(self, context: Context) -> StagePlan:
         corpus = check_source(context, self.data)
         plan = self._plan(context)
+        problems = Problems()
         limit = getattr(plan.config, "max_position_embeddings", None)
         if limit and limit < self.length:
-            raise Refusal(f"export.length={self.length}: the model reads at most {limit} (max_position_embeddings)")
+            problems.add(
+                f"export.length={self.length}: the model reads at most {limit} (max_position_embeddings); use "
+                f"export.length={limit}"
+            )
         for name, form in self._formats.items():
-            check_installed(f"{context.setting(context.stage, 'formats')}.{name}", form)
-            try:
+            own, setting = Problems(), f"{context.setting(context.stage, 'formats')}.{name}"
+            with problems:
+                check_installed(setting, form)
+            with own:
                 form.check(plan)
-            except Refusal as problem:  # a format does not know its name in this run
-                setting = f"{context.setting(context.stage, 'formats')}.{name}"
-                raise Refusal(re.sub(r"\bformat\.(?=\w)", f"{setting}.", str(problem))) from None
+            for line in own.lines:  # a format does not know its name in this run
+                problems.add(re.sub(r"\bformat\.(?=\w)", f"{setting}.", line))
+        problems.tell()
         return StagePlan(
             model=plan.config.model_type,
             parameters=parameter_count(empty_model(plan.config)),

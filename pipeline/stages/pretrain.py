@@ -33,7 +33,7 @@ class Tokenizer:
 @dataclass(frozen=True)
 class Pretrain(Stage):
     makes: ClassVar[Makes] = "model"
-    on_demand: ClassVar[bool] = True
+    on_demand: ClassVar[str] = "this run's own teacher, without another teacher.path"
 
     data: DataSource
     model: dict[str, Any]  # model_type and whatever numbers of its Hugging Face config

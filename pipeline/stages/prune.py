@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from models.errors import Refusal
+from models.errors import Problems, Refusal
 from models.load import DTYPES, empty_model, load_config, load_model, parameter_count, save_model
 from models.pruning import importance as scoring
 from models.pruning.feasible import feasible
@@ -135,19 +135,13 @@ class Prune(Stage):
         whole = empty_model(config)
         anatomy = anatomy_of(whole)
         shapes = Shapes.of_model(whole, anatomy)
+        kept: Kept
         if self.plan is not None:
             if Path(self.plan).resolve().is_relative_to(context.out.resolve()):
                 raise Refusal(f"prune.plan={self.plan}: the stage writes that file itself; copy it elsewhere first")
             kept, _ = read_plan(Path(self.plan), anatomy)
         else:
-            self.calibration.check(context.stage, config, corpus, self.data.max_length)
-            scoring.check(self.importance, anatomy, self.kinds)
-            self._scoring(context).check(self._files)
-            # As if all scores were known: what cannot be met or expressed is refused before a weight is read. How units
-            # of several groups compare is not known, so that later stages are checked with every group's own share.
-            scores = {group.name: np.arange(group.units, dtype=float) for group in anatomy.groups.values()}
-            choose(shapes, scores, self._wish(context))
-            kept, _ = feasible(config, shapes, scores, replace(self._wish(context), ranking="layer"))
+            kept = self._kept(context, config, corpus, shapes)
         smaller, note = smaller_config(config, anatomy, kept)
         context.plan_model(smaller)
         return StagePlan(
@@ -161,6 +155,26 @@ class Prune(Stage):
             content=f"{self.content()} in multiples of {self._multiple(context)}" if self._automatic else None,
             commits={"model": getattr(config, "_commit_hash", None)},
         )
+
+    def _kept(self, context: Context, config: Any, corpus: dict[str, Any], shapes: Shapes) -> Kept:
+        """In the check, as if all scores were known: what cannot be met or expressed is refused before a weight is
+        read. How units of several groups compare is not known, so that later stages are checked with every group's own
+        share."""
+        problems = Problems()
+        kept: Kept = {}
+        with problems:
+            self.calibration.check(context.stage, config, corpus, self.data.max_length)
+        with problems:
+            scoring.check(self.importance, shapes.anatomy, self.kinds)
+            self._scoring(context).check(self._files)
+        with problems:
+            scores = {group.name: np.arange(group.units, dtype=float) for group in shapes.anatomy.groups.values()}
+            choose(shapes, scores, self._wish(context))
+            kept, _ = feasible(config, shapes, scores, replace(self._wish(context), ranking="layer"))
+        if problems.lines and not self._automatic:  # later stages tell what they refuse of the whole model
+            context.plan_model(config)
+        problems.tell()
+        return kept
 
     def prepare(self, context: Context) -> None:
         """The calibration text, before the ranks start."""

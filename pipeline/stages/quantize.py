@@ -93,13 +93,17 @@ class Quantize(Stage):
         taken: dict[str, tuple[int, int]] = {}
 
         def fits(model: Any) -> None:
-            for matrix in self._chosen(model):
+            mine = chosen(model, self.skip, "quantize.skip")
+            for matrix in mine:
                 outputs, inputs = matrix.of(model.get_parameter(matrix.parameter)).shape
                 taken[str(matrix)] = (outputs, inputs)
+            self._check_fits(model, mine)
 
-        plan = self.layer_by_layer.check(context, fits)
-        context.plan_quantized(Outline(taken, self.scheme).as_json())
-        return plan
+        try:
+            return self.layer_by_layer.check(context, fits)
+        finally:
+            if taken:  # of a scheme that is refused, too: formats then say whether they take it
+                context.plan_quantized(Outline(taken, self.scheme).as_json())
 
     def prepare(self, context: Context) -> None:
         """There are no other ranks."""
@@ -144,6 +148,10 @@ class Quantize(Stage):
     def _chosen(self, model: Any) -> list[Matrix]:
         """The matrices that are quantized. Raises Refusal for settings that do not fit this model."""
         taken = chosen(model, self.skip, "quantize.skip")
+        self._check_fits(model, taken)
+        return taken
+
+    def _check_fits(self, model: Any, taken: Sequence[Matrix]) -> None:
         if self.quantizer.reading is not None:
             check_read(taken, f"the quantizer {type(self.quantizer).__name__}", "quantizer=round_to_nearest")
         if self.scheme.activations is not None:
@@ -156,10 +164,9 @@ class Quantize(Stage):
                     f"the quantizer {type(self.quantizer).__name__}: which parts its scales could be folded into is "
                     f"not known ({problem}); use quantizer=gptq"
                 ) from None
-        widths = {str(matrix): matrix.of(model.get_parameter(matrix.parameter)).shape[-1] for matrix in taken}
-        for name, inputs in widths.items():
-            self.scheme.weights.check(name, inputs, widths.values())
-        return taken
+        self.scheme.weights.check(
+            {str(matrix): matrix.of(model.get_parameter(matrix.parameter)).shape[-1] for matrix in taken}
+        )
 
     @torch.no_grad()
     def _take(

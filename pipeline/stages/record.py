@@ -33,7 +33,7 @@ from pipeline.training.settings import check_length
 @dataclass(frozen=True)
 class Record(Stage):
     makes: ClassVar[Makes] = "signal"
-    on_demand: ClassVar[bool] = True
+    on_demand: ClassVar[str] = "teacher=cached or teacher=served, without another teacher.cache"
     immaterial: ClassVar[frozenset[str]] = frozenset({"batch_size", "shard_mb", "sample_tokens"})
 
     data: DataSource

@@ -57,7 +57,7 @@ class Stage(ABC):
     """Reads artifacts and text, and makes one artifact, `context.out`."""
 
     makes: ClassVar[Makes]  # what stands in the artifact's folder, and as `kind` in its manifest
-    on_demand: ClassVar[bool] = False  # True: left out of a run whose configuration names its folder nowhere
+    on_demand: ClassVar[str] = ""  # what makes a run read its folder; where it does not, such a stage is left out
     immaterial: ClassVar[frozenset[str]] = frozenset()  # fields that change nothing it makes, beyond rounding
 
     # Asked of a stage's settings by stages before and after it, where others of its settings may not be given yet.

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from models.errors import Refusal
+from models.errors import Problems, Refusal
 from models.layerwise import Turn
 from models.load import DTYPES, empty_model, parameter_count
 from models.matrices import Matrix, name_of_layers
@@ -51,15 +51,20 @@ class LayerByLayer:
         return {"model": self.model, **self.data.made_by_stages}
 
     def check(self, context: Context, fits: Callable[[Any], object]) -> Plan:
-        """The stage's plan. `fits` is called with the model, without memory, and refuses what does not fit it."""
+        """The stage's plan. `fits` is called with the model, without memory, and refuses what does not fit it. The
+        model is planned where the stage refuses it, too, so that later stages say in the same message what they
+        refuse."""
         corpus = check_source(context, self.data)
         config = config_to_change(context, self.model, self.trust_remote_code)
-        if self.reads:
-            self.calibration.check(context.stage, config, corpus)
-        whole = empty_model(config)
-        fits(whole)
+        problems, whole = Problems(), empty_model(config)
+        with problems:
+            if self.reads:
+                self.calibration.check(context.stage, config, corpus)
+        with problems:
+            fits(whole)
         config.dtype = DTYPES[self.dtype]
         context.plan_model(config)
+        problems.tell()
         return Plan(
             model=config.model_type,
             parameters=parameter_count(whole),

@@ -137,7 +137,10 @@ def check_length(config: Any, data: DataSource, role: str) -> None:
         name = "teacher_max_length"
     length = getattr(data, name)
     if (limit := getattr(config, "max_position_embeddings", None)) and limit < length:
-        raise Refusal(f"{data.node}.{name}={length}: the {role} reads at most {limit} tokens (max_position_embeddings)")
+        raise Refusal(
+            f"{data.node}.{name}={length}: the {role} reads at most {limit} tokens (max_position_embeddings); use "
+            f"{data.node}.{name}={limit}"
+        )
 
 
 def check_disk(context: Context, parameters: int) -> None:
