@@ -202,17 +202,6 @@ def names_of(group: str) -> list[str]:
     return sorted(str(path.relative_to(CONF / group).with_suffix("")) for path in (CONF / group).glob("**/*.yaml"))
 
 
-def experiment_with(stage: str, field: str, beside: str) -> str:
-    """The simplest experiment that has a stage with this field, for a model of one's own; with the stage `beside` too
-    where there is one. "" where there is none."""
-    shelf = CONF / "stage" / f"{stage}.yaml"
-    if not shelf.is_file() or not re.search(rf"^{field}:", shelf.read_text(), re.MULTILINE):
-        return ""
-    texts = {path.stem: path.read_text() for path in (CONF / "experiment").glob("*.yaml")}
-    fit = [name for name, text in texts.items() if f"stages.{stage}: {stage}\n" in text and "${model.path}" in text]
-    return min(fit, key=lambda name: (f"stages.{beside}: " not in texts[name], len(texts[name])), default="")
-
-
 def explain(problem: Exception, words: Sequence[str]) -> str:
     """Hydra's and OmegaConf's errors in one line; `words` are the arguments that were composed."""
     text = " ".join(str(problem).split())
@@ -238,6 +227,8 @@ def _no_such(group: str, name: str, known: list[str]) -> str:
         near = next((each for each in known if each.startswith(f"w{bits}a16_g")), "")
         keys = [*([] if near else [f"scheme.weights.bits={bits}"]), f"scheme.weights.group_size={size}"]
         return f"{told}; write scheme={' '.join([near or 'w4a16_g128', *keys])}"
+    if longer := [each for each in known if each.startswith(name)]:
+        return f"{told}; did you mean {' or '.join(longer)}?"
     return told + nearest(name, known)
 
 

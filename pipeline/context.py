@@ -10,7 +10,7 @@ from typing import Any
 
 from models.errors import Refusal
 from pipeline.artifact import PLANNED_QUANTIZED, Makes, git_commit, read_manifest, versions, write_json
-from pipeline.command_line import experiment_with
+from pipeline.command_line import CONF
 from pipeline.training.strategy import Strategy
 
 
@@ -139,7 +139,7 @@ class Context:
                     return self.setting(name, second)
             if first not in self.config and isinstance(node.get(first), dict) and second in node[first]:
                 return f"{self.setting(self.stage, first)}.{second}"
-            if experiment := experiment_with(first, second, beside=self.stage):
+            if experiment := _experiment_with(first, second, beside=self.stage):
                 return f"+experiment={experiment} {second if second in self.config else f'stages.{first}.{second}'}"
             return found[0]
 
@@ -169,3 +169,14 @@ class Context:
         """In the check process, of a planned model: the outline of its quantized weights."""
         assert self.plans is not None
         write_json(self.plans / self.stage / PLANNED_QUANTIZED, said)
+
+
+def _experiment_with(stage: str, field: str, beside: str) -> str:
+    """The simplest experiment that has a stage with this field, for a model of one's own; with the stage `beside` too
+    where there is one. "" where there is none."""
+    shelf = CONF / "stage" / f"{stage}.yaml"
+    if not shelf.is_file() or not re.search(rf"^{field}:", shelf.read_text(), re.MULTILINE):
+        return ""
+    texts = {path.stem: path.read_text() for path in (CONF / "experiment").glob("*.yaml")}
+    fit = [name for name, text in texts.items() if f"stages.{stage}: {stage}\n" in text and "${model.path}" in text]
+    return min(fit, key=lambda name: (f"stages.{beside}: " not in texts[name], len(texts[name])), default="")

@@ -465,7 +465,14 @@ def test_plain_lines_carry_loss_speed_validation_and_time_left(tmp_path):
     said = show(tmp_path, 40).splitlines()
     assert said[1].startswith("distill: step 8/40 (20 %)  loss 0.125  validation 0.400  2,000 tokens/s  0:00:0")
     assert said[1].endswith(" left")
-    assert said[-1] == "distill: step 40/40 (100 %)  loss 0.025  validation 0.054  2,000 tokens/s"
+    assert said[-1] == "distill: step 40/40 (100 %)  loss 0.025  validation 0.049  2,000 tokens/s"  # of step 40
+
+
+def test_a_validation_stands_in_one_line(tmp_path):
+    said = show(tmp_path, 12, every_fraction=1 / 12).splitlines()
+    found = {line.split()[2]: line.partition("validation ")[2][:5] for line in said if "validation" in line}
+    assert found == {"5/12": "0.400", "9/12": "0.222", "12/12": "0.154"}  # of steps 4, 8 and 12
+    assert len(said) == len(set(said)) == 12
 
 
 def test_restarted_stage_shows_its_right_step(tmp_path):

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from models.errors import Refusal
 from pipeline.command_line import CONF, arguments, choices
 from pipeline.config import parse
 from tests.command import train
-from tests.test_config import composed, quickstart, refused
+from tests.test_config import composed, quickstart, refused, unrefused
 
 WRONG = {  # what is typed → what the answer says
     "seed=abc": "seed=abc: need a whole number",
@@ -74,6 +75,12 @@ WRONG = {  # what is typed → what the answer says
     "+experiment=evaluate_only model.path=m": "data.test is not set",
     "+experiment=evaluate_only model.path=m data.train=t": "data.test is not set",
     "+experiment=in_context teacher.path=t": "task.train is not set",
+    "encoding=sampled": "encoding=sampled: only the stage record takes it, which this run leaves out; it runs with "
+    "teacher=cached or teacher=served",
+    "scheme=w4a16_g64": "no such choice; write scheme=w4a16_g128 scheme.weights.group_size=64",
+    "scheme=w5a16_g64": "write scheme=w4a16_g128 scheme.weights.bits=5 scheme.weights.group_size=64",
+    "scheme=w4a16": "did you mean w4a16_g128 or w4a16_g128_asymmetric or w4a16_g32?",
+    "stages.prune.target_parameters=6Q": "need a whole number or null; 6B, 900M and 6e9 are understood",
     "order=[pretrain,distill,control,prune,recover,quantize,qat,unquantized,export,evaluate]": "stages.record is not "
     "in order, which says when a stage runs: add it, e.g. order=[",
 }
@@ -173,9 +180,15 @@ def test_every_choice_says_what_it_is() -> None:
 
 
 def test_a_dry_run_shows_the_plan_and_writes_nothing(tmp_path: Path) -> None:
-    done = train("dry_run=true", f"run_dir={tmp_path / 'run'}", "data.max_documents=50")
+    done = train("dry_run=true", f"run_dir={tmp_path / 'run'}", "data.max_documents=50", COLUMNS="80")
     assert done.returncode == 0, done.stderr
-    assert "pretrain" in done.stdout
+    first, *rest = done.stdout.splitlines()
+    assert first == "checking"  # no terminal shows the spinner
+    assert "checking" not in "".join(rest)
+    (distill,) = [line for line in rest if line.startswith("│ distill")]  # whole cells in one line, however narrow
+    assert f" {tmp_path / 'run' / 'pretrain'} (" in distill
+    assert " 600 steps " in distill
+    assert "…" not in done.stdout
     assert "nothing was started" in done.stdout
     assert not (tmp_path / "run").exists()
 
@@ -239,3 +252,59 @@ def test_a_changed_key_of_a_choice_reaches_the_stages_that_change_another_one() 
 def test_a_sweep_over_a_key_is_a_run_for_each_value() -> None:
     words = arguments(["optimizer.eps=1e-5,1e-6", "-m"])
     assert "stages.pretrain.training.optimizer.eps=${optimizer.eps}" in words
+
+
+@pytest.fixture(scope="module")
+def narrow(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of few layers, short texts, and widths that 32 does not divide; its KV heads are 36 wide together."""
+    folder = tmp_path_factory.mktemp("narrow") / "model"
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    shape = {"hidden_size": 72, "intermediate_size": 200, "num_hidden_layers": 4, "max_position_embeddings": 128}
+    LlamaForCausalLM(LlamaConfig(vocab_size=64, **heads, **shape)).save_pretrained(folder)  # type: ignore[arg-type]
+    return folder
+
+
+def test_all_that_a_run_refuses_is_told_at_once_with_what_to_type(narrow: Path) -> None:
+    words = ["+experiment=quantize_export", f"model.path={narrow}", "data.train=stdlib", "scheme=w4a16_g32"]
+    length, scheme, gguf, gptq = refused(*words, "format=[gguf,gptq]").splitlines()
+    assert length.endswith("use stages.quantize.calibration.length=128")
+    assert "need 8 or 4 or scheme.weights.granularity=channel with scheme.weights.group_size=null" in scheme
+    assert scheme.endswith("prune the width with +experiment=prune_recover stages.prune.multiple_of=32")
+    assert "use formats.gguf.type=f32" in gguf
+    assert gptq.endswith("leave such matrices as they are with stages.quantize.skip=[k_proj,v_proj]")
+    # What is proposed is taken.
+    words += ["stages.quantize.calibration.length=128", "scheme.weights.group_size=8", "format=[gguf,gptq]"]
+    words += ["formats.gguf.type=f32", "stages.quantize.skip=[k_proj,v_proj]"]
+    assert unrefused(*words)
+
+    words = ["+experiment=prune_recover", f"model.path={narrow}", "data.train=stdlib"]
+    layers, length = refused(*words).splitlines()
+    assert layers.endswith("use e.g. stages.prune.protect_first=1 stages.prune.protect_last=1")
+    assert length.endswith("use data.max_length=128")
+
+
+def test_an_export_of_a_plain_model_is_referred_to_an_experiment_that_quantizes_it(narrow: Path) -> None:
+    words = ["+experiment=export_only", f"model.path={narrow}"]
+    gptq, awq = refused(*words, "format=[gptq,awq]").splitlines()
+    assert "quantize them with +experiment=quantize_export scheme=w4a16_g128, or use format=[huggingface]" in gptq
+    assert awq == gptq.replace("gptq", "awq")
+    told = refused(*words, "format=gguf", "formats.gguf.type=q4_k_m")
+    assert told.endswith(
+        "use formats.gguf.type=f16, or prune the widths with +experiment=prune_recover stages.prune.multiple_of=256"
+    )
+
+
+def test_ranks_that_no_stage_has_are_refused_or_warned_of(narrow: Path) -> None:
+    words = ["+experiment=export_only", f"model.path={narrow}"]
+    told = "without effect, as each stage here (export) runs on one rank"
+    assert refused(*words, "trainer.devices=2") == f"trainer.devices=2: {told}; leave it out"
+    assert refused(*words, "strategy=zero3") == f"strategy=zero3: {told}; leave it out"
+    # As slurm/train.sbatch adds it to every run.
+    (export,) = unrefused(*words, "trainer.devices=2", "launch=slurm")
+    assert export["warnings"] == [f"trainer.devices=2: {told}"]
+    # Of a part of a run, whose other stages take it.
+    words = ["+experiment=prune_recover", f"model.path={narrow}", "data.train=stdlib", "data.test=stdlib"]
+    (evaluate,) = unrefused(*words, "only=[evaluate]", "strategy=ddp")
+    assert evaluate["warnings"] == ["strategy=ddp: without effect, as each stage here (evaluate) runs on one rank"]
+    (pretrain,) = unrefused("only=[pretrain]", "strategy=zero1")
+    assert pretrain["warnings"] == []

@@ -552,26 +552,38 @@ MISTAKES = {
 }
 
 
-def refused(*words: str) -> str:
-    """What `python train.py WORDS` says: by train.py itself, but that Hydra composes and the check runs in here."""
+def checked(*words: str) -> tuple[str, list[dict[str, Any]]]:
+    """What `python train.py WORDS` refuses, a line each, and the plan: by train.py itself, but that Hydra composes and
+    the check runs in here."""
     from pipeline.worker import check
 
     def main() -> None:
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
             config, typed = door.configuration(compose("config", sys.argv[1:]))
-        check({"config": config, "stages": selected(config), "typed": typed})
-        raise AssertionError("nothing was refused")
+        plan.extend(check({"config": config, "stages": selected(config), "typed": typed})["plan"])
 
-    door, told = front_door(), io.StringIO()
+    door, told, plan = front_door(), io.StringIO(), list[dict[str, Any]]()
     with (
         mock.patch.object(door, "main", main),
         mock.patch.object(sys, "argv", ["train.py", *words]),
         contextlib.redirect_stderr(told),
     ):
-        assert door._told(door.front_door) == 2
+        assert door._told(door.front_door) == (0 if plan else 2)
     lines = told.getvalue().splitlines()
-    assert all(line.startswith("error: ") for line in lines)
-    return "\n".join(line.removeprefix("error: ") for line in lines)
+    assert plan or all(line.startswith("error: ") for line in lines)
+    return "\n".join(line.removeprefix("error: ") for line in lines), plan
+
+
+def refused(*words: str) -> str:
+    told, plan = checked(*words)
+    assert not plan, "nothing was refused"
+    return told
+
+
+def unrefused(*words: str) -> list[dict[str, Any]]:
+    told, plan = checked(*words)
+    assert plan, told
+    return plan
 
 
 @pytest.mark.parametrize("words", MISTAKES)

@@ -306,10 +306,10 @@ def test_the_divergence_on_the_page_is_hellingers(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.fixture(scope="module")
-def extended(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the project with every file that docs/adding.md prints, and two models and a text beside it."""
+def printed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the project with every file that docs/adding.md prints."""
     folder = tmp_path_factory.mktemp("extended")
-    for name in ("conf", "pipeline", "models", "callbacks", "train.py"):
+    for name in ("conf", "pipeline", "models", "callbacks", "train.py", "pyproject.toml"):
         source = ROOT / name
         shutil.copytree(source, folder / name) if source.is_dir() else shutil.copy(source, folder / name)
     page = ROOT / "docs" / "adding.md"
@@ -318,6 +318,22 @@ def extended(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for path, text in new.items():
         assert not (folder / path).exists(), f"{path} is there already"
         (folder / path).write_text(text)
+    return folder
+
+
+@pytest.mark.skipif(not (ROOT / ".mypy_cache").is_dir(), reason="a minute without mypy's cache: make lint leaves one")
+def test_the_printed_files_pass_mypy_and_ruff(printed: Path) -> None:
+    new = list(dict(blocks(ROOT / "docs" / "adding.md", "python")))
+    for words in (["mypy", f"--cache-dir={ROOT / '.mypy_cache'}"], ["ruff", "check"], ["ruff", "format", "--check"]):
+        checker = str(Path(sys.executable).parent / words[0])
+        done = subprocess.run([checker, *words[1:], *new], cwd=printed, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def extended(printed: Path) -> Path:
+    """The copy with two models and a text beside it."""
+    folder = printed
     tokenizer = train_tokenizer(TOPICS, 300, folder / "tokenizer")
     tokenizer.add_special_tokens({"bos_token": "<s>", "eos_token": "</s>"})
     for seed, name in enumerate(("one", "two")):

@@ -149,6 +149,7 @@ def measure(run: Path, **extra: Any) -> None:
         tokens=None,
         seconds=12.0,
         metrics={"rows": rows, "comparisons": [comparison]},
+        files={},
     )
 
 
@@ -284,6 +285,8 @@ def test_markdown_has_human_units_comparison_lineage_cost_and_environment(run):
     assert "| export | – | 2.0 MB | – | – | – | – | – | – | 2.0 s | – |\n" in text
     assert "- distill 97.1 against control 107.9: -10.0 %\n" in text
     assert "- distill `22222222` ← teacher pretrain `11111111`\n" in text
+    assert "- evaluate ← pretrain `11111111`, distill `22222222`, " in text  # results are the manifest: no hash
+    assert "<code></code>" not in (run / "report.html").read_text()
     assert "| distill | 400 | 819 k | 57 s | 14.3 k |\n" in text
     assert "198 s in all" not in text
     assert "3.3 min in all.\n" in text
