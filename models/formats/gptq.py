@@ -52,7 +52,7 @@ class GPTQ(Format):
             *some, last = map(str, _BITS)
             problems.add(
                 f"format={_NAME}: it has no {weights.bits} bits; quantize with quantize.scheme.weights.bits="
-                f"{', '.join(some)} or {last}"
+                f"{', '.join(some)} or {last}, or use format=[compressed_tensors]"
             )
         if not weights.symmetric:
             problems.add(

@@ -300,16 +300,16 @@ NOT_WRITTEN = {
     "format.type=q4_k_m: the model is quantized to 4 bits already, and would be rounded twice": (
         Gguf(type="q4_k_m"), plan(scheme=INT4)),
     "format.type=f16: the model is quantized to 4 bits": (Gguf(type="f16"), plan(scheme=INT4)),
-    r"format.type=q4_0: the model is quantized to 8 bits .* use type=auto \(q8_0\)": (
+    r"format.type=q4_0: the model is quantized to 8 bits .* use format.type=auto \(q8_0\)": (
         Gguf(type="q4_0"), plan(scheme=INT8)),
     "scheme.weights.group_size=16 is no multiple of 32": (Gguf(), plan(scheme=WeightScheme(4, "group", 16))),
     "symmetric=true": (Gguf(), plan(scheme=WeightScheme(4, "group", 32, symmetric=False))),
-    "not bfloat16; use scheme.weights.scale_dtype=float16": (
+    "not bfloat16; quantize with quantize.scheme.weights.scale_dtype=float16": (
         Gguf(), plan(scheme=WeightScheme(8, "channel", None, scale_dtype="bfloat16"))),
-    "has 172 inputs, which blocks of 32 do not divide; use type=f32": (Gguf(), plan(scheme=INT8, width=172)),
-    r"no matrix has a multiple of 256 inputs \(they have 64\); use q4_0 or .*q8_0, or prune .*multiple_of=256": (
+    "has 172 inputs, which blocks of 32 do not divide; use format.type=f32": (Gguf(), plan(scheme=INT8, width=172)),
+    r"no matrix has a multiple of 256 inputs \(they have 64\); use format.type=q4_0 or .*q8_0, or .*multiple_of=256": (
         Gguf(type="q4_k_m"), plan()),
-    "no matrix has a multiple of 32 inputs .* use f16": (Gguf(type="q8_0"), plan(width=172)),
+    "no matrix has a multiple of 32 inputs .* use format.type=f16": (Gguf(type="q8_0"), plan(width=172)),
     "llama.cpp rounds activations in its own way": (Gguf(), plan(scheme=INT8, activations=Activations())),
     "quantized to ggml's q4_k already": (Gguf(type="q8_0"), plan(blocks="q4_k", width=256)),
     "format.cache=q8_0: blocks of 32 do not divide heads 8 wide": (Gguf(cache="q8_0"), plan()),

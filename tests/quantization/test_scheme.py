@@ -190,12 +190,16 @@ def test_inputs_that_are_always_zero_cost_nothing() -> None:
         (lambda: WeightScheme(granularity="channel"), "nothing else has one"),
         (lambda: WeightScheme(scale_dtype="float8"), "need one of float32"),
         (
-            lambda: WeightScheme(group_size=128).check("q_proj", 172),
-            r"has 172 inputs, .* need 4 or granularity=channel",
+            lambda: WeightScheme(group_size=128).check({"q_proj": 172}),
+            r"has 172 inputs, .* need 4 or scheme.weights.granularity=channel",
         ),
         (
-            lambda: WeightScheme(group_size=128).check("q_proj", 96),
-            r"need 32 or 16 or 8 or 4 or granularity=channel with group_size=null, or leave it out",
+            lambda: WeightScheme(group_size=128).check({"0.q_proj.weight": 96, "0.up.weight": 128}),
+            r"q_proj.weight has 96 .*group_size=null, or leave out those with quantize.skip=\[q_proj\]$",
+        ),
+        (
+            lambda: WeightScheme(group_size=128).check({"q_proj": 96}),
+            r"need 32 or 16 or 8 or 4 or \S+granularity=channel with scheme.weights.group_size=null$",
         ),
         (lambda: Clipped(steps=1), "need at least 2"),
         (lambda: GPTQ(damping=0.0), "need a number above 0"),
