@@ -72,10 +72,8 @@ def check(spec: dict[str, Any]) -> dict[str, Any]:
     from pipeline.context import Context
 
     config, typed = spec["config"], spec.get("typed", {})
-    made = {}
-    for name in needed(
-        config, spec["stages"]
-    ):  # all before any is checked, since a stage looks at what later ones need
+    made = {}  # all before any is checked, since a stage looks at what later ones need
+    for name in needed(config, spec["stages"]):
         with in_words_of(Context(config, name)):
             made[name] = build(config, name)
     problems = Problems()
@@ -94,7 +92,7 @@ def _checked(config: dict[str, Any], made: dict[str, Stage]) -> list[dict[str, A
     from pipeline.context import Context
 
     plan, names, told, unknown = [], list(made), Problems(), set[str]()
-    subjects: set[str] = set()
+    subjects: dict[str, str] = {}  # of problems → the stage that has told of it
     with tempfile.TemporaryDirectory(prefix="retort-plan-") as plans:
         for name, stage in made.items():
             context = Context(config, name, plans=Path(plans), planned=names[: names.index(name)])
@@ -106,11 +104,10 @@ def _checked(config: dict[str, Any], made: dict[str, Stage]) -> list[dict[str, A
                 plan.append(_entry(context, stage))
             if problems.lines and not (Path(plans) / name).exists():
                 unknown.add(name)
-            new = [(line, re.sub(rf"(stages\.)?\b{name}\b", "", line.partition(": ")[0])) for line in problems.lines]
-            for line, subject in new:
-                if subject not in subjects:
+            for line in problems.lines:
+                subject = re.sub(rf"(stages\.)?\b{re.escape(name)}\b", "", line.partition(": ")[0])
+                if subjects.setdefault(subject, name) == name:
                     told.add(line)
-            subjects |= {subject for _, subject in new}
     told.tell()
     return plan
 

@@ -133,7 +133,7 @@ class Gguf(Format):
             return exact if self.type == "auto" else self.type
         raise Refusal(
             f"format.type={self.type}: the model is quantized to {scheme.bits} bits already, and would be rounded "
-            f"twice; use format.type=auto ({exact}), or export the model that was not quantized"
+            f"twice; use format.type=auto ({exact}), or give the model that was not quantized as export.model"
         )
 
     def write(self, finished: Finished, folder: Path) -> Written:

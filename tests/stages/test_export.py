@@ -337,7 +337,9 @@ def test_documents_are_scored_one_by_one_as_packed_rows_are(start: Path) -> None
 
 
 REFUSED = {
-    "scheme.weights.bits=3 format=[compressed_tensors,awq]": ["format=awq: scheme.weights.bits=3; need 4"],
+    "scheme.weights.bits=3 format=[compressed_tensors,awq]": [
+        "format=awq: it has no 3 bits; quantize with scheme.weights.bits=4"
+    ],
     "scheme.weights.symmetric=false": ["format=compressed_tensors: asymmetric", "scheme.weights.symmetric=true"],
     "stages.quantize.dtype=bfloat16": ["rounds scales in float16", "scheme.weights.scale_dtype=bfloat16"],
     "stages.export.dtype=int8": ["export.dtype=int8", "float32"],
