@@ -1,13 +1,14 @@
 # Everything runs from .venv, which `make setup` prepares; PYTHON chooses the interpreter it is made with (3.11+).
 PYTHON ?= python3
 VENV := .venv
+OLDEST := .venv-oldest
 BIN := $(VENV)/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 COVERED ?= tests
 ROOMS ?= models pipeline callbacks
 DEFAULT := -n auto --dist loadfile --no-loadscope-reorder -m "not slow and not gpu and not slurm"
 
-.PHONY: demo help setup test unit test-slow test-gpu test-slurm coverage lint docs clean
+.PHONY: demo help setup test unit test-slow test-gpu test-slurm test-oldest coverage lint docs clean
 
 ##@ Run
 
@@ -38,7 +39,7 @@ $(VENV)/ready: constraints.txt pyproject.toml
 	@touch $@
 
 clean:  ## delete .venv, runs/, and what the tools have cached
-	rm -rf $(VENV) runs build site htmlcov .coverage *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) runs build site htmlcov .coverage *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 ##@ Check
 
@@ -56,6 +57,18 @@ test-gpu: setup  ## the tests that need a CUDA device
 
 test-slurm: setup  ## on a throw-away Slurm with two pretended nodes (Debian: slurmctld slurmd slurm-client munge)
 	$(BIN)/python -m pytest -m "slurm"
+
+test-oldest: $(OLDEST)/ready  ## a short test on the lowest versions that pyproject.toml allows, in an environment of their own
+	@echo "==> running a short test on the oldest allowed versions: about 4 minutes on 2 cores"
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -W ignore -k "not two_ranks and not zero and not sharded" \
+		tests/test_load.py tests/test_student.py tests/data/test_rendering.py tests/training/test_training.py
+
+$(OLDEST)/ready: pyproject.toml
+	@echo "==> preparing $(OLDEST): the lower bounds of pyproject.toml, some minutes the first time"
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet uv
+	$(OLDEST)/bin/uv pip install --quiet --python $(OLDEST)/bin/python --resolution lowest-direct --editable '.[dev]'
+	@touch $@
 
 coverage: setup  ## the default tests, and which lines they run, stages' own processes aside (htmlcov/index.html)
 	@echo "==> running $(COVERED) with coverage"

@@ -13,9 +13,11 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from models.errors import Refusal
 from models.heads import body_of
 from models.matrices import is_linear, name_of_layers
 from models.representations import decoder_layers
+from models.whole import not_finite
 
 # B batch, T tokens, N tokens of a batch, I inputs of a matrix, H hidden width
 
@@ -144,6 +146,8 @@ class Passage:
         for name in missing:
             assert self._weights is not None
             read = self._weights[f"{root}.{number}.{name}"]
+            if read.is_floating_point() and (what := not_finite(read)):
+                raise Refusal(f"{what} in {root}.{number}.{name}: the model's weights are damaged, copy it again")
             _set(layer, name, read.to(device, copy=True))  # or it could stay a part of the file
         try:
             yield

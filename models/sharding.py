@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -51,19 +51,6 @@ def gather_children(module: nn.Module, _: Any) -> None:
             import deepspeed
 
             deepspeed.zero.register_external_parameter(module, parameter)
-
-
-@contextmanager
-def unsharded() -> Iterator[None]:
-    """In it models are loaded whole, also while the student's ZeRO-3 configuration is registered."""
-    from transformers.integrations import deepspeed as bridge
-
-    students = bridge._hf_deepspeed_config_weak_ref
-    bridge._hf_deepspeed_config_weak_ref = None
-    try:
-        yield
-    finally:
-        bridge._hf_deepspeed_config_weak_ref = students
 
 
 def zero3(dtype: str, offload: str = "none", nvme_path: str | None = None) -> dict[str, Any]:

@@ -34,6 +34,10 @@ class Start(Protocol):
         """The student's configuration; reads no weights."""
         ...
 
+    def notes(self, teacher: str) -> list[str]:
+        """What it chooses of the configuration that nobody asked for, for the plan."""
+        ...
+
     def materialise(self, teacher: str, tokenizer: Any, folder: Path, seed: int) -> None:
         """Write the starting weights, in fp32, as a plain model folder."""
         ...
@@ -48,6 +52,9 @@ class Folder:
 
     def config(self, teacher: str) -> PretrainedConfig:
         return load_config(self.path, "student")
+
+    def notes(self, teacher: str) -> list[str]:
+        return []
 
     def materialise(self, teacher: str, tokenizer: Any, folder: Path, seed: int) -> None:
         model = load_model(self.path, dtype=torch.float32, role="student")
@@ -66,6 +73,12 @@ class Shape:
     opens_teacher: ClassVar[bool] = False
 
     def config(self, teacher: str) -> PretrainedConfig:
+        return self._shaped(teacher)[0]
+
+    def notes(self, teacher: str) -> list[str]:
+        return self._shaped(teacher)[1]
+
+    def _shaped(self, teacher: str) -> tuple[PretrainedConfig, list[str]]:
         base = load_config(teacher, "teacher")
         values = base.to_dict()
         # Some families call the common numbers by names of their own: gpt2's hidden_size is n_embd.
@@ -76,11 +89,9 @@ class Shape:
                 f"student.shape.{unknown[0]}: {type(base).__name__} has no such number"
                 + (f"; did you mean {close[0]}?" if close else "")
             )
-        # A stated head_dim, or a per-layer list, belongs to the teacher's widths unless the student states its own.
-        values = {k: v for k, v in values.items() if k not in ("head_dim", "layer_types")}
-        values |= shape
-        check_sizes(values, "student")
-        return rebuilt(base, values)
+        check_sizes({k: v for k, v in values.items() if k != "head_dim"} | shape, "student")
+        values, notes = _reshaped(base, shape)
+        return rebuilt(base, values), notes
 
     def materialise(self, teacher: str, tokenizer: Any, folder: Path, seed: int) -> None:
         write_fresh(self.config(teacher), tokenizer, folder, seed)
@@ -122,6 +133,9 @@ class Layers:
                 values[name] = [value[i] for i in kept]
         values["num_hidden_layers"] = len(kept)
         return rebuilt(base, values)
+
+    def notes(self, teacher: str) -> list[str]:
+        return []
 
     def materialise(self, teacher: str, tokenizer: Any, folder: Path, seed: int) -> None:
         source = load_model(teacher, dtype=torch.float32, role="teacher")
@@ -168,6 +182,9 @@ class KvHeads:
             )
         return rebuilt(base, base.to_dict() | {"num_key_value_heads": self.kv_heads})
 
+    def notes(self, teacher: str) -> list[str]:
+        return []
+
     def materialise(self, teacher: str, tokenizer: Any, folder: Path, seed: int) -> None:
         source = load_model(teacher, dtype=torch.float32, role="teacher")
         config = self.config(teacher)
@@ -193,6 +210,44 @@ class KvHeads:
         """Of [heads · d, …] each run of heads that becomes one, averaged."""
         apart = rows.unflatten(0, (self.kv_heads, count // self.kv_heads, -1))
         return apart.mean(1).flatten(0, 1)
+
+
+def _reshaped(base: PretrainedConfig, shape: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The teacher's numbers with those of `shape` in their place, and in words what was chosen of what depends on them.
+
+    A head's width and what is listed layer by layer follow the family's own rule to the new shape where that rule gives
+    what the teacher has, too; a width that the teacher states otherwise stays, and a list is cut, or repeated.
+    """
+    had = base.to_dict()
+    values, notes = had | shape, []
+    depth, new_depth = base.num_hidden_layers, values[base.attribute_map.get("num_hidden_layers", "num_hidden_layers")]
+    listed = [k for k, v in had.items() if re.search("layer|block", k) and isinstance(v, list) and len(v) == depth]
+    free = [k for k in ("head_dim", *listed) if k in had and k not in shape]
+    own = _by_rule(base, free)
+    for name in free:
+        if name == "head_dim":
+            if had[name] is None or had[name] == (own.get(name) or base.hidden_size // base.num_attention_heads):
+                del values[name]
+            elif {"hidden_size", "num_attention_heads"} & shape.keys():
+                notes.append(f"head_dim={had[name]} is the teacher's; student.shape.head_dim=… changes it")
+        elif own.get(name) == had[name]:
+            del values[name]
+        elif new_depth != depth:
+            values[name] = [had[name][layer % depth] for layer in range(new_depth)]
+            how = f"those of the teacher's first {new_depth} layers" if new_depth < depth else "the teacher's, repeated"
+            notes.append(f"{name} are {how}; student.shape.{name}=[…] changes them")
+    for name, value in values.items():  # what is said of single layers, by their numbers
+        if "layer" in name and isinstance(value, dict) and value and all(str(key).isdigit() for key in value):
+            values[name] = {key: each for key, each in value.items() if int(key) < new_depth}
+    return values, notes
+
+
+def _by_rule(base: PretrainedConfig, free: list[str]) -> dict[str, Any]:
+    """What the family makes of the teacher's config where nothing is said of `free`."""
+    try:
+        return rebuilt(base, {k: v for k, v in base.to_dict().items() if k not in free}).to_dict()
+    except Refusal:  # it has no rule
+        return {}
 
 
 def write_fresh(config: PretrainedConfig, tokenizer: Any, folder: Path, seed: int) -> None:

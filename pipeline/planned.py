@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from models.errors import Refusal
-from models.load import check_folder, load_config
+from models.folder import check_folder
+from models.load import check_weights, load_config
 from models.quantization.stored import Outline, read_outline
 from models.teachers.teacher import Source
 from pipeline import artifact
@@ -28,7 +29,10 @@ def config_of(
         check_folder(path, role, weights=weights)
     elif context.config_folder(path) == path and not context.finished(path):
         raise needs_stage(context, made_here, setting)
-    return load_config(context.config_folder(path), role, trust_remote_code)
+    config = load_config(context.config_folder(path), role, trust_remote_code)
+    if weights and not made_here:
+        check_weights(path, role, config)
+    return config
 
 
 def config_to_change(context: Context, model: str, trust_remote_code: bool) -> Any:

@@ -14,8 +14,10 @@ import pytorch_lightning as pl
 import torch
 from datasets import Dataset
 from peft import LoraConfig
+from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from models.errors import Refusal
 from models.generation import Sampling
 from models.load import load_config
 from models.objectives.attention_relations import AttentionRelations
@@ -24,7 +26,7 @@ from models.objectives.distillation import Distillation
 from models.objectives.forward_kl import ForwardKL
 from models.objectives.hidden_states import HiddenStates
 from models.objectives.reverse_kl import ReverseKL
-from models.sharding import gather_state
+from models.sharding import gather_state, load_sharded, zero3
 from models.teachers.online import Online
 from models.teachers.sharded import Sharded
 from models.teachers.teacher import Opening
@@ -66,6 +68,9 @@ class Scenario:
     scrambled: bool = False  # with other answers to the same prompts
     on_policy: dict[str, Any] | None = None  # of answers: OnPolicy's values, its sampling among them
     divergence: str = "ForwardKL"
+    poisoned: bool = False  # the student's embedding of a token is no number
+    summed: bool = False  # nothing is learnt: what gradients of unlike size add up to
+    damaged: bool = False  # nothing is trained: what every rank says of the models in DAMAGES, under ZeRO-3
 
 
 def model(hidden: int, layers: int, seed: int, tied: bool = False, dropout: float = 0.0) -> LlamaForCausalLM:
@@ -205,6 +210,8 @@ def fit(scenario: Scenario, folder: Path) -> dict[str, Any]:
 
     def load_student() -> Any:
         loaded = load_model(str(student), dtype=torch.float32)
+        if scenario.poisoned:
+            loaded.model.embed_tokens.weight.data[17] = float("nan")  # a token that some rows have
         return adapted_head(loaded) if scenario.lora_head else loaded
 
     plain = scenario.answers or scenario.on_policy is not None
@@ -303,12 +310,93 @@ def write_models(folder: Path) -> None:
     saved(folder, "teacher", model(32, 2, seed=2))
 
 
+class Summed(pl.LightningModule):
+    """Its gradient is 1 in the first micro-batch of a step, and 2⁻⁹ in each of the 255 others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(8, 1, bias=False)
+        torch.nn.init.zeros_(self.layer.weight)
+
+    def training_step(self, _: Any, number: int) -> torch.Tensor:
+        said = self.layer(torch.ones(1, 8, dtype=self.layer.weight.dtype)).sum()
+        return 256 * (1.0 if number == 0 else 2.0**-9) * said  # Lightning divides by their number
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=1.0)
+
+    def train_dataloader(self) -> Any:
+        return torch.utils.data.DataLoader(torch.zeros(256, 1))
+
+
+def summed(scenario: Scenario, folder: Path) -> dict[str, Any]:
+    """The sum, as the optimizer's fp32 weights have it after one step."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    module = Summed()
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=scenario.world,
+        strategy=strategies.ZeRO(int(scenario.strategy[4])).lightning("cpu"),
+        precision=scenario.precision,
+        max_steps=1,
+        accumulate_grad_batches=256,
+        logger=False,
+        use_distributed_sampler=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+    )
+    trainer.fit(module)
+    return {"sum": -safe_get_full_fp32_param(module.layer.weight).detach().clone()}
+
+
+DAMAGES = ("missing", "unexpected", "shape", "nan")
+DAMAGED = "model.layers.1.mlp.down_proj.weight"
+
+
+def write_damaged(folder: Path) -> None:
+    """The teacher, each with one fault in DAMAGED; the number that is none lies in the last rank's shard."""
+    for damage in DAMAGES:
+        whole = model(32, 2, seed=2)
+        whole.save_pretrained(folder / damage)
+        state = dict(whole.state_dict())
+        if damage == "missing":
+            del state[DAMAGED]
+        elif damage == "unexpected":
+            state[f"{DAMAGED}.more"] = torch.zeros(2)
+        elif damage == "shape":
+            state[DAMAGED] = torch.zeros(32, 63)
+        else:
+            state[DAMAGED][-1, -1] = float("nan")
+        save_file(state, folder / damage / "model.safetensors", metadata={"format": "pt"})
+
+
+def said_of_damaged(folder: Path) -> dict[str, Any]:
+    """By damage, what each rank says."""
+    said: list[str] = []
+    for damage in DAMAGES:
+        try:
+            load_sharded(str(folder / damage), zero3("float32"), dtype=torch.float32)
+            said.append("nothing")
+        except Refusal as refusal:
+            said.append(str(refusal))
+    of_ranks: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(of_ranks, said)
+    return dict(zip(DAMAGES, zip(*of_ranks, strict=True), strict=True))
+
+
 def main() -> None:
     """On every rank: run the scenarios of a JSON file, and let rank 0 save what came out."""
     folder = Path(sys.argv[1])
     torch.set_num_threads(1)
     for entry in json.loads((folder / "scenarios.json").read_text()):
-        result = fit(Scenario(**entry), folder)
+        scenario = Scenario(**entry)
+        if scenario.damaged:
+            result = said_of_damaged(folder)
+        else:
+            result = summed(scenario, folder) if scenario.summed else fit(scenario, folder)
         if int(os.environ["RANK"]) == 0:
             torch.save(result, folder / f"{entry['name']}.pt")
     if torch.distributed.is_initialized():

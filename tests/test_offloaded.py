@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+from models.errors import Refusal
 from models.heads import body_of
 from models.layerwise import Passage, in_turn
 from models.load import load_model
@@ -48,6 +49,18 @@ def check_same(whole: Any, offloaded: Offloaded) -> None:
     for name, buffer in whole.named_buffers():
         assert torch.equal(buffers[name], buffer), name
     assert all(parameter.is_meta for parameter in decoder_layers(offloaded.model).parameters())
+
+
+def test_a_layer_on_disk_that_is_not_finite_is_refused_in_its_turn(tmp_path: Path) -> None:
+    model = model_of("llama", dtype=torch.float32)
+    with torch.no_grad():
+        model.model.layers[2].mlp.down_proj.weight[-1, -1] = float("nan")
+    model.save_pretrained(tmp_path / "model")
+    held = load_offloaded(str(tmp_path / "model"), tmp_path / "aside", device="cpu", dtype=torch.float32, **WORDS)
+    turns = in_turn(held.model, [tokens()], held.weights)
+    assert [next(turns).number, next(turns).number] == [0, 1]
+    with pytest.raises(Refusal, match=r"NaN in model\.layers\.2\.mlp\.down_proj\.weight"):
+        next(turns)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

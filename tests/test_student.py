@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaConfig
 
 from models.errors import Refusal
 from models.student import Folder, Layers, Shape
@@ -124,6 +124,77 @@ def test_a_shape_replaces_numbers_and_starts_from_the_seed_alone(tmp_path: Path,
     config = opened(tmp_path / "a").config
     assert (config.hidden_size, config.num_hidden_layers, config.head_dim, config.num_attention_heads) == (16, 2, 4, 4)
     assert a["model.embed_tokens.weight"].std().item() == pytest.approx(0.02, rel=0.1)
+
+
+WIDE_HEADS = {
+    "vocab_size": 288, "hidden_size": 64, "num_hidden_layers": 6, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "intermediate_size": 96, "max_position_embeddings": 64, "head_dim": 24,
+}  # fmt: skip
+LONG = {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}
+TEACHERS: dict[str, dict[str, Any]] = {
+    "qwen3": {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+    "mistral": {"sliding_window": 5},  # as in Nemo, where head_dim is not hidden_size ÷ heads
+    "llama": {"rope_parameters": LONG},
+    "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 16},
+    "gemma2": {"sliding_window": 7, "query_pre_attn_scalar": 24},
+    "gemma3_text": {
+        "sliding_window": 7,
+        "rope_parameters": {
+            "full_attention": LONG,
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        },
+    },
+}
+
+
+def teacher_of(family: str, folder: Path, **values: Any) -> str:
+    AutoConfig.for_model(family, **{**WIDE_HEADS, **TEACHERS.get(family, {}), **values}).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("shape", [{"num_hidden_layers": 2}, {"hidden_size": 48}, {"intermediate_size": 32}], ids=str)
+@pytest.mark.parametrize("family", TEACHERS)
+def test_what_a_teachers_config_states_stays_in_its_students(
+    family: str, shape: dict[str, int], tmp_path: Path
+) -> None:
+    teacher = teacher_of(family, tmp_path)
+    before = AutoConfig.from_pretrained(teacher).to_dict()
+    after = Shape(shape).config(teacher).to_dict()
+    assert after["head_dim"] == 24
+    follows = {"layer_types", "_name_or_path"} if "num_hidden_layers" in shape else {"_name_or_path"}
+    assert {k: v for k, v in after.items() if k not in follows} == {
+        k: v for k, v in (before | shape).items() if k not in follows
+    }
+    if before.get("layer_types"):
+        assert after["layer_types"] == before["layer_types"][: after["num_hidden_layers"]]
+
+
+@pytest.mark.parametrize("family", ["qwen3", "mistral", "gemma2", "gemma3_text"])
+def test_a_width_of_heads_that_stays_where_others_change_is_told(family: str, tmp_path: Path) -> None:
+    teacher = teacher_of(family, tmp_path)
+    assert Shape({"hidden_size": 48}).notes(teacher) == [
+        "head_dim=24 is the teacher's; student.shape.head_dim=… changes it"
+    ]
+    assert Shape({"num_hidden_layers": 2}).notes(teacher) == []
+    assert Shape({"hidden_size": 48, "head_dim": 12}).config(teacher).head_dim == 12
+    assert Shape({"hidden_size": 48, "head_dim": 12}).notes(teacher) == []
+
+
+def test_kinds_of_layers_that_no_rule_gives_are_cut_repeated_and_told(tmp_path: Path) -> None:
+    kinds = ["full_attention", "full_attention", "sliding_attention"] * 2
+    teacher = teacher_of("gemma2", tmp_path, layer_types=kinds)
+    for depth in (1, 4, 6, 8):
+        assert Shape({"num_hidden_layers": depth}).config(teacher).layer_types == [*kinds, *kinds][:depth]
+    assert Shape({"hidden_size": 48, "head_dim": 12}).config(teacher).layer_types == kinds
+    (note,) = Shape({"num_hidden_layers": 4}).notes(teacher)
+    assert note.startswith("layer_types are those of the teacher's first 4 layers")
+    assert Shape({"num_hidden_layers": 1, "layer_types": ["sliding_attention"]}).notes(teacher) == []
+
+
+def test_a_list_by_layer_of_another_name_is_cut_too(tmp_path: Path) -> None:
+    teacher = teacher_of("smollm3", tmp_path, pad_token_id=0, no_rope_layers=[0, 1, 1, 1, 0, 1], head_dim=16)
+    assert Shape({"num_hidden_layers": 2}).config(teacher).no_rope_layers == [0, 1]
+    assert Shape({"num_hidden_layers": 8}).config(teacher).no_rope_layers == [0, 1, 1, 1, 0, 1, 0, 1]
 
 
 def test_a_student_folder_is_continued_from_its_own_weights(tmp_path: Path, tokenizer: Any) -> None:

@@ -15,9 +15,9 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from models.errors import Refusal
+from models.folder import INDEX, part_names
 from models.load import DTYPES, empty_model, load_config, parameter_count
 
-INDEX = "model.safetensors.index.json"
 # The files of a model beside its weights; files that a stage has left there are not copied.
 _TOKENIZER = (
     "tokenizer*",
@@ -33,11 +33,8 @@ _OTHERS = ("generation_config.json", "*.py")  # code of families that come with 
 
 
 def shards(folder: Path) -> list[Path]:
-    """The files that hold the weights, in one order always."""
-    if (folder / INDEX).is_file():
-        names = set(json.loads((folder / INDEX).read_text())["weight_map"].values())
-        return [folder / name for name in sorted(names)]
-    return sorted(path for path in folder.glob("model*.safetensors"))
+    """The files that hold the weights, those that transformers would open, in one order always."""
+    return [folder / name for name in part_names(folder, str(folder))]
 
 
 def tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
@@ -69,8 +66,6 @@ def rewritten(
     weight_map: dict[str, str] = {}
     total = 0
     paths = shards(source)
-    if not paths:
-        raise Refusal(f"{source}: no model*.safetensors in it; the weights are missing")
     for path in paths:
         changed = {
             new: value.contiguous() for name, tensor in tensors(path) for new, value in change(name, tensor).items()

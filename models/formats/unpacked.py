@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
-from models.errors import Refusal
 from models.formats.checkpoint import shards, tensors
 from models.formats.loaded import Unpacked
-from models.load import DTYPES, empty_model, load_config
+from models.load import DTYPES, attention_of, empty_model, load_config
+from models.whole import check_finite, check_report, whole
 
 
 def unpacked(
@@ -31,10 +31,16 @@ def unpacked(
     state |= {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in held.items()}
     kind: Any = type(empty_model(config))
     # As from a folder: families rename tensors on their way in.
-    model, report = kind.from_pretrained(
-        None, config=config, state_dict=state, dtype=DTYPES["float32"], output_loading_info=True
-    )
-    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if report[what]:
-            raise Refusal(f"{folder}: {what.replace('_', ' ')} {sorted(report[what])[0]}; nothing was written")
+    with whole(str(folder), "its unpacked weights do not open"):
+        model, report = kind.from_pretrained(
+            None,
+            config=config,
+            state_dict=state,
+            dtype=DTYPES["float32"],
+            attn_implementation=attention_of(config, None),
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+    check_report(report, str(folder))
+    check_finite(model, str(folder))
     return Unpacked(model.to(device))

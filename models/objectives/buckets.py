@@ -36,6 +36,7 @@ def add_in_buckets(
         return values_N
     # The rest's log-sum-exp over the rest itself: a difference of normalisers would lose a small tail's digits.
     rest_NV, normaliser_N = softmax((student_NV / term.temperature).scatter_(1, ids_NK, float("-inf")))
+    rest_NV = rest_NV.masked_fill((normaliser_N == float("-inf"))[:, None], 0.0)  # there is none
     tail_N = (normaliser_N * term.temperature).to(student_NV.dtype)
     buckets_NK = torch.cat([kept_NK, tail_N[:, None]], dim=1)
     slope_NK = torch.zeros_like(buckets_NK)

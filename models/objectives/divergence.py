@@ -60,6 +60,7 @@ class Divergence(ABC):
         """D(p, q) per token, and q · ∂D/∂q up to a multiple of q, which the softmax takes out again.
 
         `ratio_NV` is log q − log p, taken from the logits: small differences and small probabilities keep their digits.
+        Where a logit is −inf it is infinite (0 where both are), and 0 · log 0 is 0: `only_where` leaves it out.
         """
 
     def add(self, block: Block) -> Float[Tensor, " N"]:
@@ -69,7 +70,9 @@ class Divergence(ABC):
         q_NV, student_normaliser_N = softmax(student_NV)
         p_NV, teacher_normaliser_N = softmax(teacher_NV)
         shift_N = (student_normaliser_N - teacher_normaliser_N).to(student_NV.dtype)
-        value_N, slope_NV = self.of(p_NV, q_NV, student_NV.sub_(teacher_NV).sub_(shift_N[:, None]))
+        # A logit of −inf in both is no column at all; NaN elsewhere is in p or q, too.
+        ratio_NV = student_NV.sub_(teacher_NV).sub_(shift_N[:, None]).nan_to_num_(0.0, math.inf, -math.inf)
+        value_N, slope_NV = self.of(p_NV, q_NV, ratio_NV)
         if block.weight:
             slope_NV = slope_NV.addcmul(q_NV, slope_NV.sum(-1, keepdim=True), value=-1)
             block.gradient_NV.add_(slope_NV, alpha=block.weight * temperature ** (self.order - 1))
@@ -78,8 +81,13 @@ class Divergence(ABC):
 
 def log_mix(share: float, ratio_NV: Float[Tensor, "N V"]) -> Float[Tensor, "N V"]:
     """log(1 − share + share · e^ratio): zero at ratio zero, to the bit, and without overflow."""
-    bounded_NV = ratio_NV.clamp(max=60.0)
-    return torch.log1p(share * torch.expm1(bounded_NV)).add_(ratio_NV - bounded_NV)
+    beyond_NV = (ratio_NV - 60.0).clamp_(min=0.0)
+    return torch.log1p(share * torch.expm1(ratio_NV.clamp(max=60.0))).add_(beyond_NV)
+
+
+def only_where(p_NV: Float[Tensor, "N V"], log_NV: Float[Tensor, "N V"]) -> Float[Tensor, "N V"]:
+    """`log_NV`, changed in place to 0 where p is: what p is multiplied with may be infinite there."""
+    return log_NV.masked_fill_(p_NV == 0, 0.0)
 
 
 def check_share(name: str, value: float, meaning: str) -> None:

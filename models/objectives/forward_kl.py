@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from models.objectives.block import Block
-from models.objectives.divergence import Divergence
+from models.objectives.divergence import Divergence, only_where
 from models.objectives.softmax import softmax
 
 
@@ -28,7 +28,7 @@ class ForwardKL(Divergence):
     def of(
         self, p_NV: Float[Tensor, "N V"], q_NV: Float[Tensor, "N V"], ratio_NV: Float[Tensor, "N V"]
     ) -> tuple[Float[Tensor, " N"], Float[Tensor, "N V"]]:
-        return -torch.linalg.vecdot(p_NV, ratio_NV), -p_NV
+        return -torch.linalg.vecdot(p_NV, only_where(p_NV, ratio_NV)), -p_NV
 
     def add(self, block: Block) -> Float[Tensor, " N"]:
         """As `of` says, with fewer passes over the block: this is the divergence most runs use."""
@@ -38,7 +38,7 @@ class ForwardKL(Divergence):
         q_NV, student_normaliser_N = softmax(student_NV)
         p_NV, teacher_normaliser_N = softmax(teacher_NV)
         # Σ p · (log p − log q), the normalisers taken out of the sum
-        value_N = torch.linalg.vecdot(p_NV, teacher_NV.sub_(student_NV))
+        value_N = torch.linalg.vecdot(p_NV, only_where(p_NV, teacher_NV.sub_(student_NV)))
         value_N = (value_N + student_normaliser_N - teacher_normaliser_N) * temperature**2
         if block.weight:
             # d/d logits of T²·KL(p ‖ q) at logits / T is T · (q − p)
@@ -60,7 +60,7 @@ class ForwardKL(Divergence):
         temperature = self.temperature
         student_NV = block.student_NV / temperature
         q_NV, normaliser_N = softmax(student_NV)
-        expected_N = torch.linalg.vecdot(shares_NK, student_NV.gather(1, ids_NK))
+        expected_N = torch.linalg.vecdot(shares_NK, only_where(shares_NK, student_NV.gather(1, ids_NK)))
         value_N = (negentropy_N + shares_NK.sum(-1) * normaliser_N - expected_N) * temperature**2
         if block.weight:
             block.gradient_NV.add_(q_NV, alpha=block.weight * temperature)

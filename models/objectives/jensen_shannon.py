@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from models.objectives.divergence import Divergence, log_mix
+from models.objectives.divergence import Divergence, log_mix, only_where
 from models.objectives.forward_kl import ForwardKL
 from models.objectives.reverse_kl import ReverseKL
 
@@ -35,6 +35,6 @@ class JensenShannon(Divergence):
     ) -> tuple[Float[Tensor, " N"], Float[Tensor, "N V"]]:
         if self.beta in (0, 1):
             return (ReverseKL if self.beta else ForwardKL)().of(p_NV, q_NV, ratio_NV)
-        teacher_N = -torch.linalg.vecdot(p_NV, log_mix(1 - self.beta, ratio_NV))
-        slope_NV = q_NV * log_mix(self.beta, -ratio_NV).mul_(self.beta - 1)
+        teacher_N = -torch.linalg.vecdot(p_NV, only_where(p_NV, log_mix(1 - self.beta, ratio_NV)))
+        slope_NV = q_NV * only_where(q_NV, log_mix(self.beta, -ratio_NV)).mul_(self.beta - 1)
         return self.beta * teacher_N + slope_NV.sum(-1), slope_NV

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from models.objectives.divergence import Divergence
+from models.objectives.divergence import Divergence, only_where
 
 
 @dataclass(frozen=True)
@@ -21,4 +21,5 @@ class ReverseKL(Divergence):
     def of(
         self, p_NV: Float[Tensor, "N V"], q_NV: Float[Tensor, "N V"], ratio_NV: Float[Tensor, "N V"]
     ) -> tuple[Float[Tensor, " N"], Float[Tensor, "N V"]]:
+        ratio_NV = only_where(q_NV, ratio_NV)
         return torch.linalg.vecdot(q_NV, ratio_NV), q_NV * ratio_NV

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from models.objectives.divergence import Divergence, check_share, log_mix
+from models.objectives.divergence import Divergence, check_share, log_mix, only_where
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class SkewForwardKL(Divergence):
     def of(
         self, p_NV: Float[Tensor, "N V"], q_NV: Float[Tensor, "N V"], ratio_NV: Float[Tensor, "N V"]
     ) -> tuple[Float[Tensor, " N"], Float[Tensor, "N V"]]:
-        value_N = -torch.linalg.vecdot(p_NV, log_mix(1 - self.skew, ratio_NV))
+        value_N = -torch.linalg.vecdot(p_NV, only_where(p_NV, log_mix(1 - self.skew, ratio_NV)))
         # the student's share of the mixture, (1 − skew) q / m
         share_NV = torch.sigmoid(ratio_NV + math.log((1 - self.skew) / self.skew))
         return value_N, share_NV.mul_(p_NV).neg_()

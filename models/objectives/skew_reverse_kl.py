@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from models.objectives.divergence import Divergence, check_share, log_mix
+from models.objectives.divergence import Divergence, check_share, log_mix, only_where
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class SkewReverseKL(Divergence):
     def of(
         self, p_NV: Float[Tensor, "N V"], q_NV: Float[Tensor, "N V"], ratio_NV: Float[Tensor, "N V"]
     ) -> tuple[Float[Tensor, " N"], Float[Tensor, "N V"]]:
-        log_NV = log_mix(1 - self.skew, -ratio_NV).neg_()  # log(q / m)
+        log_NV = only_where(q_NV, log_mix(1 - self.skew, -ratio_NV)).neg_()  # log(q / m)
         value_N = torch.linalg.vecdot(q_NV, log_NV)
         share_NV = torch.sigmoid(ratio_NV + math.log(self.skew / (1 - self.skew)))  # skew · q / m
         return value_N, log_NV.sub_(share_NV).mul_(q_NV)

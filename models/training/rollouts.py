@@ -19,11 +19,12 @@ from torch import Tensor, nn
 
 from models import seeds
 from models.generation import generate
+from models.load import unsharded
 from models.objectives.chunked import objective_sum
 from models.objectives.long_horizon import long_horizon_sum
 from models.objectives.representation import RepresentationTerm
 from models.objectives.term import Objective, Term
-from models.sharding import gathered, unsharded
+from models.sharding import gathered
 from models.targets import IGNORED
 from models.training.on_policy import OnPolicy
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from models.errors import Refusal
 from pipeline.data.columns import weight_of
+from pipeline.data.rendering import rendering
 from pipeline.data.source import DataSource
 from pipeline.data.tokenizer import load_tokenizer
 
@@ -86,9 +87,10 @@ def rendered(
     from jinja2 import TemplateError
 
     try:
-        if re.search(r"\{%-?\s*generation\s*-?%\}", template):
-            return _marked(tokenizer, template, messages)
-        return _compared(tokenizer, template, messages, where)
+        with rendering(where):
+            if re.search(r"\{%-?\s*generation\s*-?%\}", template):
+                return _marked(tokenizer, template, messages)
+            return _compared(tokenizer, template, messages, where)
     except (TemplateError, TypeError) as error:
         raise Refusal(f"{where}: the chat template does not take it: {error}; mend or drop it") from error
 

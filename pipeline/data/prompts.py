@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from models.errors import Refusal
 from pipeline.data.conversations import chat_template
+from pipeline.data.rendering import rendering
 from pipeline.data.source import DataSource, Prompt
 from pipeline.data.tokenizer import begin_token
 
@@ -64,15 +65,14 @@ def _conversations(
             if not asked:
                 tally["without_prompt"] += 1
                 continue
+            where = f"a conversation that begins {asked[0]['content'][:40]!r}"
             try:
-                text = tokenizer.apply_chat_template(
-                    asked, chat_template=template, tokenize=False, add_generation_prompt=True
-                )
+                with rendering(where):
+                    text = tokenizer.apply_chat_template(
+                        asked, chat_template=template, tokenize=False, add_generation_prompt=True
+                    )
             except (TemplateError, TypeError) as error:
-                raise Refusal(
-                    f"a conversation that begins {asked[0]['content'][:40]!r}: the chat template does not take it: "
-                    f"{error}; mend or drop it"
-                ) from error
+                raise Refusal(f"{where}: the chat template does not take it: {error}; mend or drop it") from error
             texts.append(str(text))
         for text, tokens in zip(texts, _tokenized(tokenizer, texts), strict=True):
             yield Prompt(text, tokens, tokens)

@@ -95,7 +95,9 @@ def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> PreTrai
     except Exception as error:
         if "trust_remote_code" in str(error):
             raise Refusal(f"tokenizer {path}: it is Python code of its own; trust_remote_code=true runs it") from error
-        raise Refusal(f"tokenizer {path}: it does not open: {str(error).strip().splitlines()[0]}") from error
+        raise Refusal(
+            f"tokenizer {path}: it does not open: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
+        ) from error
     if not tokenizer(PROBE, add_special_tokens=False)["input_ids"]:
         # transformers 5 makes an empty tokenizer of a tokenizer_config.json whose vocabulary is missing.
         raise Refusal(f"tokenizer {path}: it has no vocabulary; copy tokenizer.json from its model there")

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from hydra.utils import instantiate
 
 from models.errors import Problems, Refusal
-from models.load import check_folder, empty_model, parameter_count
+from models.load import check_model, empty_model, parameter_count
 from models.lora import Lora
 from models.objectives.term import Objective, needs_teacher
 from models.quantization.aware import Aware
@@ -83,10 +83,17 @@ class Distill(Stage):
         # Where another program runs the teacher, or only its cache is left, its tokenizer and config will do.
         opened = self.student.opens_teacher or (self._taught and not self._cache)
         teacher = teacher_config(context, self.teacher, weights=opened)
-        student = self._start(context).config(context.config_folder(self.teacher.path))
+        start, known = self._start(context), context.config_folder(self.teacher.path)
+        student = start.config(known)
+        warnings += [f"the student's {note}" for note in start.notes(known)]
+        runs = {"student": student} | ({"teacher": teacher} if self._taught and not self._cache else {})
         with problems:
             settings.check_length(teacher, self.data, "teacher")
             settings.check_length(student, self.data, "student")
+        for role, config in runs.items():
+            with problems:
+                settings.check_family(context, config)
+                settings.check_packing(config, self.data, role)
         sizes = {role: parameter_count(empty_model(c)) for role, c in (("teacher", teacher), ("student", student))}
         with problems:
             Combination(context, self._recipe, self.teacher, self.student, teacher, student).check()
@@ -159,7 +166,7 @@ class Distill(Stage):
         if not path:
             return self.student
         if not self._to_be_made(context):
-            check_folder(path, "student")
+            check_model(path, "student")
             return self.student
         if context.config_folder(path) == path:
             raise needs_stage(context, Path(path).name, f"{context.setting(context.stage, 'student')}.path")

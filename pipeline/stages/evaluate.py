@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from models.errors import Refusal
 from models.formats.format import Format
-from models.load import DTYPES, check_folder
+from models.load import DTYPES, check_model
 from models.measure import Speed, measure_export, measure_folder
 from models.questions import PER
 from models.student import Start
@@ -109,7 +109,7 @@ class Evaluate(Stage):
             )
         for path in parents.values():
             if not context.produced_by(path):
-                check_folder(path, self._setting(context, path))
+                check_model(path, self._setting(context, path), self._trusted)
             if context.produced_by(path) not in context.planned:  # else it is still to be made
                 artifact.quantized_file(Path(path))  # refuses one that an older version has quantized
         for pair in self.compare or []:

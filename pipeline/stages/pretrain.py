@@ -62,6 +62,8 @@ class Pretrain(Stage):
             )
         vocabulary = len(load_tokenizer(self.tokenizer.path)) if self.tokenizer.path else self.tokenizer.vocab_size
         config = self._config(vocabulary)
+        settings.check_family(context, config)
+        settings.check_packing(config, self.data, "model")
         context.plan_model(config)
         parameters = parameter_count(empty_model(config))
         settings.check_disk(context, parameters)

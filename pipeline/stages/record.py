@@ -27,7 +27,7 @@ from pipeline.stages.stage import Makes, Stage
 from pipeline.stages.stage import Plan as StagePlan
 from pipeline.steps.recording import Recording, adopt, outstanding
 from pipeline.steps.shelf import Shelf, link
-from pipeline.training.settings import check_length
+from pipeline.training.settings import check_length, check_packing
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,8 @@ class Record(Stage):
             )
         config = teacher_config(context, self.teacher, weights=self.teacher.runs_here)
         check_length(config, self.data, "teacher")
+        if self.teacher.runs_here:
+            check_packing(config, self.data, "teacher")
         planned = Header(encoding, config.vocab_size, "", "", None, self.teacher.dtype)
         config.save_pretrained(self._planned(context))
         write_header(self._planned(context), planned)

@@ -12,7 +12,9 @@ from typing import Any, ClassVar
 import torch
 from hydra.utils import instantiate
 
+from models.apart import check_apart
 from models.errors import Refusal
+from models.load import attention_of
 from pipeline.context import Context
 from pipeline.data.loader import accumulation
 from pipeline.data.source import DataSource
@@ -141,6 +143,21 @@ def check_length(config: Any, data: DataSource, role: str) -> None:
             f"{data.node}.{name}={length}: the {role} reads at most {limit} tokens (max_position_embeddings); use "
             f"{data.node}.{name}={limit}"
         )
+
+
+def check_family(context: Context, config: Any) -> None:
+    """Refuse an attention that the model's family cannot have."""
+    wanted = context.config["trainer"]["attention"]
+    attention_of(config, None if wanted == "auto" else wanted)
+
+
+def check_packing(config: Any, data: DataSource, role: str) -> None:
+    """Refuse packed sequences where the model's family lets their documents see each other; `role` is for the message.
+
+    By a small model of the family; where none can be made, the model itself is asked before the first step.
+    """
+    if data.packing or (role == "teacher" and data.teacher_prompts > 1):
+        check_apart(config, f"{data.node}.packing=true, {role}")
 
 
 def check_disk(context: Context, parameters: int) -> None:

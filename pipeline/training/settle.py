@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from models.errors import Refusal
-from models.load import load_model, save_model
+from models.load import load_model, save_model, unsharded
 from models.lora import merge, write_adapter
 from models.quantization.aware import Rounding
 from models.quantization.proof import bits_per_weight, check_held
 from models.quantization.stored import BlockWeights, QuantizedWeights, open_quantized
-from models.sharding import gather_state, unsharded
+from models.sharding import gather_state
 from models.sparsity import zeros
 from pipeline import artifact
 from pipeline.context import Context

@@ -131,7 +131,7 @@ def _zero_strategy() -> type:
     from pytorch_lightning.strategies import DDPStrategy, DeepSpeedStrategy
 
     class ZeroStrategy(DeepSpeedStrategy):
-        """Lightning's DeepSpeedStrategy, able to run on CPU ranks, and with two defects mended (on CUDA too)."""
+        """Lightning's DeepSpeedStrategy, able to run on CPU ranks, and with three defects mended (on CUDA too)."""
 
         @property
         def root_device(self) -> torch.device:
@@ -162,6 +162,15 @@ def _zero_strategy() -> type:
                 self._init_deepspeed_distributed()
             else:
                 super().setup_distributed()
+
+        def _format_config(self) -> None:
+            super()._format_config()
+            assert self.config is not None
+            if self.config.get("bf16", {}).get("enabled"):
+                # Else the gradients of an accumulated step are added up in bf16, where 1 + 2⁻⁹ is 1.
+                self.config.setdefault("data_types", {"grad_accum_dtype": "fp32"})
+                if self.config["zero_optimization"]["stage"] == 1:  # which sums up over the ranks once, at the end
+                    self.config.setdefault("communication_data_type", "fp32")
 
         def backward(self, closure_loss: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
             # Lightning has divided by the accumulation already; DeepSpeed would divide again, which halves gradients

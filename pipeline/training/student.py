@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 
-from models.load import empty_model, load_config, load_model, parameter_count
+from models.load import empty_model, load_config, load_model, parameter_count, unsharded
 from models.quantization.aware import Rounding
-from models.sharding import unsharded
 from models.sparsity import zeros
 from pipeline import artifact
 from pipeline.training.recipe import Recipe

@@ -18,9 +18,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from models.errors import Refusal
+from models.folder import INDEX
 from models.formats.awq import AWQ
 from models.formats.certificate import certify, refer
-from models.formats.checkpoint import INDEX
 from models.formats.compressed_tensors import CompressedTensors
 from models.formats.container import check_installed
 from models.formats.format import Finished, Format

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from models.objectives.adaptive_kl import AdaptiveKL
@@ -117,7 +119,7 @@ def top_k(k: int, of: Formula) -> Formula:
         buckets = []
         for logits in (student, teacher):
             p = F.softmax(logits / temperature, -1).gather(1, kept)
-            buckets.append(torch.cat([p, 1 - p.sum(-1, keepdim=True)], -1).log() * temperature)
+            buckets.append(torch.cat([p, (1 - p.sum(-1, keepdim=True)).clamp_min(0)], -1).log() * temperature)
         return of(buckets[0], buckets[1], temperature)
 
     return value
@@ -246,6 +248,89 @@ def test_it_is_never_negative_and_positive_where_the_models_differ(name: str) ->
     for spread in (0.01, 1.0, 8.0):
         total, _, _ = Case(torch.float32, spread=spread).run(make(1.0))
         assert total > 0
+
+
+def logits(seed: int, rows: int = 5, columns: int = VOCABULARY) -> Tensor:
+    return 3 * torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def of_logits(divergence: Any, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Value per token, and its gradient by the student's logits."""
+    block = Block(student, torch.zeros(len(student), dtype=torch.long), 1.0, torch.zeros_like(student), teacher)
+    return divergence.add(block), block.gradient_NV
+
+
+absent_columns = given(
+    absent=st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=VOCABULARY - 2, unique=True),
+    temperature=st.sampled_from([0.5, 1.0, 3.0]),
+    dtype=st.sampled_from([torch.float64, torch.float32]),
+)
+
+
+@named
+@absent_columns
+def test_a_column_of_minus_infinity_in_both_models_is_absent(
+    name: str, absent: list[int], temperature: float, dtype: torch.dtype
+) -> None:
+    """Truth: the same divergence of the models without those columns."""
+    divergence = DIVERGENCES[name](temperature)
+    student, teacher = logits(1), logits(2)
+    kept = [column for column in range(VOCABULARY) if column not in absent]
+    student[:, absent] = teacher[:, absent] = -math.inf
+    if isinstance(divergence, TopK) and divergence.k >= len(kept):
+        alone = divergence.divergence  # of so few columns all are kept apart
+    else:
+        alone = divergence
+    values, gradient = of_logits(divergence, student.to(dtype), teacher.to(dtype))
+    expected, expected_gradient = of_logits(alone, student[:, kept], teacher[:, kept])
+    tolerance = 1e-9 if dtype == torch.float64 else 1e-4
+    assert_close([values.double(), gradient[:, kept].double()], [expected, expected_gradient], tolerance)
+    assert not gradient[:, absent].any()
+
+
+INFINITE = ("reverse", "adaptive", "jensen_shannon 1", "top_k of all")
+
+
+@with_formula
+@absent_columns
+def test_a_column_of_minus_infinity_in_the_teacher_has_probability_zero(
+    name: str, absent: list[int], temperature: float, dtype: torch.dtype
+) -> None:
+    """Truth: the dense formula in fp64; in PyTorch's own KL 0 · log 0 is 0. Reverse KL is infinite, not NaN."""
+    make, formula = FORMULAS[name]
+    student, teacher = logits(1), logits(2)
+    teacher[:, absent] = -math.inf
+    values, gradient = of_logits(make(temperature), student.to(dtype), teacher.to(dtype))
+    if name in INFINITE:
+        assert (values == math.inf).all()
+        return
+    assert values.isfinite().all()
+    assert gradient.isfinite().all()
+    if dtype == torch.float64:
+        leaf = student.clone().requires_grad_()
+        expected = formula(leaf, teacher, temperature)
+        assert_close([values, gradient], [expected.detach(), *torch.autograd.grad(expected.sum(), leaf)], 1e-9)
+
+
+@named
+def test_every_divergence_of_a_teacher_with_impossible_tokens_is_a_number_or_infinite(name: str) -> None:
+    student, teacher = logits(1), logits(2)
+    teacher[:, 3:6] = -math.inf
+    values, gradient = of_logits(DIVERGENCES[name](1.0), student, teacher)
+    assert not values.isnan().any()
+    assert gradient.isfinite().all() or (values == math.inf).all()
+
+
+def test_a_student_that_says_zero_makes_forward_kl_infinite_and_the_bounded_ones_not() -> None:
+    student, teacher = logits(1), logits(2)
+    student[:, 4] = -math.inf
+    assert (of_logits(ForwardKL(1.0), student, teacher)[0] == math.inf).all()
+    leaf = student.clone().requires_grad_()
+    for name in ("reverse", "jensen_shannon 0.5", "skew_forward", "skew_reverse", "total_variation", "alpha_beta 1 1"):
+        make, formula = FORMULAS[name]
+        values, gradient = of_logits(make(1.0), student, teacher)
+        assert_close([values], [formula(leaf, teacher, 1.0).detach()], 1e-9)
+        assert gradient.isfinite().all()
 
 
 @named

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, OPTConfig, OPTForCausalLM
 
 from callbacks.checkpoint import Checkpoint
+from models.apart import check_apart
 from models.errors import NotFinite, Refusal
 from models.heads import check_split, hidden_states
 from pipeline.data.batch import collate
@@ -26,6 +27,7 @@ TOLERANCE = 1e-6  # fp32, 20 steps
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("fits")
     write_models(made)
+    fitting.write_damaged(made)
     return made
 
 
@@ -42,6 +44,7 @@ TWO_RANKS = [
     Scenario("ddp-sharded", "ddp", micro_batch=4, sharded=True),
     Scenario("ddp-layers", "ddp", micro_batch=4, layers=True),
     Scenario("zero1", "zero1", micro_batch=4),
+    Scenario("zero1-bf16", "zero1", micro_batch=4, precision="bf16-mixed", checkpoint_at=7),
     Scenario("zero2-sharded", "zero2", micro_batch=2, sharded=True, offload="cpu"),
     Scenario("zero2", "zero2", micro_batch=2),
     Scenario("zero3", "zero3", micro_batch=2),
@@ -52,6 +55,8 @@ TWO_RANKS = [
     Scenario("zero3-sharded", "zero3", micro_batch=4, sharded=True, checkpoint_at=7),
     Scenario("zero3-layers", "zero3", micro_batch=2, layers=True, sharded=True, checkpoint_at=7),
     Scenario("zero3-lora_head", "zero3", micro_batch=4, lora_head=True),
+    Scenario("zero3-damaged", "zero3", damaged=True),
+    *(Scenario(f"{name}-summed", name, precision="bf16-mixed", summed=True) for name in ("zero1", "zero2", "zero3")),
 ]
 
 
@@ -90,6 +95,19 @@ def test_padding_on_the_left_changes_nothing(folder: Path, reference: Any) -> No
 )
 def test_two_ranks_learn_what_one_does(two_ranks: Any, reference: Any, name: str) -> None:
     assert_same(two_ranks[name], reference)
+
+
+def test_under_zero3_every_rank_refuses_a_damaged_model_by_the_tensors_name(two_ranks: Any, folder: Path) -> None:
+    name = fitting.DAMAGED
+    for damage, what in {
+        "missing": f"1 tensor missing from its weights: {name}",
+        "unexpected": f"1 tensor in its weights and not in the model of its config: {name}.more",
+        "shape": f"1 tensor of another shape: {name} [32, 63] where the config says [32, 64]",
+        "nan": f"NaN in {name}",
+    }.items():
+        one, other = two_ranks["zero3-damaged"][damage]
+        assert one == other
+        assert one.startswith(f"model.path={folder / damage}: {what}")
 
 
 def test_tied_embeddings_with_activation_checkpointing_under_zero3_learn_the_same(folder: Path, two_ranks: Any) -> None:
@@ -148,17 +166,25 @@ def test_a_sharded_teacher_is_in_no_checkpoint(folder: Path, name: str) -> None:
         assert all(n.startswith(("student.", "comparisons.")) for n in names)
 
 
-def test_bf16_over_fp32_masters_stays_close(two_ranks: Any, reference: Any) -> None:
+@pytest.mark.parametrize("name", ["zero1-bf16", "zero3-bf16"])
+def test_bf16_over_fp32_masters_stays_close(two_ranks: Any, reference: Any, name: str) -> None:
     # bf16 keeps 8 bits: about 0.4 % of a weight; the largest weights here are near 1
-    for name, tensor in two_ranks["zero3-bf16"]["state"].items():
-        torch.testing.assert_close(tensor.float(), reference["state"][name], rtol=0, atol=1e-2, msg=name)
-    assert two_ranks["zero3-bf16"]["metrics"][-1]["loss"] == pytest.approx(reference["metrics"][-1]["loss"], abs=5e-3)
+    for weight, tensor in two_ranks[name]["state"].items():
+        torch.testing.assert_close(tensor.float(), reference["state"][weight], rtol=0, atol=1e-2, msg=weight)
+    assert two_ranks[name]["metrics"][-1]["loss"] == pytest.approx(reference["metrics"][-1]["loss"], abs=5e-3)
+
+
+@pytest.mark.parametrize("name", ["zero1", "zero2", "zero3"])
+def test_gradients_of_a_bf16_model_are_added_up_in_fp32(two_ranks: Any, name: str) -> None:
+    """Truth: 1 + 255 · 2⁻⁹. In bf16 each of the 255 is lost, 1 being the nearest number."""
+    assert torch.equal(two_ranks[f"{name}-summed"]["sum"], torch.full((1, 8), 1.498046875))
 
 
 def test_the_teacher_is_sharded_under_zero3_and_never_gets_a_gradient(two_ranks: Any) -> None:
     assert two_ranks["zero3"]["teacher_sharded"]
     assert not two_ranks["zero2"]["teacher_sharded"]
-    assert all(result["teacher_gradients"] == [] for result in two_ranks.values())
+    trained = [two_ranks[each.name] for each in TWO_RANKS if not (each.summed or each.damaged)]
+    assert all(result["teacher_gradients"] == [] for result in trained)
 
 
 def test_a_zero3_checkpoint_holds_the_student_alone(folder: Path, two_ranks: Any) -> None:
@@ -201,11 +227,8 @@ def test_a_padded_vocabulary_teaches_the_same(folder: Path, reference: Any) -> N
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_names_step_and_rows(folder: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(folder / "student-False-0.0")
-    model.model.embed_tokens.weight.data[17] = float("nan")  # a token that some rows have
-    model.save_pretrained(folder / "poisoned")
     with pytest.raises(NotFinite, match=r"step \d+: the loss is nan on sequences \[\d+.*last checkpoint"):
-        fit(Scenario("poisoned", student="poisoned", micro_batch=1), folder)
+        fit(Scenario("poisoned", poisoned=True, micro_batch=1), folder)
 
 
 def test_weights_that_are_no_numbers_are_not_saved(tmp_path: Path) -> None:
@@ -315,6 +338,64 @@ def test_a_family_that_cannot_keep_packed_documents_apart_is_refused() -> None:
     check_split(model, VOCABULARY, packed=False)
     with pytest.raises(Refusal, match=r"OPTForCausalLM.*data\.packing=false"):
         check_split(model, VOCABULARY, packed=True)
+
+
+SMALL = {"vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 6, "num_attention_heads": 4}
+GEMMA = {"num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 64, "sliding_window": 8}
+APART = {
+    "llama": {"intermediate_size": 64, "num_key_value_heads": 2},
+    "gpt2": {},
+    "gemma2": GEMMA,
+    "gemma3_text": GEMMA,
+    "qwen3": {"head_dim": 32, "intermediate_size": 64, "num_key_value_heads": 2},
+    "phi3": {"intermediate_size": 64, "pad_token_id": 0},
+    "gpt_neox": {"intermediate_size": 64},
+}
+TOGETHER = {
+    "bloom": {},  # its attention looks at the distance in the row, and at no positions
+    "lfm2": {"layer_types": ["conv", "conv", "full_attention"] * 2, "num_key_value_heads": 2, "pad_token_id": 0},
+    "falcon_h1": {"intermediate_size": 64, "num_key_value_heads": 2, "mamba_d_ssm": 64, "mamba_n_heads": 4,
+                  "mamba_d_head": 16, "mamba_d_state": 8},
+    "mamba": {},
+    "falcon": {"alibi": True},
+    "opt": {"word_embed_proj_dim": 64, "ffn_dim": 64},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", APART)
+def test_of_fresh_weights_not_a_bit_of_a_document_depends_on_the_one_before(family: str, dtype: torch.dtype) -> None:
+    config = AutoConfig.for_model(family, **SMALL, **APART[family])
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    ids = torch.randint(1, VOCABULARY, (2, 40), generator=torch.Generator().manual_seed(0))
+    ids[1, 17:] = ids[0, 17:]
+    positions = torch.cat([torch.arange(17), torch.arange(23)]).repeat(2, 1)
+    with torch.no_grad():
+        one, other = (hidden_states(model, row[None], positions[:1])[:, 17:] for row in ids)
+    assert torch.equal(one, other)
+    check_split(model, VOCABULARY, packed=True)
+    check_apart(config, "student")
+
+
+@pytest.mark.parametrize("family", TOGETHER)
+def test_families_whose_documents_see_each_other_are_refused_before_they_have_weights(family: str) -> None:
+    config = AutoConfig.for_model(family, **SMALL, **TOGETHER[family])
+    said = r"a document of a packed sequence sees the one before it; set data\.packing=false"
+    with pytest.raises(Refusal, match=f"^student: .*{said}"):
+        check_apart(config, "student")
+    model = AutoModelForCausalLM.from_config(config).eval()
+    check_split(model, VOCABULARY, packed=False)
+    with pytest.raises(Refusal, match=said):
+        check_split(model, VOCABULARY, packed=True)
+
+
+def test_experts_whose_batches_differ_in_size_are_no_leak() -> None:
+    config = AutoConfig.for_model(
+        "qwen3_moe", **SMALL, num_key_value_heads=2, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32
+    )
+    check_apart(config, "student")
+    for dtype in (torch.float32, torch.bfloat16):
+        check_split(AutoModelForCausalLM.from_config(config, dtype=dtype).eval(), VOCABULARY, packed=True)
 
 
 def test_packed_and_unpacked_rows_give_the_same_loss_and_gradients() -> None:

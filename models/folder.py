@@ -1,0 +1,123 @@
+"""What a model folder holds, looked at before a library opens anything in it: names, sizes and headers, no weights."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from models.errors import Refusal
+
+WEIGHTS, INDEX, ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_config.json"
+_CONFIG_BYTES, _INDEX_BYTES = 1 << 24, 1 << 27  # the largest index published holds 9 MB
+_DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+_WIDTHS = ("hidden_size", "n_embd", "vocab_size")  # each is a dimension of some tensor, in packed formats too
+
+
+def check_folder(path: str, role: str, weights: bool = True) -> None:
+    """Refuse, before anything is loaded, a model folder that cannot be opened safely. A hub id passes unread.
+
+    `role`: what the model is (teacher), or the setting that names it. `weights`: whether they will be opened, or only
+    what lies beside them.
+    """
+    told, folder = named(path, role), Path(path)
+    if not folder.exists():
+        if path.startswith((".", "/", "~")) or path.count("/") != 1:
+            raise Refusal(f"{told}: no such folder; give a model folder or a hub id like org/name")
+        return
+    check_files(folder, told, weights)
+
+
+def named(path: str, role: str) -> str:
+    """How messages begin: the setting that names the model, and its value."""
+    return f"{role if '.' in role else f'{role}.path'}={path}"
+
+
+def check_files(folder: Path, told: str, weights: bool = True) -> None:
+    """As `check_folder`, of a folder that is there; `told` begins the message."""
+    if not (folder / "config.json").is_file():
+        if (folder / ADAPTER).is_file():
+            raise Refusal(f"{told}: an adapter without its model; merge it into one, and give that folder")
+        raise Refusal(f"{told}: no config.json in it; give a folder AutoModelForCausalLM can open")
+    config = _json(folder / "config.json", _CONFIG_BYTES, told)
+    if not weights:
+        return
+    if (folder / ADAPTER).is_file():  # transformers would open it too, pickled or not
+        raise Refusal(
+            f"{told}: {ADAPTER} lies beside the model, and its adapter would be added; merge it into the model, or "
+            f"remove that file"
+        )
+    if (folder / "signal.json").is_file():
+        raise Refusal(f"{told}: this is a teacher cache, without the model's weights; give its folder")
+    if config.get("transformers_weights") is not None:  # transformers' own way to name another file, pickled or not
+        raise Refusal(f"{told}: config.json names its weights by transformers_weights; call them {WEIGHTS}")
+    _check_sizes(config, shapes_of(folder, told), told)
+
+
+def part_names(folder: Path, told: str) -> list[str]:
+    """The files that transformers opens: plain names of safetensors in the folder itself."""
+    if os.path.lexists(folder / WEIGHTS):
+        return [WEIGHTS]
+    if os.path.lexists(folder / INDEX):
+        index = _json(folder / INDEX, _INDEX_BYTES, told)
+        names = index.get("weight_map")
+        if not isinstance(names, dict) or not names or not isinstance(index.get("metadata"), dict):
+            raise Refusal(f"{told}: {INDEX} has no weight_map or no metadata; take the model's own again")
+        for name in names.values():
+            if not isinstance(name, str) or not name.endswith(".safetensors") or "/" in name or "\\" in name:
+                raise Refusal(f"{told}: {INDEX} names {name!r}; need *.safetensors in the same folder")
+        return sorted(set(names.values()))
+    pickled = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))
+    others = sorted(p.name for p in folder.glob("*.safetensors"))
+    if others:
+        raise Refusal(f"{told}: {others[0]} is not {WEIGHTS}, and there is no {INDEX}; the weights are missing")
+    if pickled:
+        raise Refusal(
+            f"{told}: only pickled weights ({pickled[0]}), which can run code when opened; "
+            f"convert them with save_pretrained(…, safe_serialization=True)"
+        )
+    raise Refusal(f"{told}: no *.safetensors in it; the weights are missing")
+
+
+def _json(path: Path, most: int, told: str) -> dict[str, Any]:
+    """The object in a JSON file of at most so many bytes."""
+    try:
+        if path.stat().st_size > most:
+            raise Refusal(f"{told}: {path.name} has {path.stat().st_size:,} bytes; need at most {most:,}")
+        held = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as problem:
+        if isinstance(problem, Refusal):
+            raise
+        why = "nested too deeply" if isinstance(problem, RecursionError) else str(problem)
+        raise Refusal(f"{told}: {path.name} is no JSON: {why}; take the model's own again") from None
+    if not isinstance(held, dict):
+        raise Refusal(f"{told}: {path.name} holds no object; take the model's own again")
+    return held
+
+
+def shapes_of(folder: Path, told: str) -> dict[str, list[int]]:
+    """Of all tensors, by name. A file whose length is not what its header says is refused."""
+    shapes = {}
+    for part in part_names(folder, told):
+        if not (folder / part).is_file():  # nor a pipe, which would wait for ever
+            raise Refusal(f"{told}: {part} is not there; the weights are incomplete, copy it too")
+        try:
+            with safe_open(folder / part, "np") as file:
+                shapes.update({name: file.get_slice(name).get_shape() for name in file.keys()})
+        except (OSError, SafetensorError) as problem:
+            raise Refusal(f"{told}: {part} is damaged or no safetensors: {problem}; copy it again") from None
+    return shapes
+
+
+def _check_sizes(config: dict[str, Any], shapes: dict[str, list[int]], told: str) -> None:
+    """Refuse a config of a model far larger than its tensors: it would take memory and minutes before that shows."""
+    largest = max((size for shape in shapes.values() for size in shape), default=0)
+    for values in (config, config.get("text_config")):
+        for names, most, what in ((_DEPTHS, len(shapes), "tensors"), (_WIDTHS, largest, "is the largest dimension")):
+            for name in names:
+                value = values.get(name) if isinstance(values, dict) else None
+                if isinstance(value, int) and value > most:
+                    raise Refusal(f"{told}: {name}={value} in config.json does not fit its weights: {most} {what}")

@@ -1,0 +1,139 @@
+"""That a model which was opened is whole: every tensor found its place, and holds finite numbers."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from models.errors import Refusal
+
+_AGAIN = "copy the whole model again, with the config.json it was saved with"
+_ODD = (
+    OSError,
+    ValueError,
+    ImportError,
+    SafetensorError,
+    TypeError,
+    KeyError,
+    AttributeError,
+    IndexError,
+    AssertionError,
+    ArithmeticError,
+    RecursionError,
+)
+_SUMMED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@contextmanager
+def whole(told: str, what: str) -> Iterator[None]:
+    """Around a load by transformers: what it raises of odd configs and tensors is a Refusal in one line, and its table
+    of them is not printed. `told` and `what` begin the line."""
+    tables: list[str] = []
+
+    def kept(record: logging.LogRecord) -> bool:
+        if "LOAD REPORT" not in record.getMessage():
+            return True
+        tables.append(record.getMessage())
+        return False
+
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(kept)
+    try:
+        yield
+    except Refusal:
+        raise
+    except _ODD as problem:
+        raise Refusal(f"{told}: {what}: {first_line(problem)}") from None
+    except RuntimeError as problem:  # of tensors that cannot be merged as the family merges them: experts, mostly
+        names = re.findall(r"^(\S+)\s*\|\s*(?:\x1b\S*m)?CONVERSION", "".join(tables), re.MULTILINE)
+        if not names:
+            raise
+        raise Refusal(f"{told}: parts of {', '.join(names[:3])} are missing or do not fit; {_AGAIN}") from problem
+    finally:
+        logger.removeFilter(kept)
+
+
+def check_report(report: dict[str, Any], told: str) -> None:
+    """Refuse a load in which not every tensor found its place: transformers says so, and fills the gaps at random."""
+    mismatched = [
+        f"{name} {list(held)} where the config says {list(wanted)}" for name, held, wanted in report["mismatched_keys"]
+    ]
+    for found, what in (
+        (report["missing_keys"], "missing from its weights"),
+        (report["unexpected_keys"], "in its weights and not in the model of its config"),
+        (mismatched, "of another shape"),
+    ):
+        if found:
+            first = sorted(found)[:3]
+            more = f" and {len(found) - len(first)} more" if len(found) > len(first) else ""
+            raise Refusal(
+                f"{told}: {len(found)} tensor{'s' if len(found) > 1 else ''} {what}: {', '.join(first)}{more}; {_AGAIN}"
+            )
+
+
+@torch.no_grad()
+def check_finite(model: nn.Module, told: str, sharded: bool = False) -> None:
+    """Refuse weights that are not finite, by name. `sharded`: by ZeRO-3; every rank then learns of every rank's."""
+    wrong = [
+        f"{what} in {name}" for name, tensor in _saved(model) for part in held_in(tensor) if (what := not_finite(part))
+    ]
+    if sharded:
+        of_ranks: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(of_ranks, wrong)
+        wrong = list(dict.fromkeys(each for mine in of_ranks for each in mine))
+    if wrong:
+        more = f", and in {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise Refusal(f"{told}: {', '.join(wrong[:3])}{more}; its weights are damaged, copy the model again")
+
+
+def not_finite(tensor: Tensor) -> str | None:
+    """What is wrong with the numbers, or None. A sum is not finite where one of its terms is not, and is the fastest
+    look; rarely it overflows."""
+    if bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all()):
+        return None
+    return "NaN" if bool(tensor.isnan().any()) else "infinity"
+
+
+def held_in(tensor: Any) -> Iterator[Tensor]:
+    """The floating-point numbers that a weight is held in here: of a ZeRO-3 shard this rank's, of packed ones their
+    scales; of those on the meta device or on a disk, none."""
+    if hasattr(tensor, "ds_tensor"):
+        shard = tensor.ds_tensor
+        if shard.status.name == "AVAILABLE":
+            # The last ranks' shards are filled up with whatever was in memory.
+            own = tensor.ds_numel - torch.distributed.get_rank(tensor.ds_process_group) * shard.ds_numel
+            yield from held_in(shard.data.flatten()[: max(0, own)])
+        return
+    if tensor.is_meta:
+        return
+    if hasattr(tensor, "__tensor_flatten__"):
+        for name in tensor.__tensor_flatten__()[0]:
+            yield from held_in(getattr(tensor, name))
+        return
+    # SCB, quant_state: bitsandbytes' scales
+    parts, scales = [tensor, getattr(tensor, "SCB", None)], getattr(tensor, "quant_state", None)
+    while scales is not None:
+        parts += [scales.absmax, scales.offset]
+        scales = scales.state2
+    yield from (part.detach() for part in parts if part is not None and part.dtype in _SUMMED and part.numel())
+
+
+def _saved(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters, and the buffers that a checkpoint holds: others may be infinite, as masks are."""
+    yield from model.named_parameters()
+    for prefix, module in model.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                yield f"{prefix}.{name}".removeprefix("."), buffer
+
+
+def first_line(problem: Exception) -> str:
+    lines = str(problem).strip().splitlines()
+    return lines[0] if lines else type(problem).__name__

@@ -1,0 +1,380 @@
+"""The one door for models: what opens is the whole of what its config describes, and the rest is said in one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, Gemma2Config
+
+from models.errors import Refusal
+from models.formats.checkpoint import names
+from models.load import check_model, load_model
+from tests.optional_data import STORIES, needed
+from tests.pruning.families import FAMILIES, model_of, tokens
+
+DOWN = "model.layers.2.mlp.down_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("made") / "model"
+    model_of("llama", dtype=torch.float32).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(made: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made, tmp_path / "model"))
+
+
+def opened(folder: Path | str) -> Any:
+    return load_model(str(folder), dtype=torch.float32, role="teacher")
+
+
+def refusal_of(folder: Path | str) -> str:
+    with pytest.raises(Refusal) as refused:
+        opened(folder)
+    said = str(refused.value)
+    assert said.startswith(f"teacher.path={folder}: ")
+    assert "\n" not in said
+    return said
+
+
+def checked(folder: Path | str) -> str:
+    """What is said before any weight is read."""
+    with pytest.raises(Refusal) as refused:
+        check_model(str(folder), "teacher")
+    return str(refused.value)
+
+
+def change(folder: Path, work: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    state = load_file(folder / "model.safetensors")
+    work(state)
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def change_config(folder: Path, **values: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | values))
+
+
+def in_parts(folder: Path, second: str = "model-2.safetensors") -> None:
+    """Two parts and their index; `second` is the name the index has for the second one."""
+    state = load_file(folder / "model.safetensors")
+    names = sorted(state)
+    halves = {"model-1.safetensors": names[:9], "model-2.safetensors": names[9:]}
+    for part, its in halves.items():
+        save_file({name: state[name] for name in its}, folder / part, metadata={"format": "pt"})
+    (folder / "model.safetensors").unlink()
+    told = {"model-1.safetensors": "model-1.safetensors", "model-2.safetensors": second}
+    index = {"metadata": {}, "weight_map": {name: told[part] for part, its in halves.items() for name in its}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_opens_as_it_was_saved(family: str, tied: bool, tmp_path: Path) -> None:
+    model = model_of(family, dtype=torch.float32, tie_word_embeddings=tied)
+    model.save_pretrained(tmp_path / "model")
+    check_model(str(tmp_path / "model"), "teacher")
+    found = opened(tmp_path / "model").state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("family", "gone", "said"),
+    [
+        ("llama", DOWN, f"1 tensor missing from its weights: {DOWN}"),
+        ("gpt2", "transformer.h.1.mlp.c_proj.weight", "1 tensor missing from its weights: transformer.h.1.mlp"),
+        # What experts are merged to has no room for one less, or cannot be made.
+        (
+            "qwen3_moe",
+            "model.layers.1.mlp.experts.2.down_proj.weight",
+            "experts.down_proj [3, 32, 24] where the config",
+        ),
+        (
+            "mixtral",
+            "model.layers.1.block_sparse_moe.experts.2.w1.weight",
+            "parts of model.layers.1.mlp.experts.gate_up",
+        ),
+    ],
+)
+def test_a_tensor_that_is_missing_is_named(family: str, gone: str, said: str, tmp_path: Path) -> None:
+    model_of(family, dtype=torch.float32).save_pretrained(tmp_path / "model")
+    change(tmp_path / "model", lambda state: state.pop(gone))
+    assert said in refusal_of(tmp_path / "model")
+    assert said in checked(tmp_path / "model")
+
+
+def test_a_real_teacher_that_lacks_a_tensor_is_refused(tmp_path: Path) -> None:
+    shutil.copytree(needed(STORIES), tmp_path / "model", copy_function=shutil.copyfile)
+    os.chmod(tmp_path / "model", 0o755)
+    assert opened(tmp_path / "model").num_parameters() == 260_032
+    change(tmp_path / "model", lambda state: state.pop(DOWN))
+    assert f"1 tensor missing from its weights: {DOWN}" in refusal_of(tmp_path / "model")
+
+
+def test_many_that_are_missing_are_counted_and_three_of_them_named(folder: Path) -> None:
+    change(folder, lambda state: [state.pop(name) for name in list(state) if "mlp" in name])
+    said = refusal_of(folder)
+    assert "9 tensors missing" in said
+    assert "and 6 more" in said
+    assert said.count("model.layers.") == 3
+
+
+def test_a_tensor_that_is_no_part_of_the_model_is_named(folder: Path) -> None:
+    change(folder, lambda state: state.update({"model.layers.2.mlp.other.weight": torch.zeros(2)}))
+    for said in (refusal_of(folder), checked(folder)):
+        assert "1 tensor in its weights and not in the model of its config: model.layers.2.mlp.other.weight" in said
+
+
+def test_a_tensor_of_another_shape_is_named_with_both_shapes(folder: Path) -> None:
+    change(folder, lambda state: state.update({DOWN: torch.zeros(32, 21)}))
+    for said in (refusal_of(folder), checked(folder)):
+        assert f"1 tensor of another shape: {DOWN} [32, 21] where the config says [32, 20]" in said
+
+
+def test_a_layer_more_than_the_config_has_is_not_left_out(folder: Path) -> None:
+    change_config(folder, num_hidden_layers=2)
+    assert "9 tensors in its weights and not in the model of its config: model.layers.2." in refusal_of(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        (DOWN, float("nan"), f"NaN in {DOWN}"),
+        ("model.norm.weight", float("-inf"), "infinity in model.norm.weight"),
+    ],
+)
+def test_numbers_that_are_not_finite_are_refused_by_their_tensors_name(
+    name: str, value: float, said: str, folder: Path
+) -> None:
+    change(folder, lambda state: state[name].view(-1)[-1].fill_(value))
+    assert said in refusal_of(folder)
+
+
+def test_large_numbers_whose_sum_overflows_are_finite(folder: Path) -> None:
+    change(folder, lambda state: state[DOWN].fill_(3e38))
+    assert opened(folder).model.layers[2].mlp.down_proj.weight.sum().isinf()
+
+
+def test_what_older_checkpoints_hold_beside_the_weights_is_no_fault(folder: Path) -> None:
+    """Rotary frequencies of every layer, as Llama 1 and 2 were published: transformers itself says they are nothing."""
+    change(folder, lambda state: state.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}))
+    check_model(str(folder), "teacher")
+    opened(folder)
+
+
+def test_a_tied_head_may_be_there_or_not(tmp_path: Path) -> None:
+    model = model_of("llama", dtype=torch.float32, tie_word_embeddings=True)
+    model.save_pretrained(tmp_path)
+    change(tmp_path, lambda state: state.update({"lm_head.weight": state["model.embed_tokens.weight"].clone()}))
+    found = opened(tmp_path)
+    assert found.lm_head.weight is found.model.embed_tokens.weight
+
+
+def test_packed_weights_scales_are_looked_at_too(folder: Path) -> None:
+    from models.whole import held_in
+
+    class Packed(torch.Tensor):
+        """As bitsandbytes holds a matrix."""
+
+    class State:
+        def __init__(self, absmax: torch.Tensor, inner: State | None = None) -> None:
+            self.absmax, self.offset, self.state2 = absmax, torch.zeros(()), inner
+
+    packed = torch.zeros(4, dtype=torch.uint8).as_subclass(Packed)
+    packed.quant_state = State(torch.zeros(2, dtype=torch.uint8), State(torch.tensor([float("nan")])))  # type: ignore[attr-defined]
+    assert sum(bool(part.isnan().any()) for part in held_in(packed)) == 1
+
+
+class Armed:
+    """Unpickled, it leaves a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = str(path)
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize(
+    "second", ["evil.bin", "../outside.safetensors", "{folder}/model-2.safetensors", "a\\b.safetensors"]
+)
+def test_an_index_that_names_anything_but_safetensors_of_the_folder_is_refused(
+    second: str, folder: Path, tmp_path: Path
+) -> None:
+    second = second.format(folder=folder)
+    in_parts(folder, second)
+    (folder / "evil.bin").write_bytes(pickle.dumps(Armed(tmp_path / "ran")))
+    shutil.copy(folder / "model-2.safetensors", tmp_path / "outside.safetensors")
+    assert f"model.safetensors.index.json names {second!r}" in refusal_of(folder)
+    assert f"names {second!r}" in checked(folder)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "values", [{"transformers_weights": "adapter_model.bin"}, {"transformers_weights": "a.safetensors"}]
+)
+def test_a_config_that_names_its_weights_is_refused(values: dict[str, str], folder: Path, tmp_path: Path) -> None:
+    (folder / "adapter_model.bin").write_bytes(pickle.dumps(Armed(tmp_path / "ran")))
+    change_config(folder, **values)
+    assert "names its weights by transformers_weights" in refusal_of(folder)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_an_export_reads_the_files_that_a_load_opens(folder: Path, tmp_path: Path) -> None:
+    """Where both a whole file and an index are there, transformers opens the file."""
+    whole = load_file(folder / "model.safetensors")
+    in_parts(folder, "../outside.safetensors")
+    with pytest.raises(Refusal, match=r"names '\.\./outside\.safetensors'"):
+        names(folder)
+    save_file(whole, folder / "model.safetensors", metadata={"format": "pt"})
+    assert sorted(names(folder)) == sorted(whole)
+
+
+def test_a_link_to_a_pickle_is_not_opened(folder: Path, tmp_path: Path) -> None:
+    in_parts(folder)
+    (folder / "evil.bin").write_bytes(pickle.dumps(Armed(tmp_path / "ran")))
+    (folder / "model-2.safetensors").unlink()
+    (folder / "model-2.safetensors").symlink_to("evil.bin")
+    assert "model-2.safetensors is damaged or no safetensors" in refusal_of(folder)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_links_into_a_cache_of_blobs_open(folder: Path, tmp_path: Path) -> None:
+    """As huggingface_hub lays a snapshot out."""
+    whole = opened(folder).state_dict()
+    in_parts(folder)
+    (tmp_path / "blobs").mkdir()
+    for number, path in enumerate(sorted(folder.iterdir())):
+        path.rename(tmp_path / "blobs" / str(number))
+        path.symlink_to(Path("..") / "blobs" / str(number))
+    found = opened(folder).state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in whole.items())
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model-2.safetensors"])
+def test_a_part_that_is_cut_short_or_gone_is_named(name: str, folder: Path) -> None:
+    if name != "model.safetensors":
+        in_parts(folder)
+    whole = (folder / name).read_bytes()
+    (folder / name).write_bytes(whole[:-5])
+    for said in (refusal_of(folder), checked(folder)):
+        assert f"{name} is damaged or no safetensors" in said
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    assert f"{name} is not there" in checked(folder)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        (
+            {"num_hidden_layers": 200_000},
+            "num_hidden_layers=200000 in config.json does not fit its weights: 30 tensors",
+        ),
+        ({"vocab_size": 10**12}, "vocab_size=1000000000000 in config.json does not fit its weights: 61 is the largest"),
+        ({"hidden_size": 10**9}, "hidden_size=1000000000 in config.json does not fit its weights"),
+        ({"rope_parameters": 3}, "its config does not open"),
+        ({"hidden_act": "no such"}, "no such"),
+        ({"layer_types": 7}, "its config does not open"),
+        ({"num_attention_heads": 0}, "config"),
+        ({"model_type": ["llama"]}, "its config does not open"),
+        ({"text_config": {"num_hidden_layers": 10**9}}, "num_hidden_layers=1000000000"),
+        ({"intermediate_size": 10**9}, "9 tensors of another shape"),
+    ],
+)
+def test_a_config_that_fits_no_weights_is_refused_before_anything_is_made(
+    values: dict[str, Any], said: str, folder: Path
+) -> None:
+    change_config(folder, **values)
+    assert said in checked(folder)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}", "config.json is no JSON: nested too deeply"),
+        ("{", "config.json is no JSON: "),
+        ("[]", "config.json holds no object"),
+        ("\ud800", "config.json is no JSON: "),
+        ('{"a": "' + "x" * (1 << 24) + '"}', "config.json has 16,777,225 bytes; need at most 16,777,216"),
+    ],
+    ids=["nested", "cut", "list", "bytes", "large"],
+)
+def test_a_config_that_is_no_config_is_refused(text: str, said: str, folder: Path) -> None:
+    (folder / "config.json").write_bytes(text.encode("utf-8", "surrogatepass"))
+    assert said in refusal_of(folder)
+
+
+def test_adapters_are_refused_alone_and_beside_a_model(folder: Path) -> None:
+    """Beside one, transformers would add them to it; alone, it would open the model that they name."""
+    (folder / "adapter_config.json").write_text(
+        json.dumps({"base_model_name_or_path": "/elsewhere", "peft_type": "LORA"})
+    )
+    assert "adapter_config.json lies beside the model" in refusal_of(folder)
+    (folder / "config.json").unlink()
+    assert "an adapter without its model" in refusal_of(folder)
+
+
+def test_a_hub_id_goes_through_the_same_door(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    home = tmp_path / "hub" / "models--org--name"
+    snapshot = home / "snapshots" / ("0" * 40)
+    snapshot.parent.mkdir(parents=True)
+    (home / "refs").mkdir()
+    (home / "refs" / "main").write_text("0" * 40)
+    folder.rename(snapshot)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert torch.equal(opened("org/name").lm_head.weight, opened(snapshot).lm_head.weight)
+    change(snapshot, lambda state: state.pop(DOWN))
+    assert f"1 tensor missing from its weights: {DOWN}" in refusal_of("org/name")
+    (snapshot / "adapter_config.json").write_text("{}")
+    assert "adapter_config.json lies beside the model" in refusal_of("org/name")
+    in_parts(snapshot, "../evil.bin")
+    assert "names '../evil.bin'" in refusal_of("org/name")
+    assert "cannot be reached" in refusal_of("org/other")
+
+
+def test_a_family_that_caps_its_attention_never_runs_without_the_cap(tmp_path: Path) -> None:
+    """Truth: the same weights in the family's plain attention, whatever the library would choose."""
+    torch.manual_seed(0)
+    config = Gemma2Config(
+        vocab_size=61,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        query_pre_attn_scalar=1,
+        attn_logit_softcapping=0.5,
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.5)
+    model.save_pretrained(tmp_path)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    model_type = type(plain)
+    asked = model_type._supports_sdpa
+    try:
+        model_type._supports_sdpa = True  # as in the versions that leave the cap out
+        found = opened(tmp_path).eval()
+    finally:
+        model_type._supports_sdpa = asked
+    with torch.no_grad():
+        assert torch.equal(found(tokens()).logits, plain(tokens()).logits)
+    with pytest.raises(Refusal, match=r"attention=sdpa: Gemma2Config caps its attention's scores at 0\.5"):
+        load_model(str(tmp_path), dtype=torch.float32, attention="sdpa")
