@@ -122,6 +122,23 @@ def generate(
                 waiting = []
 
 
+def listed_ends(named: Any, first: int | None) -> list[int]:
+    """`first`, and the end tokens that a config names in `named`: one, several or none."""
+    listed = named if isinstance(named, list | tuple) else [named]
+    return list(dict.fromkeys(int(token) for token in [first, *listed] if token is not None))
+
+
+def end_tokens(tokenizer: Any, config: Any) -> list[int]:
+    """What ends an answer: the tokenizer's end token, and what the model's generation config names beside it.
+
+    Models that speak in turns end a turn by another token than a text. What is named but is an ordinary word of the
+    tokenizer ends nothing: families have defaults, which say nothing of this tokenizer.
+    """
+    known = {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
+    first = tokenizer.eos_token_id
+    return [token for token in listed_ends(getattr(config, "eos_token_id", None), first) if token in {first, *known}]
+
+
 def log_probabilities(
     model: Any,
     pairs: Sequence[tuple[Sequence[int], Sequence[int]]],

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from models.generation import Sampling, generate, log_probabilities
+from models.generation import Sampling, end_tokens, generate, log_probabilities
 
 PER = ("choice", "token", "byte")
 
@@ -65,7 +65,7 @@ def answered(
         [questions[number].prompt for number in free],
         Sampling(max_new_tokens=longest),
         pad_token=pad_token,
-        end_tokens=[] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id],
+        end_tokens=end_tokens(tokenizer, getattr(model, "generation_config", None)),
         stop=[end],
         tokenizer=tokenizer,
         batch_size=batch_size,

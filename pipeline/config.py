@@ -62,6 +62,7 @@ class Config:
     force: list[str] = field(default_factory=list)  # redo these although they are finished
     resume: str = "continue"  # or overwrite: redo what was made with other values
     dry_run: bool = False  # show the plan and stop
+    show_data: int = 0  # show so many sequences of the first stage that trains, with what is learnt of them, and stop
     sized_for: list[float] | None = None  # parameters of the models that an experiment's settings are made for
     stages: dict[str, Any] = MISSING
     data: Any = None
@@ -155,6 +156,8 @@ def parse(composed: Any) -> dict[str, Any]:
         raise Refusal("run_dir is empty; give run_dir=FOLDER")
     if config["resume"] not in ("continue", "overwrite"):
         raise Refusal(f"resume={config['resume']}: need continue or overwrite")
+    if config["show_data"] < 0:
+        raise Refusal(f"show_data={config['show_data']}: need a number of sequences to show, or 0 for none")
     for option in ("start", "stop"):
         if config[option] is not None and config[option] not in order:
             raise Refusal(f"{option}={config[option]}: no such stage{nearest(config[option], order)}")

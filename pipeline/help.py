@@ -38,6 +38,7 @@ def page() -> str:
             *(line for group, lines in groups.items() for line in (f"  {_ADDED.get(group, group)}=", *lines)),
             "",
             "Which stages run: only=[a,b] start=a stop=b force=[a]; dry_run=true shows the plan and stops;",
+            "show_data=3 shows 3 sequences as they enter training, with what is learnt of them marked, and stops;",
             "resume=overwrite redoes what was made with other values; run_dir=FOLDER holds everything that is written.",
             "",
             "Examples:",

@@ -38,15 +38,17 @@ def run(config: dict[str, Any], typed: Mapping[str, Sequence[str]]) -> None:
     config = {**config, "run_dir": str(run_dir)} if config["run_dir"] == str(run_dir) else _rooted(config, run_dir)
     with prefork.server(config, selected(config)) as server:
         spec = {"config": config, "stages": selected(config), "typed": typed}
-        _walk(config, run_dir, server, {entry["stage"]: entry for entry in _check(spec, server)})
+        _walk(config, run_dir, server, _check(spec, server))
 
 
-def _walk(
-    config: dict[str, Any], run_dir: Path, server: prefork.Server | None, plan: dict[str, dict[str, Any]]
-) -> None:
-    if config["dry_run"]:
+def _walk(config: dict[str, Any], run_dir: Path, server: prefork.Server | None, answer: dict[str, Any]) -> None:
+    plan = {entry["stage"]: entry for entry in answer["plan"]}
+    if config["dry_run"] or config["show_data"]:
         _show(config, _jobs(config, plan))
-        console.print("dry_run=true: nothing was started")
+        for line in answer["shown"]:
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+        asked = f"show_data={config['show_data']}" if config["show_data"] else "dry_run=true"
+        console.print(f"{asked}: nothing was started", highlight=False)
         return
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -81,7 +83,7 @@ def _rooted(config: dict[str, Any], run_dir: Path) -> dict[str, Any]:
     return {**moved, "run_dir": str(run_dir)}
 
 
-def _check(spec: dict[str, Any], server: prefork.Server | None) -> list[dict[str, Any]]:
+def _check(spec: dict[str, Any], server: prefork.Server | None) -> dict[str, Any]:
     """All that can be refused is refused by one process, before the first stage starts."""
     if not console.is_terminal:  # where no spinner is seen, that it takes seconds is said
         console.print("checking")
@@ -108,7 +110,7 @@ def _check(spec: dict[str, Any], server: prefork.Server | None) -> list[dict[str
         raise StageFailed(f"the check of the configuration broke off:\n{errors[-4000:]}", code or 1)
     if "refusal" in answer:
         raise Refusal(answer["refusal"])
-    found: list[dict[str, Any]] = answer["plan"]
+    found: dict[str, Any] = answer
     return found
 
 
@@ -131,7 +133,8 @@ def _verdict(config: dict[str, Any], job: dict[str, Any], busy: set[str]) -> str
     started = _read(run_dir / "work" / name / "stage.json")
     if started and finished and started["attempt"] == finished["attempt"]:
         started = None  # killed after its result was in place
-    if started and started["identity"] != told and not list((run_dir / "work" / name).glob("checkpoints/step-*.ckpt")):
+    same = started is not None and not differences(started["identity"], told)  # a new key that is null is no change
+    if started and not same and not list((run_dir / "work" / name).glob("checkpoints/step-*.ckpt")):
         started = None  # refused or killed before it had learnt anything: nothing to protect
     if started is None and finished is None:
         return "start"
@@ -150,7 +153,7 @@ def _verdict(config: dict[str, Any], job: dict[str, Any], busy: set[str]) -> str
         return {r for r in {*parents, *old["parents"]} if hash_of(parents, r) != hash_of(old["parents"], r)}
 
     # An attempt that was cut short goes on, whether it was begun by itself, by force or by resume=overwrite.
-    if started and not stale and started["identity"] == told and not other_parents(started):
+    if started and not stale and same and not other_parents(started):
         return "resume"
     if name in config["force"]:
         return "redo"

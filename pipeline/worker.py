@@ -9,8 +9,10 @@ python -m pipeline.worker serve FD       forks into these, one after the other (
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
+import io
 import json
 import os
 import re
@@ -79,35 +81,53 @@ def check(spec: dict[str, Any]) -> dict[str, Any]:
     problems = Problems()
     with problems:
         _check_taken(config, typed)
-    with problems:
-        plan = _checked(config, made)
-    problems.tell()
+    with tempfile.TemporaryDirectory(prefix="retort-plan-") as plans:
+        with problems:
+            plan = _checked(config, made, Path(plans))
+        problems.tell()
+        shown = _shown(config, made, Path(plans)) if config["show_data"] else []
     plan[0]["warnings"] += _on_one_rank(config, typed, made)
-    return {"plan": plan}
+    return {"plan": plan, "shown": shown}
 
 
-def _checked(config: dict[str, Any], made: dict[str, Stage]) -> list[dict[str, Any]]:
+def _shown(config: dict[str, Any], made: dict[str, Stage], plans: Path) -> list[str]:
+    """Some of the sequences that the first stage which trains reads, in lines."""
+    from pipeline.context import Context
+    from pipeline.data.shown import shown
+
+    rows = config["show_data"]
+    for name, stage in made.items():
+        context, said = Context(config, name), io.StringIO()
+        with in_words_of(context), contextlib.redirect_stdout(said):
+            reading = stage.reading(context, plans / f"{name}-tokenizer")
+            if reading is None:
+                continue
+            found = shown(*reading, rows, plans / f"{name}-data", documents=max(200, 50 * rows))
+        return [*said.getvalue().splitlines(), f"{name}: {found[0]}", *found[1:]]
+    raise Refusal(f"show_data={rows}: no stage of this run trains on text; set it to 0")
+
+
+def _checked(config: dict[str, Any], made: dict[str, Stage], plans: Path) -> list[dict[str, Any]]:
     """What each stage plans. One cause in several stages is told once, and a stage that reads what another one would
     have made, had that not been refused, is not checked."""
     from pipeline.context import Context
 
     plan, names, told, unknown = [], list(made), Problems(), set[str]()
     subjects: dict[str, str] = {}  # of problems → the stage that has told of it
-    with tempfile.TemporaryDirectory(prefix="retort-plan-") as plans:
-        for name, stage in made.items():
-            context = Context(config, name, plans=Path(plans), planned=names[: names.index(name)])
-            problems = Problems()
-            with problems:
-                if unknown and unknown & {context.produced_by(path) for path in stage.parents(context).values()}:
-                    unknown.add(name)
-                    continue
-                plan.append(_entry(context, stage))
-            if problems.lines and not (Path(plans) / name).exists():
+    for name, stage in made.items():
+        context = Context(config, name, plans=plans, planned=names[: names.index(name)])
+        problems = Problems()
+        with problems:
+            if unknown and unknown & {context.produced_by(path) for path in stage.parents(context).values()}:
                 unknown.add(name)
-            for line in problems.lines:
-                subject = re.sub(rf"(stages\.)?\b{re.escape(name)}\b", "", line.partition(": ")[0])
-                if subjects.setdefault(subject, name) == name:
-                    told.add(line)
+                continue
+            plan.append(_entry(context, stage))
+        if problems.lines and not (plans / name).exists():
+            unknown.add(name)
+        for line in problems.lines:
+            subject = re.sub(rf"(stages\.)?\b{re.escape(name)}\b", "", line.partition(": ")[0])
+            if subjects.setdefault(subject, name) == name:
+                told.add(line)
     told.tell()
     return plan
 

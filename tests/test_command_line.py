@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from models.errors import Refusal
 from pipeline.command_line import CONF, arguments, choices
 from pipeline.config import parse
+from pipeline.context import Context
+from pipeline.data.tokenizer import train_tokenizer
+from pipeline.worker import build
 from tests.command import train
 from tests.test_config import composed, quickstart, refused, unrefused
 
@@ -39,6 +44,7 @@ WRONG = {  # what is typed → what the answer says
     "stages.prune.importance=wanda": "write importance=wanda",
     "experiment=distill": "write +experiment=distill",
     "--dry-run": "settings are written KEY=VALUE; write dry_run=true",
+    "show_data=-1": "show_data=-1: need a number of sequences to show",
     "dry_run=maybe": "dry_run=maybe: need true or false",
     "lr=1e-4": "unknown config key 'lr'; did you mean optimizer.lr?",
     "scheme.bits=4": "unknown config key 'scheme.bits'; did you mean scheme.weights.bits?",
@@ -191,6 +197,55 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(tmp_path: Path) -> None:
     assert "…" not in done.stdout
     assert "nothing was started" in done.stdout
     assert not (tmp_path / "run").exists()
+
+
+def test_show_data_marks_what_is_learnt_and_writes_nothing(tmp_path: Path) -> None:
+    """On the command line, of conversations: their header is read, the answer and its end are learnt."""
+    teacher, chats = tmp_path / "teacher", tmp_path / "chats.jsonl"
+    tokenizer = train_tokenizer(["Where do cats sleep? On the book."] * 3, 300, teacher)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|turn|>"]})
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|turn|>' + m.role + ':' + m.content }}"
+        "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|turn|>assistant:' }}{% endif %}"
+    )
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    config = LlamaConfig(vocab_size=len(tokenizer), **sizes)  # type: ignore[arg-type]
+    LlamaForCausalLM(config).save_pretrained(teacher)
+    tokenizer.save_pretrained(teacher)
+    asked = [{"role": "user", "content": f"Cats <|turn|>\x1b {n}?"} for n in range(40)]
+    said = {"role": "assistant", "content": "On the book."}
+    chats.write_text("".join(json.dumps({"messages": [one, said]}) + "\n" for one in asked))
+    words = ["+experiment=distill", "data=chat", f"teacher.path={teacher}", f"data.train={chats}", "data.packing=false"]
+    words += ["student.shape={num_hidden_layers: 1}", "only=[distill]", f"run_dir={tmp_path / 'run'}"]
+    done = train(*words, "show_data=2")
+    assert done.returncode == 0, done.stderr
+    rows = [line for line in done.stdout.splitlines() if line.startswith("‹<|turn|>›")]
+    shown = re.fullmatch(
+        r"‹<\|turn\|>›user:Cats <\|turn\|>\\x1b \d+\?‹<\|turn\|>›assistant:⟦On the book\.‹<\|endoftext\|>›⟧", rows[0]
+    )
+    assert shown, done.stdout
+    assert len(rows) == 2
+    assert "the first is '<|turn|>' in conversation 0" in done.stdout
+    assert "show_data=2: nothing was started" in done.stdout
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_is_shown_is_what_the_first_stage_that_trains_learns() -> None:
+    from pipeline.config import selected
+    from pipeline.worker import check
+
+    config = quickstart("only=[pretrain]", "show_data=1", "data.max_length=32", "data.max_documents=20")
+    lines = check({"config": config, "stages": selected(config)})["shown"]
+    assert lines[0].startswith("pretrain: ")
+    assert lines[1] == "row 0: 32 tokens, 31 learnt"
+    assert lines[2].startswith("‹<|endoftext|>›⟦")
+    assert lines[2].endswith("⟧")
+    config = quickstart("show_data=1")
+    with pytest.raises(
+        Refusal, match=r"show_data: distill reads text with the tokenizer of .*pretrain, which is still"
+    ):
+        build(config, "distill").reading(Context(config, "distill"), Path("unused"))
 
 
 def test_a_recipe_far_from_its_size_is_warned_of() -> None:

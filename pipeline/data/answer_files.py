@@ -57,7 +57,13 @@ def columns_of(path: Path, as_text: bool, context: bool) -> tuple[str, str]:
 def read_answers(path: Path, as_text: bool, context: bool) -> Iterator[dict[str, Any]]:
     """The rows of a file, with the columns that `columns_of` finds and those that say more of an answer."""
     wanted = columns_of(path, as_text, context)
-    more = ["prompt", "completion", "split", "finish_reason", *([TEACHERS] if context else [])]
+    more = [
+        "prompt",
+        "completion",
+        "split",
+        "finish_reason",
+        *([TEACHERS] if context else ["prompt_ids"] if as_text else []),
+    ]
     for where, row in records(path, [*wanted, *more]):
         if any(name not in row for name in wanted):
             raise Refusal(f"{where}: it has no {' and '.join(wanted)}, unlike the first; mend or drop it")

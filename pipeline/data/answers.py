@@ -10,15 +10,16 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from models.errors import Refusal
 from pipeline.data.answer_files import TEACHERS, columns_of, files_of, prompt_keys, read_answers, records
+from pipeline.data.controls import Controls
 from pipeline.data.pairs import Pair, split_pair, write_sequences
 from pipeline.data.readers import parquet
-from pipeline.data.source import DataSource, Prompt
+from pipeline.data.source import DataSource, Prompt, check_reading, with_reading
 from pipeline.data.tokenizer import FILES, begin_token, load_tokenizer, tokenizer_key
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ class Answers(DataSource):
     packing: bool = False
     context: bool = False  # the teacher reads its own prompt (teacher_prompt_ids), as it did when it answered
     as_text: bool = False  # tokenize the texts anew, for a tokenizer that is not the teacher's
+    control_tokens: str | None = None  # parse: what texts spell (`</s>`) is read as control tokens, not as text
     too_long: str = "refuse"  # drop: left out; truncate: the completion is shortened; both counted
     holdout: float = 0.05
     max_answers: int | None = None  # of each split, the first ones
@@ -78,6 +80,7 @@ class Answers(DataSource):
         for name in ("max_answers", "validation_sequences"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise Refusal(f"{self.node}.{name}={getattr(self, name)}: need 1 or more, or null for all")
+        check_reading(self)
         files = [] if planned else self._files("train")
         if not planned:
             for split in ("train", "validation", "test"):
@@ -105,6 +108,7 @@ class Answers(DataSource):
 
     def content_key(self) -> str:
         shape = {name: value for name, value in vars(self).items() if name != "validation_sequences"}
+        shape = with_reading(shape)
         content = []
         for split in ("train", "validation", "test"):
             shape.pop(split)
@@ -112,6 +116,9 @@ class Answers(DataSource):
                 with path.open("rb") as file:
                     content.append([split, path.suffix, hashlib.file_digest(file, "sha256").hexdigest()])
         return hashlib.sha256(json.dumps([content, shape], sort_keys=True).encode()).hexdigest()
+
+    def sample(self, documents: int) -> Answers:
+        return replace(self, max_answers=min(documents, self.max_answers or documents))
 
     def texts(self, split: str) -> Iterable[str]:
         raise Refusal(
@@ -133,9 +140,16 @@ class Answers(DataSource):
                 "and train on their text with objective=cross_entropy and data.as_text=true"
             )
         self._check_tokenizer(tokenizer)
-        counts = {"documents": 0, "held_out": 0, "empty": 0, "truncated": 0, "unsupervised": 0, "too_long": 0}
+        counts: dict[str, Any] = {
+            "documents": 0,
+            "held_out": 0,
+            "empty": 0,
+            "truncated": 0,
+            "unsupervised": 0,
+            "too_long": 0,
+        }
         return write_sequences(
-            self._pairs(split, tokenizer, counts),
+            self._pairs(split, tokenizer, counts, Controls(tokenizer, self.control_tokens)),
             max_length=self.max_length,
             packed=self.packing,
             folder=folder,
@@ -163,8 +177,9 @@ class Answers(DataSource):
                     f"texts anew, or let this teacher answer"
                 )
 
-    def _pairs(self, split: str, tokenizer: Any, counts: dict[str, int]) -> Iterator[Pair]:
+    def _pairs(self, split: str, tokenizer: Any, counts: dict[str, Any], controls: Controls) -> Iterator[Pair]:
         longest, dropped = 0, 0
+        frames = self._frames(split)
         # What a file of its own holds out is not learnt from where train has it too.
         others = ("validation", "test") if split == "train" else ()
         held_out = {
@@ -177,7 +192,7 @@ class Answers(DataSource):
             if not held_out.isdisjoint(prompt_keys(row)):
                 counts["held_out"] += 1
                 continue
-            prompt, answer, text = self._tokens(row, tokenizer)
+            prompt, answer, text = self._tokens(row, tokenizer, controls, frames, f"answer {counts['documents'] - 1}")
             if not prompt or not answer:
                 counts["empty"] += 1
                 continue
@@ -195,6 +210,7 @@ class Answers(DataSource):
                 answer = answer[:room]
                 text = tokenizer.decode(answer, skip_special_tokens=True, clean_up_tokenization_spaces=False)
             yield Pair(prompt, answer, len(text.encode(errors="replace")), teachers)
+        counts.update(controls.statistics())
         if dropped and self.too_long == "refuse":
             beside = f" (teacher_max_length={self.teacher_max_length})" if self.context else ""
             raise Refusal(
@@ -203,9 +219,18 @@ class Answers(DataSource):
                 f"{self.node}.too_long=drop or truncate"
             )
 
-    def _tokens(self, row: dict[str, Any], tokenizer: Any) -> tuple[list[int], list[int], str]:
+    def _frames(self, split: str) -> Controls | None:
+        """The control tokens of the tokenizer beside the answers, by which it is known what their prompts' texts hold
+        of a chat template."""
+        folder = Path(getattr(self, split) or self.train).expanduser()
+        beside = self.as_text and any((folder / name).is_file() for name in FILES)
+        return Controls(load_tokenizer(folder)) if beside else None
+
+    def _tokens(
+        self, row: dict[str, Any], tokenizer: Any, controls: Controls, frames: Controls | None, where: str
+    ) -> tuple[list[int], list[int], str]:
         """Prompt, answer, and the answer's text."""
-        if "prompt_ids" in row:
+        if "prompt_ids" in row and not self.as_text:
             prompt, answer = list(row["prompt_ids"] or []), list(row["completion_ids"] or [])
             if (highest := max([*prompt, *answer], default=0)) >= len(tokenizer):
                 raise Refusal(
@@ -219,10 +244,14 @@ class Answers(DataSource):
         begin = begin_token(tokenizer)
 
         def ids(text: str) -> list[int]:
-            found: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            found = controls.ids_of(text)
             return found if found[:1] == [begin] else [begin, *found]  # a rendered conversation can have it
 
-        prompt, answer, _ = split_pair(row["prompt"] or "", row["completion"] or "", ids)
+        asked, said = row["prompt"] or "", controls.quote(row["completion"] or "")
+        framed = frames.spellings if frames is not None and frames.wrote(asked, row.get("prompt_ids") or []) else ()
+        asked = controls.quote(asked, but=framed)
+        controls.note(asked + said, where)
+        prompt, answer, _ = split_pair(asked, said, ids)
         if answer and row.get("finish_reason") != "length" and tokenizer.eos_token_id is not None:
             answer = [*answer, tokenizer.eos_token_id]
         return prompt, answer, str(row["completion"] or "")

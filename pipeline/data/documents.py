@@ -11,7 +11,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -29,7 +29,7 @@ from pipeline.data.readers import (
     parquet_cells,
     text_documents,
 )
-from pipeline.data.source import SPLITS, DataSource, Prompt
+from pipeline.data.source import SPLITS, DataSource, Prompt, check_reading, with_reading
 from pipeline.data.stdlib import library_documents, library_files
 from pipeline.data.tables import in_memory, of_one_kind, with_empty
 
@@ -63,6 +63,8 @@ class Documents(DataSource):
     weight_column: str | None = None  # of every document
     sample_by: str = "section"  # a document of a .txt file: section, line, paragraph or document (the file)
     chat_template: str | None = None  # jinja file, in place of the tokenizer's template
+    date: str | None = None  # that chat templates are told for today's
+    control_tokens: str | None = None  # parse: what texts spell (`</s>`) is read as control tokens, not as text
     max_length: int = 128  # tokens in a packed sequence
     packing: bool = True
     holdout: float = 0.05  # share of documents, for each held-out split that is not given
@@ -96,6 +98,9 @@ class Documents(DataSource):
 
     def content_key(self) -> str:
         return content_key(self)
+
+    def sample(self, documents: int) -> Documents:
+        return replace(self, max_documents=min(documents, self.max_documents or documents))
 
     def texts(self, split: str) -> Iterable[str]:
         found = documents(self, split)
@@ -142,6 +147,7 @@ def check(data: Documents) -> dict[str, Any]:
         limit = getattr(data, name)
         if limit is not None and limit < 1:
             raise Refusal(f"data.{name}={limit}: need 1 or more, or null for all")
+    check_reading(data)
     if data.chat_template is not None and not Path(data.chat_template).expanduser().is_file():
         raise Refusal(f"data.chat_template={data.chat_template}: no such file; name a jinja file, or null")
     if not data.locations("train"):
@@ -213,6 +219,7 @@ def content_key(data: Documents) -> str:
     """
     content = {split: [_source_key(location) for location in data.locations(split)] for split in SPLITS}
     shape = {key: value for key, value in vars(data).items() if key not in (*SPLITS, "validation_sequences")}
+    shape = with_reading(shape)
     if data.chat_template is not None:
         shape["chat_template"] = Path(data.chat_template).expanduser().read_text(encoding="utf-8")
     return hashlib.sha256(json.dumps([content, shape], sort_keys=True).encode()).hexdigest()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import string
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from models.errors import Refusal
@@ -17,6 +19,11 @@ class Example:
     answer: str
     context: str
     choices: tuple[str, ...] = ()
+    again: Callable[[Callable[[str], str]], Example] | None = field(default=None, compare=False, repr=False)
+
+    def quoted(self, quote: Callable[[str], str]) -> Example:
+        """The example with everything that a record holds quoted, and what the templates say as it is."""
+        return self.again(quote) if self.again is not None else self
 
     @property
     def asked(self) -> str:
@@ -60,10 +67,16 @@ class Templates:
                 f"task.query={self.query!r} names no column, so all queries are alike; name one, as {{question}}"
             )
 
-    def example(self, where: str, record: dict[str, Any]) -> Example:
-        """The example of a record, which stands at `where`. Raises Refusal where it does not fit the templates."""
+    def example(self, where: str, record: dict[str, Any], quote: Callable[[str], str] = str) -> Example:
+        """The example of a record, which stands at `where`. Raises Refusal where it does not fit the templates.
+
+        `quote` is done to what the record holds, and not to what the templates say.
+        """
+        again = partial(self.example, where, record)
+        plain, record = record, {name: _quoted(value, quote) for name, value in record.items()}
         choices = self._choices(where, record)
-        answer = self._answer(where, record, choices)
+        # An answer that the configuration lists is the configuration's.
+        answer = self._answer(where, plain if isinstance(self.choices, list) else record, choices)
         if choices and answer not in choices:
             raise Refusal(f"{where}: its answer {answer!r} is none of task.choices={', '.join(choices)}")
         if broken := [each for each in (answer, *choices) if self.separator in each]:
@@ -76,7 +89,7 @@ class Templates:
         query = _filled(where, record, "query", self.query)
         if not query.strip():
             raise Refusal(f"{where}: its query is empty; drop it, or mend task.query={self.query!r}")
-        return Example(query, answer, _filled(where, record, "context", self.context), choices)
+        return Example(query, answer, _filled(where, record, "context", self.context), choices, again)
 
     def _choices(self, where: str, record: dict[str, Any]) -> tuple[str, ...]:
         if isinstance(self.choices, str):
@@ -96,6 +109,12 @@ class Templates:
                 )
             return choices[int(number)]
         return _filled(where, record, "answer", self.answer)
+
+
+def _quoted(value: Any, quote: Callable[[str], str]) -> Any:
+    if isinstance(value, list):
+        return [_quoted(each, quote) for each in value]
+    return quote(value) if isinstance(value, str) else value
 
 
 def _filled(where: str, record: dict[str, Any], name: str, template: str) -> str:

@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_left, insort
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,8 +34,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.data.pieces import Ints, Teacher, conversation_pieces, no_pieces, text_pieces
-from pipeline.data.prepared import STATISTICS, once
+from pipeline.data.pieces import Found, Ints, Teacher, conversation_pieces, no_pieces, text_pieces
+from pipeline.data.prepared import SPELLINGS, STATISTICS, once
 from pipeline.data.source import DataSource
 from pipeline.data.tables import empty_documents
 
@@ -112,7 +111,7 @@ def _build(
     """Write aside/sequences. Whatever else comes to lie in `aside` is scratch."""
     from datasets import Dataset
 
-    tally: Counter[str] = Counter()
+    tally = Found()
     maker = conversation_pieces if "messages" in documents.column_names else text_pieces
     teacher = None if teacher_tokenizer is None else Teacher(teacher_tokenizer, tokenizer, tally)
     features = features_of(*no_pieces(data, teacher))
@@ -138,6 +137,7 @@ def _build(
         "empty": empty_documents(documents) + tally["empty"],
         "truncated": tally["truncated"],
         "unsupervised": tally["unsupervised"],
+        **tally.spellings,
     }
     also = {name: tally[name] for name in ("spans", "spanned", "long_spans", "teacher_tokens")} if teacher else {}
     write_sequences(pieces, aside, max_length=data.max_length, packing=data.packing, counted=counted, also=also)
@@ -162,6 +162,7 @@ def write_sequences(
     sequences.save_to_disk(str(aside / "sequences"), num_shards=None if len(sequences) else 1)
     tokens = int(lengths.sum())
     statistics = {
+        SPELLINGS: 0,
         **counted,
         "pieces": len(pieces),
         "sequences": len(sequences),

@@ -12,8 +12,8 @@ window, and the teacher sees just the text that the student sees: with identical
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
-from itertools import pairwise, repeat
+from collections.abc import Callable, Iterator, Sequence
+from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,18 +22,32 @@ from numpy.typing import NDArray
 from models.errors import Refusal
 from models.targets import IGNORED
 from pipeline.data.alignment import Aligned, Aligner
-from pipeline.data.conversations import Conversation, chat_template, conversation, rendered, teachers_template
+from pipeline.data.controls import Controls, Tokens
+from pipeline.data.conversations import Conversation, conversation
+from pipeline.data.prepared import SPELLINGS
+from pipeline.data.rendering import teachers_template
 from pipeline.data.source import DataSource
 from pipeline.data.tokenizer import ends
+from pipeline.data.turns import Turns, turns_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Ints = NDArray[np.integer[Any]]
-Tokens = tuple[list[int], list[tuple[int, int]]]  # ids, and where each stands in the text, in characters
 _Spoken = tuple[str, list[tuple[int, int]], Tokens]  # a text, where in it the assistant speaks, and its tokens
 Pieces = dict[str, list[Any]]  # columns input_ids, targets, supervised, bytes; weights; teacher_input_ids, spans
 PieceMaker = Callable[[dict[str, list[Any]], list[int]], Pieces]
+
+
+class Found(Counter[str]):
+    """What was counted, and the control tokens that texts spell: the student's, and perhaps the teacher's."""
+
+    controls: Sequence[Controls] = ()
+
+    @property
+    def spellings(self) -> dict[str, Any]:
+        """For the statistics: of the tokenizer that found most."""
+        return max((one.statistics() for one in self.controls), key=lambda one: int(one[SPELLINGS]))
 
 
 def no_pieces(data: DataSource, teacher: Teacher | None) -> Pieces:
@@ -105,17 +119,21 @@ class Teacher:
 
 
 def text_pieces(
-    tokenizer: PreTrainedTokenizerBase, data: DataSource, tally: Counter[str], teacher: Teacher | None
+    tokenizer: PreTrainedTokenizerBase, data: DataSource, tally: Found, teacher: Teacher | None
 ) -> PieceMaker:
     begin, end = ends(tokenizer, "the tokenizer")
+    controls = Controls(tokenizer, data.control_tokens)
+    theirs_too = None
     if teacher:
         ends(teacher.tokenizer, "the teacher's tokenizer")
+        theirs_too = Controls(teacher.tokenizer, data.control_tokens)
+    tally.controls = [controls] if theirs_too is None else [controls, theirs_too]
 
     def make(batch: dict[str, list[Any]], indices: list[int]) -> Pieces:
         pieces = no_pieces(data, teacher)
-        texts, weights = [], []
+        texts, weights, places = [], [], []
         given = batch["weight"] if data.weight_column is not None else [1.0] * len(indices)
-        for text, weight in zip(batch["text"], given, strict=True):
+        for index, text, weight in zip(indices, batch["text"], given, strict=True):
             if not text.strip():
                 tally["empty"] += 1
             elif not np.float32(weight) > 0:
@@ -123,8 +141,10 @@ def text_pieces(
             else:
                 texts.append(text)
                 weights.append(weight)
-        taught = tokenized(teacher.tokenizer, texts) if teacher else repeat(None, len(texts))
-        for text, weight, ours, theirs in zip(texts, weights, tokenized(tokenizer, texts), taught, strict=True):
+                places.append(f"text {index}")
+        read = controls.text_tokens(texts, places)
+        taught = theirs_too.text_tokens(texts, places) if theirs_too else repeat(None, len(texts))
+        for text, weight, ours, theirs in zip(texts, weights, read, taught, strict=True):
             ids = np.array([begin, *ours[0], end])
             sizes = target_bytes(text, ours[1])
             aligned = teacher.aligned(text, ours, theirs) if teacher and theirs else None
@@ -141,26 +161,6 @@ def text_pieces(
         return pieces
 
     return make
-
-
-def tokenized(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> Iterator[Tokens]:
-    """Tokens of each text and where they stand in it, in characters; nothing is added or left out."""
-    if not texts:
-        return
-    encoded = tokenizer(
-        texts,
-        add_special_tokens=False,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        return_offsets_mapping=tokenizer.is_fast,
-        verbose=False,  # that a text is longer than the model takes is what windows are for
-    )
-    for i, tokens in enumerate(encoded["input_ids"]):
-        if tokenizer.is_fast:
-            yield tokens, encoded["offset_mapping"][i]
-        else:  # it has no offsets: take all tokens of the text as equally long
-            places = [len(texts[i]) * k // max(1, len(tokens)) for k in range(len(tokens) + 1)]
-            yield tokens, list(pairwise(places))
 
 
 def target_bytes(text: str, offsets: list[tuple[int, int]]) -> Ints:
@@ -180,10 +180,11 @@ def target_bytes(text: str, offsets: list[tuple[int, int]]) -> Ints:
 
 
 def conversation_pieces(
-    tokenizer: PreTrainedTokenizerBase, data: DataSource, tally: Counter[str], teacher: Teacher | None
+    tokenizer: PreTrainedTokenizerBase, data: DataSource, tally: Found, teacher: Teacher | None
 ) -> PieceMaker:
-    template = chat_template(tokenizer, data)
-    taught_template = teachers_template(teacher.tokenizer, data) if teacher else ""
+    turns = turns_of(tokenizer, data)
+    taught_turns = turns_of(teacher.tokenizer, data, teachers_template(teacher.tokenizer, data)) if teacher else None
+    tally.controls = [each.controls for each in (turns, taught_turns) if each is not None]
     if not tokenizer.is_fast:
         raise Refusal("the data are conversations, which need a fast tokenizer (with a tokenizer.json)")
 
@@ -192,8 +193,8 @@ def conversation_pieces(
         places = [f"conversation {index}" for index in indices]
         read = [conversation(messages, where) for messages, where in zip(batch["messages"], places, strict=True)]
         given = batch["weight"] if data.weight_column is not None else [1.0] * len(read)
-        sides = _spoken(tokenizer, template, read, places)
-        taught = _spoken(teacher.tokenizer, taught_template, read, places) if teacher else repeat(None, len(read))
+        sides = _spoken(turns, read, places)
+        taught = _spoken(taught_turns, read, places) if taught_turns else repeat(None, len(read))
         for messages, where, weight, side, theirs in zip(read, places, given, sides, taught, strict=True):
             text, spans, (tokens, offsets) = side
             ids = np.array(tokens)
@@ -225,14 +226,12 @@ def conversation_pieces(
     return make
 
 
-def _spoken(
-    tokenizer: PreTrainedTokenizerBase, template: str, read: list[Conversation], places: list[str]
-) -> Iterator[_Spoken]:
+def _spoken(turns: Turns, read: list[Conversation], places: list[str]) -> Iterator[_Spoken]:
     """Each conversation as text, where in it the assistant speaks, and its tokens."""
-    plain = [[{"role": message["role"], "content": message["content"]} for message in messages] for messages in read]
-    texts = [rendered(tokenizer, template, *given) for given in zip(plain, places, strict=True)]
-    found = tokenized(tokenizer, [text for text, _ in texts])
-    return ((text, spans, tokens) for (text, spans), tokens in zip(texts, found, strict=True))
+    texts = [turns.rendered(*given) for given in zip(read, places, strict=True)]
+    found = turns.controls.tokens([text for text, _ in texts])
+    for (text, spans), tokens in zip(texts, found, strict=True):
+        yield turns.controls.unquoted(text), spans, tokens
 
 
 def _check_parts(parts: int, turns: int, whose: str, where: str) -> None:

@@ -10,12 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.data.source import DataSource
+from pipeline.data.source import PARSE, DataSource
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 STATISTICS = "statistics.json"
+SPELLINGS, FIRST_SPELLING = "control_spellings", "first_control_spelling"  # in them: see pipeline/data/controls.py
 
 
 def sequences_of(
@@ -28,12 +29,22 @@ def sequences_of(
     given = [data.content_key(), *_rules(tokenizer)]
     if teacher_tokenizer is not None:
         given += _rules(teacher_tokenizer)
-        # The ends are no part of the rules, and which tokens are special decides what is aligned.
-        given += [[t.bos_token_id, t.eos_token_id, t.all_special_ids] for t in (tokenizer, teacher_tokenizer)]
     folder = root / f"{split}-{hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()[:16]}"
     if folder.exists():
         return (*prepared(folder), folder)
-    return (*data.prepare(split, tokenizer, folder, teacher_tokenizer), folder)
+    sequences, statistics = data.prepare(split, tokenizer, folder, teacher_tokenizer)
+    tell(data, statistics)
+    return sequences, statistics, folder
+
+
+def tell(data: DataSource, statistics: dict[str, Any]) -> None:
+    """A line on the control tokens that texts were found to spell, where there are some."""
+    if count := statistics.get(SPELLINGS):
+        print(
+            f"{data.node}: texts spell control tokens, {count:,} in all, which are read as text; the first is "
+            f"{statistics.get(FIRST_SPELLING)} ({data.node}.control_tokens={PARSE} reads them as tokens)",
+            flush=True,
+        )
 
 
 def once(folder: Path, build: Callable[[Path], None]) -> tuple[Dataset, dict[str, Any]]:
@@ -65,6 +76,9 @@ def prepared(folder: Path) -> tuple[Dataset, dict[str, Any]]:
 
 def _rules(tokenizer: Any) -> list[Any]:
     found = [sorted(tokenizer.get_vocab().items()), getattr(tokenizer, "chat_template", None)]
+    # No part of the rules below: what begins and ends a text, what templates write, and what is a control token.
+    found += [tokenizer.bos_token_id, tokenizer.eos_token_id, sorted(map(str, tokenizer.special_tokens_map.items()))]
+    found += [sorted(tokenizer.all_special_ids)]
     if tokenizer.is_fast:
         rules = json.loads(tokenizer.backend_tokenizer.to_str())
         found.append(

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from models.errors import Refusal
-from pipeline.data.conversations import chat_template
-from pipeline.data.rendering import rendering
+from pipeline.data.controls import Controls
+from pipeline.data.prepared import SPELLINGS, tell
 from pipeline.data.source import DataSource, Prompt
 from pipeline.data.tokenizer import begin_token
+from pipeline.data.turns import turns_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -30,16 +30,16 @@ def prompts_of(
     if "messages" in documents.column_names:
         yield from _conversations(data, documents, tokenizer, tally)
     else:
-        yield from _texts(documents, tokenizer, prompt_tokens, tally)
+        yield from _texts(documents, tokenizer, data, prompt_tokens, tally)
 
 
 def _texts(
-    documents: Any, tokenizer: PreTrainedTokenizerBase, prompt_tokens: int | None, tally: Counter[str]
+    documents: Any, tokenizer: PreTrainedTokenizerBase, data: DataSource, prompt_tokens: int | None, tally: Counter[str]
 ) -> Iterator[Prompt]:
-    begin = begin_token(tokenizer)
+    begin, controls = begin_token(tokenizer), Controls(tokenizer, data.control_tokens)
     texts = (document["text"] for document in documents)
     while some := list(islice(texts, _AT_ONCE)):
-        for text, tokens in zip(some, _tokenized(tokenizer, some), strict=True):
+        for text, (tokens, _) in zip(some, controls.text_tokens(some), strict=True):
             if prompt_tokens is not None and len(tokens) < prompt_tokens:
                 tally["too_short"] += 1
                 continue
@@ -47,41 +47,27 @@ def _texts(
                 tokens = tokens[:prompt_tokens]
                 text = tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
             yield Prompt(text, [begin, *tokens], [begin, *tokens])
+    tally[SPELLINGS] += controls.count
+    tell(data, controls.statistics())
 
 
 def _conversations(
     data: DataSource, documents: Any, tokenizer: PreTrainedTokenizerBase, tally: Counter[str]
 ) -> Iterator[Prompt]:
-    from jinja2 import TemplateError
-
-    template = chat_template(tokenizer, data)
+    turns = turns_of(tokenizer, data)
     conversations = (document["messages"] for document in documents)
     while some := list(islice(conversations, _AT_ONCE)):
         texts = []
         for messages in some:
-            plain = [{"role": message["role"], "content": message["content"]} for message in messages]
-            last = max((i for i, message in enumerate(plain) if message["role"] == "assistant"), default=len(plain))
-            asked = plain if plain[-1]["role"] == "user" else plain[:last]
+            last = max(
+                (i for i, message in enumerate(messages) if message["role"] == "assistant"), default=len(messages)
+            )
+            asked = messages if messages[-1]["role"] == "user" else messages[:last]
             if not asked:
                 tally["without_prompt"] += 1
                 continue
-            where = f"a conversation that begins {asked[0]['content'][:40]!r}"
-            try:
-                with rendering(where):
-                    text = tokenizer.apply_chat_template(
-                        asked, chat_template=template, tokenize=False, add_generation_prompt=True
-                    )
-            except (TemplateError, TypeError) as error:
-                raise Refusal(f"{where}: the chat template does not take it: {error}; mend or drop it") from error
-            texts.append(str(text))
-        for text, tokens in zip(texts, _tokenized(tokenizer, texts), strict=True):
-            yield Prompt(text, tokens, tokens)
-
-
-def _tokenized(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    if not texts:
-        return []
-    found: list[list[int]] = tokenizer(
-        texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
-    )["input_ids"]
-    return found
+            texts.append(turns.prompt(asked, f"a conversation that begins {asked[0]['content'][:40]!r}"))
+        for text, (tokens, _) in zip(texts, turns.controls.tokens(texts), strict=True):
+            yield Prompt(turns.controls.unquoted(text), tokens, tokens)
+    tally[SPELLINGS] += turns.controls.count
+    tell(data, turns.controls.statistics())

@@ -1,54 +1,113 @@
-"""A bound on a chat template at work: it is a program that comes with a model."""
+"""What a chat template makes of messages, with nothing from outside in it: the same text on every day and machine.
+
+Templates can ask for today's date (`strftime_now`), which would make text that is recorded on one day another text on
+the next; they are told one fixed date. What draws at random in jinja is refused.
+"""
 
 from __future__ import annotations
 
-import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from types import FrameType
+import re
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from models.errors import Refusal
+from pipeline.data.source import DATE, DataSource
+from pipeline.data.tokenizer import load_tokenizer
 
-SECONDS = 10.0  # of computing, for one conversation; templates take thousandths of one
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_RANDOM = re.compile(r"\|\s*random\b|\blipsum\s*\(")
+_MARKS = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+_DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
+_MONTHS = [
+    *("January", "February", "March", "April", "May", "June", "July"),
+    *("August", "September", "October", "November", "December"),
+]
 
 
-class _TooLong(Exception):
-    pass
+class Template:
+    """A chat template with its tokenizer's special tokens and a date."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, text: str, date: str | None = None) -> None:
+        if _RANDOM.search(text):
+            raise Refusal(
+                "the chat template draws at random (jinja's random or lipsum), so no two runs would read the same "
+                "text; give a data.chat_template without it"
+            )
+        # A macro of this name goes before the library's function of it; what follows it begins a line, as ever.
+        self.text = clock(date or DATE) + text if "strftime_now" in text else text
+        self.marks = bool(_MARKS.search(text))  # whether it says itself where the assistant speaks
+        self._variables: dict[str, Any] = tokenizer.special_tokens_map
+
+    def render(self, messages: list[dict[str, Any]], prompt: bool = False) -> str:
+        """`prompt`: with the header of the assistant's next turn."""
+        return str(self._rendered(messages, add_generation_prompt=prompt)[0][0])
+
+    def marked(self, messages: list[dict[str, Any]]) -> tuple[str, list[tuple[int, int]]]:
+        """The text, and what stands between {% generation %} marks in it, in characters."""
+        (text,), (spans,) = self._rendered(messages, return_assistant_tokens_mask=True)
+        return text, spans
+
+    def _rendered(self, messages: list[dict[str, Any]], **words: Any) -> Any:
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        return render_jinja_template(conversations=[messages], chat_template=self.text, **words, **self._variables)
 
 
-@contextmanager
-def rendering(where: str) -> Iterator[None]:
-    """Refuse a template that does not end, or that takes more memory or depth than there is. `where`: the conversation.
+def clock(date: str) -> str:
+    """jinja: the macro strftime_now, which tells midnight of a day, in English whatever the locale."""
+    day = datetime.fromisoformat(date).replace(tzinfo=UTC)
+    name, month = _DAYS[day.weekday()], _MONTHS[day.month - 1]
+    words = {letter: day.strftime(f"%{letter}") for letter in "CdeFDgGHIjklmMRSTuUVwWyY"}
+    words |= {"a": name[:3], "A": name, "b": month[:3], "h": month[:3], "B": month, "p": "AM", "P": "am"}
+    words |= {"c": f"{name[:3]} {month[:3]} {day.day:2} 00:00:00 {day.year}", "x": day.strftime("%m/%d/%y")}
+    words |= {"X": "00:00:00", "r": "12:00:00 AM", "s": str(int(day.timestamp())), "f": "000000", "z": "", "Z": ""}
+    words |= {f"-{letter}": words[letter].lstrip("0 ") or "0" for letter in "deHIjklmMSUVWy"}
+    told = "".join(f"|replace('%{letters}','{word}')" for letters, word in words.items())
+    return (
+        "{%- macro strftime_now(format) -%}{{ format|replace('%%','\\x00')" + told + "|replace('\\x00','%') }}"
+        "{%- endmacro %}\n"
+    )
 
-    By the timer that counts the process's own computing, so that a busy machine refuses nobody. Only a process's first
-    thread can be told of it; all text is prepared there.
-    """
+
+def tokenizer_of(path: str, data: DataSource, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a model folder or hub id, with the template of `data` where it names one: every stage that reads
+    the same text with the same tokenizer then finds the same packed sequences."""
+    return with_template(load_tokenizer(path, trust_remote_code), data)
+
+
+def with_template(tokenizer: Any, data: DataSource) -> Any:
+    """`tokenizer`, changed in place to the template of `data` where it names one."""
+    if data.chat_template is not None:
+        tokenizer.chat_template = chat_template(tokenizer, data)
+    return tokenizer
+
+
+def chat_template(tokenizer: PreTrainedTokenizerBase, data: DataSource) -> str:
+    """The template conversations are rendered with: data.chat_template's file, or the tokenizer's own."""
+    if data.chat_template is not None:
+        return Path(data.chat_template).expanduser().read_text(encoding="utf-8")
     try:
-        with _alarm(SECONDS):
-            yield
-    except (_TooLong, RecursionError, MemoryError) as problem:
-        why = {
-            _TooLong: f"does not end: nothing after {SECONDS:g} s of computing",
-            RecursionError: "is nested too deeply",
-            MemoryError: "takes more memory than there is",
-        }[type(problem)]
-        raise Refusal(f"{where}: the chat template {why}; give another one, data.chat_template=FILE") from None
+        return tokenizer.get_chat_template()
+    except ValueError as error:
+        raise Refusal(
+            "the data are conversations and the tokenizer has no chat template; give data.chat_template=FILE (a simple "
+            "one is examples/chat.jinja)"
+        ) from error
 
 
-@contextmanager
-def _alarm(seconds: float) -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+def template_of(tokenizer: PreTrainedTokenizerBase, data: DataSource) -> Template:
+    return Template(tokenizer, chat_template(tokenizer, data), data.date)
 
-    def ring(number: int, frame: FrameType | None) -> None:
-        raise _TooLong
 
-    before = signal.signal(signal.SIGVTALRM, ring)
-    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+def teachers_template(tokenizer: PreTrainedTokenizerBase, data: DataSource) -> Template:
     try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        signal.signal(signal.SIGVTALRM, before)
+        text = chat_template(tokenizer, data)
+    except Refusal as error:
+        raise Refusal(
+            "the data are conversations and the teacher's tokenizer has no chat template; give "
+            "data.chat_template=FILE, which then is used for the student and the teacher"
+        ) from error
+    return Template(tokenizer, text, data.date)

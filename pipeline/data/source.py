@@ -18,6 +18,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -25,6 +26,8 @@ from models.errors import Refusal
 from pipeline.context import Context
 
 SPLITS = ("train", "validation", "test")
+PARSE = "parse"  # of control_tokens
+DATE = "2024-07-26"  # the one that Llama 3's own templates take where they cannot ask for today's
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,8 @@ class DataSource(ABC):
     validation_sequences: int | None  # measured at each validation while training; None: all
     holdout: float = 0.0  # share of train held out for each split that is not given; for messages
     weight_column: str | None = None  # set: documents have a column `weight`, what each counts in the loss
+    control_tokens: str | None = None  # parse: what texts spell is read as control tokens; None: it is text
+    date: str | None = None  # that chat templates are told for today's, YYYY-MM-DD; None: always the same
     teacher_max_length: int = 0  # tokens of what a teacher reads, where `teacher_prompts` is above 0
 
     @property
@@ -94,6 +99,10 @@ class DataSource(ABC):
         A key of another meaning would let a stage read sequences that were prepared from another text.
         """
 
+    def sample(self, documents: int) -> DataSource:
+        """The source with only so many of the first documents of each split, to look at some of them soon."""
+        return self
+
     @abstractmethod
     def texts(self, split: str) -> Iterable[str]:
         """What a tokenizer is trained on. Raises Refusal where there is none."""
@@ -130,3 +139,21 @@ def check_source(context: Context, data: DataSource) -> dict[str, Any]:
 def source_key(data: DataSource) -> str:
     """What a stage states as the hash of its text; "" where the folder it is read from is a parent anyway."""
     return "" if data.made_by_stages else data.content_key()
+
+
+def check_reading(data: DataSource) -> None:
+    """Refuse settings of how texts are read that mean nothing."""
+    if data.control_tokens not in (None, PARSE):
+        raise Refusal(
+            f"{data.node}.control_tokens={data.control_tokens}: need {PARSE}, where texts hold control tokens on "
+            f"purpose, or null, which reads what they spell as text"
+        )
+    try:
+        date.fromisoformat(data.date or DATE)
+    except ValueError:
+        raise Refusal(f"{data.node}.date={data.date}: need a day as {DATE}, or null for that one") from None
+
+
+def with_reading(shape: dict[str, Any]) -> dict[str, Any]:
+    """Of `content_key`: settings that read texts as ever change no key."""
+    return {name: value for name, value in shape.items() if name not in ("control_tokens", "date") or value is not None}

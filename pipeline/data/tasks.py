@@ -14,7 +14,7 @@ import hashlib
 import json
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -22,11 +22,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from models.errors import Refusal
 from models.questions import Question
+from pipeline.data.controls import Controls
 from pipeline.data.demonstrations import SELECTIONS, Demonstrations, random_of
 from pipeline.data.examples import Example, Templates
 from pipeline.data.pairs import Pair, split_pair, write_sequences
+from pipeline.data.prepared import SPELLINGS, tell
 from pipeline.data.records import records, source_key
-from pipeline.data.source import DataSource, Prompt
+from pipeline.data.source import DataSource, Prompt, check_reading, with_reading
 from pipeline.data.tokenizer import begin_token
 
 if TYPE_CHECKING:
@@ -73,6 +75,7 @@ class Task(DataSource):
     validation_sequences: int | None = None
     packing: bool = False
     seed: int = 0
+    control_tokens: str | None = None  # parse: what records spell (`</s>`) is read as control tokens, as templates' are
     chat_template: str | None = field(default=None, init=False)
     node: ClassVar[str] = "task"
 
@@ -108,6 +111,7 @@ class Task(DataSource):
                 f"task.draws={self.draws}: with selection={self.selection} and shots={self.shots} all draws are alike; "
                 f"use task.selection=random with some shots"
             )
+        check_reading(self)
         self._templates.check()
         for split in ("train", "test"):
             if getattr(self, split) is not None:
@@ -124,6 +128,7 @@ class Task(DataSource):
     def content_key(self) -> str:
         apart = ("train", "test", "validation_sequences")
         shape = {name: value for name, value in vars(self).items() if name not in apart and not name.startswith("_")}
+        shape = with_reading(shape)
         content = [None if source is None else source_key(source) for source in (self.train, self.test)]
         return hashlib.sha256(json.dumps([content, shape], sort_keys=True, default=str).encode()).hexdigest()
 
@@ -207,17 +212,21 @@ class Task(DataSource):
 
     # Tokens
 
-    def items(self, split: str, tokenizer: Any, counts: Counter[str] | None = None) -> Iterator[Item]:
-        """The examples of a split in tokens; those that are left out for their length are counted in `counts`."""
+    def items(
+        self, split: str, tokenizer: Any, counts: Counter[str] | None = None, controls: Controls | None = None
+    ) -> Iterator[Item]:
+        """The examples of a split in tokens; those that are left out for their length are counted in `counts`, and in
+        `controls` the control tokens that they spell."""
         counts = Counter() if counts is None else counts
+        controls = controls or Controls(tokenizer, self.control_tokens)
         begin = begin_token(tokenizer)
 
         def ids(text: str) -> list[int]:
-            return [begin, *tokenizer(text, add_special_tokens=False)["input_ids"]]
+            return [begin, *controls.ids_of(text)]
 
-        for example in self.examples(split):
+        for number, example in enumerate(self.examples(split)):
             counts["queries"] += 1
-            item = self._item(example, ids)
+            item = self._item(example, ids, controls, f"query {number}")
             counts["across"] += item.across
             counts["demonstrations_left_out"] += item.left_out
             longest = max([len(item.answer), *map(len, item.choices)])
@@ -237,20 +246,22 @@ class Task(DataSource):
                 continue
             yield item
 
-    def _item(self, example: Example, ids: Callable[[str], list[int]]) -> Item:
+    def _item(self, asked: Example, ids: Callable[[str], list[int]], controls: Controls, where: str) -> Item:
+        example = _read(asked, controls)
+        controls.note(example.context + example.query + example.answer, where)
         prompt, answer, across = split_pair(example.query, example.answer + self.separator, ids)
         pieces = [split_pair(example.query, each + self.separator, ids) for each in example.choices]
         choices, across = [each[1] for each in pieces], across or any(each[2] for each in pieces)
         room = self.teacher_max_length - max([len(answer), *map(len, choices)])
         prompts, left_out = [], 0
         for draw in range(max(1, self.teacher_prompts)):
-            demonstrations = self.shown(example, draw)
+            demonstrations = [_read(each, controls) for each in self.shown(asked, draw)]
             teachers = ids(self.teachers_text(example, demonstrations).rstrip(" "))
             while self.too_long == "fewer" and len(teachers) > room and demonstrations:
                 demonstrations, left_out = demonstrations[1:], left_out + 1
                 teachers = ids(self.teachers_text(example, demonstrations).rstrip(" "))
             prompts.append(teachers)
-        return Item(example, prompt, prompts, answer, choices, across, left_out)
+        return Item(asked, prompt, prompts, answer, choices, across, left_out)
 
     def prepare(
         self, split: str, tokenizer: Any, folder: Path, teacher_tokenizer: Any = None
@@ -264,14 +275,18 @@ class Task(DataSource):
         if split == "train" and self.too_long == "refuse":
             deque(self.items("test", tokenizer), maxlen=0)  # not when all is trained, and these are to be measured
 
+        controls = Controls(tokenizer, self.control_tokens)
+        counted: dict[str, Any] = {}  # whole when all are read
+
         def pairs() -> Iterator[Pair]:
-            for item in self.items(split, tokenizer, counts):
+            for item in self.items(split, tokenizer, counts, controls):
                 size = len((item.example.answer + self.separator).encode())
                 yield Pair(item.prompt, item.answer, size, item.teacher_prompts if self.teacher_prompts else [])
+            counted.update({**counts, **controls.statistics()})
 
         draws = self.teacher_prompts
         return write_sequences(
-            pairs(), max_length=self.max_length, packed=self.packing, folder=folder, counts=counts, draws=draws
+            pairs(), max_length=self.max_length, packed=self.packing, folder=folder, counts=counted, draws=draws
         )
 
     def questions(
@@ -286,6 +301,9 @@ class Task(DataSource):
             found.append((Question(item.prompt, *known), Question(item.teacher_prompts[0], *known)))
         return found
 
+    def sample(self, documents: int) -> Task:
+        return replace(self, max_queries=min(documents, self.max_queries or documents))
+
     def texts(self, split: str) -> Iterable[str]:
         """Queries with their answers, as the student sees them."""
         return (example.query + example.answer + self.separator for example in self.examples(split))
@@ -293,7 +311,16 @@ class Task(DataSource):
     def prompts(self, split: str, tokenizer: Any, prompt_tokens: int | None, tally: Counter[str]) -> Iterator[Prompt]:
         """What the teacher answers, and what the student will see of it."""
         counts: Counter[str] = Counter()
-        for item in self.items(split, tokenizer, counts):
+        controls = Controls(tokenizer, self.control_tokens)
+        for item in self.items(split, tokenizer, counts, controls):
             yield Prompt(item.example.query, item.prompt, item.teacher_prompts[0])
         tally["left_out_by_task"] += counts["too_long"]
         tally.update({name: counts[name] for name in ("across", "demonstrations_left_out")})
+        tally[SPELLINGS] += controls.count
+        tell(self, controls.statistics())
+
+
+def _read(example: Example, controls: Controls) -> Example:
+    """The example with what its record spells quoted (pipeline/data/controls.py)."""
+    spells = any(map(controls.pattern.search, (example.query, example.answer, example.context, *example.choices)))
+    return example.quoted(controls.quote) if spells else example

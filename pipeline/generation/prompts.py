@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.data.answer_shards import PROMPTS_SCHEMA, write_whole
+from pipeline.data.prepared import SPELLINGS
 from pipeline.data.source import SPLITS, Prompt
 from pipeline.generation.request import provenance
 
@@ -65,7 +66,7 @@ class Chosen:
 
     @property
     def counts(self) -> dict[str, int]:
-        return {name: self.tally[name] for name in ("prompts", *_LEFT_OUT)}
+        return {name: self.tally[name] for name in ("prompts", *_LEFT_OUT, SPELLINGS)}
 
     def summary(self) -> str:
         """What was left out, for a line; "" for nothing."""

@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 from transformers import GenerationConfig
 
-from models.generation import Sampling
+from models.generation import Sampling, listed_ends
 from pipeline.data.answer_shards import Shards
 
 
@@ -52,5 +52,4 @@ def end_tokens(path: str, tokenizer: Any, config: Any) -> list[int]:
         named = GenerationConfig.from_pretrained(path).eos_token_id
     except (OSError, ValueError):
         named = getattr(config, "eos_token_id", None)
-    listed = named if isinstance(named, list) else [named]
-    return list(dict.fromkeys(token for token in [tokenizer.eos_token_id, *listed] if token is not None))
+    return listed_ends(named, first=tokenizer.eos_token_id)

@@ -20,12 +20,12 @@ from models.teachers.teacher import Source
 from models.training.on_policy import OnPolicy
 from pipeline import artifact
 from pipeline.context import Context
-from pipeline.data import conversations
+from pipeline.data.rendering import template_of
 from pipeline.data.source import DataSource, check_source, source_key
 from pipeline.data.token_bytes import vocabulary_pairs
 from pipeline.data.tokenizer import first_difference, load_tokenizer
 from pipeline.planned import needs_stage, outline_of, teacher_config
-from pipeline.stages.stage import Makes, Stage
+from pipeline.stages.stage import Makes, Reading, Stage
 from pipeline.stages.stage import Plan as StagePlan
 from pipeline.training import settings
 from pipeline.training.combinations import Combination
@@ -117,6 +117,16 @@ class Distill(Stage):
             teacher=f"{self.teacher.path} ({sizes['teacher']:,})" if self._taught else "",
         )
 
+    def reading(self, context: Context, scratch: Path) -> Reading:
+        for path in (self.teacher.path, self.student.path):
+            if path and context.produced_by(path) and not context.finished(path):
+                raise Refusal(
+                    f"show_data: {context.stage} reads text with the tokenizer of {path}, which is still to be made; "
+                    f"run that stage first"
+                )
+        tokenizer, students = self._tokenizers()
+        return self.data, students or tokenizer, tokenizer if students and self.align else None
+
     def prepare(self, context: Context) -> None:
         tokenizer, students = self._tokenizers()
         prepare(
@@ -183,7 +193,7 @@ class Distill(Stage):
     def _check_tokenizers(self, context: Context, teacher: Any, student: Any, chat: bool) -> None:
         tokenizer = load_tokenizer(self.teacher.path, self.teacher.trust_remote_code)
         if chat:
-            conversations.chat_template(tokenizer, self.data)
+            template_of(tokenizer, self.data)
         if self.student.path and not self._to_be_made(context):
             other = load_tokenizer(self.student.path)
             # Without a teacher beside it a student reads text in its own tokens: sequence-level, from a teacher's text.

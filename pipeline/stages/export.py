@@ -28,8 +28,8 @@ from pipeline import artifact
 from pipeline.alone import Alone
 from pipeline.context import Context
 from pipeline.data.batch import collate, pad_token
-from pipeline.data.conversations import tokenizer_of
 from pipeline.data.prepared import sequences_of
+from pipeline.data.rendering import tokenizer_of
 from pipeline.data.source import DataSource, check_source, source_key
 from pipeline.planned import config_to_change, outline_of
 from pipeline.progress import shown

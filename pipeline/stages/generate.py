@@ -17,8 +17,8 @@ from pipeline import artifact
 from pipeline.context import Context
 from pipeline.data.answer_files import ANSWERS, DROPPED
 from pipeline.data.answer_shards import Found, Shards
-from pipeline.data.conversations import tokenizer_of
 from pipeline.data.filters import Filter, code_key
+from pipeline.data.rendering import tokenizer_of
 from pipeline.data.source import SPLITS, DataSource, check_source, source_key
 from pipeline.data.tokenizer import tokenizer_key
 from pipeline.generation.judged import Judged

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 from transformers import AutoConfig
@@ -14,7 +15,7 @@ from models.student import check_sizes, write_fresh
 from pipeline.context import Context
 from pipeline.data.source import DataSource, check_source, source_key
 from pipeline.data.tokenizer import load_tokenizer, train_tokenizer
-from pipeline.stages.stage import Makes, Stage
+from pipeline.stages.stage import Makes, Reading, Stage
 from pipeline.stages.stage import Plan as StagePlan
 from pipeline.training import settings
 from pipeline.training.prepare import prepare
@@ -75,14 +76,19 @@ class Pretrain(Stage):
             warnings=warnings,
         )
 
-    def prepare(self, context: Context) -> None:
+    def reading(self, context: Context, scratch: Path) -> Reading:
+        return self.data, self._tokenizer(scratch), None
+
+    def _tokenizer(self, folder: Path) -> Any:
+        """The given one, or one that is trained and written to `folder`."""
         if self.tokenizer.path:
-            tokenizer = load_tokenizer(self.tokenizer.path)
-        else:
-            folder = context.work / "tokenizer"
-            if not folder.exists():  # written aside and renamed: if it is there, it is whole
-                train_tokenizer(self.data.texts("train"), self.tokenizer.vocab_size, folder)
-            tokenizer = load_tokenizer(str(folder))
+            return load_tokenizer(self.tokenizer.path)
+        if not folder.exists():  # written aside and renamed: if it is there, it is whole
+            train_tokenizer(self.data.texts("train"), self.tokenizer.vocab_size, folder)
+        return load_tokenizer(str(folder))
+
+    def prepare(self, context: Context) -> None:
+        tokenizer = self._tokenizer(context.work / "tokenizer")
 
         def start(folder: Any) -> None:
             config = self._config(len(tokenizer))

@@ -27,7 +27,7 @@ from models.sharding import engine_of, load_sharded, zero3
 from pipeline import artifact
 from pipeline.context import Context
 from pipeline.data.calibration import Calibration
-from pipeline.data.conversations import tokenizer_of
+from pipeline.data.rendering import tokenizer_of
 from pipeline.data.source import DataSource, check_source, source_key
 from pipeline.planned import config_to_change, multiple_for_later_stages
 from pipeline.stages.stage import Makes, Stage

@@ -17,9 +17,9 @@ from models.teachers.encodings.encoding import Encoding, describe
 from models.teachers.teacher import Source
 from pipeline import artifact
 from pipeline.context import Context
-from pipeline.data.conversations import tokenizer_of
 from pipeline.data.pairs import teacher_side
 from pipeline.data.prepared import sequences_of
+from pipeline.data.rendering import tokenizer_of
 from pipeline.data.source import DataSource, check_source, source_key
 from pipeline.data.tokenizer import load_tokenizer, tokenizer_key
 from pipeline.planned import teacher_config

@@ -30,10 +30,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pipeline.artifact import Makes as Makes  # stages take it from here
 from pipeline.context import Context
+from pipeline.data.source import DataSource
 
 if TYPE_CHECKING:
     from models.formats.format import Format
@@ -51,6 +53,9 @@ class Plan:
     warnings: list[str] = field(default_factory=list)
     commits: dict[str, str | None] = field(default_factory=dict)  # role → commit, of parents that are hub ids
     content: str | None = None  # in place of `content()`, where more than the text decides what is made
+
+
+Reading = tuple[DataSource, Any, Any]  # text, the tokenizer, and the teacher's where it reads other tokens
 
 
 class Stage(ABC):
@@ -89,6 +94,13 @@ class Stage(ABC):
     def check(self, context: Context) -> Plan:
         """Refuse what can be refused without weights. Of a model that it will make it calls `context.plan_model`, so
         that the stages after it can be checked too."""
+
+    def reading(self, context: Context, scratch: Path) -> Reading | None:
+        """Of a stage that trains: the text that it learns, and the tokenizers that read it, for `show_data`.
+
+        What has to be made for that goes to `scratch`.
+        """
+        return None
 
     @abstractmethod
     def prepare(self, context: Context) -> None:

@@ -21,8 +21,8 @@ from models.offloaded import Offloaded, load_offloaded
 from models.representations import decoder_layers
 from pipeline.context import Context
 from pipeline.data.calibration import Calibration
-from pipeline.data.conversations import tokenizer_of
 from pipeline.data.prepared import sequences_of
+from pipeline.data.rendering import tokenizer_of
 from pipeline.data.source import DataSource, check_source
 from pipeline.planned import config_to_change
 from pipeline.stages.stage import Plan

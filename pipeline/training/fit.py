@@ -11,6 +11,7 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 
+from models.generation import end_tokens
 from models.load import attention_for, load_config
 from models.teachers.teacher import Opening
 from models.training.language_model import LanguageModel
@@ -99,7 +100,7 @@ def _rollouts(
 ) -> Rollouts | None:
     if recipe.on_policy is None:
         return None
-    ends = {tokenizer.eos_token_id, *ends_of(sequences.train)} - {None}
+    ends = {*end_tokens(tokenizer, student.named_ends), *ends_of(sequences.train)}
     return Rollouts(
         recipe.on_policy,
         examples=sequences.train,

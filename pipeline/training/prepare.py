@@ -13,9 +13,9 @@ from typing import Any
 from models.errors import Refusal
 from pipeline import artifact
 from pipeline.context import Context
-from pipeline.data.conversations import with_template
 from pipeline.data.pairs import common_prefix
 from pipeline.data.prepared import sequences_of
+from pipeline.data.rendering import with_template
 from pipeline.data.source import DataSource
 
 _FILE = "prepared.json"

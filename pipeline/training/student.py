@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import GenerationConfig
 
 from models.load import empty_model, load_config, load_model, parameter_count, unsharded
 from models.quantization.aware import Rounding
@@ -35,6 +36,14 @@ class Student:
         adapter = None if recipe.lora is None else recipe.lora.config(empty)
         rounding = None if recipe.qat is None else recipe.qat.open(Path(folder) / artifact.QUANTIZED, empty)
         return cls(folder, recipe, seed, attention, config, parameter_count(empty), adapter, rounding)
+
+    @property
+    def named_ends(self) -> GenerationConfig | None:
+        """The start's generation config, which names its end tokens, if it has one."""
+        try:
+            return GenerationConfig.from_pretrained(self.folder)
+        except OSError:
+            return None
 
     def load(self) -> Any:
         """The start's weights, ready to be trained."""

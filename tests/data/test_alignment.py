@@ -21,10 +21,10 @@ from models.targets import IGNORED
 from pipeline.data import packing
 from pipeline.data.alignment import LONGEST, Aligner
 from pipeline.data.batch import collate
+from pipeline.data.controls import tokenized
 from pipeline.data.documents import Documents
 from pipeline.data.loader import PackedSequences
 from pipeline.data.packing import prepare
-from pipeline.data.pieces import tokenized
 from pipeline.data.prepared import sequences_of
 from pipeline.data.token_bytes import token_bytes, vocabulary_pairs
 from pipeline.data.tokenizer import load_tokenizer, train_tokenizer

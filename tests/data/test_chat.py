@@ -13,9 +13,9 @@ from transformers import ByT5Tokenizer
 
 from models.errors import Refusal
 from models.targets import IGNORED
-from pipeline.data.conversations import chat_template
 from pipeline.data.documents import Documents, documents
 from pipeline.data.packing import prepare
+from pipeline.data.rendering import chat_template
 from pipeline.data.tokenizer import load_tokenizer, train_tokenizer
 from tests.optional_data import STORIES, needed
 
@@ -43,11 +43,8 @@ MARKED = (
     "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\\n' }}{% endfor %}" + PROMPT
 )
 
-# As reasoning models do: what the assistant thought in earlier turns is taken out again.
-FORGETFUL = CHATML.replace(
-    "{{ message['content']",
-    "{{ (message['content'] if loop.last else message['content'].split('</think>')[-1])",
-)
+# What the assistant said is written in other words once others follow.
+FORGETFUL = CHATML.replace("{{ message['content']", "{{ (message['content'] if loop.last else '(something)')")
 
 
 def turn(role: str, content: str) -> dict[str, str]:
@@ -102,7 +99,7 @@ def answers(conversation: list[dict[str, str]]) -> list[str]:
 
 @pytest.mark.parametrize(
     ("template", "before", "after"),
-    [(CHATML, "", "<|im_end|>\n"), (MARKED, "", "<|im_end|>"), (LLAMA_2, " ", " </s>")],
+    [(CHATML, "", "<|im_end|>"), (MARKED, "", "<|im_end|>"), (LLAMA_2, " ", " </s>")],
     ids=["chatml", "marked", "llama-2"],
 )
 def test_the_targets_are_the_assistants_turns_and_their_ends(
@@ -204,7 +201,7 @@ def test_the_tokenizers_own_template_is_used_unless_a_file_is_given(tmp_path: Pa
     assert chat_template(own, Documents()) == CHATML
     assert chat_template(own, Documents(chat_template=str(tmp_path / "file.jinja"))) == LLAMA_2
     rows, _ = rows_of(tmp_path, own, [SHORT], None)
-    assert spoken(own, rows[0]) == [answer + "<|im_end|>\n" for answer in answers(SHORT)]
+    assert spoken(own, rows[0]) == [answer + "<|im_end|>" for answer in answers(SHORT)]
 
 
 def test_a_sharegpt_file_is_learned_from_like_any_other(tmp_path: Path, tokenizer: Any) -> None:
@@ -216,12 +213,12 @@ def test_a_sharegpt_file_is_learned_from_like_any_other(tmp_path: Path, tokenize
         train=str(tmp_path / "a.jsonl"), holdout=0, chat_template=str(tmp_path / "t.jinja"), max_length=512
     )
     rows, _ = prepare(documents(data, "train"), tokenizer, data, folder=tmp_path / "rows")
-    assert spoken(tokenizer, rows[0]) == [answer + "<|im_end|>\n" for answer in answers(SHORT)]
+    assert spoken(tokenizer, rows[0]) == [answer + "<|im_end|>" for answer in answers(SHORT)]
 
 
 def test_a_conversation_may_begin_with_the_assistant(tmp_path: Path, tokenizer: Any) -> None:
     rows, _ = rows_of(tmp_path, tokenizer, [[turn("assistant", "Hello!"), *SHORT[1:3]]], CHATML)
-    assert spoken(tokenizer, rows[0]) == ["Hello!<|im_end|>\n", answers(SHORT)[0] + "<|im_end|>\n"]
+    assert spoken(tokenizer, rows[0]) == ["Hello!<|im_end|>", answers(SHORT)[0] + "<|im_end|>"]
 
 
 # Refusals
@@ -231,9 +228,9 @@ def test_a_conversation_may_begin_with_the_assistant(tmp_path: Path, tokenizer: 
     ("conversation", "template", "message"),
     [
         (
-            [SHORT[1], turn("assistant", "Hm</think>It ends."), SHORT[3], SHORT[4]],
+            [SHORT[1], turn("assistant", "It ends."), SHORT[3], SHORT[4]],
             FORGETFUL,
-            "conversation 1: the chat template writes message 1 differently once others follow, so the "
+            "conversation 1: what the chat template makes of message 1 is not found in the conversation, so the "
             "assistant's part is not known; give a data.chat_template with {% generation %} marks",
         ),
         (

@@ -17,9 +17,9 @@ from models.errors import Refusal
 from pipeline.config import Config, parse
 from pipeline.context import Context
 from pipeline.data.answers import Answers
-from pipeline.data.conversations import tokenizer_of
 from pipeline.data.documents import Documents
 from pipeline.data.prepared import prepared, sequences_of
+from pipeline.data.rendering import tokenizer_of
 from pipeline.data.source import DataSource
 from pipeline.data.tasks import Task
 from pipeline.worker import build, check

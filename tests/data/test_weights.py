@@ -162,7 +162,7 @@ def test_a_turn_of_weight_0_is_not_supervised_and_needs_no_column(tmp_path: Path
     data = Documents(train=source, holdout=0, max_length=200, packing=False)
     rows, statistics = rows_of(tmp_path, tokenizer, data)
     said = [tokenizer.decode([t for t in row["targets"] if t != IGNORED]) for row in rows.to_list()]
-    assert said == ["Answer 0.<|im_end|>\nAnswer 2.<|im_end|>\n", "Answer 0.<|im_end|>\n"]
+    assert said == ["Answer 0.<|im_end|>Answer 2.<|im_end|>", "Answer 0.<|im_end|>"]
     assert "weights" not in rows.column_names
     assert statistics["unsupervised"] == 1
     assert "weight" not in tokenizer.decode(rows[0]["input_ids"])
@@ -181,7 +181,7 @@ def test_a_turn_weighs_its_conversations_weight_times_its_own(tmp_path: Path, to
     )
     data = Documents(train=source, holdout=0, weight_column="w", max_length=200, packing=False)
     rows, statistics = rows_of(tmp_path, tokenizer, data)
-    answer = len(tokenizer("Answer 0.<|im_end|>\n")["input_ids"])
+    answer = len(tokenizer("Answer 0.<|im_end|>")["input_ids"])
     weights = [[weight for weight in row["weights"] if weight] for row in rows.to_list()]
     assert weights == [[3.0] * answer + [1.5] * answer, [0.5] * answer]
     for row in rows.to_list():

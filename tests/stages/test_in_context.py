@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from models.errors import Refusal
+from models.generation import end_tokens
 from models.measure import _names
 from models.questions import Question, answered
-from pipeline.data.tokenizer import load_tokenizer
+from pipeline.data.tokenizer import load_tokenizer, train_tokenizer
 from pipeline.report.report import write_report
 from pipeline.report.terminal import table
 from pipeline.steps.accuracy import gap_closed
@@ -286,6 +287,35 @@ def test_a_texts_answer_ends_where_its_mark_stands_and_fits_what_the_model_reads
     short = GPT2LMHeadModel(GPT2Config(**sizes)).eval()  # its positions are learnt: a ninth token is an error
     assert len(prompt) == 5
     assert answered(short, [Question(prompt, "", "zzz", 3)], tokenizer, 0, "\n", batch_size=2) == [False]
+
+
+def test_an_answer_ends_at_every_end_token_that_the_model_names(tmp_path: Path) -> None:
+    """As of models whose turns end by another token than texts: the second of generation_config's list."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = train_tokenizer(["abcd"], 300, tmp_path / "t")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|eot|>"]})
+    size = len(tokenizer)
+    a, b, z = (tokenizer(letter)["input_ids"][0] for letter in "abz")
+    turn_end = tokenizer.convert_tokens_to_ids("<|eot|>")
+    shape = {"hidden_size": size + size % 2, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=size, tie_word_embeddings=False, **shape)).eval()
+    with torch.no_grad():
+        for parameter in model.model.layers.parameters():
+            parameter.zero_()
+        model.model.embed_tokens.weight.copy_(torch.eye(size, size + size % 2))
+        model.lm_head.weight.zero_()
+        for token, following in ((a, b), (b, turn_end), (turn_end, z), (z, z)):  # a b <|eot|> z z z …
+            model.lm_head.weight[following, token] = 1
+    question = [Question([a], "a", "b", 3)]
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    assert answered(model, question, tokenizer, 0, "\n", batch_size=1) == [False]  # it speaks on
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, turn_end]
+    assert answered(model, question, tokenizer, 0, "\n", batch_size=1) == [True]
+    # Rollouts end by them too; what a family names by default, and is a word here, ends nothing.
+    assert end_tokens(tokenizer, model.generation_config) == [tokenizer.eos_token_id, turn_end]
+    model.generation_config.eos_token_id = b
+    assert end_tokens(tokenizer, model.generation_config) == [tokenizer.eos_token_id]
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,12 @@ import pytest
 from datasets import Dataset
 
 from models.errors import Refusal
-from pipeline.data import rendering as bound
-from pipeline.data.conversations import rendered
+from pipeline.data import bounded as bound
 from pipeline.data.documents import Documents
 from pipeline.data.prompts import prompts_of
+from pipeline.data.rendering import Template
 from pipeline.data.tokenizer import train_tokenizer
+from pipeline.data.turns import turns_of
 
 TURNS = [{"role": "user", "content": "Is it?"}, {"role": "assistant", "content": "It is."}]
 PLAIN = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}\n{% endfor %}"
@@ -24,6 +25,11 @@ LOOPS = "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range
     "{% endfor %}{% endfor %}"
 )
 MARKED = "{% for m in messages %}{% generation %}{{ m['content'] }}{% endgeneration %}{% endfor %}"
+
+
+def rendered(tokenizer: Any, template: str, messages: Any, where: str) -> Any:
+    data = Documents(train="unread")
+    return turns_of(tokenizer, data, Template(tokenizer, template)).rendered(messages, where)
 
 
 @pytest.fixture(scope="module")
@@ -34,9 +40,9 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.mark.parametrize(
     ("template", "why"),
     [
-        (PLAIN + LOOPS, "does not end: nothing after 0.1 s of computing"),
-        (MARKED + LOOPS, "does not end: nothing after 0.1 s of computing"),
-        (PLAIN + "{% set n = 9 %}{{ n ** (n ** n) > 0 }}", "does not end: nothing after 0.1 s of computing"),
+        (PLAIN + LOOPS, "does not end: nothing after 0.5 s of computing"),
+        (MARKED + LOOPS, "does not end: nothing after 0.5 s of computing"),
+        (PLAIN + "{% set n = 9 %}{{ n ** (n ** n) > 0 }}", "does not end: nothing after 0.5 s of computing"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "is nested too deeply"),
         ("{% if a %}" * 3000 + "{% endif %}" * 3000, "is nested too deeply"),
         ("{{ 'a' * 10 ** 15 }}", "takes more memory than there is"),
@@ -46,12 +52,12 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def test_a_template_that_does_not_end_is_refused(
     template: str, why: str, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bound, "SECONDS", 0.1)
-    with pytest.raises(Refusal, match=f"^row 7: the chat template {why}; give another one"):
+    monkeypatch.setattr(bound, "SECONDS", 0.5)
+    with pytest.raises(Refusal, match=f"^(row 7|data): the chat template {why}; give another one"):
         rendered(tokenizer, template, TURNS, "row 7")
     (tmp_path / "it.jinja").write_text(template.replace("{% generation %}", "").replace("{% endgeneration %}", ""))
     data = Documents(train="unread", chat_template=str(tmp_path / "it.jinja"))
-    with pytest.raises(Refusal, match=f"a conversation that begins 'Is it.': the chat template {why}"):
+    with pytest.raises(Refusal, match=f"(a conversation that begins 'Is it.'|data): the chat template {why}"):
         next(prompts_of(Dataset.from_list([{"messages": TURNS}]), tokenizer, data, None, Counter()))
 
 

@@ -1,0 +1,162 @@
+"""What is learnt of a conversation, by the templates that models ship: the assistant's words and what ends its turn."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from itertools import groupby
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+import pytest
+from datasets import Dataset
+from transformers.utils import chat_template_utils
+
+from models.errors import Refusal
+from models.targets import IGNORED
+from pipeline.data.conversations import conversation
+from pipeline.data.documents import Documents
+from pipeline.data.packing import prepare
+from pipeline.data.rendering import Template
+from pipeline.data.tokenizer import load_tokenizer, train_tokenizer
+from tests.data.templates import FAMILIES, LLAMA_3, QWEN_3, Family
+
+TEXTS = sorted({text.strip() for text in topics.values()}, key=len)
+
+
+def turn(role: str, content: Any) -> dict[str, Any]:
+    return {"role": role, "content": content}
+
+
+SYSTEM = turn("system", "Be brief.")
+TURNS = [
+    turn("user", "What does break do?"),
+    turn("assistant", "It ends the loop — früher. 👍"),
+    turn("user", "And continue?"),
+    turn("assistant", "  It goes on\n\nwith the next cycle.\n"),
+    turn("user", "Thanks."),
+    turn("assistant", "You are welcome"),
+]
+SAID = ["It ends the loop — früher. 👍", "It goes on\n\nwith the next cycle.", "You are welcome"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer") / "t"
+    train_tokenizer(TEXTS[:40], 400, folder)
+    return folder
+
+
+def tokenizer_of(trained: Path, family: Family) -> Any:
+    tokenizer = load_tokenizer(trained)
+    tokenizer.add_special_tokens({"bos_token": family.begin, "eos_token": family.end})
+    tokenizer.add_special_tokens({"additional_special_tokens": [*family.specials]})
+    tokenizer.add_tokens([*family.plain])
+    tokenizer.chat_template = family.template
+    return tokenizer
+
+
+def learnt(tmp: Path, tokenizer: Any, messages: Any, **fields: Any) -> list[str]:
+    """The text of every unbroken run of targets."""
+    data = Documents(max_length=4096, packing=False, **fields)
+    rows, _ = prepare(Dataset.from_dict({"messages": [messages]}), tokenizer, data, folder=tmp / "rows")
+    runs = groupby(rows[0]["targets"], key=lambda token: token != IGNORED)
+    return [tokenizer.decode(list(tokens)) for supervised, tokens in runs if supervised]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_turn_is_learnt_with_its_end_and_nothing_else(tmp_path: Path, trained: Path, name: str) -> None:
+    family = FAMILIES[name]
+    tokenizer = tokenizer_of(trained, family)
+    conversations = {"plain": TURNS, "one": TURNS[:2]}
+    if family.system:
+        conversations["system"] = [SYSTEM, *TURNS]
+    if family.tools:
+        asked = [turn("assistant", "Let me look."), turn("tool", "break: a statement"), turn("tool", "42")]
+        conversations["tools"] = [TURNS[0], *asked, *TURNS[1:]]
+    for kind, messages in conversations.items():
+        said = [message["content"].strip() for message in messages if message["role"] == "assistant"]
+        (tmp_path / kind).mkdir()
+        found = learnt(tmp_path / kind, tokenizer, messages)
+        assert [one.removesuffix(family.turn_end).strip() for one in found] == said, kind
+        assert all(one.endswith(family.turn_end) for one in found), kind
+        # What stands before a content is at most the space with which it is written.
+        assert all(len(one) - len(one.lstrip()) <= 2 for one in found), kind
+
+
+def test_a_thought_is_learnt_where_the_template_keeps_it(tmp_path: Path, trained: Path) -> None:
+    tokenizer = tokenizer_of(trained, QWEN_3)
+    thinking = [
+        turn("user", "1 + 1?"),
+        turn("assistant", "<think>\nEasy.\n</think>\n\n2"),
+        turn("user", "2 + 2?"),
+        turn("assistant", "<think>\nHarder.\n</think>\n\n4"),
+    ]
+    assert learnt(tmp_path, tokenizer, thinking) == ["2<|im_end|>", "<think>\nHarder.\n</think>\n\n4<|im_end|>"]
+    empty = [*thinking[:3], turn("assistant", "<think>\n\n</think>\n\n4")]  # said by the data, so it is learnt
+    (tmp_path / "empty").mkdir()
+    assert learnt(tmp_path / "empty", tokenizer, empty)[1] == "<think>\n\n</think>\n\n4<|im_end|>"
+    ids = [tokenizer.convert_tokens_to_ids(word) for word in ("<think>", "</think>")]
+    assert None not in ids
+    assert tokenizer("<think>", add_special_tokens=False)["input_ids"] == ids[:1]
+
+
+def test_an_empty_answer_is_its_end(tmp_path: Path, trained: Path) -> None:
+    tokenizer = tokenizer_of(trained, LLAMA_3)
+    messages = [TURNS[0], turn("assistant", ""), *TURNS[2:4]]
+    assert learnt(tmp_path, tokenizer, messages) == ["<|eot_id|>", SAID[1] + "<|eot_id|>"]
+
+
+def test_parts_of_text_are_joined_and_others_refused() -> None:
+    parts = [{"type": "text", "text": "It ends"}, {"type": "text", "text": " the loop."}]
+    read = conversation([turn("user", [{"type": "text", "text": "Hm?"}]), turn("assistant", parts)], "line 1")
+    assert [message["content"] for message in read] == ["Hm?", "It ends the loop."]
+    image = [*parts, {"type": "image_url", "image_url": {"url": "x"}}]
+    with pytest.raises(Refusal, match="line 1: message 0 is not a role and a text content"):
+        conversation([turn("user", image), turn("assistant", parts)], "line 1")
+
+
+# Nothing from outside
+
+
+class _Tomorrow(datetime):
+    @classmethod
+    def now(cls, tz: Any = None) -> _Tomorrow:
+        return cls(2031, 12, 24)
+
+
+def test_a_template_that_asks_for_the_date_writes_the_same_on_every_day(
+    tmp_path: Path, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = tokenizer_of(trained, LLAMA_3)
+    monkeypatch.setattr(chat_template_utils, "datetime", _Tomorrow)
+    theirs = tokenizer.apply_chat_template(TURNS, tokenize=False)
+    assert "24 Dec 2031" in theirs  # the library's clock
+    template = Template(tokenizer, LLAMA_3.template)
+    assert template.render(TURNS) == theirs.replace("24 Dec 2031", "26 Jul 2024")
+    assert "05 Mar 2024" in Template(tokenizer, LLAMA_3.template, "2024-03-05").render(TURNS)
+
+
+def test_the_clock_tells_what_strftime_tells_in_english() -> None:
+    class Bare:
+        special_tokens_map: dict[str, str] = {}
+
+    asked = "%d %b %Y|%A %a %B %-d, %H:%M:%S %%d %j %c %x %X %p %I %-I %y %F %-m/%e"
+    text = "  {% if strftime_now is defined %}\n{{- strftime_now('" + asked + "') }}{% endif %}\n\nx"
+    told = Template(Bare(), text, "2024-03-05").render([turn("user", "")])  # type: ignore[arg-type]
+    assert told == datetime(2024, 3, 5).strftime(asked) + "\nx"
+
+
+def test_another_date_is_another_text_and_another_key(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("Some text.\n")
+    plain, dated = (Documents(train=str(tmp_path / "a.txt"), date=date) for date in (None, "2024-03-05"))
+    assert plain.content_key() != dated.content_key()
+    with pytest.raises(Refusal, match=r"data\.date=5 March: need a day as 2024-07-26"):
+        Documents(train=str(tmp_path / "a.txt"), date="5 March").check()
+
+
+def test_a_template_that_draws_at_random_is_refused(tmp_path: Path, trained: Path) -> None:
+    tokenizer = tokenizer_of(trained, LLAMA_3)
+    tokenizer.chat_template = "{{ ['Hi', 'Hello'] | random }}" + LLAMA_3.template
+    with pytest.raises(Refusal, match="draws at random"):
+        learnt(tmp_path, tokenizer, TURNS)
