@@ -1,9 +1,8 @@
-"""Lightning checkpoints that survive a kill at any moment."""
+"""Checkpoints that survive a kill at any moment, written while training goes on."""
 
 from __future__ import annotations
 
-import os
-import shutil
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -12,40 +11,51 @@ import pytorch_lightning as pl
 import torch
 
 from models.errors import NotFinite
+from models.files import remove
+from models.training.checkpoint import Share, checkpoints, finish, share, write
 
-_PARTIAL = ".partial"
 _CLOCK_STEPS = 10  # the clock is a collective decision: not at every step
 
 
 class Checkpoint(pl.Callback):
-    """Saves `<folder>/step-00000040.ckpt` every so many steps or minutes, and once after the last step.
+    """Saves `<folder>/step-00000040/` every so many steps or minutes, and once after the last step.
 
-    A checkpoint is written under another name and renamed when every rank is done, so whatever bears the final name
-    is whole. Only optimizer-step boundaries are saved. Weights that are not finite are never saved.
+    Training stops for the copy to host memory alone; a thread writes it, and the next save waits for that
+    (`asynchronous=False`: training waits, and no copy is taken). A checkpoint has another name until every rank has
+    written its part, so whatever bears the final name is whole. Only optimizer-step boundaries are saved, and weights
+    that are not finite never.
     """
 
-    def __init__(self, folder: str | Path, every_steps: int | None, every_minutes: float | None, keep: int = 1) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        every_steps: int | None,
+        every_minutes: float | None,
+        keep: int = 2,
+        asynchronous: bool = True,
+    ) -> None:
         self.folder, self.every_steps, self.every_minutes, self.keep = Path(folder), every_steps, every_minutes, keep
+        self.asynchronous = asynchronous
         self._saved_at = time.monotonic()
         self._seen = 0
+        self._writing: threading.Thread | None = None
+        self._failed: list[BaseException] = []
+
+    def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if trainer.is_global_zero:  # what a killed run left half written; a part of it would pass for a new one
+            for left in self.folder.glob(".step-*"):
+                remove(left)
+        trainer.strategy.barrier()
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self._saved_at, self._seen = time.monotonic(), trainer.global_step
-        if trainer.global_step == 0:
-            return
-        # Lightning counts micro-batches; after a restart with another micro-batch size its count would end the first
-        # step early. These are the numbers as it saves them at the end of a batch.
-        done = trainer.global_step * trainer.accumulate_grad_batches
-        progress: Any = trainer.fit_loop.epoch_loop.batch_progress
-        for counter in (progress.total, progress.current):
-            counter.ready = counter.started = counter.processed = done
-            counter.completed = done - 1
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
         step = trainer.global_step
         if step == self._seen:  # inside an accumulated step
             return
         self._seen = step
+        self._raise_failed()
         if step == trainer.max_steps:  # on_train_end, after the last validation
             return
         due = self.every_steps is not None and step % self.every_steps == 0
@@ -53,12 +63,17 @@ class Checkpoint(pl.Callback):
             late = time.monotonic() - self._saved_at > 60 * self.every_minutes
             due = bool(trainer.strategy.broadcast(late))  # ranks' clocks differ: rank 0 decides
         if due:
-            self.save(trainer, module)
+            self.save(trainer, module, self.asynchronous)
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        self.save(trainer, module)
+        self.save(trainer, module, asynchronous=False)
+        trainer.strategy.barrier()
 
-    def save(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
+        if self._writing is not None:
+            self._writing.join()  # what was saved before the error is worth having
+
+    def save(self, trainer: pl.Trainer, module: Any, asynchronous: bool) -> None:
         weights = [
             getattr(p, "ds_tensor", p) for p in module.parameters() if p.requires_grad
         ]  # ZeRO-3: this rank's shard
@@ -68,41 +83,36 @@ class Checkpoint(pl.Callback):
                 f"step {trainer.global_step}: the weights are not finite; not saved, the last checkpoint "
                 f"under {self.folder} is from before; lower the learning rate"
             )
-        final = self.folder / f"step-{trainer.global_step:08d}.ckpt"
-        aside = final.with_name(f".{final.name}{_PARTIAL}")
-        if trainer.is_global_zero:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            _remove(aside)
-        trainer.strategy.barrier()
-        trainer.save_checkpoint(aside)
-        trainer.strategy.barrier()
-        if trainer.is_global_zero:
-            for path in [aside, *(aside.rglob("*") if aside.is_dir() else [])]:
-                _fsync(path)
-            _remove(final)
-            os.rename(aside, final)
-            _fsync(self.folder)
-            for older in checkpoints(self.folder)[: -self.keep]:
-                _remove(older)
-        trainer.strategy.barrier()
+        self.wait()
+        mine = share(trainer, module, copied=asynchronous)
+        if asynchronous:
+            self._writing = threading.Thread(target=self._write, args=[mine], name="checkpoint")
+            self._writing.start()
+        else:
+            self._write(mine)
+            self._raise_failed()
         self._saved_at = time.monotonic()
 
+    def wait(self) -> None:
+        """Until what is being written is in place."""
+        if self._writing is not None:
+            self._writing.join()
+            self._writing = None
+        self._raise_failed()
 
-def checkpoints(folder: Path) -> list[Path]:
-    """Whole checkpoints, oldest first."""
-    return sorted(folder.glob("step-*.ckpt"))
+    def _write(self, mine: Share) -> None:
+        final = self.folder / f"step-{mine.head['step']:08d}"
+        aside = final.with_name(f".{final.name}.partial")
+        try:
+            write(mine, aside)
+            if mine.rank == 0:
+                finish(mine, aside, final)
+                for older in checkpoints(self.folder)[: -self.keep]:
+                    remove(older)
+        except BaseException as problem:
+            self._failed.append(problem)
 
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    def _raise_failed(self) -> None:
+        """In the thread that trains; a file system's refusal, for one."""
+        if self._failed:
+            raise self._failed.pop()

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import re
+import shutil
+from pathlib import Path
 from types import TracebackType
 
 
@@ -58,3 +63,45 @@ class StageFailed(RuntimeError):
 
 class NotFinite(RuntimeError):
     """A loss, a gradient or a weight that is not a number; the message names the step, and the sequences if known."""
+
+
+_OF_STORAGE = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EIO,
+    errno.ESTALE,
+    errno.EMFILE,
+}
+_WRITTEN_BY_TORCH = re.compile(r"PytorchStreamWriter failed|file write failed|unexpected pos \d+ vs \d+")
+
+
+def of_storage(problem: BaseException, folder: Path) -> str | None:
+    """What a file system refused, in one line, or None where `problem` is another one. Libraries hide the error that
+    the system gave: it is looked for in what theirs was raised from, and in their words. `folder`: where space is
+    counted if no path is known."""
+    seen: BaseException | None = problem
+    while seen is not None:
+        code = seen.errno if isinstance(seen, OSError) else None
+        if code is None and (found := re.search(r"os error (\d+)|\[?[Ee]rrno (\d+)", str(seen))):
+            code = int(found[1] or found[2])
+        if code in _OF_STORAGE or _WRITTEN_BY_TORCH.search(str(seen)):
+            path = Path(os.fsdecode(seen.filename)) if isinstance(seen, OSError) and seen.filename else folder
+            reason = os.strerror(code) if code else "a file could not be written to its end"
+            return (
+                f"{path}: {reason} ({_free(path)}); what was finished is whole, and the same command goes on from there"
+            )
+        seen = seen.__cause__ or seen.__context__
+    return None
+
+
+def _free(path: Path) -> str:
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    try:
+        return f"{shutil.disk_usage(path).free / 1e9:.1f} GB are free there"
+    except OSError:
+        return "how much is free there cannot be told"

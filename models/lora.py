@@ -64,6 +64,10 @@ class Lora:
             parameter.requires_grad_("lora_" in name)
         return model
 
+    def parameters(self, model: Any) -> int:
+        """How many are trained at most: as if all linear modules of the layers had adapters."""
+        return sum(self.r * sum(module.weight.shape) for _, module in _linear(model))
+
     def config(self, model: Any) -> Any:
         from peft import LoraConfig, TaskType
 

@@ -1,7 +1,7 @@
 """A finished folder and its manifest: written aside, fsynced, renamed last.
 
-A folder under its final name is complete by construction; anything else is a leftover and is removed. Imports nothing
-heavy: the parent process reads artifacts through this module.
+A folder is complete under its final name, or was changed by somebody else: `look` and `altered` tell which. Imports
+nothing heavy: the parent process reads artifacts through this module.
 """
 
 from __future__ import annotations
@@ -10,12 +10,15 @@ import hashlib
 import json
 import os
 import shutil
-import subprocess
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any, Literal
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal, get_args
 
 from models.errors import Refusal
+from models.files import hash_of, remove, sync
+from models.files import write_json as write_json  # callers take it from here
 
 # What an artifact is, as `kind` in its manifest; pipeline/stages/stage.py says what each holds.
 Makes = Literal["model", "answers", "signal", "exports", "results"]
@@ -28,6 +31,38 @@ PLANNED_QUANTIZED = "quantized.json"  # of a model that is still to be quantized
 CARD = "README.md"  # of an export
 BESIDE = (PLAN, SCORES, METRICS)  # they lie beside a model, and do not belong to it
 _PARTIAL = ".partial"
+_OLD = ".old"
+_OWN_HASH = "own_sha256"  # in a JSON file: of all the rest of it
+_SEALS = ".seals.json"
+_SETTLED_NS = 2 * 10**9  # file systems stamp changes with a clock that may be that coarse
+
+
+@dataclass(frozen=True)
+class Found:
+    """What stands where an artifact belongs, by names and sizes; `problem` names the file."""
+
+    state: Literal["absent", "complete", "damaged", "unreadable"]
+    manifest: dict[str, Any] | None = None  # of a complete or damaged one
+    problem: str = ""
+
+
+class Changed(ValueError):
+    """A JSON file is not what was written."""
+
+
+def with_hash(value: dict[str, Any]) -> dict[str, Any]:
+    """As it is written: with a hash of itself, which `checked` looks at."""
+    return {**value, _OWN_HASH: hash_of(value)}
+
+
+def checked(value: Any) -> Any:
+    """Without the hash. Raises Changed where it is another one; files of earlier versions have none."""
+    if not isinstance(value, dict) or _OWN_HASH not in value:
+        return value
+    plain = {key: each for key, each in value.items() if key != _OWN_HASH}
+    if value[_OWN_HASH] != hash_of(plain):
+        raise Changed
+    return plain
 
 
 def publish(folder: Path, build: Callable[[Path], None], manifest: dict[str, Any]) -> dict[str, Any]:
@@ -55,29 +90,105 @@ def publish(folder: Path, build: Callable[[Path], None], manifest: dict[str, Any
         "files": files,
         "content_hash": _combine({n: e for n, e in files.items() if not _beside(n)}),
     }
-    write_json(aside / MANIFEST, manifest)
+    write_json(aside / MANIFEST, with_hash(manifest))
     for path in [*_files(aside), *(p for p in aside.rglob("*") if p.is_dir()), aside]:
-        _fsync(path)
-    if folder.exists():
-        old = folder.parent / f".{folder.name}.old"
-        shutil.rmtree(old, ignore_errors=True)
+        sync(path)
+    if os.path.lexists(folder):
+        if others := foreign(folder):
+            raise Refusal(f"{folder / others[0]} is not Retort's, and would be lost; move it away")
+        old = folder.parent / f".{folder.name}{_OLD}"
+        remove(old)
         os.rename(folder, old)
         os.rename(aside, folder)
-        shutil.rmtree(old, ignore_errors=True)
+        remove(old)
     else:
         os.rename(aside, folder)
-    _fsync(folder.parent)
+    sync(folder.parent)
     return manifest
 
 
-def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a finished artifact, or None when `folder` is none or some of its files are missing."""
+def look(folder: Path) -> Found:
+    """Whether a finished artifact stands at `folder`. Its hashes are left to `altered`."""
     try:
-        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
-        whole = all((folder / name).stat().st_size == entry["bytes"] for name, entry in manifest["files"].items())
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return manifest if whole else None
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = checked(manifest)
+        problem = _malformed(manifest)
+    except (FileNotFoundError, NotADirectoryError):
+        if not os.path.lexists(folder) or (folder.is_dir() and not any(folder.iterdir())):
+            return Found("absent")
+        return Found("unreadable", problem="it has no manifest.json, so Retort did not make it, or it lost a file")
+    except OSError as failure:
+        return Found("unreadable", problem=f"its manifest.json: {failure.strerror}")
+    except Changed:
+        return Found("unreadable", problem="its manifest.json was changed since it was written")
+    except (ValueError, RecursionError):
+        return Found("unreadable", problem="its manifest.json is not JSON")
+    if problem:
+        return Found("unreadable", problem=problem)
+    for name, entry in manifest["files"].items():
+        try:
+            size = (folder / name).stat().st_size
+        except (FileNotFoundError, NotADirectoryError):
+            return Found("damaged", manifest, f"{name} is missing")
+        except OSError as failure:
+            return Found("unreadable", problem=f"its {name}: {failure.strerror}")
+        if size != entry["bytes"]:
+            return Found("damaged", manifest, f"{name} has {size:,} bytes instead of {entry['bytes']:,}")
+    return Found("complete", manifest)
+
+
+def _malformed(manifest: Any) -> str:
+    """What is wrong with a manifest.json, or nothing."""
+    kinds = {"stage": str, "kind": str, "files": dict, "content_hash": str, "parents": dict, "config": dict}
+    for key, kind in kinds.items():
+        if not isinstance(manifest, dict) or not isinstance(manifest.get(key), kind):
+            return f"its manifest.json is not Retort's: it has no {key}"
+    if manifest["kind"] not in get_args(Makes):
+        return f"its manifest.json is not Retort's: its kind is {manifest['kind']}"
+    for name, entry in manifest["files"].items():
+        path = PurePosixPath(name)
+        sized = isinstance(entry, dict) and isinstance(entry.get("bytes"), int) and isinstance(entry.get("sha256"), str)
+        if path.is_absolute() or ".." in path.parts or not sized:
+            return f"its manifest.json names the file {name} in a way that Retort does not"
+    if any(not isinstance(parent, dict) or "path" not in parent for parent in manifest["parents"].values()):
+        return "its manifest.json names a parent in a way that Retort does not"
+    return ""
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of a finished artifact, or None where none stands at `folder`."""
+    found = look(folder)
+    return found.manifest if found.state == "complete" else None
+
+
+def altered(folder: Path, manifest: dict[str, Any], cache: Path | None = None) -> list[str]:
+    """The files of an artifact that its manifest does not know as they are, those that came and went included."""
+    told = {name: entry["sha256"] for name, entry in manifest["files"].items()}
+    found = _hashes(folder, cache)
+    found.pop(MANIFEST, None)
+    changed = sorted(name for name in told.keys() | found.keys() if told.get(name) != found.get(name))
+    return altered(folder, manifest) if changed and cache is not None else changed  # the cache might be what is wrong
+
+
+def seal(folder: Path) -> None:
+    """Write down what a folder of intermediate files holds, so that `sealed` can tell when that changed."""
+    write_json(folder / _SEALS, _hashes(folder, None))
+
+
+def sealed(folder: Path) -> bool:
+    """Whether a folder holds what it was sealed with. Files are read again only when their size or times changed."""
+    told = _remembered_json(folder / _SEALS)
+    return bool(told) and told == _hashes(folder, folder.with_name(f".{folder.name}.hashes.json"))
+
+
+def foreign(folder: Path) -> list[str]:
+    """What lies in `folder` and is no file of its artifact: it must not be lost with it."""
+    if folder.is_symlink():
+        return []  # the link alone would go
+    known = {MANIFEST, *((look(folder).manifest or {}).get("files") or {})}
+    return sorted(
+        name for p in folder.rglob("*") if not p.is_dir() and (name := str(p.relative_to(folder))) not in known
+    )
 
 
 def quantized_file(folder: Path) -> Path | None:
@@ -100,32 +211,52 @@ def exports_of(manifest: dict[str, Any]) -> dict[str, dict[str, Any]]:
 def content_hash(path: Path, cache: Path | None = None) -> str:
     """sha256 over the names and contents of a model folder's (or a file's) files, manifest and metrics left out.
 
-    `cache` is a JSON file that remembers hashes by (size, mtime), so that a 13 GB teacher is read once, not at every
-    rerun.
+    `cache`: as of `_hashes`.
     """
-    known: dict[str, Any] = {}
-    if cache is not None and cache.exists():
-        try:
-            known = json.loads(cache.read_text())
-        except ValueError:
-            known = {}
-    fresh = dict(known)
-    files = {}
-    for p in [path] if path.is_file() else _files(path):
-        name = p.name if path.is_file() else str(p.relative_to(path))
-        if p != path and (name == MANIFEST or _beside(name)):
-            continue
-        stat = p.stat()
-        key, stamp = str(p.resolve()), [stat.st_size, stat.st_mtime_ns]
-        if known.get(key, [None])[0] != stamp:
-            fresh[key] = [stamp, _sha256(p)]
-        files[name] = {"sha256": fresh[key][1]}
+    found = _hashes(path, cache)
+    files = {n: {"sha256": h} for n, h in found.items() if path.is_file() or not (n == MANIFEST or _beside(n))}
     if not files:
         raise Refusal(f"{path} holds no files; give a model folder, a data file or a hub id")
+    return _combine(files)
+
+
+def _hashes(path: Path, cache: Path | None) -> dict[str, str]:
+    """Name → sha256 of a folder's files, or of the one file.
+
+    `cache` is a JSON file that remembers hashes by size, times and inode, so that a 13 GB teacher is read once, not at
+    every rerun. A file that has just been written, or will have been by a clock that was set back, is not remembered:
+    another change might leave the same times.
+    """
+    known = _remembered(cache)
+    fresh = dict(known)
+    found = {}
+    for p in [path] if path.is_file() else _files(path):
+        stat = p.stat()
+        key, stamp = str(p.resolve()), [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+        before = fresh.pop(key, None)
+        now = time.time_ns()
+        digest = before[1] if before and before[0] == stamp else _sha256(p)
+        if max(stat.st_mtime_ns, stat.st_ctime_ns) < now - _SETTLED_NS:
+            fresh[key] = [stamp, digest]
+        found[p.name if path.is_file() else str(p.relative_to(path))] = digest
     if cache is not None and fresh != known:
         cache.parent.mkdir(parents=True, exist_ok=True)
         write_json(cache, fresh)
-    return _combine(files)
+    return found
+
+
+def _remembered(cache: Path | None) -> dict[str, Any]:
+    """A cache that is missing, or was damaged, remembers nothing."""
+    known = _remembered_json(cache) if cache is not None else {}
+    return {k: v for k, v in known.items() if isinstance(v, list) and len(v) == 2 and isinstance(v[1], str)}
+
+
+def _remembered_json(path: Path) -> dict[str, Any]:
+    try:
+        known = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return known if isinstance(known, dict) else {}
 
 
 def _beside(name: str) -> bool:
@@ -134,62 +265,15 @@ def _beside(name: str) -> bool:
     return name in BESIDE or name.startswith("adapter/") or name.endswith((f"/{MANIFEST}", f"/{CARD}"))
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write aside and rename, so that a reader never sees half a file."""
-    aside = path.with_name(f".{path.name}{_PARTIAL}")
-    aside.write_text(json.dumps(value, indent=2, sort_keys=False) + "\n")
-    _fsync(aside)
-    os.replace(aside, path)
-
-
-def sweep(run_dir: Path) -> None:
-    """Remove what a killed process left half written."""
-    for leftover in run_dir.glob(f".*{_PARTIAL}"):
-        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-    for old in run_dir.glob(".*.old"):  # the folder it stood for may be missing: then the old one is still the truth
-        name = run_dir / old.name[1 : -len(".old")]
-        if name.exists():
-            shutil.rmtree(old)
-        else:
-            os.rename(old, name)
-
-
-def versions() -> dict[str, str]:
-    """Versions of the libraries that decide the numbers."""
-    from importlib import metadata
-
-    found = {}
-    for name in (
-        "torch",
-        "pytorch-lightning",
-        "transformers",
-        "tokenizers",
-        "datasets",
-        "deepspeed",
-        "numpy",
-        "safetensors",
-        "hydra-core",
-    ):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def git_commit() -> str | None:
-    """The commit of this checkout, with `-dirty` when files differ from it; None outside git."""
-    here = Path(__file__).resolve().parent
-    try:
-        out = subprocess.run(
-            ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            capture_output=True,
-            text=True,
-            timeout=10,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return out.stdout.strip() or None
+def sweep(run_dir: Path, names: Collection[str]) -> None:
+    """Remove what a killed process left half written of the artifacts `names`, and of nothing else."""
+    for name in names:
+        remove(run_dir / f".{name}{_PARTIAL}")
+        old, folder = run_dir / f".{name}{_OLD}", run_dir / name
+        if os.path.lexists(folder):
+            remove(old)
+        elif os.path.lexists(old):  # killed between the two renames: the old one is still the truth
+            os.rename(old, folder)
 
 
 def _files(folder: Path) -> list[Path]:
@@ -208,11 +292,3 @@ def _sha256(path: Path) -> str:
 def _combine(files: dict[str, dict[str, Any]]) -> str:
     lines = "".join(f"{entry['sha256']}  {name}\n" for name, entry in sorted(files.items()))
     return "sha256:" + hashlib.sha256(lines.encode()).hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -77,6 +77,7 @@ def _word(word: str) -> str:
     if re.match(r"experiment=", word):
         raise Refusal(f"{word}: write +{word} (an experiment is added to the configuration)")
     word = re.sub(r"^stages=(?=\[|\w)", "only=", word)
+    word = re.sub(r"^resume=(?=\w+$)", "resume.mode=", word)
     word = re.sub(r"^(only|force)=(?!null$)([^\[].*)$", r"\1=[\2]", word)
     word = re.sub(r"(?<==)~(?=/|$)|(?<=[\[,])~(?=/)", lambda _: os.path.expanduser("~"), word)
     group, equals, value = word.partition("=")

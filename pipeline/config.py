@@ -30,9 +30,10 @@ from models.errors import Refusal
 
 @dataclass
 class Checkpoint:
-    every_steps: int | None = None  # optimizer steps between Lightning checkpoints
+    every_steps: int | None = None  # optimizer steps between checkpoints
     every_minutes: float | None = 15.0  # or by the clock of rank 0, whichever comes first
-    keep: int = 1  # newest complete checkpoints kept while the stage trains
+    keep: int = 2  # newest complete checkpoints kept while the stage trains; with 1 a damaged one is the end
+    asynchronous: bool = True  # written while training goes on, from a copy in host memory
 
 
 @dataclass
@@ -51,6 +52,17 @@ class Trainer:
 
 
 @dataclass
+class Resume:
+    """What becomes of stages that were begun or made with other values; `resume=overwrite` sets the mode."""
+
+    mode: str = "continue"  # or overwrite: redo what was made with other values
+    from_step: int | None = (
+        None  # an unfinished stage goes back to this checkpoint, with changed values of its training
+    )
+    skip_sequences: list[int] = field(default_factory=list)  # and from there on without these packed sequences
+
+
+@dataclass
 class Config:
     name: str = MISSING
     run_dir: str = MISSING
@@ -60,7 +72,7 @@ class Config:
     start: str | None = None
     stop: str | None = None
     force: list[str] = field(default_factory=list)  # redo these although they are finished
-    resume: str = "continue"  # or overwrite: redo what was made with other values
+    resume: Resume = field(default_factory=Resume)
     dry_run: bool = False  # show the plan and stop
     show_data: int = 0  # show so many sequences of the first stage that trains, with what is learnt of them, and stop
     sized_for: list[float] | None = None  # parameters of the models that an experiment's settings are made for
@@ -154,8 +166,13 @@ def parse(composed: Any) -> dict[str, Any]:
         )
     if not config["run_dir"]:
         raise Refusal("run_dir is empty; give run_dir=FOLDER")
-    if config["resume"] not in ("continue", "overwrite"):
-        raise Refusal(f"resume={config['resume']}: need continue or overwrite")
+    resume = config["resume"]
+    if resume["mode"] not in ("continue", "overwrite"):
+        raise Refusal(f"resume={resume['mode']}: need continue or overwrite")
+    if resume["skip_sequences"] and resume["from_step"] is None:
+        raise Refusal(
+            "resume.skip_sequences is for an unfinished stage; add resume.from_step=STEP, from where they are left out"
+        )
     if config["show_data"] < 0:
         raise Refusal(f"show_data={config['show_data']}: need a number of sequences to show, or 0 for none")
     for option in ("start", "stop"):

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from models.errors import Refusal
-from pipeline.artifact import PLANNED_QUANTIZED, Makes, git_commit, read_manifest, versions, write_json
+from pipeline.artifact import PLANNED_QUANTIZED, Makes, read_manifest, write_json
 from pipeline.command_line import CONF
+from pipeline.provenance import git_commit, versions
 from pipeline.training.strategy import Strategy
 
 
@@ -25,6 +26,9 @@ class Context:
     fingerprint: str = ""
     attempt: str = ""  # names this making of the stage, over all its restarts
     restart: int = 0  # how often this stage was started before
+    turns: list[dict[str, Any]] = field(
+        default_factory=list
+    )  # where it was taken up with other values (pipeline/run.py)
     plans: Path | None = None  # check process only: a folder of configs of models to be made
     planned: list[str] = field(default_factory=list)  # check process only: stages that will have run before this one
 
@@ -39,7 +43,7 @@ class Context:
 
     @property
     def work(self) -> Path:
-        """Everything of the stage that is not finished: its own root for Lightning checkpoints."""
+        """Everything of the stage that is not finished: checkpoints, and how it was begun."""
         return self.run_dir / "work" / self.stage
 
     @property
@@ -50,6 +54,15 @@ class Context:
     @property
     def seed(self) -> int:
         return int(self.config["stages"][self.stage].get("seed", self.config["seed"]))
+
+    @property
+    def skipped(self) -> dict[int, int]:
+        """Packed sequence → from which step on it is left out."""
+        found: dict[int, int] = {}
+        for turn in self.turns:
+            for number in turn["skipped"]:
+                found.setdefault(number, turn["step"])
+        return found
 
     @property
     def rank(self) -> int:
@@ -104,6 +117,7 @@ class Context:
             "config": self.identity,
             "fingerprint": self.fingerprint,
             "attempt": self.attempt,
+            **({"turns": self.turns} if self.turns else {}),
             "seed": self.seed,
             "versions": versions(),
             "git_commit": git_commit(),

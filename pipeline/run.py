@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -11,8 +10,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,12 +20,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from models.errors import Refusal, StageFailed
-from pipeline import artifact, prefork
-from pipeline.config import differences, fingerprint, selected
+from models.errors import Refusal, StageFailed, of_storage
+from pipeline import artifact, prefork, run_folder
+from pipeline.config import selected
 from pipeline.launch import die_with, environment
 from pipeline.report.report import write_report
 from pipeline.report.terminal import table
+from pipeline.verdicts import BEGUN, begun, checkpoints_of, jobs_of, parents_of, turn_of
 
 console = Console()
 
@@ -36,27 +35,29 @@ def run(config: dict[str, Any], typed: Mapping[str, Sequence[str]]) -> None:
     """`typed`: each choice on the command line, with the stages that take it."""
     run_dir = Path(config["run_dir"]).absolute()
     config = {**config, "run_dir": str(run_dir)} if config["run_dir"] == str(run_dir) else _rooted(config, run_dir)
-    with prefork.server(config, selected(config)) as server:
-        spec = {"config": config, "stages": selected(config), "typed": typed}
-        _walk(config, run_dir, server, _check(spec, server))
+    try:
+        run_folder.check_ours(run_dir)
+        with prefork.server(config, selected(config)) as server:
+            spec = {"config": config, "stages": selected(config), "typed": typed}
+            _walk(config, run_dir, server, _check(spec, server))
+    except OSError as problem:
+        if (line := of_storage(problem, run_dir)) is None:
+            raise
+        raise Refusal(line) from None
 
 
 def _walk(config: dict[str, Any], run_dir: Path, server: prefork.Server | None, answer: dict[str, Any]) -> None:
     plan = {entry["stage"]: entry for entry in answer["plan"]}
     if config["dry_run"] or config["show_data"]:
-        _show(config, _jobs(config, plan))
+        _show(config, jobs_of(config, plan))
         for line in answer["shown"]:
             console.print(line, markup=False, highlight=False, soft_wrap=True)
         asked = f"show_data={config['show_data']}" if config["show_data"] else "dry_run=true"
         console.print(f"{asked}: nothing was started", highlight=False)
         return
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as problem:
-        raise Refusal(f"run_dir={run_dir}: {problem.strerror}; choose a folder that can be written to") from None
-    with _alone(run_dir) as lock:
-        artifact.sweep(run_dir)
-        jobs = _jobs(config, plan)
+    with run_folder.claimed(run_dir) as lock:
+        artifact.sweep(run_dir, config["stages"])
+        jobs = jobs_of(config, plan)
         _show(config, jobs)
         artifact.write_json(run_dir / "config.json", config)
         for job in jobs:
@@ -89,14 +90,13 @@ def _check(spec: dict[str, Any], server: prefork.Server | None) -> dict[str, Any
         console.print("checking")
         console.file.flush()
     with (
-        tempfile.NamedTemporaryFile("w", suffix=".json") as file,
+        run_folder.scratch() as scratch,
         tempfile.TemporaryFile("w+") as out,
         tempfile.TemporaryFile("w+") as err,
         console.status("checking"),
     ):
-        json.dump(spec, file)
-        file.flush()
-        arguments, env = ["check", file.name], environment(1, "auto")
+        artifact.write_json(scratch / "spec.json", spec)
+        arguments, env = ["check", str(scratch / "spec.json")], environment(1, "auto")
         if server is not None:
             code = server.run(arguments, env, [out.fileno(), err.fileno()], output=True)
         else:
@@ -114,75 +114,6 @@ def _check(spec: dict[str, Any], server: prefork.Server | None) -> dict[str, Any
     return found
 
 
-def _jobs(config: dict[str, Any], plan: dict[str, Any]) -> list[dict[str, Any]]:
-    """What is to be done for each stage: start, resume, redo, skip; refuse what was made with other values."""
-    jobs: list[dict[str, Any]] = []
-    for name, entry in plan.items():
-        told = entry["identity"]
-        job = {"stage": name, "identity": told, "fingerprint": fingerprint(told), "plan": entry}
-        busy = {other["stage"] for other in jobs if other["do"] != "skip"}
-        jobs.append({**job, "do": _verdict(config, job, busy)})
-    return jobs
-
-
-def _verdict(config: dict[str, Any], job: dict[str, Any], busy: set[str]) -> str:
-    """`busy`: the stages before this one that will not be skipped."""
-    name, told, entry = job["stage"], job["identity"], job["plan"]
-    run_dir = Path(config["run_dir"])
-    finished = artifact.read_manifest(run_dir / name)
-    started = _read(run_dir / "work" / name / "stage.json")
-    if started and finished and started["attempt"] == finished["attempt"]:
-        started = None  # killed after its result was in place
-    same = started is not None and not differences(started["identity"], told)  # a new key that is null is no change
-    if started and not same and not list((run_dir / "work" / name).glob("checkpoints/step-*.ckpt")):
-        started = None  # refused or killed before it had learnt anything: nothing to protect
-    if started is None and finished is None:
-        return "start"
-    made_here = {
-        role
-        for role, path in entry["parents"].items()
-        if Path(path).parent == run_dir and Path(path).name in config["stages"]
-    }
-    stale = any(Path(entry["parents"][role]).name in busy for role in made_here)
-    parents = {} if stale else _parents(config, entry)
-
-    def other_parents(old: dict[str, Any]) -> set[str]:
-        def hash_of(where: dict[str, Any], role: str) -> Any:
-            return where.get(role, {}).get("content_hash")
-
-        return {r for r in {*parents, *old["parents"]} if hash_of(parents, r) != hash_of(old["parents"], r)}
-
-    # An attempt that was cut short goes on, whether it was begun by itself, by force or by resume=overwrite.
-    if started and not stale and same and not other_parents(started):
-        return "resume"
-    if name in config["force"]:
-        return "redo"
-    old: dict[str, Any] = finished or started  # type: ignore[assignment]
-    changed = differences(old["config"] if finished else old["identity"], told)
-    others = set() if stale else other_parents(old)
-    changed += [
-        (f"parents.{role}", _short(old["parents"].get(role)), _short(parents.get(role)))
-        for role in sorted(others - made_here)
-    ]
-    if changed and config["resume"] != "overwrite":
-        raise Refusal(_differs(run_dir, name, changed))
-    return "redo" if changed or stale or others else "skip"
-
-
-def _parents(config: dict[str, Any], entry: dict[str, Any]) -> dict[str, dict[str, str]]:
-    """Role → path and content hash, of the models a stage reads and of its text."""
-    cache = Path(config["run_dir"]) / "work" / "hashes.json"
-    found = {}
-    for role, path in entry["parents"].items():
-        folder = Path(path)
-        commit = entry["commits"].get(role)  # of a hub id; a changed repository is another parent
-        content = artifact.content_hash(folder, cache) if folder.exists() else f"hub:{path}@{commit}"
-        found[role] = {"path": path, "content_hash": content}
-    if entry["content"]:
-        found["data"] = {"path": ", ".join(entry["data"]["train"]["sources"]), "content_hash": entry["content"]}
-    return found
-
-
 def _run_stage(config: dict[str, Any], job: dict[str, Any], lock: int, server: prefork.Server | None) -> None:
     name, entry = job["stage"], job["plan"]
     run_dir = Path(config["run_dir"])
@@ -190,23 +121,29 @@ def _run_stage(config: dict[str, Any], job: dict[str, Any], lock: int, server: p
     if job["do"] == "skip":
         console.print(f"[dim]{name}: finished, skipped")
         return
-    if job["do"] != "resume":
+    if job["do"] not in ("resume", "turn"):
         shutil.rmtree(work, ignore_errors=True)
-    before = _read(work / "stage.json") or {"restart": -1, "attempt": uuid.uuid4().hex}
+    before = begun(work) or {"restart": -1, "attempt": uuid.uuid4().hex}
+    turns = before.get("turns", [])
+    if (turn := turn_of(config, before, job["identity"]) if job["do"] == "turn" else None) is not None:
+        turns = [*turns, turn]
+        for step, later in checkpoints_of(work).items():
+            if step > turn["step"]:  # of the way that was left; first, since who is begun goes on from the newest
+                console.print(f"{name}: back to step {turn['step']}, the checkpoint of step {step} is removed")
+                shutil.rmtree(later)
     work.mkdir(parents=True, exist_ok=True)
-    spec = work / "stage.json"
-    artifact.write_json(
-        spec,
-        {
-            "config": config,
-            "stage": name,
-            "parents": _parents(config, entry),
-            "identity": job["identity"],
-            "fingerprint": job["fingerprint"],
-            "restart": before["restart"] + 1,
-            "attempt": before["attempt"],
-        },
-    )
+    spec = work / BEGUN
+    told = {
+        "config": config,
+        "stage": name,
+        "parents": parents_of(config, entry),
+        "identity": job["identity"],
+        "fingerprint": job["fingerprint"],
+        "restart": before["restart"] + 1,
+        "attempt": before["attempt"],
+        "turns": turns,
+    }
+    artifact.write_json(spec, artifact.with_hash(told))
     launcher = instantiate(config["launch"])
     ranks, nodes = entry["ranks"], config["trainer"]["nodes"]
     begin = time.monotonic()
@@ -266,39 +203,3 @@ def _print_whole(shown: Table) -> None:
         most = console.measure(shown, options=console.options.update(width=10_000)).maximum
         console.width = max(console.width, most)
     console.print(shown)
-
-
-def _differs(run_dir: Path, stage: str, changed: list[tuple[str, Any, Any]]) -> str:
-    keys = "; ".join(f"{key}: {old!r} → {new!r}" for key, old, new in changed[:8])
-    more = f" and {len(changed) - 8} more" if len(changed) > 8 else ""
-    return (
-        f"{run_dir / stage} was made with other values ({keys}{more}); add resume=overwrite to redo it, choose another "
-        f"run_dir=…, or give the old values"
-    )
-
-
-@contextmanager
-def _alone(run_dir: Path) -> Iterator[int]:
-    """Two commands in one run folder would overwrite each other's checkpoints."""
-    with open(run_dir / ".lock", "w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise Refusal(
-                f"run_dir={run_dir}: another command is working in it; wait for it or choose another run_dir"
-            ) from None
-        except OSError:
-            pass  # some cluster file systems have no locks
-        yield handle.fileno()
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    try:
-        found: dict[str, Any] = json.loads(path.read_text())
-        return found
-    except (OSError, ValueError):
-        return None
-
-
-def _short(parent: dict[str, str] | None) -> str | None:
-    return None if parent is None else f"{parent['path']} {parent['content_hash'][:19]}"

@@ -24,7 +24,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from models.errors import NotFinite, Problems, Refusal
+from models.errors import NotFinite, Problems, Refusal, of_storage
+from pipeline import artifact
 from pipeline.command_line import OF_RANKS, spelling
 from pipeline.config import COUNTS, identity, nearest
 from pipeline.launch import die_with
@@ -41,12 +42,12 @@ def main(arguments: Sequence[str]) -> int:
         from pipeline.prefork import serve
 
         return serve(int(told), main)
-    spec = json.loads(Path(told).read_text())
+    spec = artifact.checked(json.loads(Path(told).read_text()))
     die_with(os.getppid())
     context = None
     try:
         if mode == "check":
-            print(json.dumps(check(spec)))
+            print(json.dumps(check(spec, Path(told).parent)))
             return 0
         from pipeline.context import Context
 
@@ -58,19 +59,29 @@ def main(arguments: Sequence[str]) -> int:
             stage.run(context)
         return 0
     except Refusal as problem:
-        if mode == "check":
-            print(json.dumps({"refusal": str(problem)}), flush=True)
-        else:
-            told = str(problem) if context is None else context.in_its_words(str(problem))
-            print(Refusal(told).told, file=sys.stderr, flush=True)
+        _refuse(mode, str(problem) if context is None else context.in_its_words(str(problem)))
         return 2
     except NotFinite as problem:
         print(f"error: {problem}", file=sys.stderr, flush=True)
         return 3
+    except Exception as problem:
+        if (line := of_storage(problem, Path(spec["config"]["run_dir"]))) is None:
+            raise
+        _refuse(mode, line)
+        return 2
 
 
-def check(spec: dict[str, Any]) -> dict[str, Any]:
-    """The plan of every stage that will run. Raises Refusal with all that they refuse."""
+def _refuse(mode: str, message: str) -> None:
+    """The check answers its parent; a stage tells the person."""
+    if mode == "check":
+        print(json.dumps({"refusal": message}), flush=True)
+    else:
+        print(Refusal(message).told, file=sys.stderr, flush=True)
+
+
+def check(spec: dict[str, Any], scratch: Path | None = None) -> dict[str, Any]:
+    """The plan of every stage that will run. Raises Refusal with all that they refuse. `scratch`: where models that are
+    to be made are written down meanwhile."""
     from pipeline.context import Context
 
     config, typed = spec["config"], spec.get("typed", {})
@@ -81,7 +92,7 @@ def check(spec: dict[str, Any]) -> dict[str, Any]:
     problems = Problems()
     with problems:
         _check_taken(config, typed)
-    with tempfile.TemporaryDirectory(prefix="retort-plan-") as plans:
+    with tempfile.TemporaryDirectory(dir=scratch) as plans:
         with problems:
             plan = _checked(config, made, Path(plans))
         problems.tell()

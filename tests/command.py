@@ -44,12 +44,17 @@ SMALL = [
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "COLUMNS": "200", "OMP_NUM_THREADS": "1"}
 
 
-def train(*words: str, path: str = "", timeout: float = 300, **environment: str) -> subprocess.CompletedProcess[str]:
-    """`python train.py WORDS`; `path` goes in front of the import path."""
+def train(
+    *words: str, path: str = "", timeout: float = 300, limit: int | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """`python train.py WORDS`; `path` goes in front of the import path, `limit` is what a file may have in bytes."""
     env = {**os.environ, **ENVIRONMENT, "PYTHONPATH": path, **environment}
-    return subprocess.run(
-        [sys.executable, str(ROOT / "train.py"), *words], env=env, capture_output=True, text=True, timeout=timeout
-    )
+    command = [sys.executable, str(ROOT / "train.py"), *words]
+    if limit is not None:
+        command = ["prlimit", f"--fsize={limit}", *command]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout)
+    assert done.returncode != 2 or "Traceback" not in done.stdout + done.stderr, done.stderr  # in all tests of refusals
+    return done
 
 
 def start(*words: str, **environment: str) -> subprocess.Popen[str]:

@@ -17,6 +17,7 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from callbacks.checkpoint import Checkpoint
 from models.errors import Refusal
 from models.generation import Sampling
 from models.load import load_config
@@ -30,6 +31,7 @@ from models.sharding import gather_state, load_sharded, zero3
 from models.teachers.online import Online
 from models.teachers.sharded import Sharded
 from models.teachers.teacher import Opening
+from models.training.checkpoint import checkpoints
 from models.training.language_model import LanguageModel
 from models.training.on_policy import OnPolicy
 from models.training.rollouts import Rollouts
@@ -58,6 +60,7 @@ class Scenario:
     clip: float = 0.5
     checkpoint_at: int | None = None  # save a checkpoint there, into `folder`
     resume: bool = False
+    resume_from: str = ""  # the scenario that left the checkpoint, where it is another one
     student: str | None = None  # another folder than the shared one
     teacher: str = "teacher"
     sharded: bool = False  # the teacher by an engine of its own
@@ -194,6 +197,7 @@ def fit(scenario: Scenario, folder: Path) -> dict[str, Any]:
     student = folder / (scenario.student or f"student-{scenario.tied}-{scenario.dropout}")
     teacher = folder / scenario.teacher
     seen: list[dict[str, float]] = []
+    saver = Checkpoint(folder / "saved" / scenario.name, None, None)
 
     class Watch(pl.Callback):
         def on_train_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
@@ -201,7 +205,8 @@ def fit(scenario: Scenario, folder: Path) -> dict[str, Any]:
                 seen.append(module.step_metrics)
             at = scenario.checkpoint_at
             if at and trainer.global_step == at and module.step_metrics and not scenario.resume:
-                trainer.save_checkpoint(folder / f"{scenario.name}.ckpt")
+                saver.save(trainer, module, asynchronous=True)
+                saver.wait()
 
     also = {"hidden": HiddenStates(), "attention": AttentionRelations(relation_heads=2)} if scenario.layers else {}
     divergence = ReverseKL() if scenario.divergence == "ReverseKL" else ForwardKL(2.0)
@@ -240,6 +245,9 @@ def fit(scenario: Scenario, folder: Path) -> dict[str, Any]:
         activation_checkpointing=scenario.activation_checkpointing,
         configs=(load_config(str(student)), load_config(str(teacher))),
         on_policy=rollouts(scenario.on_policy, data, load_student) if scenario.on_policy else None,
+        checkpoint=checkpoints(folder / "saved" / (scenario.resume_from or scenario.name))[0]
+        if scenario.resume
+        else None,
     )
     kind = scenario.strategy
     settings: dict[str, Any] = {"stage3_param_persistence_threshold": 0}
@@ -248,11 +256,6 @@ def fit(scenario: Scenario, folder: Path) -> dict[str, Any]:
         "ddp": strategies.DDP,
         "zero3_offload": functools.partial(strategies.ZeRO, 3, True, True, config=settings),
     }.get(kind, functools.partial(strategies.ZeRO, int(kind[4]) if kind.startswith("zero") else 0, config=settings))
-    watch: list[pl.Callback] = [Watch()]
-    if scenario.resume:
-        from callbacks.checkpoint import Checkpoint
-
-        watch.append(Checkpoint(folder / "unused", None, None))
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=scenario.world,
@@ -266,7 +269,7 @@ def fit(scenario: Scenario, folder: Path) -> dict[str, Any]:
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
         logger=False,
-        callbacks=watch,
+        callbacks=[Watch()],
         use_distributed_sampler=False,
         inference_mode=False,
         enable_checkpointing=False,
@@ -274,12 +277,12 @@ def fit(scenario: Scenario, folder: Path) -> dict[str, Any]:
         enable_model_summary=False,
         default_root_dir=folder,
     )
-    trainer.fit(module, datamodule=data, ckpt_path=str(folder / f"{scenario.name}.ckpt") if scenario.resume else None)
+    trainer.fit(module, datamodule=data)
     state = gather_state(module.student, keep=True)
     teacher_gradients = [n for n, p in module.named_parameters() if n.startswith("teacher.") and p.grad is not None]
     return {
         "metrics": seen,
-        "kept": None if module.on_policy is None else module.on_policy.state(),
+        "kept": None if module.on_policy is None else kept(module.on_policy),
         **(written(module) if scenario.strategy.startswith("zero3") and module.on_policy is not None else {}),
         "validation": module.validation_metrics,
         "state": state,
@@ -288,6 +291,12 @@ def fit(scenario: Scenario, folder: Path) -> dict[str, Any]:
         if isinstance(module.teacher, torch.nn.Module)
         else None,
     }
+
+
+def kept(on_policy: Rollouts) -> dict[str, Any]:
+    """Its buffer, and what it counts."""
+    counts, buffered = on_policy.state()
+    return {"counts": tuple(counts.values()), **buffered}
 
 
 def written(module: LanguageModel) -> dict[str, Any]:
@@ -432,7 +441,7 @@ def on_ranks(world: int, scenarios: list[Scenario], folder: Path) -> dict[str, d
         cwd=Path(__file__).parent.parent,
         timeout=900,
     )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-12000:]
     return {s.name: torch.load(folder / f"{s.name}.pt", weights_only=True) for s in scenarios}
 
 

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import artifact, run
+from pipeline import artifact, verdicts
 from tests.command import ROOT
 
-HEAD = {"stage": "distill", "kind": "model", "parents": {}}
+RESUME = {"mode": "continue", "from_step": None, "skip_sequences": []}
+HEAD = {"stage": "distill", "kind": "model", "parents": {}, "config": {}}
 
 
 def _build(folder: Path) -> None:
@@ -87,10 +88,11 @@ def test_the_metrics_of_a_training_are_beside_the_model_and_not_of_it(tmp_path: 
     assert artifact.content_hash(file) != before
 
 
-def test_a_folder_with_a_file_cut_short_is_no_artifact(tmp_path: Path) -> None:
+def test_a_folder_with_a_file_cut_short_is_damaged(tmp_path: Path) -> None:
     artifact.publish(tmp_path / "distill", _build, HEAD)
     (tmp_path / "distill" / "model.safetensors").write_bytes(b"w")
     assert artifact.read_manifest(tmp_path / "distill") is None
+    assert artifact.look(tmp_path / "distill").problem == "model.safetensors has 1 bytes instead of 7"
 
 
 OPERATIONS = range(1, 9)
@@ -112,7 +114,8 @@ def hook(event, arguments):
 def build(folder):
     (folder / "model.safetensors").write_bytes(b"new weights")
 sys.addaudithook(hook)
-artifact.publish(Path(sys.argv[1]) / "distill", build, {"stage": "distill", "kind": "model", "parents": {}})
+head = {"stage": "distill", "kind": "model", "parents": {}, "config": {}}
+artifact.publish(Path(sys.argv[1]) / "distill", build, head)
 print("done")
 """
     done = subprocess.run(
@@ -121,7 +124,7 @@ print("done")
         text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
-    artifact.sweep(tmp_path)
+    artifact.sweep(tmp_path, ["distill"])
     manifest = artifact.read_manifest(tmp_path / "distill")
     assert manifest is not None
     content = (tmp_path / "distill" / "model.safetensors").read_bytes()
@@ -154,9 +157,9 @@ def test_killed_between_two_stages_the_finished_one_is_skipped(tmp_path: Path, a
     settings = {"max_steps": 4}
     artifact.publish(tmp_path / "distill", _build, {**HEAD, "config": settings, "attempt": "one"})
     work = tmp_path / "work" / "distill"
-    (work / "checkpoints" / "step-00000004.ckpt").mkdir(parents=True)
-    artifact.write_json(work / "stage.json", {"attempt": attempt, "identity": settings, "parents": {}})
+    (work / "checkpoints" / "step-00000004").mkdir(parents=True)
+    artifact.write_json(work / "stage.json", {"attempt": attempt, "identity": settings, "parents": {}, "restart": 0})
     plan = {"parents": {}, "commits": {}, "content": "", "data": None}
     job = {"stage": "distill", "identity": settings, "fingerprint": "", "plan": plan}
-    config = {"run_dir": str(tmp_path), "stages": {"distill": {}}, "force": [], "resume": "continue"}
-    assert run._verdict(config, job, set()) == verdict
+    config = {"run_dir": str(tmp_path), "stages": {"distill": {}}, "force": [], "resume": RESUME}
+    assert verdicts.verdict_of(config, job, set()) == verdict

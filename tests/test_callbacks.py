@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,15 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from rich.console import Console
+from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
 from callbacks import tracking
-from callbacks.checkpoint import Checkpoint, checkpoints
+from callbacks.checkpoint import Checkpoint
 from callbacks.metrics import MetricsFile
 from callbacks.progress import Progress
 from models.errors import NotFinite, Refusal
+from models.training.checkpoint import Share, checkpoints, damage, read_head, restore, write
 
 # Lightning 2.6.6 builds torch's LeafSpec, which torch 2.13 deprecates; its advice about workers and resumable loaders
 # is for real data, of which there is none here; a machine that has Slurm need not run the tests under it.
@@ -46,6 +49,20 @@ class Line(pl.LightningModule):
         self.log_every = log_every
         self.step_metrics: dict[str, float] | None = None
         self.validation_metrics: dict[str, float] = {}
+        self.checkpoint: Path | None = None
+
+    def trained_by_name(self) -> dict[str, torch.nn.Parameter]:
+        return dict(self.named_parameters())
+
+    def so_far(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        return {}, {}
+
+    def go_on(self, numbers: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        pass
+
+    def on_fit_start(self) -> None:
+        if self.checkpoint is not None:
+            restore(self.trainer, self, self.checkpoint)
 
     def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
         return self.layer(batch).square().mean()
@@ -76,6 +93,8 @@ class Line(pl.LightningModule):
 def fit(root: Path, steps: int, *callbacks: pl.Callback, resume: bool = False, **words: Any) -> pl.Trainer:
     """Train to `steps` and leave a checkpoint; with `resume`, go on from the last one."""
     module = Line(words.pop("log_every", 1))
+    if resume:
+        module.checkpoint = checkpoints(root / "left")[-1]
     accumulation = words.get("accumulate_grad_batches", 1)
     words = {"logger": False, "val_check_interval": 4 * accumulation, "num_sanity_val_steps": 1, **words}
     trainer = pl.Trainer(
@@ -90,9 +109,9 @@ def fit(root: Path, steps: int, *callbacks: pl.Callback, resume: bool = False, *
         enable_model_summary=False,
         **words,
     )
-    checkpoint = root / "last.ckpt"
-    trainer.fit(module, ckpt_path=str(checkpoint) if resume else None)
-    trainer.save_checkpoint(checkpoint)
+    trainer.fit(module)
+    if not trainer.interrupted:
+        Checkpoint(root / "left", None, None).save(trainer, module, asynchronous=False)
     return trainer
 
 
@@ -173,63 +192,139 @@ def test_other_ranks_write_nothing(tmp_path):
 # --- checkpoints ---------------------------------------------------------------------------------------------------
 
 
-def fit_with_checkpoints(root: Path, steps: int) -> Path:
+def fit_with_checkpoints(root: Path, steps: int, callback: type[Checkpoint] = Checkpoint, **words: Any) -> Path:
     folder = root / "checkpoints"
-    fit(root, steps, Checkpoint(folder, every_steps=2, every_minutes=None), resume=(root / "last.ckpt").exists())
+    found = checkpoints(folder)
+    if found:
+        (root / "left").mkdir(exist_ok=True)
+        shutil.copytree(found[-1], root / "left" / found[-1].name, dirs_exist_ok=True)
+    fit(root, steps, callback(folder, every_steps=2, every_minutes=None, **words), resume=bool(found))
     return folder
 
 
-def test_only_the_newest_checkpoint_is_kept_and_nothing_else_lies_there(tmp_path):
-    folder = fit_with_checkpoints(tmp_path, 5)
-    assert [path.name for path in folder.iterdir()] == ["step-00000005.ckpt"]
-    assert torch.load(folder / "step-00000005.ckpt")["global_step"] == 5
+def steps_of(folder: Path) -> list[int]:
+    """Of the checkpoints in it, each of which must be whole, with nothing else beside them."""
+    assert sorted(folder.iterdir()) == checkpoints(folder)
+    assert [damage(path) for path in checkpoints(folder)] == [None] * len(checkpoints(folder))
+    return [read_head(path)["step"] for path in checkpoints(folder)]
 
 
-def test_a_checkpoint_that_is_half_written_never_bears_its_final_name(monkeypatch, tmp_path):
-    save = pl.Trainer.save_checkpoint
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_the_newest_two_checkpoints_are_kept_and_nothing_else_lies_there(tmp_path, asynchronous):
+    assert steps_of(fit_with_checkpoints(tmp_path, 5, asynchronous=asynchronous)) == [4, 5]
 
-    def torn(trainer: pl.Trainer, path: Path, *words: Any) -> None:
-        save(trainer, path, *words)
-        if trainer.global_step == 4:
-            path.write_bytes(path.read_bytes()[:100])
-            raise OSError("the disk is full")
 
-    monkeypatch.setattr(pl.Trainer, "save_checkpoint", torn)
-    with pytest.raises(OSError, match="the disk is full"):
-        fit_with_checkpoints(tmp_path, 6)
-    (whole,) = checkpoints(tmp_path / "checkpoints")  # what a restart goes on from
-    assert torch.load(whole)["global_step"] == 2
-    monkeypatch.undo()
-    shutil.copy(whole, tmp_path / "last.ckpt")
-    fit_with_checkpoints(tmp_path, 6)
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000006.ckpt"]
+def test_a_checkpoint_holds_the_weights_of_its_step_although_training_went_on_while_it_was_written(tmp_path):
+    """Written only when two further steps have been made."""
+    weights, gate = {}, threading.Event()
+
+    class Slow(Checkpoint):
+        def _write(self, mine: Any) -> None:
+            gate.wait(10)
+            super()._write(mine)
+
+        def on_train_batch_end(self, trainer: pl.Trainer, module: Line, *words: Any) -> None:
+            weights[trainer.global_step] = module.layer.weight.detach().clone()
+            super().on_train_batch_end(trainer, module, *words)
+            if trainer.global_step == 3:
+                gate.set()
+
+    first, *_ = checkpoints(fit_with_checkpoints(tmp_path, 4, Slow))
+    saved = load_file(first / "rank-00000.safetensors")
+    assert torch.equal(saved["layer.weight|0|value"], weights[2].view(-1))
+    assert not torch.equal(weights[2], weights[3])
+
+
+def test_safetensors_itself_reads_what_was_written(tmp_path):
+    """Every dtype and shape, also none at all; the header is our own."""
+    tensors = {
+        "a|0|value": torch.randn(7),
+        "a|0|exp_avg": torch.randn(5).bfloat16(),
+        "a|step": torch.tensor(3.0),
+        "|ids": torch.arange(3, dtype=torch.int32),
+        "|empty": torch.zeros(0, dtype=torch.int64),
+        "|flags": torch.tensor([True, False]),
+    }
+    write(Share(0, 1, tensors, {}), tmp_path)
+    found = load_file(tmp_path / "rank-00000.safetensors")
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor), name
+
+
+def test_a_write_that_fails_stops_training_and_leaves_the_checkpoint_before(tmp_path):
+    class Full(Checkpoint):
+        def _write(self, mine: Any) -> None:
+            if mine.head["step"] == 4:
+                mine.tensors["more"] = torch.zeros(1, dtype=torch.complex64)  # no such dtype can be written
+            super()._write(mine)
+
+    with pytest.raises(KeyError):
+        fit_with_checkpoints(tmp_path, 6, Full)
+    assert [path.name for path in checkpoints(tmp_path / "checkpoints")] == ["step-00000002"]
+    assert steps_of(fit_with_checkpoints(tmp_path, 6)) == [4, 6]  # what was half written is gone
 
 
 KILLED_WHILE_SAVING = """
 import os, signal, sys
 from pathlib import Path
-import pytorch_lightning as pl
+from callbacks import checkpoint
 from tests.test_callbacks import fit_with_checkpoints
 
-save = pl.Trainer.save_checkpoint
+finish, write = checkpoint.finish, checkpoint.write
 
-def killed(trainer, path, *words):
-    save(trainer, path, *words)
-    if trainer.global_step == 4:
-        Path(path).write_bytes(Path(path).read_bytes()[:100])
+def killed(mine, *words):
+    if mine.head["step"] == 4 and sys.argv[2] == "while its part is written":
+        path = words[0] / "rank-00000.safetensors"
+        write(mine, *words)
+        path.write_bytes(path.read_bytes()[:100])
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(mine, *words)
+
+def ended(mine, *words):
+    if mine.head["step"] == 4 and sys.argv[2] == "before it is renamed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    finish(mine, *words)
+    if mine.head["step"] == 4:
         os.kill(os.getpid(), signal.SIGKILL)
 
-pl.Trainer.save_checkpoint = killed
+checkpoint.write, checkpoint.finish = killed, ended
 fit_with_checkpoints(Path(sys.argv[1]), 6)
 """
 
 
-def test_killed_while_a_checkpoint_is_written_the_one_before_it_is_whole(tmp_path):
-    command = [sys.executable, "-c", KILLED_WHILE_SAVING, str(tmp_path)]
+@pytest.mark.parametrize(
+    ("moment", "left"),
+    [("while its part is written", [2]), ("before it is renamed", [2]), ("before an older one is removed", [2, 4])],
+)
+def test_killed_while_a_checkpoint_is_written_the_one_before_it_is_whole(tmp_path, moment, left):
+    command = [sys.executable, "-c", KILLED_WHILE_SAVING, str(tmp_path), moment]
     done = subprocess.run(command, capture_output=True, text=True, cwd=CONF.parent)
     assert done.returncode == -signal.SIGKILL, done.stderr
-    (whole,) = checkpoints(tmp_path / "checkpoints")
-    assert torch.load(whole)["global_step"] == 2
+    whole = checkpoints(tmp_path / "checkpoints")
+    assert [read_head(path)["step"] for path in whole] == left
+    assert [damage(path) for path in whole] == [None] * len(left)
+    assert steps_of(fit_with_checkpoints(tmp_path, 6)) == [4, 6]
+
+
+@pytest.mark.parametrize("name", ["rank-00000.safetensors", "rank-00000.json", "checkpoint.json"])
+@pytest.mark.parametrize("harm", ["flip", "cut", "remove"])
+def test_what_was_changed_of_a_checkpoint_is_known(tmp_path, name, harm):
+    checkpoint = checkpoints(fit_with_checkpoints(tmp_path, 2))[-1]
+    path = checkpoint / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    if harm == "remove":
+        path.unlink()
+    else:
+        path.write_bytes(content if harm == "flip" else content[:-3])
+    if name == "rank-00000.json":  # what it says stands in checkpoint.json too
+        assert damage(checkpoint) is None
+    elif harm == "remove" and name == "checkpoint.json":
+        assert checkpoints(checkpoint.parent) == []
+    else:
+        assert damage(checkpoint) is not None
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path):
@@ -241,7 +336,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     folder = tmp_path / "checkpoints"
     with pytest.raises(NotFinite, match="step 4: the weights are not finite"):
         fit(tmp_path, 6, Diverging(), Checkpoint(folder, every_steps=2, every_minutes=None))
-    assert [path.name for path in folder.iterdir()] == ["step-00000002.ckpt"]
+    assert steps_of(folder) == [2]
 
 
 # --- loggers -------------------------------------------------------------------------------------------------------

@@ -6,16 +6,20 @@ import itertools
 import json
 import math
 import os
+import random
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from models.errors import Refusal
+from pipeline import artifact, run_folder
 from pipeline.artifact import content_hash
 from tests.command import ROOT, SMALL, start, train, weights
 
@@ -281,6 +285,112 @@ def test_a_forced_stage_that_is_killed_goes_on_too(finished: Path, tmp_path: Pat
     assert "resume" in again.stdout
     assert "control: step 2/" not in again.stdout
     _same_weights(finished / "control", run_dir / "control")
+
+
+@pytest.mark.slow
+def test_a_training_is_taken_up_from_an_earlier_checkpoint_with_another_learning_rate(
+    finished: Path, tmp_path: Path
+) -> None:
+    """Killed when its second checkpoint was in place, as by a loss that is no number."""
+    run_dir = tmp_path / "turned"
+    shutil.copytree(finished / "pretrain", run_dir / "pretrain")
+    words = [f"run_dir={run_dir}", *SMALL, "stages=[distill]"]
+    assert train(*words, path=str(ROOT / "tests" / "killing"), RETORT_TEST_KILL="os.rename step-00000012 1").returncode
+    turn = [*words, "resume.from_step=4", "optimizer.lr=1e-5", "resume.skip_sequences=[3]"]
+    # killed again: the same command goes on, and does not go back once more
+    assert train(*turn, path=str(ROOT / "tests" / "killing"), RETORT_TEST_KILL="os.rename step-00000012 1").returncode
+    done = train(*turn)
+    assert done.returncode == 0, done.stderr
+    assert "goes on at step 8/12" in done.stdout
+    manifest = json.loads((run_dir / "distill" / "manifest.json").read_text())
+    (told,) = manifest["turns"]
+    assert (told["step"], told["skipped"]) == (4, [3])
+    assert ["training.optimizer.lr", 0.006, 1e-5] in told["changed"]
+    assert manifest["config"]["training"]["optimizer"]["lr"] == 1e-5
+    before, after = (
+        {line["step"]: line for line in _metrics(d / "distill") if "loss" in line} for d in (finished, run_dir)
+    )
+    assert [after[step] == before[step] for step in (2, 4)] == [True, True]
+    scale = after[6]["learning_rate"] / before[6]["learning_rate"]
+    assert scale == pytest.approx(1e-5 / 0.006)
+    assert "distill was taken up at step 4" in (run_dir / "report.md").read_text()
+    assert "distill: finished, skipped" in train(*turn).stdout
+
+
+@pytest.mark.parametrize("harm", ["flip", "cut"])
+def test_no_change_of_any_file_of_a_finished_run_goes_unseen(finished: Path, tmp_path: Path, harm: str) -> None:
+    """250 random changes each: of a stage's folder or of prepared text they are told, elsewhere they are harmless."""
+    run_dir = tmp_path / "changed"
+    shutil.copytree(finished, run_dir)
+    config = {**json.loads((run_dir / "config.json").read_text()), "run_dir": str(run_dir)}
+    files = [path for path in sorted(run_dir.rglob("*")) if path.is_file() and path.stat().st_size]
+    draw = random.Random(f"{harm} 0")
+    unseen = []
+    for _ in range(250):
+        path = draw.choice(files)
+        before = path.read_bytes()
+        content = bytearray(before)
+        place = draw.randrange(len(content))
+        content[place] ^= 1 << draw.randrange(8)
+        path.write_bytes(content if harm == "flip" else before[:place])
+        if not _is_told_or_harmless(run_dir, config, path):
+            unseen.append((str(path.relative_to(run_dir)), place))
+        path.write_bytes(before)
+    assert unseen == []
+
+
+def _is_told_or_harmless(run_dir: Path, config: dict[str, Any], path: Path) -> bool:
+    top, *below = path.relative_to(run_dir).parts
+    try:
+        run_folder.check_ours(run_dir)
+        run_folder.check_whole(config)
+    except Refusal:
+        return top in config["stages"]
+    if top == "work" and below[0] == "data" and not below[1].startswith("."):
+        return not artifact.sealed(run_dir / "work" / "data" / below[1])  # it is made again
+    # rewritten by every command, or what a logger wrote for people
+    rewritten = ("retort.json", "config.json", "report.json", "report.md", "report.html", "logs", ".lock")
+    return top in rewritten or below[-1] == "hashes.json" or below[1].startswith(".")
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_the_chain_ends_at_the_same_bits(finished: Path, tmp_path: Path) -> None:
+    """50 times, at any moment from the start of the command on, also while a checkpoint or an artifact is written."""
+    draw, run_dir, killed = random.Random(0), tmp_path / "killed", 0
+    words = [f"run_dir={run_dir}", *SMALL, "trainer.checkpoint.every_steps=1"]
+    while killed < 50:
+        process = start(*words)
+        try:
+            assert process.wait(timeout=draw.uniform(1, 25)) == 0
+            for stage in STAGES:
+                _same_weights(finished / stage, run_dir / stage)
+            shutil.rmtree(run_dir)
+        except subprocess.TimeoutExpired:
+            process.send_signal(draw.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGINT]))
+            process.wait()
+            killed += 1
+    done = train(*words)
+    assert done.returncode == 0, done.stderr
+    for stage in STAGES:
+        _same_weights(finished / stage, run_dir / stage)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kilobytes", [1, 4, 16, 40, 64, 100, 200, 400])
+def test_a_limit_on_what_can_be_written_is_told_in_one_line_and_loses_nothing(
+    finished: Path, tmp_path: Path, kilobytes: int
+) -> None:
+    words = [f"run_dir={tmp_path / 'run'}", *SMALL, "stop=distill"]
+    done = train(*words, limit=kilobytes * 1000)
+    assert done.returncode in (0, 2), done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    if done.returncode:
+        errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+        assert len(errors) == 1, done.stderr
+        assert "are free there" in errors[0]
+    assert train(*words).returncode == 0
+    for stage in ("pretrain", "distill"):
+        _same_weights(finished / stage, tmp_path / "run" / stage)
 
 
 def _same_weights(one: Path, other: Path) -> None:

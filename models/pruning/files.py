@@ -4,7 +4,6 @@ calibration text, which later runs can add up)."""
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from models.errors import Refusal
+from models.files import aside_of, checksum, publish
 from models.pruning.groups import Anatomy
 from models.pruning.importance import Statistics
 from models.pruning.plan import Scores
@@ -125,18 +125,19 @@ def read_scores(path: Path) -> tuple[Statistics, dict[str, Any]]:
 
 
 def read_partial_scores(path: Path, fingerprint: str) -> tuple[Statistics, int]:
-    """The statistics that a killed run had gathered, and of how many batches."""
-    if not path.exists():
+    """The statistics that a killed run had gathered, and of how many batches; none where the file is damaged."""
+    try:
+        with safe_open(path, "np") as file:
+            told = file.metadata()
+            statistics = {name: file.get_tensor(name) for name in file.keys()}
+            whole = told["checksum"] == checksum(told["batches"].encode(), statistics)
+            return (statistics, int(told["batches"])) if whole and told["of"] == fingerprint else ({}, 0)
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError):
         return {}, 0
-    with safe_open(path, "np") as file:
-        metadata = file.metadata()
-        if metadata["of"] != fingerprint:
-            return {}, 0
-        return {name: file.get_tensor(name) for name in file.keys()}, int(metadata["batches"])
 
 
 def write_partial_scores(path: Path, statistics: Statistics, fingerprint: str, batches: int) -> None:
-    """The statistics of the batches so far. A file of this name is whole: it is written under another one first."""
-    aside = path.with_name(f".{path.name}.partial")
-    save_file(statistics, aside, metadata={"of": fingerprint, "batches": str(batches)})
-    os.replace(aside, path)
+    """The statistics of the batches so far."""
+    told = {"of": fingerprint, "batches": str(batches), "checksum": checksum(str(batches).encode(), statistics)}
+    save_file(statistics, aside_of(path), metadata=told)
+    publish(aside_of(path), path)

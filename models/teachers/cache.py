@@ -21,10 +21,11 @@ from jaxtyping import Bool, Int
 from safetensors import SafetensorError, safe_open
 
 from models.errors import Refusal
+from models.files import write_json
 from models.objectives.head import Head
 from models.teachers.encodings.encoding import Encoding, Payload, open_encoding
 from models.teachers.pieces import scan
-from models.teachers.shards import Shard, checksum_of, publish, save_whole
+from models.teachers.shards import Shard, checksum_of, save_whole
 
 HEADER, HEAD = "signal.json", "head.safetensors"
 
@@ -59,9 +60,7 @@ def read_header(folder: Path) -> Header:
 
 
 def write_header(folder: Path, header: Header) -> None:
-    aside = folder / f".{HEADER}.partial"
-    aside.write_text(json.dumps(asdict(header), indent=2) + "\n")
-    publish(aside, folder / HEADER)
+    write_json(folder / HEADER, asdict(header))
 
 
 class Cache:

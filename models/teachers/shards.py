@@ -7,7 +7,6 @@ whenever it is read; the index, and what a file says of its tensors, have one th
 from __future__ import annotations
 
 import json
-import os
 import time
 import zlib
 from pathlib import Path
@@ -19,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from models.errors import Refusal
+from models.files import aside_of, publish
 from models.teachers.encodings.encoding import Payload
 
 # safetensors' names of what payloads are made of
@@ -151,21 +151,6 @@ def _bytes_of(tensor: Tensor) -> np.ndarray:
 
 
 def save_whole(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """Aside, synced, renamed: under its name a file is whole."""
-    aside = path.with_name(f".{path.name}.partial")
-    save_file(tensors, aside, metadata=metadata)
-    publish(aside, path)
-
-
-def publish(aside: Path, path: Path) -> None:
-    _sync(aside)
-    os.rename(aside, path)
-    _sync(path.parent)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    """Under its name a file is whole."""
+    save_file(tensors, aside_of(path), metadata=metadata)
+    publish(aside_of(path), path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
@@ -20,6 +21,7 @@ from models.objectives.representation import Wanted
 from models.objectives.signal import Signal
 from models.objectives.term import Objective, needs_teacher
 from models.teachers.teacher import Teacher, capturing
+from models.training.checkpoint import restore
 
 if TYPE_CHECKING:
     from models.quantization.aware import Rounding
@@ -58,8 +60,10 @@ class LanguageModel(pl.LightningModule):
         compiled: bool = False,
         on_policy: Rollouts | None = None,
         rounding: Rounding | None = None,
+        checkpoint: Path | None = None,
     ) -> None:
-        """`configs`: student's and teacher's, where the objective compares layers. The two after it: of the engine."""
+        """`configs`: student's and teacher's, where the objective compares layers. The two after it: of the engine.
+        `checkpoint`: where training goes on from."""
         super().__init__()
         self.load_student, self.load_teacher = load_student, load_teacher
         self.objective, self.optimizer, self.schedule = objective, optimizer, schedule
@@ -67,11 +71,10 @@ class LanguageModel(pl.LightningModule):
         self.packed = packed
         self.seed, self.log_every_steps, self.activation_checkpointing = seed, log_every_steps, activation_checkpointing
         self.configs, self.memory_bytes, self.compiled = configs, memory_bytes, compiled
-        self.on_policy, self.rounding = on_policy, rounding
+        self.on_policy, self.rounding, self.checkpoint = on_policy, rounding, checkpoint
         self.student: Any = None
         self.teacher: Any = None
         self.comparisons = nn.ModuleDict()  # of layers, with what they learn: in checkpoints, and not in the result
-        self.strict_loading = False  # a checkpoint holds the student alone
         self.step_metrics: dict[str, float] | None = None
         self.validation_metrics: dict[str, float] = {}
         self.tokens_seen = 0
@@ -93,6 +96,8 @@ class LanguageModel(pl.LightningModule):
             self.student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
     def on_fit_start(self) -> None:
+        if self.checkpoint is not None:
+            restore(self.trainer, self, self.checkpoint)
         # Lightning leaves modules in the mode they come in, and from_pretrained returns eval: no dropout, no
         # activation checkpointing.
         self.student.train()
@@ -185,7 +190,7 @@ class LanguageModel(pl.LightningModule):
         return total, parts
 
     def trained(self) -> list[nn.Parameter]:
-        return [p for module in (self.student, self.comparisons) for p in module.parameters() if p.requires_grad]
+        return list(self.trained_by_name().values())
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
@@ -260,23 +265,38 @@ class LanguageModel(pl.LightningModule):
             "lr_scheduler": {"scheduler": self.schedule(optimizer, self.max_steps), "interval": "step"},
         }
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["so_far"] = (self.tokens_seen, self.seconds_spent, self.validation_metrics)
-        if self.on_policy is not None:
-            checkpoint["on_policy"] = self.on_policy.state()
-        if "state_dict" in checkpoint:
-            kept = ("student.", "comparisons.")
-            # What stands still is where training started; of packed weights (QLoRA) their scales lie below their names.
-            all_of_them = self.named_parameters(remove_duplicate=False)
-            still = tuple(name for name, parameter in all_of_them if not parameter.requires_grad)
-            checkpoint["state_dict"] = {
-                k: v for k, v in checkpoint["state_dict"].items() if k.startswith(kept) and not k.startswith(still)
-            }
+    def trained_by_name(self) -> dict[str, nn.Parameter]:
+        """What a checkpoint holds: what stands still is where training started, and the teacher belongs to none."""
+        return {
+            f"{part}.{name}": parameter
+            for part, module in (("student", self.student), ("comparisons", self.comparisons))
+            for name, parameter in module.named_parameters()
+            if parameter.requires_grad
+        }
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.tokens_seen, self.seconds_spent, self.validation_metrics = checkpoint["so_far"]
+    def so_far(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """What was counted, and tensors beside the parameters, for a checkpoint (models/training/checkpoint.py)."""
+        kept = {name for name in self.student.state_dict() if name in dict(self.student.named_buffers())}
+        tensors = {f"buffer.{name}": each for name, each in self.student.named_buffers() if name in kept}
+        numbers: dict[str, Any] = {
+            "tokens_seen": self.tokens_seen,
+            "seconds_spent": self.seconds_spent,
+            "validation_metrics": self.validation_metrics,
+        }
         if self.on_policy is not None:
-            self.on_policy.load(checkpoint["on_policy"])
+            numbers["on_policy"], buffered = self.on_policy.state()
+            tensors |= {f"on_policy.{name}": each for name, each in buffered.items()}
+        return numbers, tensors
+
+    def go_on(self, numbers: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        self.tokens_seen, self.seconds_spent = numbers["tokens_seen"], numbers["seconds_spent"]
+        self.validation_metrics = numbers["validation_metrics"]
+        for name, buffer in self.student.named_buffers():
+            if (saved := tensors.get(f"buffer.{name}")) is not None:
+                buffer.copy_(saved)
+        if self.on_policy is not None:
+            buffered = {name.removeprefix("on_policy."): each for name, each in tensors.items()}
+            self.on_policy.load(numbers["on_policy"], buffered)
 
 
 def _dimensions(parameter: Any) -> int:

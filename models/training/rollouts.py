@@ -141,18 +141,17 @@ class Rollouts:
         """Of the first `step` steps."""
         return {"on_policy_share": self.steps / step, "generated_tokens": self.generated_tokens}
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> tuple[dict[str, int], dict[str, Tensor]]:
         """For the checkpoint; the same on every rank."""
         ids = [torch.tensor(answered.ids, dtype=torch.int32) for answered in self.buffer]
-        return {
-            "counts": (self.steps, self.generated_tokens),
+        return {"steps": self.steps, "generated_tokens": self.generated_tokens}, {
             "examples": torch.tensor([answered.number for answered in self.buffer], dtype=torch.int64),
             "lengths": torch.tensor([len(part) for part in ids], dtype=torch.int64),
             "ids": torch.cat([torch.zeros(0, dtype=torch.int32), *ids]),
         }
 
-    def load(self, state: dict[str, Any]) -> None:
-        self.steps, self.generated_tokens = state["counts"]
+    def load(self, counts: dict[str, int], state: dict[str, Tensor]) -> None:
+        self.steps, self.generated_tokens = counts["steps"], counts["generated_tokens"]
         ids, lengths = state["ids"].tolist(), state["lengths"].tolist()
         ends = list(accumulate(lengths))
         self.buffer.clear()

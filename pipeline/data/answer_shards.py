@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from models.errors import Refusal
 from models.generation import Answer
 
 _FLUSH_SECONDS = 300.0
@@ -51,7 +52,7 @@ class Found:
 
     def __init__(self, folder: Path, also: Sequence[str] = ()) -> None:
         paths = [*sorted(folder.glob("shard-*.parquet")), *map(Path, also)]
-        tables = [pq.read_table(path, columns=SHARD_SCHEMA.names).cast(SHARD_SCHEMA) for path in paths]
+        tables = [_read(path) for path in paths]
         self.table = pa.concat_tables([SHARD_SCHEMA.empty_table(), *tables]).combine_chunks()
         keys = zip(self.table["provenance"].to_pylist(), self.table["sample"].to_pylist(), strict=True)
         self.places: dict[tuple[str, int], int] = {}
@@ -64,6 +65,15 @@ class Found:
     def __getitem__(self, key: tuple[str, int]) -> dict[str, Any]:
         answer: dict[str, Any] = self.table.slice(self.places[key], 1).to_pylist()[0]
         return answer
+
+
+def _read(path: Path) -> pa.Table:
+    """Raises Refusal where a page is not what was written."""
+    try:
+        return pq.read_table(path, columns=SHARD_SCHEMA.names, page_checksum_verification=True).cast(SHARD_SCHEMA)
+    except (OSError, pa.ArrowException) as problem:
+        told = str(problem).splitlines()[0]
+        raise Refusal(f"{path} is damaged ({told}); restore it, or remove it to have its answers made again") from None
 
 
 class Shards:
@@ -107,7 +117,7 @@ def in_parts(rows: Iterable[dict[str, Any]], size: int) -> Iterator[list[dict[st
 def write_whole(path: Path, schema: pa.Schema, rows: Iterable[dict[str, Any]]) -> None:
     """Aside, synced, renamed: under its name a file is whole."""
     aside = path.with_name(f".{path.name}.partial")
-    with pq.ParquetWriter(aside, schema) as writer:
+    with pq.ParquetWriter(aside, schema, write_page_checksum=True) as writer:
         for some in in_parts(rows, AT_ONCE):
             writer.write_table(pa.Table.from_pylist(some, schema))
     with open(aside, "rb") as handle:

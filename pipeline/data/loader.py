@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +31,8 @@ class Order(Sampler[MicroBatch]):
 
     The sequences of step k depend on the seed alone. So accumulation, rank count and a restart at any step change
     nothing, and every rank can count the tokens of the whole step by itself. `supervised` is what each sequence counts:
-    whole numbers of tokens, or sums of their weights.
+    whole numbers of tokens, or sums of their weights. `skipped` (sequence → step): from that step on a blank sequence
+    stands in its place.
     """
 
     def __init__(
@@ -45,7 +46,9 @@ class Order(Sampler[MicroBatch]):
         rank: int,
         world: int,
         first_step: int = 0,
+        skipped: Mapping[int, int] | None = None,
     ) -> None:
+        self.skipped = skipped or {}
         self.supervised, self.lengths, self.seed = supervised, lengths, seed
         self.global_batch, self.micro_batch, self.rank, self.world = global_batch, micro_batch, rank, world
         self.first_step = first_step
@@ -71,7 +74,11 @@ class Order(Sampler[MicroBatch]):
         step = self.first_step
         while True:
             sequences = self.step_sequences(step)
+            blanks = [self.skipped.get(number, step + 1) <= step for number in sequences.tolist()]
             tokens, length = self.supervised[sequences].sum().item(), int(self.lengths[sequences].sum())
+            tokens -= self.supervised[sequences[blanks]].sum().item()
+            length -= int(self.lengths[sequences[blanks]].sum())
+            sequences = np.where(blanks, _BLANK, sequences)
             for begin in range(self.rank * self.micro_batch, self.global_batch, self.world * self.micro_batch):
                 yield MicroBatch(sequences[begin : begin + self.micro_batch].tolist(), tokens, length)
             step += 1
@@ -107,8 +114,10 @@ class PackedSequences(pl.LightningDataModule):
         length: int | None,
         workers: int = 0,
         side: str = "right",
+        skipped: Mapping[int, int] | None = None,
     ) -> None:
         super().__init__()
+        self.skipped = skipped
         self.train, self.validation = train, validation
         self.seed, self.global_batch, self.micro_batch = seed, global_batch, micro_batch
         self.pad_token, self.length, self.workers, self.side = pad_token, length, workers, side
@@ -130,6 +139,7 @@ class PackedSequences(pl.LightningDataModule):
             rank=rank,
             world=world,
             first_step=first_step,
+            skipped=self.skipped,
         )
 
     def steps(self, *, max_steps: int | None, max_tokens: int | None, epochs: float | None) -> int:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline import artifact
 from pipeline.data.source import PARSE, DataSource
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def sequences_of(
     if teacher_tokenizer is not None:
         given += _rules(teacher_tokenizer)
     folder = root / f"{split}-{hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()[:16]}"
-    if folder.exists():
+    if _whole(folder):
         return (*prepared(folder), folder)
     sequences, statistics = data.prepare(split, tokenizer, folder, teacher_tokenizer)
     tell(data, statistics)
@@ -50,21 +51,31 @@ def tell(data: DataSource, statistics: dict[str, Any]) -> None:
 def once(folder: Path, build: Callable[[Path], None]) -> tuple[Dataset, dict[str, Any]]:
     """The sequences in `folder`, which `build(aside)` writes as aside/sequences where they are not there yet.
 
-    A folder that exists is whole and is only opened. Else it is written aside and renamed; of several
-    processes that ask at once one writes and the others wait.
+    A folder that holds what was written is only opened. Else it is written aside and renamed; of several processes that
+    ask at once one writes and the others wait.
     """
     from filelock import FileLock
 
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f".{folder.name}.lock")):
-        if not folder.exists():
+        if not _whole(folder):
+            shutil.rmtree(folder, ignore_errors=True)
             aside = folder.with_name(f".{folder.name}.partial")
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir()
             build(aside)
+            artifact.seal(aside / "sequences")
             os.rename(aside / "sequences", folder)
             shutil.rmtree(aside)
     return prepared(folder)
+
+
+def _whole(folder: Path) -> bool:
+    """What was changed since it was written is told, and made again: it follows from the text."""
+    if not folder.exists() or artifact.sealed(folder):
+        return folder.exists()
+    print(f"{folder}: its packed sequences were changed since they were written; they are made again", flush=True)
+    return False
 
 
 def prepared(folder: Path) -> tuple[Dataset, dict[str, Any]]:

@@ -25,7 +25,10 @@ def page_of(run_dir: Path, artifacts: Sequence[Artifact], report: Json) -> Json:
         "run": run_dir.resolve().name,
         "headings": ["stage", *(column.heading for column in columns)],
         "rows": [[row["stage"], *(column.show(row.get(column.key)) for column in columns)] for row in report["rows"]],
-        "notes": notes_on(report["rows"]),
+        "notes": [
+            *notes_on(report["rows"]),
+            *(note for name, m in manifests.items() for note in _of_training(name, m)),
+        ],
         "comparisons": [
             {
                 "sentence": sentence(comparison),
@@ -62,6 +65,17 @@ def _parent(role: str, parent: Json, manifests: dict[str, Json]) -> Json:
         "hash": _short_hash(parent.get("content_hash")),
         "replaced": replaced,
     }
+
+
+def _of_training(name: str, manifest: Json) -> list[str]:
+    """What speaks against it, and where it was taken up from a checkpoint with other values than it was begun with."""
+    told = [f"{name}: {manifest['doubt']}."] if manifest.get("doubt") else []
+    for turn in manifest.get("turns") or []:
+        changes = [f"{key} {plain(old)} → {plain(new)}" for key, old, new in turn["changed"]]
+        if turn["skipped"]:
+            changes.append(f"without the sequences {', '.join(map(str, turn['skipped']))}")
+        told.append(f"{name} was taken up at step {turn['step']} with changes: {'; '.join(changes) or 'none'}.")
+    return told
 
 
 def _short_hash(content_hash: str | None) -> str:

@@ -99,7 +99,8 @@ class Distill(Stage):
             Combination(context, self._recipe, self.teacher, self.student, teacher, student).check()
         with problems:
             self._plan(context, student)
-            settings.check_disk(context, sizes["student"])
+            trained = self.lora.parameters(empty_model(student)) if self.lora else None
+            settings.check_disk(context, sizes["student"], corpus, trained)
         problems.tell()
         if sizes["student"] > sizes["teacher"]:
             warnings.append(

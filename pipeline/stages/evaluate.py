@@ -146,7 +146,8 @@ class Evaluate(Stage):
         alone = Alone(["models.measure", "transformers.modeling_utils"])
         rows: list[dict[str, Any]] = []
         right: dict[str, dict[str, dict[str, bool]]] = {}
-        with tempfile.TemporaryDirectory(prefix="retort-before-") as start:
+        context.work.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=context.work) as start:
             folders = self._models(context)
             if self.before is not None and self.task is not None and self.teacher is not None:
                 tokenizer = load_tokenizer(self.before.path or self.teacher.path, self._trusted)

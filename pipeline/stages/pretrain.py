@@ -67,7 +67,7 @@ class Pretrain(Stage):
         settings.check_packing(config, self.data, "model")
         context.plan_model(config)
         parameters = parameter_count(empty_model(config))
-        settings.check_disk(context, parameters)
+        settings.check_disk(context, parameters, corpus)
         return StagePlan(
             model=config.model_type,
             parameters=parameters,

@@ -192,7 +192,7 @@ class Quantize(Stage):
                 weight_OI.copy_(made[str(matrix)].dequantized().to(weight_OI))
             input_scales = self._input_scales(context, turn, taken)
             QuantizedWeights(self.scheme, made, input_scales).write(path)
-            finished.keep(turn)  # last: with it the layer counts as done
+            finished.keep(turn, path)
         if self.scheme.activations is None:
             return []
         handles, found = [], read_quantized(path)

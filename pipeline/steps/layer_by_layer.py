@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +14,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from models.errors import Problems, Refusal
+from models.files import aside_of, publish
 from models.layerwise import Turn
 from models.load import DTYPES, empty_model, parameter_count
 from models.matrices import Matrix, name_of_layers
 from models.offloaded import Offloaded, load_offloaded
 from models.representations import decoder_layers
+from pipeline import artifact
 from pipeline.context import Context
 from pipeline.data.calibration import Calibration
 from pipeline.data.prepared import sequences_of
@@ -108,13 +110,29 @@ class FinishedLayers:
             print(f"{stage}: continues after {count} of {len(decoder_layers(self.model))} layers", flush=True)
 
     def __contains__(self, turn: Turn) -> bool:
-        return self._path(turn.number).exists()
+        """One whose files were changed since is made again, with all that it decides after it."""
+        path = self._path(turn.number)
+        try:
+            told = json.loads(path.with_suffix(".json").read_text())
+            whole = {name: artifact.content_hash(self.folder / name) for name in told} == told
+        except (OSError, ValueError, Refusal):
+            whole = False
+        if path.exists() and not whole:
+            print(f"{path}: it was changed since it was written; the layers from it on are made again", flush=True)
+            for later in sorted(self.folder.glob("layer-*"))[::-1]:
+                if later.name >= path.stem:
+                    later.unlink()
+        return whole
 
-    def keep(self, turn: Turn) -> None:
+    def keep(self, turn: Turn, *beside: Path) -> None:
+        """`beside`: further files of this layer, which were written before."""
         path, name = self._path(turn.number), f"{name_of_layers(self.model)}.{turn.number}"
-        aside = path.with_suffix(".partial")
-        save_file({own: each.detach().contiguous() for own, each in turn.layer.named_parameters(prefix=name)}, aside)
-        os.replace(aside, path)
+        save_file(
+            {own: each.detach().contiguous() for own, each in turn.layer.named_parameters(prefix=name)}, aside_of(path)
+        )
+        publish(aside_of(path), path)
+        told = {each.name: artifact.content_hash(each) for each in (path, *beside)}
+        artifact.write_json(path.with_suffix(".json"), told)  # last: with it the layer counts as done
 
     @torch.no_grad()
     def restore(self, turn: Turn) -> None:

@@ -5,18 +5,39 @@ from __future__ import annotations
 from pathlib import Path
 
 from models.errors import Refusal
+from models.training.checkpoint import checkpoints, damage, step_of
+from pipeline.context import Context
 
 
-def last_checkpoint(folder: Path, sharded: bool, world: int) -> str | None:
-    """The newest whole checkpoint, or None; refuses one that this topology cannot open."""
-    found = sorted(folder.glob("step-*.ckpt"))
-    if not found:
-        return None
-    saved_by = len(list(found[-1].glob("checkpoint/*optim_states.pt")))  # ZeRO saves a folder, a file for every rank
-    if found[-1].is_dir() != sharded or (sharded and saved_by != world):
-        how = f"{saved_by} ranks under ZeRO" if found[-1].is_dir() else "strategy=single or ddp"
+def folder_of(context: Context) -> Path:
+    return context.work / "checkpoints"
+
+
+def check(context: Context) -> None:
+    """Refuse what cannot be gone on from; reads no weights."""
+    folder = folder_of(context)
+    if older := sorted(folder.glob("step-*.ckpt")):
         raise Refusal(
-            f"{found[-1]} was saved by {how}, and this is {world} ranks {'under ZeRO' if sharded else 'without'}; go "
-            f"on with the old strategy and devices, or remove {folder} to start the stage anew"
+            f"{older[-1]}: it was saved by an earlier version, and does not open here; finish the stage with "
+            f"that version, or remove {folder} to begin it anew"
         )
-    return str(found[-1])
+
+
+def choose(context: Context) -> Path | None:
+    """The newest checkpoint that is whole, None where there is none. Damaged ones are told, and passed over. Reads all
+    of the checkpoint, in one process."""
+    folder = folder_of(context)
+    found = checkpoints(folder)
+    since = context.turns[-1]["step"] if context.turns else 0
+    for path in reversed(found):
+        if step_of(path) < since:
+            break
+        if (problem := damage(path)) is None:
+            return path
+        print(f"{context.stage}: {path} is damaged and passed over: {problem}", flush=True)
+    if found:
+        wanted = f" from step {since} on" if since else ""
+        raise Refusal(
+            f"{folder}: no checkpoint{wanted} is whole; restore one, or remove the folder to begin the stage anew"
+        )
+    return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,6 @@ from pipeline.data.batch import collate, pad_token
 from pipeline.data.loader import PackedSequences, accumulation
 from pipeline.data.token_bytes import vocabulary_pairs
 from pipeline.data.tokenizer import load_tokenizer
-from pipeline.training.checkpoints import last_checkpoint
 from pipeline.training.observers import callbacks_of, logger_of
 from pipeline.training.prepare import Prepared
 from pipeline.training.recipe import Recipe
@@ -56,11 +56,10 @@ def fit(context: Context, recipe: Recipe) -> Fitted:
     steps = sequences.steps(max_steps=training.max_steps, max_tokens=training.max_tokens, epochs=training.epochs)
     opening = _opening(context, recipe, prepared, tokenizer, attention)
     rollouts = _rollouts(context, recipe, sequences, student, tokenizer)
-    module = _module(context, recipe, student, opening, rollouts, steps, vocabulary=len(tokenizer))
-    checkpoint = last_checkpoint(context.work / "checkpoints", context.strategy.sharded, context.world)
+    checkpoint = Path(prepared.checkpoint) if prepared.checkpoint else None
+    module = _module(context, recipe, student, opening, rollouts, steps, len(tokenizer), checkpoint)
     trainer = _trainer(context, recipe, steps, validates=sequences.validation is not None)
-    # weights_only: it is our own file, with the state of the optimizer and of the loops
-    trainer.fit(module, datamodule=sequences, ckpt_path=checkpoint, weights_only=False)
+    trainer.fit(module, datamodule=sequences)
     return Fitted(trainer, module, student, sequences, tokenizer, prepared, rollouts, steps)
 
 
@@ -80,6 +79,7 @@ def _sequences(context: Context, recipe: Recipe, prepared: Prepared, tokenizer: 
         pad_token=pad_token(tokenizer),
         length=data.max_length if data.packing else None,
         workers=training.workers,
+        skipped=context.skipped,
     )
 
 
@@ -123,6 +123,7 @@ def _module(
     rollouts: Rollouts | None,
     steps: int,
     vocabulary: int,
+    checkpoint: Path | None,
 ) -> LanguageModel:
     settings, training, teacher = context.config["trainer"], recipe.training, recipe.teacher
     configs = None
@@ -147,6 +148,7 @@ def _module(
         compiled=settings["compile"],
         on_policy=rollouts,
         rounding=student.rounding,
+        checkpoint=checkpoint,
     )
 
 

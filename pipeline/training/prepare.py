@@ -17,6 +17,7 @@ from pipeline.data.pairs import common_prefix
 from pipeline.data.prepared import sequences_of
 from pipeline.data.rendering import with_template
 from pipeline.data.source import DataSource
+from pipeline.training.checkpoints import choose
 
 _FILE = "prepared.json"
 _LEFT_OUT = ("held_out", "truncated", "too_long", "demonstrations_left_out", "across")  # of the text, and worth a line
@@ -31,6 +32,7 @@ class Prepared:
     validation: str | None
     statistics: dict[str, Any]  # by split
     prefix: list[int]  # tokens that the teacher's side of every training sequence begins with
+    checkpoint: str | None  # what training goes on from
 
     @classmethod
     def read(cls, work: Path) -> Prepared:
@@ -64,9 +66,21 @@ def prepare(
         if split == "train" and not len(sequences):
             raise Refusal(f"{context.stage}: no text of data.train is left after tokenizing ({statistics[split]})")
     start = context.work / "start"
+    if start.exists() and not artifact.sealed(start):
+        print(f"{context.stage}: {start} was changed since it was written; it is made again", flush=True)
+        shutil.rmtree(start)
     if not start.exists():
         aside = context.work / ".start.partial"
         shutil.rmtree(aside, ignore_errors=True)
         write_start(aside)
+        artifact.seal(aside)
         os.rename(aside, start)
-    Prepared(str(start), str(folders["train"]), folders["validation"], statistics, prefix).write(context.work)
+    newest = choose(context)
+    Prepared(
+        str(start),
+        str(folders["train"]),
+        folders["validation"],
+        statistics,
+        prefix,
+        None if newest is None else str(newest),
+    ).write(context.work)

@@ -18,10 +18,12 @@ from models.load import attention_of
 from pipeline.context import Context
 from pipeline.data.loader import accumulation
 from pipeline.data.source import DataSource
-from pipeline.training.checkpoints import last_checkpoint
+from pipeline.training import checkpoints
 from pipeline.training.observers import callbacks_of
 
 SAVED = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16}  # precision → dtype of the finished weights
+_BYTES_OF_TEXT_A_TOKEN = 4
+_BYTES_A_PREPARED_TOKEN = 12  # its id, target and position
 _ATTENTION = ("auto", "sdpa", "eager", "flash_attention_2")
 
 
@@ -80,7 +82,7 @@ def check(context: Context, training: Training, precision: Any) -> list[str]:
         training.schedule(training.optimizer([torch.nn.Parameter(torch.zeros(1))]), 10)
     except (TypeError, ValueError) as problem:
         raise Refusal(f"stages.{context.stage}.training or callbacks: {str(problem).splitlines()[0]}") from None
-    last_checkpoint(context.work / "checkpoints", context.strategy.sharded, context.world)
+    checkpoints.check(context)
     return _warnings(context, training)
 
 
@@ -160,18 +162,27 @@ def check_packing(config: Any, data: DataSource, role: str) -> None:
         check_apart(config, f"{data.node}.packing=true, {role}")
 
 
-def check_disk(context: Context, parameters: int) -> None:
-    """A run that fills the disk dies hours later, with its checkpoint half written."""
+def check_disk(context: Context, parameters: int, corpus: dict[str, Any], trained: int | None = None) -> None:
+    """A run that fills the disk dies hours later. `trained`: how many of the parameters are, if not all; `corpus`: what
+    `check_source` says of the text."""
     keep = context.config["trainer"]["checkpoint"]["keep"]
-    needed = parameters * 4 * (1 + 3 * (keep + 1))  # the artifact, and per checkpoint weights and two Adam moments
+    texts = sum((corpus.get(split) or {}).get("bytes") or 0 for split in ("train", "validation", "test"))
+    needed = {
+        "the start and the result": 2 * parameters * 4,
+        # weights and two moments each; the oldest goes when the newest is whole
+        "checkpoints": (trained or parameters) * 4 * 3 * (keep + 1),
+        "prepared text": texts // _BYTES_OF_TEXT_A_TOKEN * _BYTES_A_PREPARED_TOKEN,
+    }
     place = context.run_dir
     while not place.exists():
         place = place.parent
     had = sum(p.stat().st_size for p in context.work.rglob("*") if p.is_file()) if context.work.exists() else 0
+    had += sum(p.stat().st_size for p in context.data_folder.rglob("*") if p.is_file())
     free = shutil.disk_usage(place).free + had
-    if free < needed and not context.finished(str(context.out)):
+    if free < sum(needed.values()) and not context.finished(str(context.out)):
+        counted = ", ".join(f"{size / 1e9:.1f} for {what}" for what, size in needed.items())
         raise Refusal(
-            f"run_dir={context.run_dir}: {context.stage} needs about {needed / 1e9:.1f} GB for checkpoints and "
-            f"result, and {free / 1e9:.1f} GB are free; choose another run_dir or a smaller "
-            f"trainer.checkpoint.keep"
+            f"run_dir={context.run_dir}: {context.stage} needs {sum(needed.values()) / 1e9:.1f} GB or so ({counted}) "
+            f"and {free / 1e9:.1f} GB are free; choose another run_dir, or a smaller trainer.checkpoint.keep or "
+            f"data.max_documents"
         )

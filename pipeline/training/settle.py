@@ -27,6 +27,7 @@ from pipeline.context import Context
 from pipeline.data.batch import collate
 from pipeline.data.loader import PackedSequences
 from pipeline.training.fit import Fitted
+from pipeline.training.outcome import doubt
 
 _PROOF_SEQUENCES = 4
 _TOLERANCE = 1e-4  # of the largest logit
@@ -155,6 +156,10 @@ def _unchanged(
 def _publish(context: Context, fitted: Fitted, settled: Settled) -> None:
     saved, module, steps, rollouts = fitted.student.recipe.saved, fitted.module, fitted.steps, fitted.rollouts
 
+    doubtful = doubt(context.work / artifact.METRICS, len(fitted.tokenizer))
+    if doubtful:
+        print(f"{context.stage}: warning: {doubtful}", flush=True)
+
     def build(folder: Path) -> None:
         save_model(settled.model, fitted.tokenizer, folder, settled.state, saved)
         for write in settled.also:
@@ -179,5 +184,6 @@ def _publish(context: Context, fitted: Fitted, settled: Settled) -> None:
                 "validation": module.validation_metrics or None,
             },
             "certificates": settled.certificates,
+            **({"doubt": doubtful} if doubtful else {}),
         },
     )

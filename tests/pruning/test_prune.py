@@ -22,6 +22,7 @@ from models.pruning.groups import Anatomy, Axis, anatomy_of
 from models.pruning.importance import gather
 from models.pruning.importances.taylor import Taylor
 from models.pruning.plan import Wish
+from models.training.checkpoint import checkpoints
 from models.training.language_model import LanguageModel
 from pipeline.context import Context
 from pipeline.steps.scoring import CalibrationText
@@ -513,10 +514,11 @@ def test_qlora_that_was_interrupted_ends_where_the_other_does(
         patch.setattr(LanguageModel, "on_train_batch_start", dies)
         with pytest.raises(InterruptedError):
             stage.run(context)
-    (newest,) = sorted((context.work / "checkpoints").glob("step-*.ckpt"))[-1:]
-    names = torch.load(newest, weights_only=False)["state_dict"]
+    newest = checkpoints(context.work / "checkpoints")[-1]
+    names = load_file(newest / "rank-00000.safetensors")
     assert names
     assert all("lora_" in name for name in names)
+    stage.prepare(context)  # as every start of a stage
     stage.run(context)
     one, other = weights(packed), weights(context.out)
     assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())

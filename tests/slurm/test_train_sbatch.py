@@ -88,8 +88,8 @@ def test_a_requeued_job_goes_on_from_its_checkpoint_to_the_same_weights(
     cluster.command("scontrol", "requeue", job)
     shards = {
         int(rank)
-        for path in saved(checkpoints)[-1].rglob("*optim_states.pt")
-        for rank in re.findall(r"zero_pp_rank_(\d+)", path.name)
+        for path in saved(checkpoints)[-1].glob("rank-*.safetensors")
+        for rank in re.findall(r"rank-(\d+)", path.name)
     }
     record = cluster.wait(job, seconds=600)
     text = log(record)
@@ -134,7 +134,7 @@ sys.exit(75)
 
 
 def saved(folder: Path) -> list[Path]:
-    return sorted(folder.glob("step-*.ckpt"))
+    return sorted(folder.glob("step-*"))
 
 
 def steps(folder: Path) -> list[tuple[int, float]]:

@@ -118,7 +118,7 @@ def test_a_run_killed_between_two_layers_goes_on_and_gives_the_same_bytes(
         make(tmp_path, "sparsify", *from_(made))
     assert not (tmp_path / "sparsify").exists()
     left = sorted(path.name for path in (tmp_path / "work" / "sparsify").glob("layer-*"))
-    assert left == ["layer-00000.safetensors"]
+    assert left == ["layer-00000.json", "layer-00000.safetensors"]
     calls.extend([1] * 10)
     before = len(calls)
     again = make(tmp_path, "sparsify", *from_(made))
@@ -243,7 +243,7 @@ def test_training_that_was_cut_short_goes_on_with_the_same_zeros(
         broken.setattr(LanguageModel, "training_step", failing)
         with pytest.raises(KeyError, match="power"):
             make(tmp_path, "recover", *from_(made, *words))
-    assert list((tmp_path / "work" / "recover" / "checkpoints").glob("step-00000002.ckpt"))
+    assert list((tmp_path / "work" / "recover" / "checkpoints").glob("step-00000002"))
     again = make(tmp_path, "recover", *from_(made, *words))
     assert (again / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 

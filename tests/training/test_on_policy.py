@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -36,6 +37,7 @@ from models.objectives.total_variation import TotalVariation
 from models.targets import IGNORED
 from models.teachers.online import Resident
 from models.teachers.teacher import Opening
+from models.training.checkpoint import checkpoints
 from models.training.on_policy import OnPolicy
 from models.training.rollouts import Replica, Rollouts, ends_of
 from pipeline.data.loader import PackedSequences
@@ -243,10 +245,11 @@ def test_zero3_resumes_to_the_bit_with_its_buffer(folder: Path, two_ranks: Any) 
 def test_resumed_without_its_buffer_it_would_learn_something_else(folder: Path) -> None:
     """That the test above would notice."""
     whole = fit(Scenario("emptied", micro_batch=4, checkpoint_at=9, on_policy=REPLAYED), folder)
-    path = folder / "emptied.ckpt"
-    saved = torch.load(path, weights_only=False)
-    saved["on_policy"]["ids"] = (saved["on_policy"]["ids"] + 1).clamp(max=VOCABULARY - 1)
-    torch.save(saved, path)
+    (checkpoint,) = checkpoints(folder / "saved" / "emptied")
+    path = checkpoint / "rank-00000.safetensors"
+    saved = load_file(path)
+    saved["|on_policy.ids"] = (saved["|on_policy.ids"] + 1).clamp(max=VOCABULARY - 1)
+    save_file(saved, path)
     resumed = fit(Scenario("emptied", micro_batch=4, resume=True, on_policy=REPLAYED), folder)
     assert whole["metrics"][-1]["loss"] != resumed["metrics"][-1]["loss"]
 
@@ -380,11 +383,11 @@ def test_the_buffer_keeps_the_newest_and_comes_back_from_its_state() -> None:
     newest = [*rolls.step_examples(1)[-4:], *rolls.step_examples(2)]  # type: ignore[index]
     assert [answered.number for answered in rolls.buffer] == [int(number) for number in newest]
     back = rolls_of(answer_rows(), replay_capacity=12)
-    back.load(rolls.state())
+    back.load(*rolls.state())
     assert back.buffer == rolls.buffer
     assert (back.steps, back.generated_tokens) == (3, rolls.generated_tokens)
     without, _ = begun(answer_rows())  # nothing is kept
-    rolls_of(answer_rows()).load(without.state())
+    rolls_of(answer_rows()).load(*without.state())
 
 
 def test_a_weighted_row_gives_its_weight_to_what_is_written() -> None:

@@ -5,18 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, OPTConfig, OPTForCausalLM
 
-from callbacks.checkpoint import Checkpoint
 from models.apart import check_apart
 from models.errors import NotFinite, Refusal
 from models.heads import check_split, hidden_states
+from models.training.checkpoint import checkpoints, damage
 from pipeline.data.batch import collate
 from pipeline.data.loader import Order, PackedSequences, accumulation, in_turn
-from pipeline.training.checkpoints import last_checkpoint
 from tests import fitting
 from tests.fitting import LENGTH, VOCABULARY, Scenario, fit, on_ranks, on_two_ranks, rows, write_models
 
@@ -47,6 +48,7 @@ TWO_RANKS = [
     Scenario("zero1-bf16", "zero1", micro_batch=4, precision="bf16-mixed", checkpoint_at=7),
     Scenario("zero2-sharded", "zero2", micro_batch=2, sharded=True, offload="cpu"),
     Scenario("zero2", "zero2", micro_batch=2),
+    Scenario("zero2-left", "zero2", micro_batch=2, checkpoint_at=7),
     Scenario("zero3", "zero3", micro_batch=2),
     Scenario("zero3_offload", "zero3_offload", micro_batch=4),
     Scenario("zero3-tied", "zero3", micro_batch=4, tied=True, activation_checkpointing=True),
@@ -55,6 +57,7 @@ TWO_RANKS = [
     Scenario("zero3-sharded", "zero3", micro_batch=4, sharded=True, checkpoint_at=7),
     Scenario("zero3-layers", "zero3", micro_batch=2, layers=True, sharded=True, checkpoint_at=7),
     Scenario("zero3-lora_head", "zero3", micro_batch=4, lora_head=True),
+    Scenario("zero3-left", "zero3", micro_batch=2, checkpoint_at=7),
     Scenario("zero3-damaged", "zero3", damaged=True),
     *(Scenario(f"{name}-summed", name, precision="bf16-mixed", summed=True) for name in ("zero1", "zero2", "zero3")),
 ]
@@ -99,15 +102,15 @@ def test_two_ranks_learn_what_one_does(two_ranks: Any, reference: Any, name: str
 
 def test_under_zero3_every_rank_refuses_a_damaged_model_by_the_tensors_name(two_ranks: Any, folder: Path) -> None:
     name = fitting.DAMAGED
-    for damage, what in {
+    for harm, what in {
         "missing": f"1 tensor missing from its weights: {name}",
         "unexpected": f"1 tensor in its weights and not in the model of its config: {name}.more",
         "shape": f"1 tensor of another shape: {name} [32, 63] where the config says [32, 64]",
         "nan": f"NaN in {name}",
     }.items():
-        one, other = two_ranks["zero3-damaged"][damage]
+        one, other = two_ranks["zero3-damaged"][harm]
         assert one == other
-        assert one.startswith(f"model.path={folder / damage}: {what}")
+        assert one.startswith(f"model.path={folder / harm}: {what}")
 
 
 def test_tied_embeddings_with_activation_checkpointing_under_zero3_learn_the_same(folder: Path, two_ranks: Any) -> None:
@@ -157,13 +160,18 @@ def test_a_low_rank_adapter_on_the_head_learns_the_same_under_zero3(folder: Path
     assert torch.equal(alone["state"]["lm_head.base_layer.weight"], start["lm_head.weight"])
 
 
-@pytest.mark.parametrize("name", ["zero3-sharded", "zero3-layers"])
-def test_a_sharded_teacher_is_in_no_checkpoint(folder: Path, name: str) -> None:
-    for part in sorted((folder / f"{name}.ckpt" / "checkpoint").glob("*model_states.pt")):
-        saved = torch.load(part, weights_only=False)
-        names = {n for group in saved["param_shapes"] for n in group} | set(saved["module"])
-        assert names
-        assert all(n.startswith(("student.", "comparisons.")) for n in names)
+@pytest.mark.parametrize("name", ["zero3-sharded", "zero3-layers", "zero3-saving"])
+def test_a_checkpoint_holds_what_is_trained_and_no_teacher(folder: Path, two_ranks: Any, name: str) -> None:
+    (checkpoint,) = checkpoints(folder / "saved" / name)
+    files = [load_file(path) for path in sorted(checkpoint.glob("*.safetensors"))]
+    assert len(files) == 2
+    sizes: dict[str, int] = {}
+    for key, tensor in (entry for file in files for entry in file.items()):
+        if key.endswith("|value"):
+            sizes[key.split("|")[0]] = sizes.get(key.split("|")[0], 0) + tensor.numel()
+    student = {f"student.{key}": tensor.numel() for key, tensor in two_ranks[name]["state"].items()}
+    assert {key: size for key, size in sizes.items() if not key.startswith("comparisons.")} == student
+    assert damage(checkpoint) is None
 
 
 @pytest.mark.parametrize("name", ["zero1-bf16", "zero3-bf16"])
@@ -187,29 +195,67 @@ def test_the_teacher_is_sharded_under_zero3_and_never_gets_a_gradient(two_ranks:
     assert all(result["teacher_gradients"] == [] for result in trained)
 
 
-def test_a_zero3_checkpoint_holds_the_student_alone(folder: Path, two_ranks: Any) -> None:
-    parts = sorted((folder / "zero3-saving.ckpt" / "checkpoint").glob("*model_states.pt"))
-    assert len(parts) == 2
-    student = {f"student.{name}" for name in two_ranks["zero3-saving"]["state"]}
-    for part in parts:
-        saved = torch.load(part, weights_only=False)
-        shapes = {name for group in saved["param_shapes"] for name in group}
-        assert shapes == student
-        assert not saved.get("frozen_param_shapes")
-
-
 def test_a_zero3_run_resumed_with_dropout_lands_on_the_same_weights(folder: Path, two_ranks: Any) -> None:
     resumed = on_two_ranks([Scenario("zero3-saving", "zero3", micro_batch=2, resume=True, dropout=0.1)], folder)
     assert_same(two_ranks["zero3-saving"], resumed["zero3-saving"], tolerance=0, first=7)
 
 
-def test_a_single_process_checkpoint_holds_no_teacher_and_resumes_to_the_bit(folder: Path) -> None:
+def test_a_single_process_resumes_to_the_bit(folder: Path) -> None:
     whole = fit(Scenario("saving", micro_batch=4, checkpoint_at=7, dropout=0.1), folder)
-    saved = torch.load(folder / "saving.ckpt", weights_only=False)
-    assert saved["state_dict"]
-    assert all(name.startswith("student.") for name in saved["state_dict"])
     resumed = fit(Scenario("saving", micro_batch=4, resume=True, dropout=0.1), folder)
     assert_same(whole, resumed, tolerance=0, first=7)
+
+
+# under which strategy a run is left at step 7, and under which it is taken up again, on two ranks but for "single"
+TAKEN_UP = {
+    "single-zero2": Scenario("single-zero2", "zero2", micro_batch=4, resume=True, resume_from="single-left"),
+    "single-ddp": Scenario("single-ddp", "ddp", micro_batch=2, resume=True, resume_from="single-left"),
+    "zero3-ddp": Scenario("zero3-ddp", "ddp", micro_batch=4, resume=True, resume_from="zero3-left"),
+    "zero3-zero1": Scenario("zero3-zero1", "zero1", micro_batch=4, resume=True, resume_from="zero3-left"),
+    "zero2-zero3": Scenario("zero2-zero3", "zero3", micro_batch=4, resume=True, resume_from="zero2-left"),
+}
+
+
+@pytest.fixture(scope="module")
+def taken_up(folder: Path, two_ranks: Any) -> dict[str, dict[str, Any]]:
+    fit(Scenario("single-left", micro_batch=4, checkpoint_at=7), folder)
+    return on_two_ranks([*TAKEN_UP.values(), BF16_TAKEN_UP], folder)
+
+
+BF16_TAKEN_UP = Scenario(
+    "zero1-bf16-zero3", "zero3", micro_batch=4, precision="bf16-mixed", resume=True, resume_from="zero1-bf16"
+)
+
+
+@pytest.mark.parametrize("name", TAKEN_UP)
+def test_a_run_is_taken_up_by_another_strategy(taken_up: Any, reference: Any, name: str) -> None:
+    """No sample is skipped or repeated: every loss is that of an uninterrupted run of one process."""
+    assert_same(reference, taken_up[name], first=7)
+
+
+@pytest.mark.parametrize("name", ["zero2", "zero3"])
+def test_two_ranks_are_taken_up_by_one_process(folder: Path, two_ranks: Any, reference: Any, name: str) -> None:
+    alone = fit(Scenario(f"{name}-single", micro_batch=8, resume=True, resume_from=f"{name}-left"), folder)
+    assert_same(reference, alone, first=7)
+
+
+def test_in_bf16_the_masters_are_taken_up(taken_up: Any, two_ranks: Any) -> None:
+    whole, other = two_ranks["zero1-bf16"], taken_up["zero1-bf16-zero3"]
+    for mine, theirs in zip(whole["metrics"][7:], other["metrics"], strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], abs=2e-3)  # bf16 keeps 8 bits
+    first = whole["metrics"][7], other["metrics"][0]  # of the same weights
+    assert first[0]["loss"] == pytest.approx(first[1]["loss"], abs=1e-5)
+
+
+@pytest.mark.slow
+def test_two_ranks_are_taken_up_by_four(folder: Path, two_ranks: Any, reference: Any) -> None:
+    four = on_ranks(
+        4,
+        [Scenario(f"{k}-four", k, micro_batch=2, resume=True, resume_from=f"{k}-left") for k in ("zero2", "zero3")],
+        folder,
+    )
+    for result in four.values():
+        assert_same(reference, result, first=7)
 
 
 def test_a_padded_vocabulary_teaches_the_same(folder: Path, reference: Any) -> None:
@@ -229,31 +275,6 @@ def test_a_padded_vocabulary_teaches_the_same(folder: Path, reference: Any) -> N
 def test_a_loss_that_is_no_number_stops_the_run_and_names_step_and_rows(folder: Path) -> None:
     with pytest.raises(NotFinite, match=r"step \d+: the loss is nan on sequences \[\d+.*last checkpoint"):
         fit(Scenario("poisoned", poisoned=True, micro_batch=1), folder)
-
-
-def test_weights_that_are_no_numbers_are_not_saved(tmp_path: Path) -> None:
-    from types import SimpleNamespace
-
-    module = torch.nn.Linear(2, 2)
-    module.weight.data[0] = float("inf")
-    trainer: Any = SimpleNamespace(
-        global_step=3, strategy=SimpleNamespace(reduce_boolean_decision=lambda value, all: value)
-    )
-    with pytest.raises(NotFinite, match="step 3: the weights are not finite"):
-        Checkpoint(tmp_path, 1, None).save(trainer, module)
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_checkpoint_of_another_topology_is_refused_before_it_is_opened(tmp_path: Path) -> None:
-    assert last_checkpoint(tmp_path, True, 2) is None
-    for rank in range(2):
-        part = tmp_path / "step-00000004.ckpt" / "checkpoint" / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
-        part.parent.mkdir(parents=True, exist_ok=True)
-        part.touch()
-    assert last_checkpoint(tmp_path, True, 2) == str(tmp_path / "step-00000004.ckpt")
-    for sharded, world in ((True, 4), (False, 1)):
-        with pytest.raises(Refusal, match="saved by 2 ranks under ZeRO"):
-            last_checkpoint(tmp_path, sharded, world)
 
 
 def test_a_run_resumed_with_other_micro_batches_learns_the_same(folder: Path) -> None:
@@ -482,6 +503,21 @@ def test_every_rank_knows_the_tokens_of_the_whole_step() -> None:
         )
         micro = next(iter(order))
         assert micro.step_tokens == sum(data[int(i)]["supervised"] for i in order.step_sequences(0))
+
+
+def test_a_skipped_sequence_is_blank_from_its_step_on_and_counts_for_nothing() -> None:
+    data = rows(7)
+    words: dict[str, Any] = {"seed": 3, "global_batch": 4, "micro_batch": 2, "world": 1, "rank": 0}
+    supervised, lengths = _column(data, "supervised"), _lengths(data)
+    plain = Order(supervised, lengths, **words)
+    gone = int(plain.step_sequences(0)[1])
+    later = next(step for step in range(1, 9) if gone in plain.step_sequences(step))
+    skipping = Order(supervised, lengths, skipped={gone: 1}, **words)
+    for step, mine, theirs in zip(np.arange(2 * (later + 1)) // 2, skipping, plain, strict=False):
+        whole = gone in plain.step_sequences(step) and step >= 1
+        assert mine.sequences == [-1 if number == gone and step >= 1 else number for number in theirs.sequences]
+        assert mine.step_tokens == theirs.step_tokens - (supervised[gone] if whole else 0)
+        assert mine.tokens_of_step == theirs.tokens_of_step - (lengths[gone] if whole else 0)
 
 
 def test_validation_shows_every_row_once_and_keeps_ranks_together() -> None:

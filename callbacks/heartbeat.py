@@ -1,0 +1,163 @@
+"""Ranks that watch each other through files: who has stopped is named, and the job is ended.
+
+A rank that is stopped, swapped out or on a node that is gone leaves the others waiting in a collective, where they can
+say nothing; and not every process group has a timeout (DeepSpeed's own ones have none). So each rank has a thread that
+writes where it is, and reads what the others write. Imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+_ROOT = str(Path(__file__).resolve().parent.parent)
+
+
+@dataclass
+class _Seen:
+    """What is known of a rank, by this rank's own clock: those of other machines may differ."""
+
+    told: dict[str, Any]
+    heard: float  # when it last wrote
+    moved: float  # when its progress last changed
+
+
+class Heartbeat:
+    """Writes `<folder>/rank-00001.json` and reads those of the others, until it is stopped.
+
+    `silent_seconds`: after so long without progress a rank is named, once for each time. `timeout_seconds`: after so
+    long this process ends, and with it the job. `progress` is counted up from outside.
+    """
+
+    def __init__(
+        self, stage: str, folder: Path, rank: int, world: int, silent_seconds: float, timeout_seconds: float
+    ) -> None:
+        self.stage, self.folder, self.rank, self.world = stage, folder, rank, world
+        self.silent_seconds, self.timeout_seconds = silent_seconds, timeout_seconds
+        self.progress, self.step = 0, 0
+        self._main = threading.main_thread().ident
+        self._over = threading.Event()
+        self._named: dict[int, int] = {}  # rank → the progress at which it was named
+        self._seen: dict[int, _Seen] = {}
+        self._every = min(5.0, silent_seconds / 4, timeout_seconds / 4)
+        self._thread = threading.Thread(target=self._watch, name="heartbeat", daemon=True)
+
+    def start(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._path(self.rank).unlink(missing_ok=True)  # of an earlier start
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _path(self, rank: int) -> Path:
+        return self.folder / f"rank-{rank:05d}.json"
+
+    def _watch(self) -> None:
+        beat, began = 0, time.monotonic()
+        while not self._over.wait(self._every):
+            beat += 1
+            try:
+                self._tell(beat)
+            except OSError:
+                continue  # a disk that is full is told where it matters
+            now = time.monotonic()
+            for rank in range(self.world):
+                self._read(rank, now, began)
+            self._judge(now)
+
+    def _tell(self, beat: int) -> None:
+        told = {
+            "beat": beat,
+            "progress": self.progress,
+            "step": self.step,
+            "at": _place(sys._current_frames().get(self._main or 0)),
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+        }
+        aside = self._path(self.rank).with_suffix(".partial")
+        aside.write_text(json.dumps(told))
+        os.replace(aside, self._path(self.rank))
+
+    def _read(self, rank: int, now: float, began: float) -> None:
+        known = self._seen.setdefault(rank, _Seen({}, began, began))
+        try:
+            told = json.loads(self._path(rank).read_text())
+        except (OSError, ValueError):
+            return
+        if told["beat"] != known.told.get("beat"):
+            known.heard = now
+        if told["progress"] != known.told.get("progress"):
+            known.moved = now
+        known.told = told
+
+    def _judge(self, now: float) -> None:
+        """Name the ranks that hold the others up: those that write no more, else those that are furthest behind."""
+        waited = {rank: now - seen.moved for rank, seen in self._seen.items()}
+        if waited[self.rank] < self.silent_seconds:
+            return
+        gone = [
+            rank for rank, seen in self._seen.items() if now - seen.heard > max(self.silent_seconds, 3 * self._every)
+        ]
+        least = min(seen.told.get("progress", -1) for seen in self._seen.values())
+        behind = gone or [rank for rank, seen in self._seen.items() if seen.told.get("progress", -1) == least]
+        speaker = min(set(self._seen) - set(gone))
+        for rank in behind:
+            if rank not in self._named or self._named[rank] != least:
+                self._named[rank] = least
+                if self.rank == speaker:
+                    print(
+                        f"{self.stage}: {self._sentence(rank, waited[rank], rank in gone)}", file=sys.stderr, flush=True
+                    )
+        if waited[self.rank] > self.timeout_seconds:
+            self._end(behind, gone, waited[self.rank], self.rank == speaker)
+
+    def _sentence(self, rank: int, seconds: float, gone: bool) -> str:
+        told = self._seen[rank].told
+        if not told:
+            return f"rank {rank} has not been heard of for {seconds:.0f} s"
+        where = "it was last" if gone else "it is"
+        return (
+            f"rank {rank} ({told['host']}, process {told['pid']}) has not finished a micro-batch for {seconds:.0f} s; "
+            f"{where} in step {told['step'] + 1} at {told['at']}"
+        )
+
+    def _end(self, behind: list[int], gone: list[int], seconds: float, speaks: bool) -> None:
+        if speaks:
+            names = ", ".join(map(str, behind))
+            print(
+                f"error: {self.stage}: no progress for {seconds:.0f} s (strategy.timeout_minutes), waiting for rank "
+                f"{names}; the job ends, and the same command goes on from the last checkpoint",
+                file=sys.stderr,
+                flush=True,
+            )
+        for rank in gone:  # one that is stopped does not hear a polite signal
+            told = self._seen[rank].told
+            if told and told["host"] == socket.gethostname():
+                try:
+                    os.kill(told["pid"], signal.SIGKILL)
+                except OSError:
+                    continue
+        os._exit(1)
+
+
+def _place(frame: FrameType | None) -> str:
+    """File, line and function of the innermost frame that is this project's, or of the innermost one."""
+    innermost = frame
+    while frame is not None and not frame.f_code.co_filename.startswith(_ROOT):
+        frame = frame.f_back
+    frame = frame or innermost
+    if frame is None:
+        return "an unknown place"
+    name = frame.f_code.co_filename.removeprefix(_ROOT + "/")
+    return f"{name}:{frame.f_lineno} ({frame.f_code.co_name})"

@@ -1,0 +1,127 @@
+"""A run folder: whose it is, what stands in it, and one command at a time.
+
+Retort removes and renames only what it made. It knows its folders by a marker, and of what they hold the names of the
+run's stages; everything else is let be, or refused. Loads no torch.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from models.errors import Refusal
+from pipeline import artifact
+
+MARKER = "retort.json"
+_LOCK = ".lock"
+_SCRATCH = "retort-check-"
+_YOUNG_SECONDS = 60
+_OWN = {MARKER, f".{MARKER}.partial", _LOCK}
+
+
+def check_ours(run_dir: Path) -> None:
+    """Refuse a folder that holds other things. One that is not there yet, is empty, was marked, or holds artifacts
+    alone, as copied from other runs, may become a run folder."""
+    try:
+        names = {p.name for p in run_dir.iterdir()}
+    except FileNotFoundError:
+        return
+    except NotADirectoryError:
+        raise Refusal(f"run_dir={run_dir}: a file of that name is in the way; choose another run_dir") from None
+    if MARKER in names:
+        return
+    for name in sorted(names - _OWN):
+        if artifact.look(run_dir / name).manifest is None:
+            raise Refusal(
+                f"run_dir={run_dir}: it holds other things ({name}) and no {MARKER}, which marks a run folder; choose "
+                f"another run_dir, or put an empty {MARKER} into it if it is one"
+            )
+
+
+@contextmanager
+def claimed(run_dir: Path) -> Iterator[int]:
+    """Make and mark the folder, and keep other commands out of it: two would overwrite each other's checkpoints.
+
+    Yields the lock's descriptor. Whoever holds it open keeps the folder locked.
+    """
+    check_ours(run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with open(run_dir / _LOCK, "w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Refusal(
+                f"run_dir={run_dir}: another command is working in it; wait for it or choose another run_dir"
+            ) from None
+        except OSError:
+            pass  # some cluster file systems have no locks
+        if not (run_dir / MARKER).exists():
+            artifact.write_json(run_dir / MARKER, {"run_folder_of": "retort"})
+        yield handle.fileno()
+
+
+def check_whole(config: dict[str, Any]) -> None:
+    """Refuse a run folder in which an artifact was damaged, is unreadable or is not Retort's: nothing is made of it,
+    and it is not made again in silence. Every finished stage is looked at, since the report tells of all."""
+    run_dir = Path(config["run_dir"])
+    others = {path.parent.name for path in run_dir.glob(f"*/{artifact.MANIFEST}")}
+    for name in [*config["stages"], *sorted(others - config["stages"].keys())]:
+        folder = run_dir / name
+        found = artifact.look(folder)
+        if found.state == "absent" and os.path.lexists(left := run_dir / f".{name}.old"):
+            found = artifact.look(left)  # the sweep will put it back
+        if found.manifest is not None and found.manifest["stage"] != name:
+            raise Refusal(f"{folder}: it is the artifact of a stage {found.manifest['stage']}; move it away")
+        if found.state == "unreadable":
+            raise Refusal(f"{folder}: {found.problem}; restore it, or move it away to have the stage run again")
+        if name not in config["force"]:
+            check_unchanged(folder, found, run_dir, f"add force=[{name}] to make it again")
+
+
+def check_unchanged(folder: Path, found: artifact.Found, run_dir: Path, remedy: str) -> None:
+    """Refuse an artifact whose files are not those of its manifest."""
+    if found.manifest is None:
+        return
+    problem = found.problem
+    if not problem and (names := artifact.altered(folder, found.manifest, hashes(run_dir))):
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        known, there = names[0] in found.manifest["files"], (folder / names[0]).exists()
+        what = "was changed since it was made" if known and there else "is missing" if known else "was added to it"
+        problem = f"{names[0]}{more} {what}"
+    if problem:
+        raise Refusal(f"{folder} is damaged: {problem}; restore it, or {remedy}")
+
+
+def hashes(run_dir: Path) -> Path | None:
+    """The cache of the hashes of what the stages read; none before the folder is a run folder."""
+    return run_dir / "work" / "hashes.json" if (run_dir / MARKER).exists() else None
+
+
+@contextmanager
+def scratch() -> Iterator[Path]:
+    """A temporary folder for what need not outlive the command. Those that killed commands left are removed."""
+    root = Path(tempfile.gettempdir())
+    for left in root.glob(f"{_SCRATCH}*"):
+        with suppress(OSError), _locked(left):  # whoever works in it holds the lock
+            if time.time() - left.stat().st_mtime > _YOUNG_SECONDS:  # or is about to take it
+                shutil.rmtree(left)
+    with tempfile.TemporaryDirectory(prefix=_SCRATCH) as made, _locked(Path(made)):
+        yield Path(made)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Raises OSError where somebody else holds the folder."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)

@@ -1,0 +1,106 @@
+"""A rank that stops is named by the others, and the job ends; in processes of their own, without PyTorch."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.command import ROOT
+
+RANK = """
+import sys, time
+from pathlib import Path
+from callbacks.heartbeat import Heartbeat
+
+def waits_for_the_others(heart):
+    while True:
+        time.sleep(0.01)
+
+folder, rank, world, busy = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "busy"
+heart = Heartbeat("distill", folder, rank, world, silent_seconds=0.6, timeout_seconds=2.4)
+heart.start()
+for step in range(20 if busy else 4):  # as if rank 1 held the others up at step 5
+    heart.progress += 1
+    heart.step = step
+    time.sleep(0.1)
+if busy:
+    time.sleep(0.5)
+    heart.stop()
+    sys.exit(0)
+waits_for_the_others(heart)
+"""
+
+
+def _start(folder: Path, rank: int, world: int, kind: str) -> subprocess.Popen[str]:
+    words = [sys.executable, "-c", RANK, str(folder), str(rank), str(world), kind]
+    return subprocess.Popen(words, cwd=ROOT, text=True, stderr=subprocess.PIPE)
+
+
+def _wait_for(path: Path, seconds: float = 20) -> dict[str, int]:
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        if path.exists():
+            return json.loads(path.read_text())  # type: ignore[no-any-return]
+        time.sleep(0.02)
+    raise AssertionError(f"{path} did not come")
+
+
+def test_a_stopped_rank_is_named_and_everybody_ends(tmp_path: Path) -> None:
+    ranks = [_start(tmp_path, rank, 3, "waits") for rank in range(3)]
+    pids = [_wait_for(tmp_path / f"rank-{rank:05d}.json")["pid"] for rank in range(3)]
+    os.kill(pids[1], signal.SIGSTOP)
+    told = [process.communicate(timeout=30)[1] for process in ranks]
+    assert [process.returncode for process in ranks] == [1, -signal.SIGKILL, 1]  # it would not hear a polite signal
+    assert told[1:] == ["", ""]  # one of them speaks for all
+    lines = told[0].splitlines()
+    assert re.match(
+        rf"distill: rank 1 \(.*, process {pids[1]}\) has not finished a micro-batch for \d s; it was last", lines[0]
+    )
+    assert re.match(
+        r"error: distill: no progress for \d s \(strategy.timeout_minutes\), waiting for rank 1;", lines[-1]
+    )
+
+
+def test_ranks_that_wait_for_each_other_say_where_they_are(tmp_path: Path) -> None:
+    """None is stopped: a collective that one of them never enters."""
+    ranks = [_start(tmp_path, rank, 2, "waits") for rank in range(2)]
+    told = [process.communicate(timeout=30)[1] for process in ranks]
+    assert [process.returncode for process in ranks] == [1, 1]
+    assert re.search(r"it is in step 4 at <string>:[78] \(waits_for_the_others\)", told[0])
+
+
+def test_ranks_that_get_on_are_let_be(tmp_path: Path) -> None:
+    ranks = [_start(tmp_path, rank, 2, "busy") for rank in range(2)]
+    assert [(process.communicate(timeout=30)[1], process.returncode) for process in ranks] == [("", 0)] * 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "zero2"])
+def test_a_stopped_rank_ends_a_real_training(tmp_path: Path, strategy: str) -> None:
+    from tests.command import SMALL, start, train
+
+    words = [f"run_dir={tmp_path / 'run'}", *SMALL, "trainer.accelerator=cpu"]
+    assert train(*words, "stages=[pretrain]").returncode == 0
+    process = start(
+        *words,
+        "stages=[distill]",
+        f"strategy={strategy}",
+        "trainer.devices=2",
+        "stages.distill.training.max_steps=100000",
+        "strategy.timeout_minutes=0.2",
+        "callbacks.watchdog.silent_seconds=4",
+    )
+    told = _wait_for(tmp_path / "run" / "work" / "distill" / "ranks" / "rank-00001.json", seconds=120)
+    time.sleep(2)
+    os.kill(told["pid"], signal.SIGSTOP)
+    stopped = time.monotonic()
+    assert process.wait(timeout=120) == 1
+    assert time.monotonic() - stopped < 60

@@ -1,0 +1,398 @@
+"""Whatever happened to a run folder is told, and nothing in it is lost; the cases are a table of the docs."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from models.errors import Refusal, of_storage
+from pipeline import artifact, run_folder, verdicts
+from tests.command import ROOT
+
+RESUME = {"mode": "continue", "from_step": None, "skip_sequences": []}
+SETTINGS = {"max_steps": 4}
+DOCS = ROOT / "docs" / "concepts" / "run_folder.md"
+
+
+def _build(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(b"weights" * 9)
+    (folder / "config.json").write_text("{}")
+
+
+def _make(run_dir: Path) -> None:
+    """distill, and prune made of it, as commands leave them."""
+    with run_folder.claimed(run_dir):
+        for name, parents in (("distill", []), ("prune", ["distill"])):
+            found = {
+                role: {"path": str(run_dir / role), "content_hash": artifact.content_hash(run_dir / role)}
+                for role in parents
+            }
+            manifest = {"stage": name, "kind": "model", "parents": found, "config": SETTINGS, "attempt": name}
+            artifact.publish(run_dir / name, _build, manifest)
+
+
+def _verdicts(run_dir: Path, **words: Any) -> dict[str, str]:
+    """What the same command would do with each stage now."""
+    config = {
+        "run_dir": str(run_dir),
+        "stages": {"distill": {}, "prune": {}},
+        "force": [],
+        "resume": RESUME,
+        **words,
+    }
+    plan = {
+        name: {"identity": SETTINGS, "parents": {p: str(run_dir / p) for p in parents}, "commits": {}, "content": ""}
+        for name, parents in (("distill", []), ("prune", ["distill"]))
+    }
+    run_folder.check_ours(run_dir)
+    with run_folder.claimed(run_dir):
+        artifact.sweep(run_dir, config["stages"])
+        return {job["stage"]: job["do"] for job in verdicts.jobs_of(config, plan)}
+
+
+@dataclass(frozen=True)
+class Case:
+    happened: str
+    harm: Callable[[Path], object]  # does it to a run folder, whose parent is the test's own
+    told: str | None = None  # a part of the refusal; None: nothing is refused
+    verdicts: tuple[str, str] = ("skip", "skip")  # of distill and prune where nothing is refused
+    moved: bool = False  # the folder's place is another one afterwards
+
+
+def _flip(path: Path, keep_clock: bool = False) -> None:
+    stat, content = path.stat(), bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    if keep_clock:
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+def _edit_manifest(path: Path, rehash: bool = True, **changes: Any) -> None:
+    changed = {**artifact.checked(json.loads(path.read_text())), **changes}
+    path.write_text(json.dumps(artifact.with_hash(changed) if rehash else {**json.loads(path.read_text()), **changes}))
+
+
+def _to_scratch(folder: Path) -> None:
+    elsewhere = folder.parent.parent / "scratch"
+    shutil.move(folder, elsewhere)
+    folder.symlink_to(elsewhere)
+
+
+def _killed_between_renames(folder: Path) -> None:
+    folder.rename(folder.parent / f".{folder.name}.old")
+    (folder.parent / f".{folder.name}.partial").mkdir()
+
+
+CASES = [
+    Case("nothing", lambda r: None),
+    Case(
+        "a file of a finished stage is cut short",
+        lambda r: os.truncate(r / "distill/model.safetensors", 5),
+        "5 bytes instead of 63",
+    ),
+    Case("one bit of it is another", lambda r: _flip(r / "distill/model.safetensors"), "model.safetensors was changed"),
+    Case(
+        "the same, its time of change put back",
+        lambda r: _flip(r / "distill/model.safetensors", keep_clock=True),
+        "model.safetensors was changed",
+    ),
+    Case("a file of it is gone", lambda r: (r / "distill/config.json").unlink(), "config.json is missing"),
+    Case("a file was put into it", lambda r: (r / "distill/thesis.tex").write_text("x"), "thesis.tex was added"),
+    Case("its manifest is cut short", lambda r: os.truncate(r / "distill/manifest.json", 99), "is not JSON"),
+    Case("its manifest is `[]`", lambda r: (r / "distill/manifest.json").write_text("[]"), "is not Retort's"),
+    Case(
+        "its manifest is another program's",
+        lambda r: (r / "distill/manifest.json").write_text('{"name": "app", "version": 3}'),
+        "is not Retort's",
+    ),
+    Case(
+        "its manifest lost its configuration",
+        lambda r: _edit_manifest(r / "distill/manifest.json", config=None),
+        "it has no config",
+    ),
+    Case(
+        "its manifest names a file outside",
+        lambda r: _edit_manifest(r / "distill/manifest.json", files={"../x": {"bytes": 1, "sha256": ""}}),
+        "../x in a way",
+    ),
+    Case(
+        "a figure in its manifest is another",
+        lambda r: _edit_manifest(r / "distill/manifest.json", rehash=False, seconds=1),
+        "manifest.json was changed",
+    ),
+    Case("its manifest is gone", lambda r: (r / "distill/manifest.json").unlink(), "no manifest.json"),
+    Case(
+        "it is another stage's",
+        lambda r: (shutil.rmtree(r / "distill"), shutil.copytree(r / "prune", r / "distill")),
+        "a stage prune",
+    ),
+    Case("it is gone", lambda r: shutil.rmtree(r / "distill"), None, ("start", "redo")),
+    Case("it is a link to a folder with the same content", lambda r: _to_scratch(r / "distill")),
+    Case(
+        "it is a link to nowhere",
+        lambda r: (_to_scratch(r / "distill"), shutil.rmtree(r.parent / "scratch")),
+        "no manifest.json",
+    ),
+    Case("the command was killed while it was replaced", lambda r: _killed_between_renames(r / "distill")),
+    Case("`work/` is gone", lambda r: shutil.rmtree(r / "work", ignore_errors=True)),
+    Case("the remembered hashes are cut short", lambda r: _hashes_are(r, '{"/')),
+    Case("a begun stage's `stage.json` is cut short", lambda r: _begun(r, '{"identity"'), "how the stage was begun"),
+    Case("a begun stage's `stage.json` is `[]`", lambda r: _begun(r, "[]"), "how the stage was begun"),
+    Case("the folder was moved", lambda r: r.rename(r.parent / "moved"), moved=True),
+    Case("its clock is set back ten years", lambda r: [os.utime(p, (4e8, 4e8)) for p in r.rglob("*")]),
+    Case("its marker is gone, and artifacts alone are left", lambda r: [(r / "retort.json").unlink()]),
+    Case(
+        "its marker is gone, and other things lie in it",
+        lambda r: ((r / "retort.json").unlink(), (r / "thesis").mkdir()),
+        "it holds other things (thesis)",
+    ),
+]
+
+
+def _hashes_are(run_dir: Path, text: str) -> None:
+    (run_dir / "work").mkdir()
+    (run_dir / "work" / "hashes.json").write_text(text)
+
+
+def _begun(run_dir: Path, text: str) -> None:
+    shutil.rmtree(run_dir / "distill")
+    (run_dir / "work" / "distill" / "checkpoints" / "step-00000004").mkdir(parents=True)
+    (run_dir / "work" / "distill" / "stage.json").write_text(text)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.happened)
+def test_what_happened_to_a_run_folder_is_told_and_loses_nothing(tmp_path: Path, case: Case) -> None:
+    run_dir = tmp_path / "run"
+    _make(run_dir)
+    case.harm(run_dir)
+    run_dir = tmp_path / "moved" if case.moved else run_dir
+    before = _contents(tmp_path)
+    if case.told is None:
+        assert tuple(_verdicts(run_dir).values()) == case.verdicts
+        return
+    for words in ({}, {"resume": {**RESUME, "mode": "overwrite"}}):
+        with pytest.raises(Refusal, match=re.escape(case.told)) as refused:
+            _verdicts(run_dir, **words)
+        assert "\n" not in str(refused.value)
+    assert _contents(tmp_path) == before, "what is refused is left as it is"
+
+
+def test_the_docs_have_the_table_of_cases() -> None:
+    def becomes(case: Case) -> str:
+        if case.told is not None:
+            return f"refused: “…{case.told}…”"
+        return (
+            "both are skipped" if case.verdicts == ("skip", "skip") else "it is made again, and what was made of it too"
+        )
+
+    rows = "".join(f"| {case.happened} | {becomes(case)} |\n" for case in CASES)
+    table = f"| what happened | the same command then |\n|---|---|\n{rows}"
+    assert table in DOCS.read_text(), f"{DOCS.name} needs this table:\n{table}"
+
+
+def test_the_way_out_of_a_damaged_stage_is_to_force_it(tmp_path: Path) -> None:
+    _make(tmp_path / "run")
+    _flip(tmp_path / "run" / "distill" / "model.safetensors")
+    assert _verdicts(tmp_path / "run", force=["distill"]) == {"distill": "redo", "prune": "redo"}
+
+
+def test_a_damaged_parent_from_elsewhere_is_refused_until_its_manifest_goes(tmp_path: Path) -> None:
+    _make(tmp_path / "other")
+    _flip(tmp_path / "other" / "distill" / "model.safetensors")
+    entry = {"parents": {"model": str(tmp_path / "other" / "distill")}, "commits": {}, "content": ""}
+    config = {"run_dir": str(tmp_path / "run"), "force": []}
+    with pytest.raises(
+        Refusal, match=r"changed since it was made.*remove its manifest.json if you changed it on purpose"
+    ):
+        verdicts.parents_of(config, entry)
+    (tmp_path / "other" / "distill" / "manifest.json").unlink()
+    assert verdicts.parents_of(config, entry)["model"]["content_hash"] == artifact.content_hash(
+        tmp_path / "other" / "distill"
+    )
+
+
+def test_of_a_folder_with_other_things_nothing_is_touched(tmp_path: Path) -> None:
+    for name in ("distill", ".config.old", "config", ".x.partial", ".notes.old"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "distill" / "thesis.tex").write_text("years")
+    before = _contents(tmp_path)
+    with pytest.raises(Refusal, match="it holds other things"):
+        _verdicts(tmp_path)
+    assert _contents(tmp_path) == before
+    (tmp_path / run_folder.MARKER).touch()  # although it is said to be one
+    with pytest.raises(Refusal, match=r"distill: it has no manifest.json"):
+        _verdicts(tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} >= {".config.old", "config", ".x.partial", ".notes.old"}
+    assert (tmp_path / "distill" / "thesis.tex").read_text() == "years"
+
+
+def test_a_damaged_stage_of_another_experiment_is_told_before_the_report_meets_it(tmp_path: Path) -> None:
+    _make(tmp_path / "run")
+    artifact.publish(
+        tmp_path / "run" / "older", _build, {"stage": "older", "kind": "model", "parents": {}, "config": {}}
+    )
+    assert _verdicts(tmp_path / "run") == {"distill": "skip", "prune": "skip"}
+    os.truncate(tmp_path / "run" / "older" / "manifest.json", 40)
+    with pytest.raises(Refusal, match=r"older: its manifest.json is not JSON"):
+        _verdicts(tmp_path / "run")
+
+
+def test_publishing_over_a_link_leaves_what_it_leads_to(tmp_path: Path) -> None:
+    _make(tmp_path / "run")
+    folder = tmp_path / "run" / "distill"
+    _to_scratch(folder)
+    artifact.publish(folder, _build, {"stage": "distill", "kind": "model", "parents": {}, "config": {}})
+    assert not folder.is_symlink()
+    assert artifact.look(folder).state == artifact.look(tmp_path / "scratch").state == "complete"
+    assert _verdicts(tmp_path / "run", resume={**RESUME, "mode": "overwrite"}) == {
+        "distill": "redo",
+        "prune": "redo",
+    }  # other settings
+
+
+def _left_at(run_dir: Path, *steps: int, turns: list[dict[str, Any]] | None = None) -> None:
+    """An unfinished distill with checkpoints of these steps."""
+    work = run_dir / "work" / "distill"
+    started = {"stage": "distill", "identity": BEGUN, "parents": {}, "restart": 0, "attempt": "a", "turns": turns or []}
+    with run_folder.claimed(run_dir):
+        for step in steps:
+            (work / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
+        artifact.write_json(work / "stage.json", started)
+
+
+BEGUN = {"training": {"optimizer": {"lr": 1.0}, "max_steps": 9}, "objective": {"alpha": 0.5}}
+
+
+def _turned(run_dir: Path, told: dict[str, Any], **resume: Any) -> Any:
+    """What a command with these values would do with the unfinished distill."""
+    job = {"stage": "distill", "identity": told, "plan": {"parents": {}, "commits": {}, "content": ""}}
+    config = {"run_dir": str(run_dir), "stages": {"distill": {}}, "force": [], "resume": {**RESUME, **resume}}
+    return verdicts.verdict_of(config, job, set()), verdicts.turn_of(
+        config, verdicts.begun(run_dir / "work/distill"), told
+    )
+
+
+LOWER = {**BEGUN, "training": {"optimizer": {"lr": 0.1}, "max_steps": 9}}
+
+
+def test_an_unfinished_stage_goes_back_to_a_checkpoint_with_other_values_of_its_training(tmp_path: Path) -> None:
+    _left_at(tmp_path, 4, 8)
+    assert _turned(tmp_path, BEGUN) == ("resume", None)
+    turn = {"step": 4, "changed": [["training.optimizer.lr", 1.0, 0.1]], "skipped": [3]}
+    assert _turned(tmp_path, LOWER, from_step=4, skip_sequences=[3]) == ("turn", turn)
+    assert _turned(tmp_path, BEGUN, from_step=4) == ("turn", {"step": 4, "changed": [], "skipped": []})
+
+
+def test_a_turn_that_was_taken_is_gone_on_in_and_not_taken_twice(tmp_path: Path) -> None:
+    _left_at(tmp_path, 4, 8, turns=[{"step": 4, "changed": [], "skipped": []}])
+    assert _turned(tmp_path, BEGUN, from_step=4) == ("resume", None)
+    assert _turned(tmp_path, BEGUN, from_step=4, skip_sequences=[1])[0] == "turn"
+
+
+@pytest.mark.parametrize(
+    ("told", "resume", "message"),
+    [
+        (LOWER, {}, "add resume.from_step=8 to go on with them from there, resume=overwrite to redo it"),
+        (LOWER, {"from_step": 5}, "distill has none of that step; the checkpoints are of 4, 8"),
+        ({**BEGUN, "objective": {"alpha": 0.3}}, {"from_step": 4}, "objective.alpha cannot change between"),
+        ({**BEGUN, "objective": {"alpha": 0.3}}, {}, "add resume=overwrite to redo it"),
+    ],
+)
+def test_other_ways_to_go_back_are_refused(tmp_path: Path, told: Any, resume: Any, message: str) -> None:
+    _left_at(tmp_path, 4, 8)
+    with pytest.raises(Refusal, match=re.escape(message)):
+        _turned(tmp_path, told, **resume)
+    assert verdicts.steps_of(tmp_path / "work" / "distill") == [4, 8]
+
+
+def test_a_second_command_is_kept_out(tmp_path: Path) -> None:
+    with run_folder.claimed(tmp_path / "run"), pytest.raises(Refusal, match="another command is working in it"):
+        _verdicts(tmp_path / "run")
+
+
+def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run").touch()
+    with pytest.raises(Refusal, match="a file of that name"):
+        run_folder.check_ours(tmp_path / "run")
+
+
+def test_a_write_that_the_file_system_refuses_leaves_the_old_artifact_and_says_where(tmp_path: Path) -> None:
+    """A limit on the size of files, as a quota is; in a process of its own, since it cannot be lifted again."""
+    _make(tmp_path / "run")
+    before = _contents(tmp_path)
+    code = """
+import sys
+from pathlib import Path
+from models.errors import of_storage
+from pipeline import artifact
+def build(folder):
+    (folder / "model.safetensors").write_bytes(bytes(100_000))
+try:
+    artifact.publish(Path(sys.argv[1]), build, {"stage": "distill", "kind": "model", "parents": {}, "config": {}})
+except OSError as problem:
+    print(of_storage(problem, Path(sys.argv[1])))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "run" / "distill")],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"},
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)),
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(r".*: File too large \([\d.]+ GB are free there\); what was finished is whole.*\n", done.stdout)
+    assert _contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "raised",
+    [
+        PermissionError(13, "Permission denied", "/nowhere/config.json"),
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 640 vs 534"),
+        ValueError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_errors_of_storage_are_known_in_whatever_words(tmp_path: Path, raised: Exception) -> None:
+    told = of_storage(raised, tmp_path)
+    assert told is not None
+    assert "GB are free there" in told
+    outer = RuntimeError("saving failed")
+    outer.__cause__ = raised
+    assert of_storage(outer, tmp_path) == told
+    assert of_storage(RuntimeError("mat1 and mat2 shapes cannot be multiplied"), tmp_path) is None
+
+
+def test_what_killed_checks_left_in_the_temporary_folder_is_swept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    left = tmp_path / "retort-check-left"
+    left.mkdir()
+    os.utime(left, (0, 0))
+    with run_folder.scratch() as mine:
+        assert not left.exists()
+        os.utime(mine, (0, 0))  # as if it ran for long
+        with run_folder.scratch() as other:
+            assert mine.exists()
+            assert other != mine
+    assert not list(tmp_path.iterdir())
+
+
+def _contents(folder: Path) -> dict[str, bytes | None]:
+    """Of all files and links; the lock and what is remembered of hashes are left out."""
+    return {
+        str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None
+        for p in folder.rglob("*")
+        if not (p.is_dir() and not p.is_symlink()) and p.name not in (".lock", "hashes.json")
+    }
