@@ -74,9 +74,9 @@ def stage(side: str, scheme: str, skip: list[str], folder: Path, settings: Setti
     from hydra import compose, initialize_config_dir
     from hydra.core.config_store import ConfigStore
 
+    from pipeline.building import build
     from pipeline.config import Config, parse
     from pipeline.context import Context
-    from pipeline.worker import build
 
     words = ["+experiment=quantize_only", f"model.path={settings.model}", *asked(side, scheme, skip, settings, seed)]
     words += [f"run_dir={folder}", *(["quantizer.clip=false"] if side == "gptq" else [])]

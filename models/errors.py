@@ -39,6 +39,8 @@ class Problems:
     def __exit__(
         self, kind: type[BaseException] | None, problem: BaseException | None, trace: TracebackType | None
     ) -> bool:
+        if isinstance(problem, Exception) and not isinstance(problem, Refusal) and self.lines:
+            self.tell()  # it follows from a value that was refused before
         if not isinstance(problem, Refusal):
             return False
         self.add(str(problem))

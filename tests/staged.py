@@ -12,9 +12,10 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 
 from pipeline.artifact import content_hash
+from pipeline.building import build
+from pipeline.check import immaterial
 from pipeline.config import Config, identity, parse
 from pipeline.context import Context
-from pipeline.worker import build, immaterial
 from tests.command import ROOT
 
 

@@ -13,11 +13,11 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from models.errors import Refusal
+from pipeline.building import build
 from pipeline.command_line import CONF, arguments, choices
 from pipeline.config import parse
 from pipeline.context import Context
 from pipeline.data.tokenizer import train_tokenizer
-from pipeline.worker import build
 from tests.command import train
 from tests.test_config import composed, quickstart, refused, unrefused
 
@@ -232,8 +232,8 @@ def test_show_data_marks_what_is_learnt_and_writes_nothing(tmp_path: Path) -> No
 
 
 def test_what_is_shown_is_what_the_first_stage_that_trains_learns() -> None:
+    from pipeline.check import check
     from pipeline.config import selected
-    from pipeline.worker import check
 
     config = quickstart("only=[pretrain]", "show_data=1", "data.max_length=32", "data.max_documents=20")
     lines = check({"config": config, "stages": selected(config)})["shown"]
@@ -249,8 +249,8 @@ def test_what_is_shown_is_what_the_first_stage_that_trains_learns() -> None:
 
 
 def test_a_recipe_far_from_its_size_is_warned_of() -> None:
+    from pipeline.check import check
     from pipeline.config import selected
-    from pipeline.worker import check
 
     config = {**quickstart("only=[pretrain]"), "sized_for": [1e9, 1e10]}
     (entry,) = check({"config": config, "stages": selected(config)})["plan"]

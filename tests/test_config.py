@@ -6,6 +6,7 @@ import contextlib
 import copy
 import inspect
 import io
+import random
 import re
 import sys
 from collections.abc import Iterator
@@ -17,10 +18,12 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.utils import get_object, instantiate
+from omegaconf import OmegaConf
 
 from models.errors import Refusal
+from pipeline.building import build
+from pipeline.check import compared_by_content, immaterial
 from pipeline.config import Config, differences, identity, parse, selected
-from pipeline.worker import build, compared_by_content, immaterial
 from tests.command import ROOT, front_door, train
 
 CONF = ROOT / "conf"
@@ -186,8 +189,8 @@ def test_a_cached_teacher_can_be_recorded_by(recorder: str) -> None:
     ],
 )
 def test_a_stage_that_records_runs_only_where_its_record_is_read(words: list[str], stages: list[str]) -> None:
+    from pipeline.check import needed
     from pipeline.config import selected
-    from pipeline.worker import needed
 
     after = ["prune", "recover", "quantize", "qat", "unquantized", "export", "evaluate"]
     config = quickstart(*words)
@@ -344,7 +347,7 @@ def test_the_identity_of_a_stage_ignores_hardware_and_where_the_run_folder_is() 
 
 
 def test_the_identity_of_a_stage_knows_data_by_what_it_holds_and_not_by_where_it_lies(tmp_path: Path) -> None:
-    from pipeline.worker import check
+    from pipeline.check import check
 
     template = "{{ messages }}"
     for place in ("here", "there"):
@@ -382,7 +385,7 @@ def test_the_identity_of_a_stage_knows_data_by_what_it_holds_and_not_by_where_it
 def test_the_identity_of_a_stage_knows_its_models_by_what_they_hold_and_not_by_where_they_lie(tmp_path: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from pipeline.worker import check
+    from pipeline.check import check
 
     shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 8, "num_attention_heads": 2}
     for place in ("here", "there"):
@@ -555,7 +558,7 @@ MISTAKES = {
 def checked(*words: str) -> tuple[str, list[dict[str, Any]]]:
     """What `python train.py WORDS` refuses, a line each, and the plan: by train.py itself, but that Hydra composes and
     the check runs in here."""
-    from pipeline.worker import check
+    from pipeline.check import check
 
     def main() -> None:
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
@@ -584,6 +587,43 @@ def unrefused(*words: str) -> list[dict[str, Any]]:
     told, plan = checked(*words)
     assert plan, told
     return plan
+
+
+STRANGE: list[Any] = [
+    *(None, True, False, 0, -1, 1, 7, 10**18, 0.5, -0.5, float("nan"), float("inf")),
+    *("word", "", "6Q", "/nonexistent/path", [], ["a"], [1], {}, {"a": 1}),
+]
+
+
+@pytest.mark.slow
+def test_no_value_of_any_key_of_the_quickstart_is_a_traceback() -> None:
+    """300 random values of random keys: each is planned with or refused."""
+    from pipeline.check import check
+
+    plain = quickstart("trainer.accelerator=cpu", "run_dir=/nonexistent/run")
+    keys = [key for key in _leaves(plain) if key[-1] != "_target_"]
+    draw, failed = random.Random(0), []
+    for _ in range(300):
+        tried = copy.deepcopy(plain)
+        *above, last = draw.choice(keys)
+        node = tried
+        for key in above:
+            node = node[key]
+        node[last] = draw.choice(STRANGE)
+        try:
+            config = parse(OmegaConf.create(tried))
+            check({"config": config, "stages": selected(config)})
+        except Refusal:
+            continue
+        except Exception as problem:
+            failed.append((".".join([*above, last]), node[last], repr(problem)))
+    assert failed == []
+
+
+def _leaves(node: Any, above: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    if not isinstance(node, dict):
+        return [above]
+    return [leaf for key, value in node.items() for leaf in _leaves(value, (*above, key))]
 
 
 @pytest.mark.parametrize("words", MISTAKES)
@@ -670,14 +710,14 @@ def test_one_gpu_is_used_by_the_default_strategy_wherever_there_are_more(monkeyp
 
 
 def test_a_student_larger_than_its_teacher_is_warned_of() -> None:
-    from pipeline.worker import check
+    from pipeline.check import check
 
     plan = check({"config": quickstart("student.shape.hidden_size=256"), "stages": ["pretrain", "distill"]})["plan"]
     assert "is larger than its teacher" in plan[1]["warnings"][0]
 
 
 def test_a_warm_up_longer_than_the_stage_is_warned_of() -> None:
-    from pipeline.worker import check
+    from pipeline.check import check
 
     words = ["schedule.warmup_steps=1000", *(f"stages.{name}.training.max_steps=2" for name in ("pretrain", "distill"))]
     pretrain, distill = check({"config": quickstart(*words), "stages": ["pretrain", "distill"]})["plan"]

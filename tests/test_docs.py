@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 import yaml
 
+from pipeline.building import build
 from pipeline.data.tokenizer import train_tokenizer
-from pipeline.worker import build
 from tests.command import ENVIRONMENT, ROOT, front_door
 from tests.test_config import composed
 

@@ -10,7 +10,7 @@ import hashlib
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
@@ -53,9 +53,9 @@ class Documents(DataSource):
     it may be 0 or 1 only, as in OpenAI's format. What weighs 0 is not supervised.
     """
 
-    train: Any = "stdlib"  # str | list[str], as the two below
-    validation: Any = None
-    test: Any = None
+    train: str | Sequence[str] = "stdlib"
+    validation: str | Sequence[str] | None = None
+    test: str | Sequence[str] | None = None
     name: str | None = None  # subset of a hub dataset
     revision: str | None = None  # commit, tag or branch of a hub dataset
     text_column: str = "text"

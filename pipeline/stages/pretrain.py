@@ -107,13 +107,17 @@ class Pretrain(Stage):
         kind = values.pop("model_type", None)
         try:
             known = AutoConfig.for_model(kind).to_dict()
-        except (ValueError, KeyError):
+        except (ValueError, KeyError, TypeError):
             raise Refusal(
                 f"pretrain.model.model_type={kind}: transformers knows no such family; llama is a good start"
             ) from None
         if unknown := [name for name in values if name not in known]:
             raise Refusal(f"model.{unknown[0]}: the {kind} config has no such number")
         check_sizes(values, "model")
-        config = AutoConfig.for_model(kind, **values, vocab_size=vocabulary)
+        try:
+            config = AutoConfig.for_model(kind, **values, vocab_size=vocabulary)
+        except Exception as problem:  # each library has its own kinds of complaint about a value
+            told = " ".join(str(problem).split())
+            raise Refusal(f"pretrain.model: the {kind} config does not take it: {told}") from None
         settings.check_length(config, self.data, "model")
         return config

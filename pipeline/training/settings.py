@@ -80,7 +80,7 @@ def check(context: Context, training: Training, precision: Any) -> list[str]:
     try:
         callbacks_of(context)
         training.schedule(training.optimizer([torch.nn.Parameter(torch.zeros(1))]), 10)
-    except (TypeError, ValueError) as problem:
+    except (TypeError, ValueError, KeyError, IndexError, AttributeError, OverflowError) as problem:
         raise Refusal(f"stages.{context.stage}.training or callbacks: {str(problem).splitlines()[0]}") from None
     checkpoints.check(context)
     return _warnings(context, training)

@@ -14,6 +14,8 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 
 from models.errors import Refusal
+from pipeline.building import build
+from pipeline.check import check
 from pipeline.config import Config, parse
 from pipeline.context import Context
 from pipeline.data.answers import Answers
@@ -22,7 +24,6 @@ from pipeline.data.prepared import prepared, sequences_of
 from pipeline.data.rendering import tokenizer_of
 from pipeline.data.source import DataSource
 from pipeline.data.tasks import Task
-from pipeline.worker import build, check
 from tests.command import ROOT
 
 CLASS = '''

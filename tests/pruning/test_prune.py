@@ -24,9 +24,10 @@ from models.pruning.importances.taylor import Taylor
 from models.pruning.plan import Wish
 from models.training.checkpoint import checkpoints
 from models.training.language_model import LanguageModel
+from pipeline.building import build
+from pipeline.check import check
 from pipeline.context import Context
 from pipeline.steps.scoring import CalibrationText
-from pipeline.worker import build, check
 from tests.command import train, weights
 from tests.optional_data import STORIES, STORIES_TEXT, needed
 from tests.pruning.families import config_of

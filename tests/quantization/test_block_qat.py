@@ -16,7 +16,7 @@ from models.load import empty_model, load_model
 from models.lora import Lora
 from models.quantization.block_qat import BlockQAT
 from models.quantization.stored import BlockWeights, open_quantized
-from pipeline.worker import check
+from pipeline.check import check
 from tests.command import weights
 from tests.quantization.test_qat import EXPERIMENT, IDS
 from tests.staged import manifest

@@ -20,7 +20,7 @@ from models.quantization.scheme import Activations, Scheme, WeightScheme
 from models.quantization.stored import QuantizedWeights, read_quantized
 from models.quantization.straight_through import straight_through
 from models.training.language_model import LanguageModel
-from pipeline.worker import check
+from pipeline.check import check
 from tests.command import train, weights
 from tests.pruning.families import model_of
 from tests.staged import Experiment, manifest

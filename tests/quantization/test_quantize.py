@@ -16,9 +16,9 @@ from safetensors import safe_open
 from models.errors import Refusal
 from models.quantization.methods.gptq import GPTQ
 from models.quantization.stored import QuantizedWeights
+from pipeline.check import check
 from pipeline.stages import quantize
 from pipeline.steps.layer_by_layer import FinishedLayers
-from pipeline.worker import check
 from tests.command import weights
 from tests.quantization.little import EXPERIMENT, activations, folder_of, teacher_in
 from tests.staged import manifest

@@ -18,10 +18,11 @@ from models.measure import negative_log_likelihood
 from models.quantization.activations import attach
 from models.quantization.scheme import Activations
 from models.quantization.stored import read_quantized
+from pipeline.building import build
+from pipeline.check import check
 from pipeline.data.batch import collate
 from pipeline.data.prepared import sequences_of
 from pipeline.data.tokenizer import load_tokenizer
-from pipeline.worker import build, check
 from tests.command import weights
 from tests.quantization.little import EXPERIMENT, activations, folder_of, teacher_in
 from tests.staged import manifest

@@ -17,11 +17,12 @@ from models.measure import negative_log_likelihood
 from models.sparsity import zeros
 from models.sparsity.sparsegpt import SparseGPT
 from models.training.language_model import LanguageModel
+from pipeline.building import build
+from pipeline.check import check
 from pipeline.data.batch import collate
 from pipeline.data.prepared import sequences_of
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.report.columns import ZEROS_NOTE
-from pipeline.worker import build, check
 from tests.command import train, weights
 from tests.optional_data import STORIES, STORIES_TEXT, needed
 from tests.staged import Experiment, manifest

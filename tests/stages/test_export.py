@@ -23,6 +23,8 @@ from models.formats.huggingface import HuggingFace
 from models.measure import documents, negative_log_likelihood, open_for_inference, scored
 from models.quantization.scheme import WeightScheme
 from pipeline.artifact import content_hash, publish, read_manifest
+from pipeline.building import build
+from pipeline.check import check
 from pipeline.context import Context
 from pipeline.data.batch import collate
 from pipeline.data.tokenizer import train_tokenizer
@@ -30,7 +32,6 @@ from pipeline.report import units
 from pipeline.report.report import write_report
 from pipeline.report.terminal import table
 from pipeline.stages.stage import Makes, Plan, Stage
-from pipeline.worker import build, check
 from tests.formats.quantized import quantized
 from tests.staged import Experiment, make, manifest
 

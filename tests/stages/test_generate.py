@@ -21,6 +21,8 @@ from models.generation import Sampling, generate
 from models.load import load_model
 from models.teachers.dialects.dialect import Generation
 from pipeline.artifact import content_hash
+from pipeline.building import build
+from pipeline.check import check
 from pipeline.context import Context
 from pipeline.data.answers import Answers
 from pipeline.data.filters import (
@@ -35,7 +37,6 @@ from pipeline.data.filters import (
 )
 from pipeline.data.tokenizer import load_tokenizer, train_tokenizer
 from pipeline.generation.request import end_tokens
-from pipeline.worker import build, check
 from tests import staged
 from tests.command import ROOT, train
 from tests.data.test_chat import CHATML, turn

@@ -15,12 +15,13 @@ from models.errors import Refusal
 from models.generation import end_tokens
 from models.measure import _names
 from models.questions import Question, answered
+from pipeline.building import build
+from pipeline.check import check
 from pipeline.data.tokenizer import load_tokenizer, train_tokenizer
 from pipeline.report.report import write_report
 from pipeline.report.terminal import table
 from pipeline.steps.accuracy import gap_closed
 from pipeline.steps.quiz import quiz_of
-from pipeline.worker import build, check
 from tests import staged
 from tests.command import train, weights
 

@@ -27,10 +27,10 @@ from models.teachers.endpoint import Endpoint
 from models.teachers.served import Served
 from models.teachers.served_payload import served_payload
 from pipeline.artifact import content_hash
+from pipeline.check import check
 from pipeline.context import Context
 from pipeline.data.documents import Documents
 from pipeline.stages.record import Record
-from pipeline.worker import check
 from tests import staged
 from tests.command import ROOT, SMALL, train, weights
 

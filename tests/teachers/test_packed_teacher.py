@@ -13,7 +13,7 @@ from models.errors import Refusal
 from models.load import load_model
 from models.teachers.online import Online, Resident
 from models.teachers.teacher import Opening
-from pipeline.worker import check
+from pipeline.check import check
 from tests.staged import Experiment
 
 pytestmark = pytest.mark.filterwarnings("ignore:MatMul8bitLt", "ignore:.*torch.distributed")

@@ -40,8 +40,8 @@ from models.teachers.teacher import Opening
 from models.training.checkpoint import checkpoints
 from models.training.on_policy import OnPolicy
 from models.training.rollouts import Replica, Rollouts, ends_of
+from pipeline.building import build
 from pipeline.data.loader import PackedSequences
-from pipeline.worker import build
 from tests.command import SMALL, train
 from tests.fitting import VOCABULARY, Scenario, answer_rows, fit, model, on_two_ranks, rollouts, write_models
 from tests.test_config import quickstart, refused
