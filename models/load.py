@@ -18,6 +18,7 @@ from transformers.utils.hub import cached_file
 
 from models.errors import Refusal
 from models.folder import ADAPTER, INDEX, WEIGHTS, check_files, check_folder, named, part_names, shapes_of
+from models.transformers_4 import add_older_words
 from models.whole import check_finite, check_report, first_line, whole
 
 transformers_logging.disable_progress_bar()
@@ -177,7 +178,7 @@ def parameter_count(model: nn.Module) -> int:
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path, state: dict[str, Tensor], dtype: torch.dtype) -> None:
-    """Write `state` as a plain checkpoint: config, safetensors, tokenizer, generation config.
+    """Write `state` as a plain checkpoint: config, safetensors, tokenizer, generation config; for transformers 4, too.
 
     `model` gives the architecture only, so that a sharded model's gathered weights can be written by one rank.
     """
@@ -193,3 +194,4 @@ def save_model(model: Any, tokenizer: Any, folder: Path, state: dict[str, Tensor
     config.save_pretrained(folder)
     generation.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    add_older_words(folder)

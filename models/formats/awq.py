@@ -85,8 +85,8 @@ class AWQ(Format):
         commands = []
         if load_config(str(folder)).quantization_config["group_size"] in (32, 64, 128):
             commands.append(("vLLM", f"vllm serve {named} --dtype float16"))
-            commands.append(("TGI", f"text-generation-launcher --model-id {named} --quantize awq"))
-        commands.append(("transformers, with pip install gptqmodel", f"transformers serve {named}"))
+            commands.append(("TGI", f"text-generation-launcher --model-id {named} --quantize awq --dtype float16"))
+        commands.append(("transformers, with pip install gptqmodel", f"transformers serve {named} --dtype float16"))
         return commands
 
 

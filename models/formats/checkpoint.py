@@ -17,6 +17,7 @@ from transformers import PretrainedConfig
 from models.errors import Refusal
 from models.folder import INDEX, part_names
 from models.load import DTYPES, empty_model, load_config, parameter_count
+from models.transformers_4 import add_older_words
 
 # The files of a model beside its weights; files that a stage has left there are not copied.
 _TOKENIZER = (
@@ -86,11 +87,13 @@ def beside(source: Path, target: Path, additions: Mapping[str, Any]) -> None:
     config = json.loads((source / "config.json").read_text())
     config.pop("torch_dtype", None)  # the older word for dtype
     (target / "config.json").write_text(json.dumps({**config, **additions}, indent=2) + "\n")
+    add_older_words(target)
 
 
 def add_tokenizer(source: Path, target: Path) -> None:
     """The tokenizer's files that are not there yet: some containers need none of them."""
     _copy(source, target, _TOKENIZER)
+    add_older_words(target)
 
 
 def _copy(source: Path, target: Path, patterns: tuple[str, ...]) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from models.errors import Problems
-from models.formats.checkpoint import rewritten
+from models.formats.checkpoint import dtype_of, rewritten
 from models.formats.container import changed, check_scales, left_out, quantized_of, scales_OG, scheme_of
 from models.formats.format import Finished, Format, Plan, Runtime, Written
 from models.formats.loaded import loaded
@@ -120,10 +120,13 @@ class CompressedTensors(Format):
         return loaded(folder, device)
 
     def serving(self, folder: Path, path: str) -> list[tuple[str, str]]:
-        named = shlex.quote(path)
-        scheme = load_config(str(folder)).quantization_config["config_groups"]["group_0"]
+        config = load_config(str(folder))
+        scheme, dtype = config.quantization_config["config_groups"]["group_0"], dtype_of(config)
         bits, group = scheme["weights"]["num_bits"], scheme["weights"].get("group_size")
-        commands = [("transformers", f"transformers serve {named}")]
+        named = shlex.quote(path)
+        half = "bfloat16" if dtype == "bfloat16" else "float16"  # vLLM's kernels have no other
+        commands = [("transformers", f"transformers serve {named} --dtype {dtype}")]
         if bits in (4, 8) and group in (None, 32, 64, 128):  # what vLLM's kernels take
-            commands += [("vLLM", f"vllm serve {named}"), ("TGI", f"text-generation-launcher --model-id {named}")]
+            commands.append(("vLLM", f"vllm serve {named} --dtype {half}"))
+            commands.append(("TGI", f"text-generation-launcher --model-id {named} --dtype {half}"))
         return commands

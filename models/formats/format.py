@@ -21,7 +21,7 @@ How a packed module's tensors are called, and how they are laid out, is known to
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -53,6 +53,8 @@ class Finished:
     quantized: QuantizedWeights | None
     dtype: str  # of what is not quantized
     blocks: BlockWeights | None = None  # in place of `quantized`
+    name: str = ""  # for containers that say one; "": the folder's
+    texts: Sequence[str] = ()  # that a container's own tokenizer is tried on
 
 
 @dataclass(frozen=True)

@@ -61,12 +61,14 @@ class Gguf(Format):
     """One file for llama.cpp.
 
     A quantized model is packed from its own integers and fp16 scales (q4_0 up to 4 bits, q8_0 up to 8; symmetric), or
-    from the ggml blocks that it was trained on; both are exact. Plain weights become `type` by ggml's own quantizer,
-    with llama-quantize's mixtures and fallbacks; `auto` keeps them as they are.
+    from the ggml blocks that it was trained on; both are exact. Plain weights become `type` as llama-quantize makes it,
+    embeddings and head included: its mixtures and fallbacks, ggml's own quantizer. `auto` keeps them as they are.
     """
 
     type: str = "auto"  # or one of f32, f16, bf16 and MIXTURES
-    others: str | None = None  # what embeddings, head and skipped matrices are held in; "mixture": as llama-quantize
+    # What embeddings, head and skipped matrices are held in; "mixture": as llama-quantize. None: that for plain weights
+    # that become one of MIXTURES, f16 for a quantized model.
+    others: str | None = None
     cache: str | None = None  # what the runtime keeps keys and values in: f32, f16 (llama.cpp's default), q8_0
     needs: ClassVar[tuple[str, ...]] = ("gguf", PINNED)
 
@@ -143,6 +145,7 @@ class Gguf(Format):
         family = check_family(config)
         writing = _Writing(self, finished, config)
         writer = gguf.GGUFWriter(None, family.architecture)
+        writer.add_name(finished.name or finished.folder.resolve().name)
         writer.add_file_type(_FILE_TYPES[writing.type])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         hyperparameters(writer, config)
@@ -154,7 +157,7 @@ class Gguf(Format):
             fallbacks["others"] = f"embeddings, head and matrices that are not quantized are {writing.others}"
         if held is not None and held.cache not in (None, self.cache):
             fallbacks["cache"] = f"the model was trained with keys and values in {held.cache}: use cache={held.cache}"
-        if (problem := _add_tokenizer(writer, finished.folder, config.vocab_size)) is not None:
+        if (problem := _add_tokenizer(writer, finished, config.vocab_size)) is not None:
             fallbacks["tokenizer"] = problem
         # What the tensors are and how large is written before them; then they are made and written one by one.
         tensors = list(writing.tensors(load_model(str(finished.folder), dtype=DTYPES[finished.dtype])))
@@ -227,7 +230,8 @@ class _Writing:
         of_blocks = [held.type for held in self.matrices.values() if isinstance(held, Blocks)]
         usual = of_blocks[0] if of_blocks else self.exact or plain
         self.type = usual if chosen.type == "auto" or self.quantized else chosen.type
-        self.others = chosen.others or (self.type if self.type in FLOATS else "f16")
+        usual = "f16" if self.quantized else "mixture"
+        self.others = chosen.others or (self.type if self.type in FLOATS else usual)
         self.layout = layout_of_config(config)
         self.offset = FAMILIES[config.model_type].norm_offset
         keys = self.layout.heads // self.layout.key_heads
@@ -294,12 +298,14 @@ class _Writing:
             weight = weight[piece.rows] if weight.ndim == 1 else weight[..., piece.rows, :]
         if self.offset and piece.part.endswith("norm"):
             weight = weight.float() + self.offset
+        if kind not in ("f32", "bf16") and not bool((weight.abs() <= LARGEST).all()):
+            setting = "others" if self.quantized or piece.part in ("token_embd", "output") else "type"
+            raise Refusal(
+                f"format=gguf: {parameter} has weights beyond {LARGEST:.0f} or no numbers, where half precision ends; "
+                f"use format.{setting}=bf16"
+            )
         if kind not in FLOATS:
             return GgmlType(kind).pack(weight.flatten(0, -2)).bytes
-        if kind == "f16" and not bool((weight.abs() <= LARGEST).all()):
-            raise Refusal(
-                f"format=gguf: {parameter} has weights beyond {LARGEST:.0f}, where float16 ends; use format.others=bf16"
-            )
         held = weight.to(FLOATS[kind]).contiguous()
         return held.view(torch.int16) if kind == "bf16" else held  # numpy has no bfloat16
 
@@ -310,10 +316,11 @@ class _Writing:
         return held.dequantized() if kind == "f32" else packed_integers(held, kind).bytes
 
 
-def _add_tokenizer(writer: Any, folder: Path, vocabulary: int) -> str | None:
+def _add_tokenizer(writer: Any, finished: Finished, vocabulary: int) -> str | None:
     from transformers import AutoTokenizer
 
-    if not (folder / "tokenizer.json").is_file():  # transformers would make an empty one of nothing
+    if not (finished.folder / "tokenizer.json").is_file():  # transformers would make an empty one of nothing
         add_none(writer)
         return "token ids only: the model has no tokenizer.json"
-    return add_tokenizer(writer, AutoTokenizer.from_pretrained(folder, local_files_only=True), vocabulary)
+    tokenizer = AutoTokenizer.from_pretrained(finished.folder, local_files_only=True)
+    return add_tokenizer(writer, tokenizer, vocabulary, finished.texts)

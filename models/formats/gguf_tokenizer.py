@@ -1,7 +1,8 @@
 """A tokenizer as GGUF tells it, where llama.cpp then makes the same tokens of a text; that it does is tried out.
 
 llama.cpp's own converter (conversion/base.py) knows tokenizers by a list of hashes. Here the way in which llama.cpp
-splits text before merging (its `pre`) is the first that gives this tokenizer's ids on PROBE.
+splits text before merging (its `pre`) is the one with this tokenizer's own rule, and llama.cpp has to give its ids on
+PROBE and on the export's text.
 """
 
 from __future__ import annotations
@@ -9,11 +10,13 @@ from __future__ import annotations
 import base64
 import json
 import tempfile
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from models.formats.gguf_splits import Split, Unsaid, composes, splits_of
 from models.llama_library import tokenized_apart
 
 # Text on which ways to split disagree: case, accents (composed or not), digits, runs of spaces, line ends, width,
@@ -27,18 +30,10 @@ PROBE = (
     "...!?\n-- (a) [b] {c} <d> \"e\" 'f' //g\n/* h */ 東京タワー 한국어 עברית العربية हिन्दी ไทย",
     "  leading", "trailing  ", "x",
 )  # fmt: skip
-# llama.cpp's ways to split text of byte-level BPE, the usual ones first.
-SPLITS = (
-    "gpt-2", "llama-bpe", "qwen2", "gpt-4o", "tekken", "deepseek-v3", "deepseek-llm", "smollm", "starcoder", "falcon",
-    "stablelm2", "dbrx", "olmo", "command-r", "refact", "bloom", "chatglm-bpe", "default",
-)  # fmt: skip
-_KNOWN_BY = {"llama-bpe": "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}{1,3}|"}
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # llama_token_type
 _NONE = "no_vocab"  # what a file without a tokenizer has for its kind
-
-
-class Unsaid(Exception):
-    """GGUF or llama.cpp has no word for this tokenizer; the message says why."""
+_DEFAULT = Split("default", ())  # of kinds that llama.cpp does not split text for
+_COMPOSE = "llama.cpp does not compose letters and accents (NFC), as the tokenizer does: give it composed text"
 
 
 @dataclass(frozen=True)
@@ -48,7 +43,9 @@ class Described:
     model: str  # gpt2 (byte-level BPE), llama (SentencePiece's BPE), t5 (unigram)
     tokens: list[str]
     types: list[int]
-    splits: Sequence[str]  # to be tried
+    splits: Sequence[Split] = (_DEFAULT,)  # to be tried
+    ignore_merges: bool = False
+    composes: bool = False  # text is in NFC before it is split
     merges: list[str] = field(default_factory=list)
     scores: list[float] = field(default_factory=list)
     space_prefix: bool | None = None
@@ -56,19 +53,20 @@ class Described:
     charsmap: bytes | None = None
 
 
-def add_tokenizer(writer: Any, tokenizer: Any, vocabulary: int) -> str | None:
-    """Write it; or, where llama.cpp would make other tokens of a text, write that there is none and return why.
+def add_tokenizer(writer: Any, tokenizer: Any, vocabulary: int, texts: Sequence[str] = ()) -> str | None:
+    """Write it, and return what has to be known of it; or, where llama.cpp would make other tokens of a text, write
+    that there is none and return why.
 
-    `vocabulary`: rows of the embeddings. Token ids are right in every case.
+    `vocabulary`: rows of the embeddings. `texts`: what it is tried on, beside PROBE. Token ids are right in every case.
     """
     try:
         described = _described(tokenizer, vocabulary)
-        split = _agreeing(tokenizer, described)
+        split = _agreeing(tokenizer, described, texts)
     except Unsaid as problem:
         add_none(writer)
         return f"token ids only: {problem}"
     _write(writer, tokenizer, described, split)
-    return None
+    return _COMPOSE if described.composes else None
 
 
 def add_none(writer: Any) -> None:
@@ -146,10 +144,12 @@ def _described(tokenizer: Any, vocabulary: int) -> Described:
     if tokenizer.unk_token_id is not None and model["type"] != "BPE":
         types[tokenizer.unk_token_id] = UNKNOWN
     if model["type"] == "BPE" and _says(rules, "ByteLevel"):
+        for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+            if model.get(option):
+                raise Unsaid(f"llama.cpp has no {option} in its merges")
         merges = [" ".join(pair) if isinstance(pair, list) else pair for pair in model["merges"]]
-        pattern_text = json.dumps(rules["pre_tokenizer"])
-        first = [name for name, pattern in _KNOWN_BY.items() if json.dumps(pattern)[1:-1] in pattern_text]
-        return Described("gpt2", tokens, types, [*first, *(name for name in SPLITS if name not in first)], merges)
+        ignore, composed = bool(model.get("ignore_merges")), composes(rules["normalizer"])
+        return Described("gpt2", tokens, types, splits_of(rules), ignore, composed, merges)
     if model["type"] == "BPE" and model.get("byte_fallback"):
         if tokenizer.unk_token_id is not None:
             types[tokenizer.unk_token_id] = UNKNOWN
@@ -157,14 +157,15 @@ def _described(tokenizer: Any, vocabulary: int) -> Described:
             if types[id_] == NORMAL and token.startswith("<0x") and token.endswith(">") and len(token) == 6:
                 types[id_] = BYTE
         prefix = _says(rules, "Prepend") or (_says(rules, "Metaspace") and not _says(rules, "never"))
-        return Described("llama", tokens, types, ["default"], [], _scores(model, tokens), prefix, False)
+        scores = _scores(model, tokens)
+        return Described("llama", tokens, types, scores=scores, space_prefix=prefix, one_space=False)
     if model["type"] == "Unigram":
         of_piece = dict(model["vocab"])
         scores = [float(of_piece.get(token, 0.0)) for token in tokens]
         prefix = _says(rules, "Metaspace") and not _says(rules, "never")
         charsmap = next((base64.b64decode(found) for found in _charsmaps(rules["normalizer"])), None)
         one = " {2,}" in json.dumps(rules["normalizer"])
-        return Described("t5", tokens, types, ["default"], [], scores, prefix, one, charsmap)
+        return Described("t5", tokens, types, scores=scores, space_prefix=prefix, one_space=one, charsmap=charsmap)
     raise Unsaid(f"llama.cpp has no {model['type']} of this kind")
 
 
@@ -191,30 +192,47 @@ def _scores(model: dict[str, Any], tokens: list[str]) -> list[float]:
     return [-float(rank[token]) if token in rank else -1e6 for token in tokens]
 
 
-def _agreeing(tokenizer: Any, described: Described) -> str:
-    """The first way to split with which llama.cpp makes this tokenizer's tokens of PROBE."""
+def _agreeing(tokenizer: Any, described: Described, own: Sequence[str]) -> str:
+    """The first way to split with which llama.cpp makes this tokenizer's tokens of PROBE and of `own`."""
     import gguf
 
-    added = [token for token in tokenizer.get_added_vocab() if token.strip() == token][:8]
-    texts = [*PROBE, *(f"{token}one {token} two{token}{token}" for token in added)]
-    expected = [list(tokenizer(text)["input_ids"]) for text in texts]
     problem = ""
     with tempfile.TemporaryDirectory() as aside:
         for split in described.splits:
-            path = Path(aside) / f"{split}.gguf"
+            texts = [*own, *PROBE, *_around_added(tokenizer)]
+            if described.model == "gpt2" and split.ignore_merges != described.ignore_merges:
+                texts += _words(tokenizer)  # a word that is a token is where it shows
+            if described.composes:
+                texts = [unicodedata.normalize("NFC", text) for text in texts]
+            expected = tokenizer(texts)["input_ids"]
+            path = Path(aside) / f"{split.name}.gguf"
             writer = gguf.GGUFWriter(str(path), "llama")
             writer.add_vocab_size(len(described.tokens))
-            _write(writer, tokenizer, described, split)
+            _write(writer, tokenizer, described, split.name)
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.close()
             found = tokenized_apart(path, texts)
             if found == expected:
-                return split
+                return split.name
             if not problem:
                 problem = _first_difference(texts, expected, found)
             path.unlink()
     raise Unsaid(problem)
+
+
+def _around_added(tokenizer: Any) -> list[str]:
+    """Text around added tokens, those first that take spaces with them."""
+    decoder = tokenizer.added_tokens_decoder
+    tokens = [token for token in decoder.values() if token.content.strip() == token.content]
+    tokens.sort(key=lambda token: not (token.lstrip or token.rstrip or token.single_word))
+    return [f"{each.content}one {each.content} two{each.content}{each.content}" for each in tokens[:8]]
+
+
+def _words(tokenizer: Any) -> list[str]:
+    """Every token that is a text."""
+    told = tokenizer.batch_decode([[id_] for id_ in range(len(tokenizer))], clean_up_tokenization_spaces=False)
+    return [text for text in told if text and "\ufffd" not in text]
 
 
 def _first_difference(texts: Sequence[str], expected: list[list[int]], found: list[list[int]] | str) -> str:

@@ -114,8 +114,10 @@ class GPTQ(Format):
         if config["bits"] in (4, 8) and config["group_size"] in (-1, *_KERNELS):
             commands.append(("vLLM", f"vllm serve {named} --dtype float16"))
             if whole:
-                commands.append(("TGI", f"text-generation-launcher --model-id {named} --quantize gptq"))
-        commands.append(("transformers, with pip install optimum gptqmodel", f"transformers serve {named}"))
+                commands.append(("TGI", f"text-generation-launcher --model-id {named} --quantize gptq --dtype float16"))
+        commands.append(
+            ("transformers, with pip install optimum gptqmodel", f"transformers serve {named} --dtype float16")
+        )
         return commands
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from models.formats.checkpoint import in_dtype, rewritten
+from models.formats.checkpoint import dtype_of, in_dtype, rewritten
 from models.formats.format import Finished, Format, Plan, Runtime, Written
 from models.formats.loaded import loaded
 from models.load import empty_model, load_config
@@ -47,20 +47,22 @@ class HuggingFace(Format):
         return loaded(folder, device)
 
     def serving(self, folder: Path, path: str) -> list[tuple[str, str]]:
-        named = shlex.quote(path)
+        named, dtype = shlex.quote(path), dtype_of(load_config(str(folder)))
+        half = "bfloat16" if dtype == "bfloat16" else "float16"  # TGI has no other
         return [
-            ("transformers", f"transformers serve {named}"),
-            ("vLLM", f"vllm serve {named}"),
-            ("TGI", f"text-generation-launcher --model-id {named}"),
+            ("transformers", f"transformers serve {named} --dtype {dtype}"),
+            ("vLLM", f"vllm serve {named} --dtype {dtype}"),
+            ("TGI", f"text-generation-launcher --model-id {named} --dtype {half}"),
             ("TensorRT-LLM", f"trtllm-serve {named}"),
-            ("DeepSpeed-Inference, one answer", f"python -c {shlex.quote(_deepspeed(path))}"),
+            ("DeepSpeed-Inference, one answer", f"python -c {shlex.quote(_deepspeed(path, dtype))}"),
         ]
 
 
-def _deepspeed(path: str) -> str:
+def _deepspeed(path: str, dtype: str) -> str:
     return (
         f"import deepspeed, torch, transformers as t; path = {path!r}; k = t.AutoTokenizer.from_pretrained(path); "
-        "m = deepspeed.init_inference(t.AutoModelForCausalLM.from_pretrained(path), dtype=torch.float16).module; "
+        f"d = torch.{dtype}; "
+        "m = deepspeed.init_inference(t.AutoModelForCausalLM.from_pretrained(path, dtype=d), dtype=d).module; "
         'x = k("Once upon a time", return_tensors="pt").to(m.device); '
         "print(k.decode(m.generate(input_ids=x.input_ids, max_new_tokens=64)[0]))"
     )

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from models.errors import Problems
-from models.formats.checkpoint import beside, in_dtype, shards, tensors
+from models.formats.checkpoint import beside, dtype_of, in_dtype, shards, tensors
 from models.formats.container import check_scales, left_out, quantized_of, scales_OG, scheme_of
 from models.formats.format import Finished, Format, Plan, Runtime, Written
 from models.formats.loaded import loaded
@@ -85,7 +85,8 @@ class TorchAO(Format):
         return loaded(folder, device, dense)
 
     def serving(self, folder: Path, path: str) -> list[tuple[str, str]]:
-        return [("transformers", f"transformers serve {shlex.quote(path)}")]
+        dtype = dtype_of(load_config(str(folder)))
+        return [("transformers", f"transformers serve {shlex.quote(path)} --dtype {dtype}")]
 
 
 def _tensor(quantized: QuantizedMatrix, scheme: WeightScheme, dtype: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ def text(*, run: str, name: str, model: str, manifest: Json, device: str, servin
         format=name,
         lineage=lineage(model),
         told=certificates,
+        stored=_stored(certificates["fallbacks"]),
         runtime=certificates["runtime"],
         metrics=manifest["metrics"],
         row=_row(manifest["metrics"]),
@@ -41,6 +43,18 @@ def text(*, run: str, name: str, model: str, manifest: Json, device: str, servin
         serving=serving,
         versions=manifest["versions"],
     )
+
+
+def _stored(fallbacks: Mapping[str, str]) -> dict[str, Any]:
+    """What is held otherwise than asked: `subjects` (tokenizer, context), which have sentences, and `parameters`, which
+    have types; `summed` is of the latter, the most frequent type first."""
+    parameters = {name: kind for name, kind in fallbacks.items() if "." in name}
+    counts = Counter(parameters.values()).most_common()
+    return {
+        "subjects": {name: told for name, told in fallbacks.items() if name not in parameters},
+        "parameters": parameters,
+        "summed": ", ".join(f"{count} {'is' if count == 1 else 'are'} {kind}" for kind, count in counts),
+    }
 
 
 def _row(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
 import re
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -37,6 +38,7 @@ from pipeline.stages.stage import Makes, Stage
 from pipeline.stages.stage import Plan as StagePlan
 from pipeline.steps.exporter import Exporter
 
+_TEXTS = 64  # documents that a container's own tokenizer is tried on
 _QUANTIZERS = ("transformers.quantizers.auto", "torchao.quantization", "compressed_tensors")
 
 
@@ -157,6 +159,7 @@ class Export(Stage):
         begin = time.monotonic()
         folder = local_folder(self.model)
         plan = self._plan(context)
+        samples, texts = self._samples(context, folder)
         exporter = Exporter(
             context,
             self.model,
@@ -164,7 +167,8 @@ class Export(Stage):
             artifact.quantized_file(folder),
             plan.scheme.activations if plan.scheme else None,
             dtype_of(plan.config),
-            self._samples(context, folder),
+            samples,
+            texts,
             Tolerances(self.logits_tolerance, self.kl_tolerance, self.rounded_kl_tolerance),
             self.speed,
             # A package that is missing is passed over, and is none of these formats' needs.
@@ -188,21 +192,38 @@ class Export(Stage):
 
         artifact.publish(context.out, build, manifest)
 
-    def _samples(self, context: Context, folder: Path) -> list[Tensor]:
-        """Int64[T] each: the beginnings of documents, of the test split where there is one."""
+    def _samples(self, context: Context, folder: Path) -> tuple[list[Tensor], list[str]]:
+        """Int64[T] each, the beginnings of documents, of the test split where there is one; and more of these documents
+        as whole texts."""
         tokenizer = tokenizer_of(str(folder), self.data)
+        found = list(itertools.islice(self._documents(context, tokenizer), max(self.samples, _TEXTS)))
+        if not found:
+            raise Refusal(f"{context.stage}: no text of two tokens in data; give more")
+        return [ids[: self.length] for ids in found[: self.samples]], [_text(tokenizer, ids) for ids in found[:_TEXTS]]
+
+    def _documents(self, context: Context, tokenizer: Any) -> Iterator[Tensor]:
+        """Int64[T] each: those of the first split that has any."""
         splits = [split for split in ("test", "validation") if self.data.holds(split)]
-        found: list[Tensor] = []
         for split in [*splits, "train"]:
             sequences, _, _ = sequences_of(self.data, split, tokenizer, context.data_folder)
+            some = False
             for number in range(len(sequences)):
                 batch = collate([sequences[number]], pad_token=pad_token(tokenizer))
-                found += [ids[: self.length] for ids, _ in documents(batch) if len(ids) > 1]
-                if len(found) >= self.samples:
-                    return found[: self.samples]
-            if found:
-                return found
-        raise Refusal(f"{context.stage}: no text of two tokens in data; give more")
+                for ids, _ in documents(batch):
+                    if len(ids) > 1:
+                        some = True
+                        yield ids
+            if some:
+                return
+
+
+def _text(tokenizer: Any, ids: Tensor) -> str:
+    """Without the tokens that begin and end it, which tokenizing it adds."""
+    tokens: list[int] = ids.tolist()
+    tokens = tokens[1:] if tokens[0] == tokenizer.bos_token_id else tokens
+    tokens = tokens[:-1] if tokens and tokens[-1] == tokenizer.eos_token_id else tokens
+    text: str = tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
+    return text.strip("\ufffd")  # a document may be cut inside a letter
 
 
 def local_folder(model: str) -> Path:

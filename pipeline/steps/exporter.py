@@ -41,6 +41,7 @@ class Exporter:
     activations: Activations | None  # of the scheme that it was quantized to
     dtype: str  # of what is not quantized
     samples: Sequence[Tensor]  # Int64[T] each: what certificates are measured on
+    texts: Sequence[str]  # that a container's own tokenizer is tried on
     tolerances: Tolerances
     speed: Speed
     alone: Alone
@@ -83,9 +84,11 @@ class Exporter:
 
     def _finished(self) -> Finished:
         held = open_quantized(self.quantized) if self.quantized else None
+        own = Path(self.model).resolve().is_relative_to(self.context.run_dir.resolve())
+        name = self.context.run_dir.name if own else Path(self.model).name
         if isinstance(held, BlockWeights):
-            return Finished(self.folder, None, self.dtype, held)
-        return Finished(self.folder, held, self.dtype)
+            return Finished(self.folder, None, self.dtype, held, name, self.texts)
+        return Finished(self.folder, held, self.dtype, None, name, self.texts)
 
     def _certified(self, name: str, form: Format, folder: Path, written: Written) -> dict[str, Any]:
         """The figures of models.formats.certificate.certify."""

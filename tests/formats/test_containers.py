@@ -163,6 +163,35 @@ def test_awq_files_hold_eight_outputs_in_a_word_in_their_own_order(scheme: str, 
         assert torch.equal(held[f"{module}.scales"], made.scale.T.half())
 
 
+def autoawqs_weight(qweight: np.ndarray, qzeros: np.ndarray, scales: np.ndarray, group: int) -> np.ndarray:
+    """Float32[I, O], as AutoAWQ dequantizes what it calls GEMM.
+
+    awq/utils/packing_utils.py of github.com/casper-hansen/AutoAWQ: a word is taken apart by shifts of 0, 4, …, 28; its
+    eight outputs are at places 0, 4, 1, 5, 2, 6, 3, 7; and a weight is (integer − zero) · scale of its group.
+    """
+
+    def integers(words_NW: np.ndarray) -> np.ndarray:
+        apart_NWE = (words_NW.astype(np.int64)[..., None] >> (4 * np.arange(8))) & 15
+        return apart_NWE[..., [0, 4, 1, 5, 2, 6, 3, 7]].reshape(len(words_NW), -1)
+
+    rows = np.arange(len(qweight)) // group
+    found: np.ndarray = (integers(qweight) - integers(qzeros)[rows]) * scales.astype(np.float32)[rows]
+    return found
+
+
+@pytest.mark.parametrize("scheme", ["int4", "int4_asymmetric", "int4_channel"])
+def test_autoawqs_own_unpacking_gives_the_quantized_weights(scheme: str, models: Any, tmp_path: Path) -> None:
+    source = models(scheme)
+    folder = written(AWQ(), source, tmp_path / "awq")
+    held = load_file(folder / "model.safetensors")
+    size = json.loads((folder / "config.json").read_text())["quantization_config"]["group_size"]
+    for name, made in read_quantized(source / "quantized.safetensors").matrices.items():
+        qweight, qzeros, scales = (held[f"{name.removesuffix('.weight')}.{part}"].numpy() for part in
+                                   ("qweight", "qzeros", "scales"))  # fmt: skip
+        weight_IO = autoawqs_weight(qweight, qzeros, scales, len(qweight) if size == -1 else size)
+        np.testing.assert_array_equal(weight_IO.T, made.dequantized().numpy(), name)
+
+
 def test_weights_that_were_changed_after_they_were_quantized_are_refused(models: Any, tmp_path: Path) -> None:
     shutil.copytree(models("int4"), tmp_path / "model")
     held = load_file(tmp_path / "model" / "model.safetensors")
@@ -421,3 +450,32 @@ def test_every_format_says_how_it_is_served(name: str, models: Any, tmp_path: Pa
             assert path in words
     runtimes = {runtime for runtime, _ in told}
     assert ("vLLM" in runtimes) == (name == "huggingface")  # no kernel of vLLM's takes groups of 16
+
+
+DTYPES_TOLD = {
+    # (format, its dtype) → what vLLM computes in, and transformers; left alone, vLLM takes bfloat16 for float32
+    ("huggingface", "float32"): ("float32", "float32"),
+    ("huggingface", "bfloat16"): ("bfloat16", "bfloat16"),
+    ("compressed_tensors", "float32"): ("float16", "float32"),
+    ("compressed_tensors", "bfloat16"): ("bfloat16", "bfloat16"),
+    ("gptq", "float32"): ("float16", "float16"),
+    ("awq", "float32"): ("float16", "float16"),
+    ("torchao", "float32"): (None, "float32"),
+}
+
+
+@pytest.mark.parametrize(("name", "dtype"), DTYPES_TOLD)
+def test_every_command_says_in_which_dtype(name: str, dtype: str, tmp_path: Path) -> None:
+    scheme = WeightScheme(4, "group", 32, scale_dtype="bfloat16" if dtype == "bfloat16" else "float16")
+    source = quantized(tmp_path / "model", scheme, dtype=getattr(torch, dtype), **WIDE)
+    told = dict(ALL[name].serving(written(ALL[name], source, tmp_path / name, dtype), "m"))
+    words = {
+        runtime.partition(",")[0]: command.split(" --dtype ")[1:2]
+        for runtime, command in told.items()
+        if not runtime.startswith(("TensorRT", "DeepSpeed"))  # the one has no such word, the other says it in Python
+    }
+    vllm, plain = DTYPES_TOLD[name, dtype]
+    assert words["transformers"] == [plain]
+    assert words.get("vLLM", [None]) == [vllm]
+    assert words.get("TGI", [None]) == [vllm if vllm != "float32" else "float16"]  # TGI has no float32
+    assert f"torch.{dtype}" in told.get("DeepSpeed-Inference, one answer", f"torch.{dtype}")

@@ -36,7 +36,7 @@ def config_of(family: str, **values: Any) -> Any:
         "vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4,
         "max_position_embeddings": 64, "tie_word_embeddings": False,
     }  # fmt: skip
-    return AutoConfig.for_model(family, **{**sizes, **SIZES[family], **values})
+    return AutoConfig.for_model(family, **{**sizes, **SIZES.get(family, {}), **values})
 
 
 def model_of(family: str, seed: int = 0, dtype: torch.dtype = torch.float64, **values: Any) -> Any:

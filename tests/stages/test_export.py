@@ -14,10 +14,12 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from models.errors import Refusal
 from models.formats.compressed_tensors import CompressedTensors
 from models.formats.format import Finished, Format, Written
+from models.formats.gguf import Gguf
 from models.formats.gptq import GPTQ
 from models.formats.huggingface import HuggingFace
 from models.measure import documents, negative_log_likelihood, open_for_inference, scored
@@ -137,6 +139,32 @@ def test_the_card_tells_where_it_comes_from_what_it_is_worth_and_how_it_is_serve
         assert "partial" not in card
     assert "vllm serve" in (exported / "huggingface" / "README.md").read_text()
     assert "vllm" not in (exported / "gptq" / "README.md").read_text()  # groups of 16
+
+
+def test_a_gguf_is_named_tried_on_its_own_text_and_its_fallbacks_are_summed(
+    start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gguf = pytest.importorskip("gguf")
+    pytest.importorskip("xllamacpp")
+    given: list[Finished] = []
+    plain = Gguf.write
+    monkeypatch.setattr(Gguf, "write", lambda *words: given.append(words[1]) or plain(*words))
+    words = [f"model.path={start}/teacher", f"stages.export.model={start}/teacher", "format=[gguf]"]
+    folder = EXPERIMENT.make(tmp_path / "run", "export", *words, "formats.gguf.type=q4_0") / "gguf"
+    fields = gguf.GGUFReader(str(folder / "model.gguf"))
+    said = {name: fields.get_field(name).contents() for name in ("general.name", "tokenizer.ggml.pre")}
+    assert said == {"general.name": "teacher", "tokenizer.ggml.pre": "gpt-2"}
+    assert len(given[0].texts) > 3  # more than the samples, and whole
+    tokenizer = AutoTokenizer.from_pretrained(start / "teacher")
+    assert all(tokenizer.decode(tokenizer(text)["input_ids"]) == text for text in given[0].texts)
+    down = [f"model.layers.{layer}.mlp.down_proj.weight" for layer in range(2)]  # 48 wide: 32 does not divide them
+    card = (folder / "README.md").read_text()
+    assert manifest(folder)["certificates"]["fallbacks"].items() >= dict.fromkeys(down, "f16").items()
+    before, _, folded = card.partition("<details>")
+    assert "- of the parameters, whose widths do not allow what was asked for: 2 are f16, 1 is q8_0\n" in before
+    assert not any(name in before for name in down)
+    lines = {line for line in folded.partition("</details>")[0].splitlines() if line.startswith("- ")}
+    assert lines == {*(f"- `{name}`: f16" for name in down), "- `lm_head.weight`: q8_0"}
 
 
 def test_a_run_that_was_killed_goes_on_behind_the_formats_that_are_done(
