@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from models.errors import Refusal
+from models.experts import are_experts, reads_of_experts
 from models.heads import body_of
 from models.matrices import is_linear, name_of_layers
 from models.representations import decoder_layers
@@ -40,11 +41,13 @@ class Turn:
     layer: nn.Module
     hidden: Sequence[Tensor]  # [B, T, H] each
     words: Sequence[Words]
+    routed: dict[str, int] = field(default_factory=dict)  # tokens sent to each expert's matrix, as `read` has seen
 
-    def read(self, start: Callable[[int], R]) -> dict[str, R]:
-        """The inputs of the layer's linear modules, by their names in it, each in a `start(width)`.
+    def read(self, start: Callable[[int], R], experts: bool = True) -> dict[str, R]:
+        """The inputs of the layer's matrices, by their places in it (Matrix.place), each in a `start(width)`.
 
-        Modules that read the very same tensor (queries, keys and values) share one. What no batch reaches is missing.
+        Modules that read the very same tensor (queries, keys and values) share one. Each expert has its own, of the
+        tokens that are routed to it; not where `experts` is false. What no batch reaches is missing.
         """
         gathered: dict[str, R] = {}
         seen: dict[int, tuple[Tensor, R]] = {}  # of this batch; the tensor is held, or its id could be another's
@@ -60,8 +63,24 @@ class Turn:
 
             return hook
 
-        linear = [(name, module) for name, module in self.layer.named_modules() if is_linear(module)]
-        handles = [module.register_forward_pre_hook(hook_of(name)) for name, module in linear]
+        def experts_hook_of(name: str) -> Callable[..., None]:
+            def hook(module: nn.Module, inputs: Any, named: Any, output: Tensor) -> None:
+                for own, expert, read_NI in reads_of_experts(module, inputs, named, output):
+                    place = f"{name}.{own}[{expert}]"
+                    self.routed[place] = self.routed.get(place, 0) + len(read_NI)
+                    if len(read_NI):
+                        if place not in gathered:
+                            gathered[place] = start(read_NI.shape[-1])
+                        gathered[place].add(read_NI)
+
+            return hook
+
+        self.routed.clear()
+        modules = list(self.layer.named_modules())
+        handles = [m.register_forward_pre_hook(hook_of(name)) for name, m in modules if is_linear(m)]
+        for name, module in modules:
+            if experts and are_experts(module):
+                handles.append(module.register_forward_hook(experts_hook_of(name), with_kwargs=True))
         try:
             for hidden, words in zip(self.hidden, self.words, strict=True):
                 seen.clear()

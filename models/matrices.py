@@ -43,6 +43,11 @@ class Matrix:
         own = parameter if self.slot is None else parameter[self.slot]
         return own.T if self.transposed else own
 
+    @property
+    def place(self) -> str:
+        """Its own name in its layer: self_attn.q_proj, mlp.experts.down_proj[3]."""
+        return self.name if self.slot is None else f"{self.name}[{self.slot}]"
+
     def __str__(self) -> str:
         return self.parameter if self.slot is None else f"{self.parameter}[{self.slot}]"
 
@@ -90,13 +95,14 @@ def chosen(model: Any, skip: Sequence[str], setting: str) -> list[Matrix]:
     return left
 
 
-def check_read(taken: Sequence[Matrix], method: str, other: str) -> None:
-    """Raises Refusal for experts, whose inputs arise inside of one operation; `other` is a way that needs no text."""
+def check_modules(taken: Sequence[Matrix], method: str, other: str) -> None:
+    """Raises Refusal for experts, whose inputs arise inside of one operation, where they cannot be changed; `other` is
+    a way that leaves inputs as they are."""
     if experts := [matrix for matrix in taken if matrix.slot is not None]:
         names = dict.fromkeys(matrix.name for matrix in experts)
         raise Refusal(
-            f"{method}: the inputs of {experts[0].parameter} cannot be captured, as experts are one "
-            f"operation; use {other}, or skip=[{', '.join(names)}]"
+            f"{method}: the inputs of {experts[0].parameter} cannot be rounded, as experts are one operation; use "
+            f"{other}, or skip=[{','.join(names)}]"
         )
 
 

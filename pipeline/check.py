@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 def check(spec: dict[str, Any], scratch: Path | None = None) -> dict[str, Any]:
     """The plan of every stage that will run. Raises Refusal with all that they refuse. `scratch`: where models that are
     to be made are written down meanwhile."""
+    from hydra.utils import instantiate
+
     from pipeline.context import Context
 
     config, typed = spec["config"], spec.get("typed", {})
@@ -33,6 +35,11 @@ def check(spec: dict[str, Any], scratch: Path | None = None) -> dict[str, Any]:
         with in_words_of(Context(config, name)):
             made[name] = build(config, name)
     problems = Problems()
+    with refusing("launch"):
+        launcher = instantiate(config["launch"])
+    if not config["dry_run"]:  # a plan can be made anywhere
+        with problems:
+            launcher.check()
     with problems:
         _check_taken(config, typed)
     with tempfile.TemporaryDirectory(dir=scratch) as plans:

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shutil
 import signal
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Protocol
+
+from models.errors import Refusal
 
 _ROOT = str(Path(__file__).resolve().parent.parent)
 
@@ -20,6 +23,10 @@ _ROOT = str(Path(__file__).resolve().parent.parent)
 class Launcher(Protocol):
     several_nodes: ClassVar[bool]
     on_this_machine: ClassVar[bool]  # one rank is a plain process, a child of the command that was typed
+
+    def check(self) -> None:
+        """Refuse, before a stage starts, surroundings in which no process could be started."""
+        ...
 
     def command(self, arguments: list[str], *, ranks: int, nodes: int) -> list[str]:
         """The command line that runs `python -m ARGUMENTS` once per rank."""
@@ -32,6 +39,9 @@ class Local:
 
     several_nodes: ClassVar[bool] = False
     on_this_machine: ClassVar[bool] = True
+
+    def check(self) -> None:
+        """There is always this machine."""
 
     def command(self, arguments: list[str], *, ranks: int, nodes: int) -> list[str]:
         if ranks == 1:
@@ -54,6 +64,15 @@ class Slurm:
     several_nodes: ClassVar[bool] = True
     on_this_machine: ClassVar[bool] = False
     arguments: list[str] = field(default_factory=list)  # further words for srun, e.g. a container's
+
+    def check(self) -> None:
+        if not os.environ.get("SLURM_JOB_ID"):
+            raise Refusal(
+                "launch=slurm: this is no Slurm allocation (SLURM_JOB_ID is not set); submit the run with `sbatch "
+                "slurm/train.sbatch …`, call it inside `salloc`, or leave launch=slurm out"
+            )
+        if shutil.which("srun") is None:
+            raise Refusal("launch=slurm: there is no srun on the PATH; add Slurm's programs to it")
 
     def command(self, arguments: list[str], *, ranks: int, nodes: int) -> list[str]:
         used = nodes if ranks > 1 else 1

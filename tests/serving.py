@@ -1,6 +1,6 @@
 """A real HTTP server around a model folder, in the shapes that vLLM, llama.cpp and others answer in.
 
-    python -m tests.serving FOLDER PORT DIALECT [--fail-every N] [--die-after N] [--max-logprobs N]
+    python -m tests.serving FOLDER PORT DIALECT [--fail-every N] [--die-after N] [--max-logprobs N] [--dtype D]
 
 Every dialect is served, under /DIALECT/v1; the one named is served at /v1 too. A token's text is its id in brackets.
 With --fail-every, every Nth POST meets, in turn, a 503, a dropped connection, half an answer.
@@ -39,8 +39,8 @@ class Rejected(Exception):
 
 
 class Model:
-    def __init__(self, folder: str, max_logprobs: int) -> None:
-        self.model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    def __init__(self, folder: str, max_logprobs: int, dtype: str = "float32") -> None:
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
         self.vocabulary = self.model.config.vocab_size
         self.max_logprobs = max_logprobs
         self.lock = threading.Lock()
@@ -259,9 +259,10 @@ if __name__ == "__main__":
     parser.add_argument("--fail-every", type=int, default=0)
     parser.add_argument("--die-after", type=int, default=0)
     parser.add_argument("--max-logprobs", type=int, default=20)
+    parser.add_argument("--dtype", default="float32")
     told = parser.parse_args()
     torch.set_num_threads(1)
-    Handler.model, Handler.dialect = Model(told.folder, told.max_logprobs), told.dialect
+    Handler.model, Handler.dialect = Model(told.folder, told.max_logprobs, told.dtype), told.dialect
     Handler.fail_every, Handler.die_after = told.fail_every, told.die_after
     server = Server(("127.0.0.1", told.port), Handler)
     print("ready", flush=True)

@@ -349,12 +349,13 @@ def test_an_export_of_a_plain_model_is_referred_to_an_experiment_that_quantizes_
     )
 
 
-def test_ranks_that_no_stage_has_are_refused_or_warned_of(narrow: Path) -> None:
+def test_ranks_that_no_stage_has_are_refused_or_warned_of(narrow: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["+experiment=export_only", f"model.path={narrow}"]
     told = "without effect, as each stage here (export) runs on one rank"
     assert refused(*words, "trainer.devices=2") == f"trainer.devices=2: {told}; leave it out"
     assert refused(*words, "strategy=zero3") == f"strategy=zero3: {told}; leave it out"
     # As slurm/train.sbatch adds it to every run.
+    monkeypatch.setattr("pipeline.launch.Slurm.check", lambda self: None)
     (export,) = unrefused(*words, "trainer.devices=2", "launch=slurm")
     assert export["warnings"] == [f"trainer.devices=2: {told}"]
     # Of a part of a run, whose other stages take it.

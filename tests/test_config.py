@@ -542,6 +542,7 @@ MISTAKES = {
     "teacher=served teacher.endpoint.url=nonsense divergence.temperature=1.0": ["nonsense"],
     "teacher=served teacher.endpoint.url=http://localhost:1/v1": ["temperature=2", "forward_kl to 1"],
     "teacher=served": ["teacher.endpoint.url is not set"],
+    "launch=slurm": ["launch=slurm: this is no Slurm allocation", "sbatch slurm/train.sbatch", "salloc"],
     "teacher=served teacher.endpoint.url=http://localhost:1/v1 encoding=hidden_states": [
         "encoding=hidden_states: a server gives the best k"
     ],
@@ -632,6 +633,38 @@ def test_a_mistake_is_one_line_that_names_it(words: str) -> None:
     assert len(said.splitlines()) == 1, said
     for part in MISTAKES[words]:
         assert part in said
+
+
+@pytest.mark.parametrize(
+    ("word", "key"),
+    [
+        ("teacher.endpoint.url='http://host/v1?api_key=SECRET'", "teacher.endpoint.url"),
+        ("teacher.endpoint.url='http://me:SECRET@host/v1'", "teacher.endpoint.url"),
+        ("data.train='https://host/text.jsonl?access_token=SECRET'", "data.train"),
+        ("data.train=['https://SECRET@host/text.jsonl']", "data.train.0"),
+        ("logger.project='s3://host/a?x=1&sig=SECRET'", "logger.project"),
+    ],
+)
+def test_a_key_in_any_address_is_refused_without_saying_it(word: str, key: str) -> None:
+    given = ["teacher=served", "logger=wandb", "data=files", "divergence.temperature=1.0"]
+    url = [] if "endpoint" in word else ["teacher.endpoint.url='http://host/v1?page=2'"]
+    text = [] if word.startswith("data") else ["data.train=stdlib"]
+    with pytest.raises(Refusal) as told:
+        quickstart(*given, *url, *text, word)
+    assert str(told.value).startswith(f"{key}: the address holds a password or a key")
+    assert "SECRET" not in str(told.value)
+    assert "\n" not in str(told.value)
+
+
+def test_a_plan_for_a_cluster_is_made_anywhere_and_a_run_where_srun_can_be_called(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert unrefused("dry_run=true", "launch=slurm")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert refused("launch=slurm") == "launch=slurm: there is no srun on the PATH; add Slurm's programs to it"
+    (tmp_path / "srun").touch(0o700)
+    assert unrefused("launch=slurm")
 
 
 @pytest.mark.parametrize("words", ["+a.b=1", "trainer.devices=0", "stages.quantize.method=awq", "quantizer=null"])

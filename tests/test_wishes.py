@@ -118,7 +118,9 @@ def test_a_teacher_that_a_server_runs(things: dict[str, str], server: Served, tm
     small = [*short("distill"), "data.max_documents=12", "only=[record,distill]"]
     run = granted(SERVED, {**things, "url": url}, tmp_path / "run", *small)
     assert config_of(run / "distill")["num_hidden_layers"] == 1
-    assert json.loads((run / "record" / "manifest.json").read_text())["kind"] == "signal"
+    record = json.loads((run / "record" / "manifest.json").read_text())
+    assert record["kind"] == "signal"
+    assert record["metrics"]["server"]["dtype"] == "float32"
 
 
 def test_a_run_goes_on_with_other_devices(things: dict[str, str], tmp_path: Path) -> None:

@@ -15,10 +15,12 @@ from typing import Any
 import httpx
 
 from models.errors import Refusal
+from models.teachers.deadline import Deadline
 
 FIRST_PAUSE_SECONDS = 1.0  # doubles with every further try
 LONGEST_PAUSE_SECONDS = 60.0
 LONGEST_RETRY_AFTER_SECONDS = 600.0  # a server may ask for more patience than we have by ourselves, not for a day
+LONGEST_MESSAGE_BYTES = 2**16  # read of an answer that is none
 TRANSIENT = {408, 425, 429} | set(range(500, 600)) - {501, 505}
 
 log = logging.getLogger(__name__)
@@ -29,11 +31,11 @@ class Unanswered(Exception):
 
 
 class Rejected(Exception):
-    """The server understood and said no."""
+    """The server understood and said no, or (`moved`) named another address, which is never asked by itself."""
 
-    def __init__(self, status: int, message: str) -> None:
+    def __init__(self, status: int, message: str, moved: str = "") -> None:
         super().__init__(f"{status}: {message}")
-        self.status, self.message = status, message
+        self.status, self.message, self.moved = status, message, moved
 
 
 class Connection:
@@ -50,10 +52,11 @@ class Connection:
         concurrency: int,
         retries: int,
         timeout_seconds: int | float,
+        answer_mb: int,
         api_key_variable: str,
     ) -> None:
         self.url, self.top_k, self.retries, self.timeout_seconds = url, top_k, retries, timeout_seconds
-        self.api_key_variable = api_key_variable
+        self.answer_mb, self.api_key_variable = answer_mb, api_key_variable
         self.base = url.rstrip("/")
         self.root = self.base.removesuffix("/v1")
         self.model = self.dialect = ""
@@ -61,10 +64,12 @@ class Connection:
         self.warned = -math.inf  # when a failed try was last reported
         key = os.environ.get(api_key_variable, "")
         self.client = httpx.Client(
-            timeout=timeout_seconds,
+            timeout=float(timeout_seconds),
             headers={"Authorization": f"Bearer {key}"} if key else {},
             limits=httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency),
         )
+        self.deadline = Deadline()
+        self.deadline.bind(self.client)
 
     def close(self) -> None:
         self.client.close()
@@ -78,7 +83,8 @@ class Connection:
                 break
             asked_to_wait = 0.0
             try:
-                response = self.client.request("GET" if body is None else "POST", url, json=body)
+                with self.deadline.of(self.timeout_seconds):
+                    response = self._exchange("GET" if body is None else "POST", url, body)
             except httpx.TimeoutException:
                 reason = f"no answer within teacher.endpoint.timeout_seconds={self.timeout_seconds:g}"
             except httpx.RequestError as problem:
@@ -93,7 +99,8 @@ class Connection:
                     reason = f"{response.status_code}: {_message(response)}"
                     asked_to_wait = _retry_after(response)
                 else:
-                    raise Rejected(response.status_code, _message(response))
+                    moved = response.headers.get("Location", "") if response.is_redirect else ""
+                    raise Rejected(response.status_code, _message(response), moved)
             if attempt + 1 == tries:
                 break
             # With jitter, or all that failed together would come back together.
@@ -106,6 +113,24 @@ class Connection:
                 break
         raise Unanswered(reason)
 
+    def _exchange(self, method: str, url: str, body: dict[str, Any] | None) -> httpx.Response:
+        """A response that is read, of `answer_mb` at most. What is sent compressed counts as it is decompressed."""
+        with self.client.stream(method, url, json=body) as response:
+            room = self.answer_mb * 2**20 if response.is_success else LONGEST_MESSAGE_BYTES
+            parts: list[bytes] = []
+            for part in response.iter_bytes():
+                room -= len(part)
+                if room < 0 and response.is_success:
+                    raise Refusal(
+                        f"teacher.endpoint.answer_mb={self.answer_mb}: an answer of {self.url} is longer; ask for less "
+                        f"(teacher.endpoint.top_k, data.max_length), or raise it"
+                    )
+                parts.append(part)
+                if room < 0:
+                    break
+            headers = {n: v for n, v in response.headers.items() if n not in ("content-encoding", "content-length")}
+            return httpx.Response(response.status_code, headers=headers, content=b"".join(parts))
+
     def post(self, url: str, body: dict[str, Any]) -> Any:
         """`request` for answers that are needed: what the server rejects is a Refusal with the remedy."""
         try:
@@ -115,6 +140,11 @@ class Connection:
 
     def refusal(self, problem: Rejected) -> Refusal:
         message = problem.message
+        if problem.moved:
+            return Refusal(
+                f"teacher.endpoint.url={self.url}: it answers {problem.status} and sends on to "
+                f"{_address(problem.moved)}, which is not followed; if that is your server, give its address"
+            )
         said = f"teacher.endpoint.url={self.url}: the server says {problem.status}: {message}"
         if problem.status in (401, 403):
             return Refusal(f"{said}; set the environment variable {self.api_key_variable} to its key")
@@ -141,10 +171,19 @@ class Connection:
         try:
             answer = self.request(url)
         except Rejected as problem:
-            if problem.status in (401, 403):
+            if problem.status in (401, 403) or (problem.moved and url.startswith(f"{self.base}/")):
                 raise self.refusal(problem) from None
             return {}
         return answer if isinstance(answer, dict) else {}
+
+
+def _address(url: str) -> str:
+    """Without what may be a secret."""
+    try:
+        parsed = httpx.URL(url)
+    except httpx.InvalidURL:
+        return "another address"
+    return str(parsed.copy_with(userinfo=b"", query=None, fragment=None))
 
 
 def _message(response: httpx.Response) -> str:

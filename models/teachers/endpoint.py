@@ -5,6 +5,7 @@ Tokens travel as ids in both directions: text would be tokenized again on the ot
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -26,6 +27,8 @@ R = TypeVar("R")
 
 # JSON has no -inf: vLLM writes -9999 for it, llama.cpp the lowest float.
 MINUS_INFINITY = -9999.0
+REACH_SECONDS = 15.0  # for each request of `reach`
+FIRST_TOKENS = [0, 1]  # of any vocabulary
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,9 @@ class Endpoint:
     """Where a served teacher is and how it is asked."""
 
     # fields that change nothing that is made, beyond rounding (pipeline/config.py, identity)
-    immaterial: ClassVar[frozenset[str]] = frozenset({"concurrency", "retries", "timeout_seconds", "api_key_variable"})
+    immaterial: ClassVar[frozenset[str]] = frozenset(
+        {"concurrency", "retries", "timeout_seconds", "answer_mb", "api_key_variable"}
+    )
 
     url: str  # http://host:8000/v1
     model: str | None = None  # null: the first that /models lists
@@ -41,25 +46,27 @@ class Endpoint:
     dialect: str = "auto"  # vllm | openai | llama.cpp; auto: found out once
     concurrency: int = 16  # requests in flight
     retries: int = 6  # per request; the pauses between them add up to about a minute
-    timeout_seconds: int | float = 120
+    timeout_seconds: int | float = 120  # for the whole of a request, to the last byte of its answer
+    answer_mb: int = 256  # of the longest answer that is read
     api_key_variable: str = "OPENAI_API_KEY"  # the name of an environment variable, never the key
 
     def check(self) -> None:
         """Refuse values that cannot work. Asks nothing of the network."""
+        if re.search(r"[@?#]", self.url):  # not said: it stands in logs, and in every record of the run
+            raise Refusal(
+                "teacher.endpoint.url: it holds a user, a password or a query, and would be written into every record "
+                "of the run; give host and path alone, and the key in the environment variable that "
+                "teacher.endpoint.api_key_variable names"
+            )
         try:
             parsed = httpx.URL(self.url)
         except httpx.InvalidURL:
             parsed = httpx.URL("")
         if parsed.scheme not in ("http", "https") or not parsed.host:
             raise Refusal(f"teacher.endpoint.url={self.url}: need a url such as http://host:8000/v1")
-        if parsed.userinfo:
-            raise Refusal(
-                "teacher.endpoint.url: it holds a password; put the key into the variable that "
-                "teacher.endpoint.api_key_variable names"
-            )
         if self.dialect not in names_to_choose():
             raise Refusal(f"teacher.endpoint.dialect={self.dialect}: need one of {', '.join(names_to_choose())}")
-        for name, least in (("top_k", 1), ("concurrency", 1), ("retries", 0)):
+        for name, least in (("top_k", 1), ("concurrency", 1), ("retries", 0), ("answer_mb", 1)):
             if getattr(self, name) < least:
                 raise Refusal(f"teacher.endpoint.{name}={getattr(self, name)}: need {least} or more")
         if not 0 < self.timeout_seconds < math.inf:
@@ -80,6 +87,26 @@ class Endpoint:
             return server.ask()
         except Unanswered as problem:
             raise self._down(problem, 0) from None
+        finally:
+            server.connection.close()
+
+    def reach(self, scores: bool) -> Served:
+        """As `ask`, in one try and a short time, before a run begins: that the server is there and lists the model.
+        `scores`: that it gives `top_k` log-probabilities of given tokens, too; of two tokens."""
+        brief = min(self.timeout_seconds, REACH_SECONDS)
+        server = dataclasses.replace(self, retries=0, timeout_seconds=brief)._server()
+        try:
+            found = server.ask()
+            if self.model is not None:
+                server.check_lists(self.model)
+            if scores:
+                server.settle_scoring(FIRST_TOKENS)
+                server.rows(FIRST_TOKENS)
+            return found
+        except Unanswered as problem:
+            raise Refusal(
+                f"teacher.endpoint.url={self.url}: no answer ({problem}); start the server or correct the address"
+            ) from None
         finally:
             server.connection.close()
 
@@ -191,6 +218,7 @@ class Endpoint:
             concurrency=self.concurrency,
             retries=self.retries,
             timeout_seconds=self.timeout_seconds,
+            answer_mb=self.answer_mb,
             api_key_variable=self.api_key_variable,
         )
         return Server(connection, self.dialect, self.model)

@@ -74,6 +74,19 @@ class Server:
                 )
             connection.model = self.kind  # these serve one model and ignore its name
 
+    def check_lists(self, model: str) -> None:
+        """Refuse a model that the server does not list, where it lists some and its requests name one."""
+        if not self.speaks[self.kind].names_model:
+            return
+        listed = self.connection.look(f"{self.connection.base}/models").get("data")
+        names = [str(one["id"]) for one in listed or [] if isinstance(one, dict) and one.get("id")]
+        if names and model not in names:
+            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+            raise Refusal(
+                f"teacher.endpoint.model={model}: {self.connection.url} serves {', '.join(names[:5])}{more}; name "
+                f"one of them"
+            )
+
     def settle_scoring(self, ids: list[int]) -> None:
         """Find out how this server gives log-probabilities of given tokens; `ids` are some that it may be asked."""
         self.settle()

@@ -29,6 +29,7 @@ from pipeline.generation.server import answered_by_server
 from pipeline.planned import teacher_config
 from pipeline.stages.stage import Makes, Stage
 from pipeline.stages.stage import Plan as StagePlan
+from pipeline.steps.serving import check_server
 from pipeline.steps.shelf import Shelf
 from pipeline.training.ranks import leave
 
@@ -110,6 +111,7 @@ class Generate(Stage):
             model=config.model_type,
             data=corpus,
             until=f"{answers} to every prompt",
+            warnings=check_server(context, self.teacher, scores=False),
             teacher=f"{self.teacher.path} ({parameter_count(empty_model(config)):,})",
             commits={"teacher": getattr(config, "_commit_hash", None)},
         )

@@ -14,12 +14,14 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from models.errors import Refusal
+from models.experts import LEAST_TOKENS, check_experts_read
 from models.layerwise import Turn, in_turn
 from models.load import DTYPES, parameter_count, save_model
-from models.matrices import Matrix, check_read, chosen
+from models.matrices import Matrix, check_modules, chosen
 from models.pruning.groups import Anatomy, anatomy_of
 from models.quantization.activations import Largest, round_inputs
 from models.quantization.folding import fold
+from models.quantization.methods.round_to_nearest import RoundToNearest
 from models.quantization.proof import bits_per_weight, check_held, divergence
 from models.quantization.quantizer import Quantizer
 from models.quantization.scheme import QuantizedMatrix, Scheme
@@ -33,7 +35,7 @@ from pipeline.planned import outline_of
 from pipeline.progress import shown
 from pipeline.stages.stage import Makes, Stage
 from pipeline.stages.stage import Plan as StagePlan
-from pipeline.steps.layer_by_layer import FinishedLayers, LayerByLayer, check_reached
+from pipeline.steps.layer_by_layer import FinishedLayers, LayerByLayer, check_reached, told_of_experts
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,7 @@ class Quantize(Stage):
             rounding += self._take(context, finished, turn, mine, anatomy)
         for handle in rounding:
             handle.remove()
+        experts = told_of_experts(context.stage, finished.routed(taken), "round to nearest")
         manifest = context.manifest(self.makes)
 
         def build(folder: Path) -> None:
@@ -136,7 +139,7 @@ class Quantize(Stage):
             check_held(again.model, held, dtype, context.stage, again.weights)
             manifest["certificates"] = {"weights_bit_equal": True}
             bits = bits_per_weight(again.model, held, dtype)
-            manifest["metrics"] = {"parameters": parameter_count(again.model), "bits_per_weight": bits}
+            manifest["metrics"] = {"parameters": parameter_count(again.model), "bits_per_weight": bits, **experts}
             if self.scheme.activations is not None:
                 manifest["metrics"] |= divergence(given, again, held, batches)
             manifest["seconds"] = round(time.monotonic() - begin, 3)
@@ -153,9 +156,11 @@ class Quantize(Stage):
 
     def _check_fits(self, model: Any, taken: Sequence[Matrix]) -> None:
         if self.quantizer.reading is not None:
-            check_read(taken, f"the quantizer {type(self.quantizer).__name__}", "quantizer=round_to_nearest")
+            check_experts_read(
+                model, taken, f"the quantizer {type(self.quantizer).__name__}", "quantizer=round_to_nearest"
+            )
         if self.scheme.activations is not None:
-            check_read(taken, f"scheme={self.scheme}", "scheme=w8a16")
+            check_modules(taken, f"scheme={self.scheme}", "scheme=w8a16")
         if self.quantizer.scales is not None:
             try:
                 anatomy_of(model)
@@ -178,16 +183,18 @@ class Quantize(Stage):
         if turn in finished:
             finished.restore(turn)
         else:
-            activations: dict[str, Any] = {} if self.quantizer.reading is None else turn.read(self.quantizer.reading)
+            activations: dict[str, Any] = {}
             if self.quantizer.reading is not None:
+                activations = turn.read(self.quantizer.reading, any(matrix.slot is not None for matrix in taken))
                 check_reached(context.stage, taken, activations)
             if anatomy is not None and self.quantizer.scales is not None:
                 activations = fold(anatomy, turn, taken, activations, self.quantizer.scales, self.scheme.weights)
             made: dict[str, QuantizedMatrix] = {}
             for matrix in taken:
                 weight_OI = matrix.of(finished.model.get_parameter(matrix.parameter))
-                made[str(matrix)] = self.quantizer.quantized(
-                    weight_OI, self.scheme.weights, activations.get(matrix.name)
+                few = turn.routed.get(matrix.place, LEAST_TOKENS) < LEAST_TOKENS
+                made[str(matrix)] = (RoundToNearest() if few else self.quantizer).quantized(
+                    weight_OI, self.scheme.weights, activations.get(matrix.place)
                 )
                 weight_OI.copy_(made[str(matrix)].dequantized().to(weight_OI))
             input_scales = self._input_scales(context, turn, taken)
@@ -206,7 +213,7 @@ class Quantize(Stage):
         input have the same."""
         if self.scheme.activations is None or self.scheme.activations.dynamic:
             return {}
-        found = turn.read(Largest)
+        found = turn.read(Largest, experts=False)
         check_reached(context.stage, taken, found)
         return {str(matrix): self.scheme.activations.scale(found[matrix.name].largest_I.amax()) for matrix in taken}
 

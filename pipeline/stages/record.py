@@ -26,8 +26,11 @@ from pipeline.planned import teacher_config
 from pipeline.stages.stage import Makes, Stage
 from pipeline.stages.stage import Plan as StagePlan
 from pipeline.steps.recording import Recording, adopt, outstanding
+from pipeline.steps.serving import check_server
 from pipeline.steps.shelf import Shelf, link
 from pipeline.training.settings import check_length, check_packing
+
+PROVED = "server.json"  # what this attempt knows of the server
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,7 @@ class Record(Stage):
             model=config.model_type,
             data=corpus,
             until="one pass over the training text",
+            warnings=check_server(context, self.teacher, scores=True),
             teacher=f"{self.teacher.path} ({parameter_count(empty_model(config)):,})",
             commits={"teacher": getattr(config, "_commit_hash", None)},
         )
@@ -145,6 +149,9 @@ class Record(Stage):
         if self.teacher.server is None:
             measured = recording.from_model(context, self.data.packing, self.batch_size, self.sample_tokens)
         else:
+            proved = recording.prove(self.teacher.server, context, self.sample_tokens)
+            if proved is not None:
+                artifact.write_json(context.work / PROVED, proved)
             recording.from_server(self.teacher.server)
         if context.rank:
             return
@@ -195,6 +202,7 @@ class Record(Stage):
                 "tokens": prepared["tokens"],
                 "seconds": round(seconds, 3),
                 "metrics": {
+                    **self._of_server(context),
                     "encoding": header.encoding,
                     "pieces": prepared["pieces"],
                     "bytes_per_token": stored / max(1, prepared["tokens"]),
@@ -205,6 +213,13 @@ class Record(Stage):
             },
         )
         self._shelf(context).clear()
+
+    def _of_server(self, context: Context) -> dict[str, Any]:
+        """What was proved of the server that was asked last."""
+        if self.teacher.server is None:
+            return {}
+        proved = context.work / PROVED
+        return {"server": json.loads(proved.read_text()) if proved.exists() else None}
 
     def _shelf(self, context: Context) -> Shelf:
         return Shelf(context.work.parent / "signals" / context.stage)

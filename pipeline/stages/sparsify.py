@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 from models.errors import Refusal
+from models.experts import LEAST_TOKENS, check_experts_read
 from models.layerwise import Turn, in_turn
 from models.load import DTYPES, parameter_count, save_model
-from models.matrices import Matrix, check_read, chosen
+from models.matrices import Matrix, chosen
 from models.offloaded import Offloaded
 from models.representations import decoder_layers
+from models.sparsity.magnitude import Magnitude
 from models.sparsity.method import Method, Pattern
 from models.sparsity.zeros import counted
 from pipeline import artifact
@@ -27,7 +29,7 @@ from pipeline.data.source import DataSource, source_key
 from pipeline.progress import shown
 from pipeline.stages.stage import Makes, Stage
 from pipeline.stages.stage import Plan as StagePlan
-from pipeline.steps.layer_by_layer import FinishedLayers, LayerByLayer, check_reached
+from pipeline.steps.layer_by_layer import FinishedLayers, LayerByLayer, check_reached, told_of_experts
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,7 @@ class Sparsify(Stage):
             zeros = counted(again.model, again.weights)
             manifest["certificates"] = {"zeros": zeros, **({"pattern_held": True} if self.pattern else {})}
             manifest["metrics"] = {"parameters": parameter_count(again.model), "zeros": zeros["all"]["fraction"]}
+            manifest["metrics"] |= told_of_experts(context.stage, finished.routed(wanted), "magnitude")
             manifest["seconds"] = round(time.monotonic() - begin, 3)
 
         artifact.publish(context.out, build, manifest)
@@ -118,7 +121,7 @@ class Sparsify(Stage):
         """The matrices that lose weights. Raises Refusal for settings that do not fit this model."""
         taken = chosen(model, self.skip, "sparsify.skip")
         if self.sparsity.reading is not None:
-            check_read(taken, f"the method {type(self.sparsity).__name__}", "sparsity=magnitude")
+            check_experts_read(model, taken, f"the method {type(self.sparsity).__name__}", "sparsity=magnitude")
         if self.pattern is not None:
             self._check_widths(model, taken, Pattern.parse(self.pattern))
         return taken
@@ -149,12 +152,15 @@ class Sparsify(Stage):
         if turn in finished:
             finished.restore(turn)
             return
-        activations: dict[str, Any] = {} if self.sparsity.reading is None else turn.read(self.sparsity.reading)
+        activations: dict[str, Any] = {}
         if self.sparsity.reading is not None:
+            activations = turn.read(self.sparsity.reading, any(matrix.slot is not None for matrix in wanted))
             check_reached(context.stage, wanted, activations)
         for matrix, zeros in wanted.items():
             weight = matrix.of(finished.model.get_parameter(matrix.parameter))
-            weight.copy_(self.sparsity.sparsified(weight, zeros, activations.get(matrix.name)))
+            few = turn.routed.get(matrix.place, LEAST_TOKENS) < LEAST_TOKENS
+            method = Magnitude() if few else self.sparsity
+            weight.copy_(method.sparsified(weight, zeros, activations.get(matrix.place)))
         finished.keep(turn)
 
 

@@ -10,10 +10,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from models.errors import Problems, Refusal
+from models.experts import LEAST_TOKENS
 from models.files import aside_of, publish
 from models.layerwise import Turn
 from models.load import DTYPES, empty_model, parameter_count
@@ -125,11 +127,11 @@ class FinishedLayers:
         return whole
 
     def keep(self, turn: Turn, *beside: Path) -> None:
-        """`beside`: further files of this layer, which were written before."""
+        """With what was routed to its experts. `beside`: further files of this layer, which were written before."""
         path, name = self._path(turn.number), f"{name_of_layers(self.model)}.{turn.number}"
-        save_file(
-            {own: each.detach().contiguous() for own, each in turn.layer.named_parameters(prefix=name)}, aside_of(path)
-        )
+        tensors = {own: each.detach().contiguous() for own, each in turn.layer.named_parameters(prefix=name)}
+        routed = {f"{name}.{place}": tokens for place, tokens in turn.routed.items()}
+        save_file(tensors, aside_of(path), metadata={"routed": json.dumps(routed)})
         publish(aside_of(path), path)
         told = {each.name: artifact.content_hash(each) for each in (path, *beside)}
         artifact.write_json(path.with_suffix(".json"), told)  # last: with it the layer counts as done
@@ -146,15 +148,48 @@ class FinishedLayers:
             found |= load_file(self._path(number))
         return found
 
+    def routed(self, taken: Iterable[Matrix]) -> dict[str, int]:
+        """Calibration tokens that were sent to each expert's matrix of `taken`, once all layers are finished; nothing
+        where no text was needed."""
+        found: dict[str, int] = {}
+        for number in range(len(decoder_layers(self.model))):
+            with safe_open(self._path(number), "pt") as file:
+                found |= json.loads((file.metadata() or {}).get("routed", "{}"))
+        return {str(matrix): found[str(matrix)] for matrix in taken if str(matrix) in found}
+
     def _path(self, number: int) -> Path:
         return self.folder / f"layer-{number:05d}.safetensors"
 
 
 def check_reached(stage: str, taken: Iterable[Matrix], activations: Mapping[str, Any]) -> None:
-    """Refuse matrices that no token of the calibration text has reached, as of experts that are never chosen."""
+    """Refuse matrices that no token of the calibration text has reached; experts are told (`told_of_experts`)."""
     for matrix in taken:
-        if matrix.name not in activations:
+        if matrix.slot is None and matrix.place not in activations:
             raise Refusal(
                 f"{stage}: no calibration token reaches {matrix}; raise stages.{stage}.calibration.samples, or "
                 f"skip=[{matrix.name}]"
             )
+
+
+def told_of_experts(stage: str, routed: Mapping[str, int], instead: str) -> dict[str, Any]:
+    """For the manifest: on how many tokens the matrices of experts were calibrated, by name → tokens, and which had
+    fewer than LEAST_TOKENS, so that they were made by `instead`; these are printed too. Empty without experts."""
+    if not routed:
+        return {}
+    few = {name: tokens for name, tokens in routed.items() if tokens < LEAST_TOKENS}
+    if few:
+        print(
+            f"{stage}: {len(few):,} of {len(routed):,} matrices of experts were made by {instead}, as fewer than "
+            f"{LEAST_TOKENS} calibration tokens are routed to them ({min(few, key=few.__getitem__)}: "
+            f"{min(few.values())}); raise stages.{stage}.calibration.samples",
+            flush=True,
+        )
+    counts = sorted(routed.values())
+    figures = {
+        "matrices": len(routed),
+        "tokens": {"fewest": counts[0], "median": counts[len(counts) // 2], "most": counts[-1]},
+        "least_tokens": LEAST_TOKENS,
+        instead.replace(" ", "_"): len(few),
+        "too_few_tokens": few,
+    }
+    return {"experts": figures}

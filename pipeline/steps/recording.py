@@ -24,6 +24,7 @@ from models.teachers.encodings.fidelity import fidelities
 from models.teachers.encodings.top_k import TopK
 from models.teachers.endpoint import Endpoint
 from models.teachers.pieces import Piece, pieces_of, scan
+from models.teachers.precision import by_own_forward, by_spacing, has_weights
 from models.teachers.served_payload import served_payload
 from models.teachers.shards import Shard, Writer
 from models.teachers.teacher import Opening, Source
@@ -140,6 +141,32 @@ class Recording:
         if world > 1:
             leave()
         return measured
+
+    def prove(self, server: Endpoint, context: Context, sample_tokens: int) -> dict[str, Any] | None:
+        """What the server is and computes in, as a sample of what is still to be asked shows. Raises Refusal where
+        that contradicts teacher.dtype. None where nothing is to be asked."""
+        pieces: list[list[int]] = []
+        for number in self.todo:
+            batch = self._batch([number], torch.device("cpu"))
+            for piece in pieces_of(batch, self.header.fingerprint):
+                ids = batch["input_ids"][piece.row, piece.start : piece.stop].tolist()
+                if len(ids) > 1 and sum(map(len, pieces)) < sample_tokens:
+                    pieces.append(ids)
+        if not pieces:
+            return None
+        answers = {at: (ids_TK, log_TK) for at, ids_TK, log_TK in server.score(enumerate(pieces))}
+        told = [(torch.from_numpy(answers[at][0]), torch.from_numpy(answers[at][1])) for at in range(len(pieces))]
+        path, remote = self.teacher.path, self.teacher.trust_remote_code
+        if has_weights(path):
+            found = by_own_forward(pieces, told, path, context.work / "proof", context.device, remote)
+        else:
+            found = by_spacing(told)
+        found.check(self.teacher.dtype, server.url)
+        said = server.ask()
+        print(
+            f"{context.stage}: the server computes in {found.dtype or 'an unknown dtype'} ({found.proof})", flush=True
+        )
+        return {"kind": said.kind, "model": said.model, **found.as_json()}
 
     def from_server(self, server: Endpoint) -> None:
         """Asks a server for its log-probabilities at every token of every new piece."""

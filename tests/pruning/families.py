@@ -27,6 +27,15 @@ SIZES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 FAMILIES = list(SIZES)
+# Mixtures of experts that are not pruned here.
+_OTHERS: dict[str, dict[str, Any]] = {
+    "qwen2_moe": {
+        **_LLAMA, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 28, "mlp_only_layers": [], "decoder_sparse_step": 1,
+    },
+    "olmoe": {**_LLAMA, "num_experts": 4, "num_experts_per_tok": 2, "pad_token_id": 0},
+}  # fmt: skip
+MIXTURES = ["mixtral", "qwen3_moe", *_OTHERS]
 LAYER_NORMS = ("gpt2", "gpt_neox", "opt")
 FIXED_HEADS = ("gpt2", "gpt_neox", "opt")  # their configs have no width of a head by itself
 
@@ -36,7 +45,7 @@ def config_of(family: str, **values: Any) -> Any:
         "vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4,
         "max_position_embeddings": 64, "tie_word_embeddings": False,
     }  # fmt: skip
-    return AutoConfig.for_model(family, **{**sizes, **SIZES.get(family, {}), **values})
+    return AutoConfig.for_model(family, **{**sizes, **{**SIZES, **_OTHERS}.get(family, {}), **values})
 
 
 def model_of(family: str, seed: int = 0, dtype: torch.dtype = torch.float64, **values: Any) -> Any:

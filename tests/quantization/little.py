@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM
 
 from tests.pruning.families import model_of
 from tests.staged import Experiment
@@ -44,6 +45,17 @@ def folder_of(family: str, teacher: Path, tmp_path: Path, **values: Any) -> Path
     model_of(family, dtype=torch.float32, vocab_size=300, **values).save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).write_bytes((teacher / name).read_bytes())
+    return folder
+
+
+def without_a_way_to_the_last(teacher: Path, tmp_path: Path) -> Path:
+    """A mixture whose last expert is never chosen: each token goes to one, and its logit is the others' mean."""
+    folder = folder_of("mixtral", teacher, tmp_path, num_experts_per_tok=1)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.gate.weight[-1] = layer.mlp.gate.weight[:-1].mean(0)
+    model.save_pretrained(folder)
     return folder
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -12,15 +13,19 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from transformers import AutoModelForCausalLM
 
 from models.errors import Refusal
+from models.experts import LEAST_TOKENS
+from models.layerwise import Turn
 from models.quantization.methods.gptq import GPTQ
-from models.quantization.stored import QuantizedWeights
+from models.quantization.methods.round_to_nearest import RoundToNearest
+from models.quantization.stored import QuantizedWeights, read_quantized
 from pipeline.check import check
 from pipeline.stages import quantize
 from pipeline.steps.layer_by_layer import FinishedLayers
 from tests.command import weights
-from tests.quantization.little import EXPERIMENT, activations, folder_of, teacher_in
+from tests.quantization.little import EXPERIMENT, activations, folder_of, teacher_in, without_a_way_to_the_last
 from tests.staged import manifest
 
 
@@ -230,3 +235,54 @@ def test_a_model_that_is_packed_already_is_refused(teacher: Path, tmp_path: Path
 def test_a_quantized_model_is_not_rounded_twice(made: Path, tmp_path: Path) -> None:
     with pytest.raises(Refusal, match="its weights are quantized already; give the model it was made of"):
         check({"config": EXPERIMENT.composed(tmp_path, f"model.path={made}"), "stages": ["quantize"]})
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_an_expert_that_nothing_is_routed_to_is_rounded_to_nearest_and_told(
+    method: str, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The run is killed after its first layer: what was routed there is known to the one that goes on."""
+    folder = without_a_way_to_the_last(teacher, tmp_path)
+    words = [f"model.path={folder}", "scheme.weights.group_size=4", f"quantizer={method}"]
+    stage, context = EXPERIMENT.begin(tmp_path / "run", "quantize", *words)
+    stage.prepare(context)
+    plain = Turn.read
+
+    def dies(self: Turn, *given: Any) -> Any:
+        if self.number == 1:
+            raise KeyboardInterrupt
+        return plain(self, *given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Turn, "read", dies)
+        with pytest.raises(KeyboardInterrupt):
+            stage.run(context)
+    stage.run(context)
+    scheme = stage.scheme.weights
+    made, held = context.out, read_quantized(context.out / "quantized.safetensors").matrices
+    before, after = (AutoModelForCausalLM.from_pretrained(each) for each in (folder, made))
+    for number, (was, now) in enumerate(zip(before.model.layers, after.model.layers, strict=True)):
+        # AWQ rounds what its norm's scale has left of it; the other half of the experts is scaled by nothing.
+        s_I = was.post_attention_layernorm.weight / now.post_attention_layernorm.weight
+        assert bool((s_I == 1).all()) == (method == "gptq")
+        name = f"model.layers.{number}.mlp.experts"
+        up, down = was.mlp.experts.gate_up_proj[3], was.mlp.experts.down_proj[3]
+        want = RoundToNearest().quantized(down.detach(), scheme, None)
+        assert torch.equal(held[f"{name}.down_proj[3]"].integers, want.integers)
+        assert torch.equal(now.mlp.experts.down_proj[3], want.dequantized())
+        want = RoundToNearest().quantized((up * s_I).detach(), scheme, None)
+        differing = (held[f"{name}.gate_up_proj[3]"].integers != want.integers).float().mean()
+        assert differing == 0 if method == "gptq" else differing < 0.005
+        other = RoundToNearest().quantized(was.mlp.experts.down_proj[0].detach(), scheme, None)
+        assert not torch.equal(held[f"{name}.down_proj[0]"].integers, other.integers)
+    told = manifest(made)["metrics"]["experts"]
+    unreached = {f"model.layers.{n}.mlp.experts.{own}[3]": 0 for n in range(3) for own in ("gate_up_proj", "down_proj")}
+    assert told["matrices"] == 3 * 4 * 2
+    assert told["round_to_nearest"] == len(told["too_few_tokens"])
+    assert unreached.items() <= told["too_few_tokens"].items()
+    assert all(tokens < LEAST_TOKENS for tokens in told["too_few_tokens"].values())
+    assert told["tokens"]["fewest"] == 0
+    said = capsys.readouterr().out
+    (line,) = [line for line in said.splitlines() if "round to nearest" in line]
+    assert re.match(rf"quantize: {told['round_to_nearest']} of 24 matrices of experts were made by round to near", line)
+    assert "stages.quantize.calibration.samples" in line

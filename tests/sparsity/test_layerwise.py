@@ -59,8 +59,9 @@ def test_what_a_layer_reads_is_what_the_model_with_its_first_layers_changed_give
     for turn in in_turn(model, batches):
         got = turn.read(Kept)
         want = in_a_whole_forward(model, batches, turn.number)
-        assert set(got) == {m.name for m in found if m.layer == turn.number and m.slot is None}
-        for name, kept in got.items():
+        alone = {name: kept for name, kept in got.items() if "[" not in name}
+        assert set(alone) == {m.name for m in found if m.layer == turn.number and m.slot is None}
+        for name, kept in alone.items():  # what experts read is in tests/quantization/test_experts.py
             torch.testing.assert_close(torch.cat(kept.parts), want[name], rtol=0, atol=1e-5 if family in MOE else 1e-12)
         with torch.no_grad():
             for matrix in (m for m in found if m.layer == turn.number):

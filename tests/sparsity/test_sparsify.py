@@ -25,6 +25,7 @@ from pipeline.data.tokenizer import load_tokenizer
 from pipeline.report.columns import ZEROS_NOTE
 from tests.command import train, weights
 from tests.optional_data import STORIES, STORIES_TEXT, needed
+from tests.quantization.little import without_a_way_to_the_last
 from tests.staged import Experiment, manifest
 
 LITTLE = [
@@ -189,16 +190,25 @@ def test_what_cannot_be_is_refused_before_a_weight_is_read(tmp_path: Path, words
     assert "\n" not in str(refused.value)
 
 
-def test_experts_are_refused_by_name_where_what_they_read_is_needed(tmp_path: Path) -> None:
-    from tests.pruning.families import model_of
-
-    model_of("mixtral", dtype=torch.float32).save_pretrained(tmp_path / "experts")
-    words = [f"model.path={tmp_path / 'experts'}", "stages.sparsify.calibration.length=16"]
-    with pytest.raises(Refusal, match=r"SparseGPT: the inputs .*mlp\.experts\.gate_up_proj.*=magnitude, or skip="):
-        check({"config": composed(tmp_path, *words), "stages": ["sparsify"]})
-    check({"config": composed(tmp_path, *words, "sparsity=magnitude"), "stages": ["sparsify"]})
-    skip = "stages.sparsify.skip=[gate_up_proj, down_proj]"
-    check({"config": composed(tmp_path, *words, skip), "stages": ["sparsify"]})
+@pytest.mark.parametrize("method", ["sparsegpt", "wanda"])
+def test_an_expert_that_nothing_is_routed_to_loses_its_smallest_weights_and_is_told(
+    method: str, made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = without_a_way_to_the_last(made / "pretrain", tmp_path)
+    sparse = make(tmp_path / "run", "sparsify", f"model.path={folder}", f"sparsity={method}")
+    whole, left = weights(folder), weights(sparse)
+    told = manifest(sparse)["metrics"]["experts"]
+    for number in range(3):
+        for name, parts in {"w1": ("gate_up_proj", 0), "w2": ("down_proj", 0)}.items():
+            expert = f"model.layers.{number}.block_sparse_moe.experts.3.{name}.weight"
+            weight, now = whole[expert], left[expert]
+            groups = weight.abs().unflatten(1, (-1, 4))
+            want = torch.where(groups >= groups.sort(-1).values[..., 2:3], weight.unflatten(1, (-1, 4)), 0)
+            assert torch.equal(now, want.flatten(1))
+            assert told["too_few_tokens"][f"model.layers.{number}.mlp.experts.{parts[0]}[3]"] == 0
+            assert not torch.equal(left[expert.replace("s.3.", "s.0.")], whole[expert.replace("s.3.", "s.0.")])
+    assert told["magnitude"] == len(told["too_few_tokens"]) >= 6
+    assert "were made by magnitude, as fewer than 32 calibration tokens" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("words", [[], LORA], ids=["full", "lora"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -33,6 +34,7 @@ from pipeline.data.documents import Documents
 from pipeline.stages.record import Record
 from tests import staged
 from tests.command import ROOT, SMALL, train, weights
+from tests.staged import manifest
 
 LITTLE = [
     *SMALL,
@@ -284,7 +286,7 @@ REFUSED = {
         "compares layers, and the teacher is on disk as a cache of its signal only",
     ),
     "served at another temperature": (
-        ["teacher=served", "teacher.endpoint.url=http://127.0.0.1:1/v1"],
+        ["teacher=served", "teacher.endpoint.url=http://127.0.0.1:1/v1", "dry_run=true"],
         "set the temperature of forward_kl to 1",
     ),
     "no dtype": ([*HIDDEN, "encoding.dtype=int4"], "need bfloat16, float16, int8, float32"),
@@ -419,6 +421,51 @@ def server(online: Path) -> Iterator[Server]:
     made.kill()
 
 
+def served_by(port: int, online: Path) -> list[str]:
+    url = f"teacher.endpoint.url=http://127.0.0.1:{port}/v1"
+    return ["teacher=served", teacher_of(online), url, "divergence.temperature=1.0", "data.max_documents=1"]
+
+
+def test_a_server_that_is_not_there_is_told_by_the_check_and_warned_of_in_a_plan(online: Path, tmp_path: Path) -> None:
+    words = [*served_by(1, online), "teacher.endpoint.retries=6"]
+    told = r"^teacher\.endpoint\.url=http://127\.0\.0\.1:1/v1: no answer \(.*\); start the server or correct the addr"
+    with pytest.raises(Refusal, match=told) as refused:
+        check({"config": composed(tmp_path, *words), "stages": ["record", "distill"]})
+    assert "\n" not in str(refused.value)
+    record, distill = check({"config": composed(tmp_path, *words, "dry_run=true"), "stages": ["record", "distill"]})[
+        "plan"
+    ]
+    (warning,) = record["warnings"]
+    assert re.match(told, warning)
+    assert not any("endpoint" in each for each in distill["warnings"])
+    # It may stop once it has been asked, and cannot be there before its model is.
+    shutil.copytree(online / "pretrain", tmp_path / "record")
+    assert check({"config": composed(tmp_path, *words), "stages": ["record"]})["plan"]
+    shutil.rmtree(tmp_path / "record")
+    own = [word for word in words if not word.startswith("teacher.path")]
+    assert check({"config": composed(tmp_path, *own), "stages": ["pretrain", "record"]})["plan"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_record_says_what_its_server_was_proved_to_compute_in(
+    dtype: str, server: Server, online: Path, tmp_path: Path
+) -> None:
+    server.start("--dtype", dtype)
+    words = served_by(server.port, online)
+    if dtype == "bfloat16":
+        with pytest.raises(
+            Refusal, match=r"teacher\.dtype=float32: the server at \S+ computes in bfloat16 .*--dtype fl"
+        ):
+            make(tmp_path, "record", *words)
+        assert not list(tmp_path.rglob("shard-*"))
+    proved = manifest(make(tmp_path, "record", *words, f"teacher.dtype={dtype}"))["metrics"]["server"]
+    assert {name: proved[name] for name in ("kind", "model", "dtype", "proof")} == {
+        "kind": "vllm", "model": "tiny", "dtype": dtype, "proof": "own forward",
+    }  # fmt: skip
+    assert proved["tokens"] >= 64
+    assert proved["error"] < proved["error_of_bfloat16"] * (1 / 64 if dtype == "float32" else 4)
+
+
 @pytest.mark.slow
 def test_a_served_teacher_killed_half_way_goes_on_and_trains_as_the_one_beside(
     server: Server, online: Path, tmp_path: Path
@@ -431,10 +478,12 @@ def test_a_served_teacher_killed_half_way_goes_on_and_trains_as_the_one_beside(
         "teacher.endpoint.retries=1",
         "teacher.endpoint.concurrency=2",
         "encoding.dtype=float32",
+        "stages.record.sample_tokens=1",
         "divergence.temperature=1.0",
         "data.max_documents=1",
     ]
-    server.start("--die-after", "7")
+    before = 2  # one that the check asks, and the sample
+    server.start("--die-after", str(7 + before))
     command = [f"run_dir={tmp_path}", *LITTLE, *words, "stages=[record]"]
     done = train(*command)
     assert done.returncode == 2, done.stdout + done.stderr
@@ -447,6 +496,6 @@ def test_a_served_teacher_killed_half_way_goes_on_and_trains_as_the_one_beside(
     server.start()
     done = train(*command, "teacher.endpoint.retries=4")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert kept + server.posts() == len(Cache(tmp_path / "record"))
+    assert kept + server.posts() - before == len(Cache(tmp_path / "record"))
     beside = make(tmp_path / "beside", "distill", teacher_of(online), *words[-2:])
     same_training(make(tmp_path, "distill", *words), beside, 1e-4)

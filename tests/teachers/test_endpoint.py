@@ -325,10 +325,11 @@ GOOD = Endpoint("http://host:8000/v1")
     [
         ({"url": "host:8000/v1"}, "teacher.endpoint.url=host:8000/v1: need a url"),
         ({"url": "http://"}, "need a url"),
-        ({"url": "http://me:secret@host/v1"}, "holds a password"),
+        ({"url": "http://me:secret@host/v1"}, "holds a user, a password"),
         ({"dialect": "vLLM"}, "teacher.endpoint.dialect=vLLM: need one of"),
         ({"top_k": 0}, "teacher.endpoint.top_k=0: need 1"),
         ({"concurrency": 0}, "teacher.endpoint.concurrency=0"),
+        ({"answer_mb": 0}, "teacher.endpoint.answer_mb=0: need 1"),
         ({"retries": -1}, "teacher.endpoint.retries=-1"),
         ({"timeout_seconds": float("nan")}, "teacher.endpoint.timeout_seconds=nan"),
         ({"api_key_variable": "sk-123"}, "need the name of an environment variable"),

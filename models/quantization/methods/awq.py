@@ -44,9 +44,9 @@ class AWQ:
     √(largest · smallest) = 1, weights the other way round.
 
     Of `ratios` ratios, 0 to below 1, the one with the least squared error of the outputs of the matrices that share an
-    input, over all calibration tokens: with second moments H that of an error E of the weights is tr(E H Eᵀ), and no
-    token need be kept. `clip`: then each group gets the range with the least error of its part of the output, down to
-    half of the whole range.
+    input, over all calibration tokens that each of them reads: with second moments H that of an error E of the weights
+    is tr(E H Eᵀ), and no token need be kept. `clip`: then each group gets the range with the least error of its part of
+    the output, down to half of the whole range.
     """
 
     ratios: int = 20
@@ -59,7 +59,7 @@ class AWQ:
 
     def scales(self, readers: Sequence[tuple[Tensor, Any]], channel_I: Tensor, scheme: WeightScheme) -> Tensor:
         """Float32[K]. Channels whose activations are always zero keep 1."""
-        mean_I = readers[0][1].mean_I
+        mean_I, most = _mean(readers), max(read.hessian.tokens for _, read in readers)
         channel_I = channel_I.to(mean_I.device)
         number_K = channel_I.bincount()
         mean_K = torch.zeros(len(number_K), device=mean_I.device).index_add(0, channel_I, mean_I) / number_K
@@ -67,7 +67,10 @@ class AWQ:
         for ratio in torch.arange(self.ratios) / self.ratios:
             tried_K = _scale(mean_K, float(ratio))
             tried_I = tried_K[channel_I]
-            cost = sum(_cost(weight_OI, tried_I, scheme, read.hessian) for weight_OI, read in readers)
+            cost = sum(
+                _cost(weight_OI, tried_I, scheme, read.hessian) * (read.hessian.tokens / most)
+                for weight_OI, read in readers
+            )
             if not math.isfinite(cost):
                 raise Refusal("quantizer=awq: activations are NaN or infinite; check the model")
             if least is None or cost < least:
@@ -79,6 +82,16 @@ class AWQ:
             return scheme.quantize(weight_OI, *scheme.of_range(*scheme.ranges(weight_OI)))
         fitted = Clipped(steps=21, smallest=0.5).fitted(weight_OI, scheme, read.hessian.cost)
         return scheme.quantize(weight_OI, *fitted)
+
+
+def _mean(readers: Sequence[tuple[Tensor, Any]]) -> Tensor:
+    """Of |x| over all that the readers are given: one and the same, or to each expert its own tokens."""
+    first = readers[0][1]
+    if all(read is first for _, read in readers):
+        mean_I: Tensor = first.mean_I
+        return mean_I
+    tokens = sum(read.hessian.tokens for _, read in readers)
+    return torch.stack([read.mean_I * (read.hessian.tokens / tokens) for _, read in readers]).sum(0)
 
 
 def _scale(mean_K: Tensor, ratio: float) -> Tensor:
