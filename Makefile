@@ -61,7 +61,7 @@ test-slurm: setup  ## on a throw-away Slurm with two pretended nodes (Debian: sl
 test-oldest: $(OLDEST)/ready  ## a short test on the lowest versions that pyproject.toml allows, in an environment of their own
 	@echo "==> running a short test on the oldest allowed versions: about 4 minutes on 2 cores"
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -W ignore -k "not two_ranks and not zero and not sharded" \
-		tests/test_load.py tests/test_student.py tests/data/test_rendering.py tests/training/test_training.py
+		tests/test_load.py tests/test_student.py tests/data/test_bounded.py tests/training/test_training.py
 
 $(OLDEST)/ready: pyproject.toml
 	@echo "==> preparing $(OLDEST): the lower bounds of pyproject.toml, some minutes the first time"

@@ -13,9 +13,10 @@ import shutil
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
 
 def sync(path: Path) -> None:
@@ -61,6 +62,8 @@ def hash_of(value: Any) -> str:
 
 def checksum(begin: bytes, arrays: Mapping[str, np.ndarray]) -> str:
     """Of some bytes, and of arrays' names, dtypes, shapes and contents."""
+    import numpy as np
+
     told = json.dumps([[name, str(arrays[name].dtype), list(arrays[name].shape)] for name in sorted(arrays)])
     total = zlib.crc32(told.encode(), zlib.crc32(begin))
     for name in sorted(arrays):

@@ -42,6 +42,8 @@ def check(spec: dict[str, Any], scratch: Path | None = None) -> dict[str, Any]:
             launcher.check()
     with problems:
         _check_taken(config, typed)
+    if not made:
+        raise Refusal("there is no stage to run")
     with tempfile.TemporaryDirectory(dir=scratch) as plans:
         with problems:
             plan = _checked(config, made, Path(plans))

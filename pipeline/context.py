@@ -10,9 +10,10 @@ from typing import Any
 
 from models.errors import Refusal
 from pipeline.artifact import PLANNED_QUANTIZED, Makes, read_manifest, write_json
-from pipeline.command_line import CONF
 from pipeline.provenance import git_commit, versions
 from pipeline.training.strategy import Strategy
+
+_CONF = Path(__file__).resolve().parent.parent / "conf"
 
 
 @dataclass
@@ -188,9 +189,9 @@ class Context:
 def _experiment_with(stage: str, field: str, beside: str) -> str:
     """The simplest experiment that has a stage with this field, for a model of one's own; with the stage `beside` too
     where there is one. "" where there is none."""
-    shelf = CONF / "stage" / f"{stage}.yaml"
+    shelf = _CONF / "stage" / f"{stage}.yaml"
     if not shelf.is_file() or not re.search(rf"^{field}:", shelf.read_text(), re.MULTILINE):
         return ""
-    texts = {path.stem: path.read_text() for path in (CONF / "experiment").glob("*.yaml")}
+    texts = {path.stem: path.read_text() for path in (_CONF / "experiment").glob("*.yaml")}
     fit = [name for name, text in texts.items() if f"stages.{stage}: {stage}\n" in text and "${model.path}" in text]
     return min(fit, key=lambda name: (f"stages.{beside}: " not in texts[name], len(texts[name])), default="")

@@ -693,7 +693,7 @@ def test_a_folder_without_config_is_refused(tmp_path: Path) -> None:
 def test_a_full_disk_is_seen_before_the_work(tmp_path: Path) -> None:
     wide = [
         f"student.shape.{name}={value}"
-        for name, value in {"hidden_size": 8192, "intermediate_size": 65536, "num_hidden_layers": 2000}.items()
+        for name, value in {"hidden_size": 8192, "intermediate_size": 65536, "num_hidden_layers": 60}.items()
     ]
     assert "GB are free" in refused(f"run_dir={tmp_path}/run", *wide)
 

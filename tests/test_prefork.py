@@ -19,6 +19,12 @@ AUTO: dict[str, Any] = {"trainer": {"accelerator": "auto"}, "stages": {}}
 CPU: dict[str, Any] = {"trainer": {"accelerator": "cpu"}, "stages": {}}
 
 
+LEAST: dict[str, Any] = {
+    **{"stages": {}, "order": [], "run_dir": "r", "model": None, "dry_run": True, "show_data": 0},
+    "launch": {"_target_": "pipeline.launch.Local"},
+}
+
+
 @pytest.fixture
 def server() -> Iterator[prefork.Server]:
     with prefork.server(CPU, []) as started:
@@ -53,8 +59,9 @@ def test_a_child_ends_with_its_own_status_and_the_next_one_is_none_the_worse(
     assert code == 1
     assert "FileNotFoundError" in errors
     spec = tmp_path / "spec.json"
-    spec.write_text(json.dumps({"config": {"stages": {}}, "stages": []}))
-    assert run(server, spec)[:2] == (0, '{"plan": []}\n')
+    spec.write_text(json.dumps({"config": LEAST, "stages": []}))
+    code, said, _ = run(server, spec)
+    assert (code, json.loads(said)) == (2, {"refusal": "there is no stage to run"})
 
 
 def test_a_child_has_the_environment_that_it_is_given_however_large_that_is(
@@ -67,7 +74,7 @@ def test_a_child_has_the_environment_that_it_is_given_however_large_that_is(
     for name in ("ONE", "OTHER"):
         monkeypatch.setenv(name, "x" * 120_000)  # together more than a message holds
     spec = tmp_path / "spec.json"
-    config = {"stages": {"a": {"_target_": "tells.Tells"}}, "run_dir": "r", "model": None}
+    config = {**LEAST, "stages": {"a": {"_target_": "tells.Tells"}}, "order": ["a"]}
     spec.write_text(json.dumps({"config": config, "stages": ["a"]}))
     with prefork.server(CPU, []) as started:
         assert started is not None

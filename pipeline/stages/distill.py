@@ -187,7 +187,7 @@ class Distill(Stage):
         """In the check: what this stage will make, for the stages after it."""
         student.dtype = self._recipe.saved
         context.plan_model(student)
-        if self.qat is not None:
+        if self.qat is not None and self.student.path:  # without one, refused by Combination
             folder = Path(context.config_folder(str(self.student.path)))
             context.plan_quantized(self.qat.outline(empty_model(student), outline_of(folder)).as_json())
 

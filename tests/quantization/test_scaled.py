@@ -168,9 +168,10 @@ def test_what_experts_read_is_not_rounded(teacher: Path, tmp_path: Path) -> None
 def test_a_family_whose_parts_are_not_known_is_refused_by_methods_that_scale(teacher: Path, tmp_path: Path) -> None:
     folder = tmp_path / "olmo2"
     shutil.copytree(teacher, folder)
-    AutoConfig.for_model(
+    shape = AutoConfig.for_model(
         "olmo2", vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
-    ).save_pretrained(folder)
+    )
+    AutoModelForCausalLM.from_config(shape).save_pretrained(folder)
     config = EXPERIMENT.composed(tmp_path, f"model.path={folder}", "quantizer=awq")
     with pytest.raises(Refusal, match=r"the quantizer AWQ: .*q_norm.*use quantizer=gptq"):
         check({"config": config, "stages": ["quantize"]})

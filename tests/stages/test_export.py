@@ -24,7 +24,7 @@ from models.formats.gptq import GPTQ
 from models.formats.huggingface import HuggingFace
 from models.measure import documents, negative_log_likelihood, open_for_inference, scored
 from models.quantization.scheme import WeightScheme
-from pipeline.artifact import content_hash, publish, read_manifest
+from pipeline.artifact import checked, content_hash, publish, read_manifest
 from pipeline.building import build
 from pipeline.check import check
 from pipeline.context import Context
@@ -100,7 +100,7 @@ def test_every_format_is_a_folder_of_its_own_with_a_certificate(exported: Path) 
         assert inner["format"]["_target_"].startswith("models.formats.")
     files = {str(path.relative_to(exported)) for path in exported.rglob("*") if path.is_file()} - {"manifest.json"}
     assert set(told["files"]) == files
-    assert read_manifest(exported) == told
+    assert read_manifest(exported) == checked(told)
 
 
 def test_the_hash_is_of_what_was_exported_and_not_of_the_hour(exported: Path, tmp_path: Path) -> None:

@@ -173,7 +173,7 @@ def test_503s_dropped_connections_and_half_answers_change_nothing(folder: Path, 
     server = Served(folder, "--fail-every", "3")
     pieces = some_pieces(12, longest=8)
     try:
-        check_against(truth, pieces, scored(server.endpoint(dialect), pieces), 7)
+        check_against(truth, pieces, scored(server.endpoint(dialect, retries=40), pieces), 7)
         assert server.count("posts") > len(pieces)
     finally:
         server.kill()
