@@ -34,7 +34,7 @@ GGUF = ["+experiment=export_only", "model.path={wide}", "format=gguf", "formats.
 SERVED = ["+experiment=distill", "teacher=served", "teacher.endpoint.url={url}", "teacher.path={model}",
           "data.train={text}", "divergence.temperature=1", "student.shape.num_hidden_layers=1"]  # fmt: skip
 ONE_GPU = ["+experiment=distill", "teacher.path={model}", "data.train={text}", "student=layers", "student.keep=1",
-           "strategy=ddp", "trainer.devices=1"]  # fmt: skip
+           "strategy=zero2", "trainer.devices=1"]  # fmt: skip
 TWO_GPUS = [*ONE_GPU[:-1], "trainer.devices=2"]
 KILLED_AT_STEP_4 = {"path": str(ROOT / "tests" / "killing"), "RETORT_TEST_KILL": "os.rename step-00000004 1"}
 
