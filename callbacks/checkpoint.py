@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ import torch
 
 from models.errors import NotFinite
 from models.files import remove
-from models.training.checkpoint import Share, checkpoints, finish, share, write
+from models.training.checkpoint import FAILED, Share, finish, share, write
+from models.training.saved import checkpoints, step_of
 
+_PATIENCE_SECONDS = 120  # with a write, when training has ended with an error
 _CLOCK_STEPS = 10  # the clock is a collective decision: not at every step
 
 
@@ -40,11 +43,17 @@ class Checkpoint(pl.Callback):
         self._seen = 0
         self._writing: threading.Thread | None = None
         self._failed: list[BaseException] = []
+        self._given_up = threading.Event()
+        self._due = False  # after the validation of this step
 
     def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if trainer.is_global_zero:  # what a killed run left half written; a part of it would pass for a new one
             for left in self.folder.glob(".step-*"):
                 remove(left)
+            if (restored := getattr(module, "checkpoint", None)) is not None:
+                for passed_over in checkpoints(self.folder):  # damaged: they are not among those that are kept
+                    if step_of(passed_over) > step_of(restored):
+                        passed_over.rename(self.folder / f"damaged-{passed_over.name}")
         trainer.strategy.barrier()
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -62,7 +71,13 @@ class Checkpoint(pl.Callback):
         if not due and self.every_minutes is not None and step % _CLOCK_STEPS == 0:
             late = time.monotonic() - self._saved_at > 60 * self.every_minutes
             due = bool(trainer.strategy.broadcast(late))  # ranks' clocks differ: rank 0 decides
-        if due:
+        self._due = due and _validates(trainer)
+        if due and not self._due:
+            self.save(trainer, module, self.asynchronous)
+
+    def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if self._due:  # so that the checkpoint has the figures of its own step
+            self._due = False
             self.save(trainer, module, self.asynchronous)
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -71,7 +86,9 @@ class Checkpoint(pl.Callback):
 
     def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
         if self._writing is not None:
-            self._writing.join()  # what was saved before the error is worth having
+            self._writing.join(_PATIENCE_SECONDS)  # what was saved before the error is worth having
+            self._given_up.set()
+            self._writing.join()
 
     def save(self, trainer: pl.Trainer, module: Any, asynchronous: bool) -> None:
         weights = [
@@ -106,13 +123,21 @@ class Checkpoint(pl.Callback):
         try:
             write(mine, aside)
             if mine.rank == 0:
-                finish(mine, aside, final)
+                finish(mine, aside, final, self._given_up)
                 for older in checkpoints(self.folder)[: -self.keep]:
                     remove(older)
         except BaseException as problem:
             self._failed.append(problem)
+            with suppress(OSError):
+                (aside / f"rank-{mine.rank:05d}{FAILED}").touch()
 
     def _raise_failed(self) -> None:
         """In the thread that trains; a file system's refusal, for one."""
         if self._failed:
             raise self._failed.pop()
+
+
+def _validates(trainer: Any) -> bool:
+    """Whether Lightning validates after this batch."""
+    batches = trainer.fit_loop.epoch_loop.total_batch_idx + 1
+    return bool(trainer.limit_val_batches and batches % trainer.val_check_batch == 0)

@@ -14,11 +14,13 @@ import socket
 import sys
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+_ASLEEP = 5  # times the beat's length
 _ROOT = str(Path(__file__).resolve().parent.parent)
 
 
@@ -53,8 +55,13 @@ class Heartbeat:
 
     def start(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._path(self.rank).unlink(missing_ok=True)  # of an earlier start
         self._thread.start()
+
+    @staticmethod
+    def clear(folder: Path) -> None:
+        """Of an earlier start; by one rank, before any starts: the processes that it names may be others by now."""
+        for path in folder.glob("rank-*.json"):
+            path.unlink(missing_ok=True)
 
     def stop(self) -> None:
         self._over.set()
@@ -65,16 +72,20 @@ class Heartbeat:
 
     def _watch(self) -> None:
         beat, began = 0, time.monotonic()
+        last = began
         while not self._over.wait(self._every):
             beat += 1
-            try:
+            with suppress(OSError):  # a disk that is full is told where it matters, and ranks are judged all the same
                 self._tell(beat)
-            except OSError:
-                continue  # a disk that is full is told where it matters
             now = time.monotonic()
+            if (slept := now - last) > _ASLEEP * self._every:  # the whole job was suspended: nobody is late for that
+                for seen in self._seen.values():
+                    seen.heard, seen.moved = seen.heard + slept, seen.moved + slept
+            last = now
             for rank in range(self.world):
                 self._read(rank, now, began)
-            self._judge(now)
+            if slept <= _ASLEEP * self._every:
+                self._judge(now)
 
     def _tell(self, beat: int) -> None:
         told = {
@@ -106,9 +117,8 @@ class Heartbeat:
         waited = {rank: now - seen.moved for rank, seen in self._seen.items()}
         if waited[self.rank] < self.silent_seconds:
             return
-        gone = [
-            rank for rank, seen in self._seen.items() if now - seen.heard > max(self.silent_seconds, 3 * self._every)
-        ]
+        patience = max(self.silent_seconds, 3 * self._every)
+        gone = [rank for rank, seen in self._seen.items() if rank != self.rank and now - seen.heard > patience]
         least = min(seen.told.get("progress", -1) for seen in self._seen.values())
         behind = gone or [rank for rank, seen in self._seen.items() if seen.told.get("progress", -1) == least]
         speaker = min(set(self._seen) - set(gone))

@@ -27,6 +27,9 @@ class Watchdog(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if trainer.world_size > 1:
+            if trainer.is_global_zero:
+                Heartbeat.clear(self.folder)
+            trainer.strategy.barrier()
             self._heart = Heartbeat(
                 self.stage,
                 self.folder,

@@ -60,9 +60,9 @@ class Context:
     def skipped(self) -> dict[int, int]:
         """Packed sequence → from which step on it is left out."""
         found: dict[int, int] = {}
-        for turn in self.turns:
-            for number in turn["skipped"]:
-                found.setdefault(number, turn["step"])
+        for turn in self.turns:  # a later turn leaves the way that an earlier one took behind its own step
+            found = {number: step for number, step in found.items() if step < turn["step"]}
+            found |= {number: turn["step"] for number in turn["skipped"] if number not in found}
         return found
 
     @property

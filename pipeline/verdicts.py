@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from models.errors import Refusal
+from models.training.saved import damage
 from pipeline import artifact, run_folder
 from pipeline.config import differences, fingerprint
 
 BEGUN = "stage.json"  # in a stage's work folder: of what and with what values it was begun
-_CHANGEABLE = "training."  # between two checkpoints
+# of the training, between two checkpoints: what neither the order of the data nor the optimizer's state depends on
+_CHANGEABLE = re.compile(
+    r"training\.(optimizer\.(?!_target_|amsgrad|momentum)|schedule|(weight_decay|gradient_clip|max_steps|max_tokens|epochs"
+    r"|validate_every_steps)$)"
+)
 
 
 def jobs_of(config: dict[str, Any], plan: dict[str, Any]) -> list[dict[str, Any]]:
@@ -113,15 +119,19 @@ def turn_of(config: dict[str, Any], started: dict[str, Any], told: dict[str, Any
     if (last.get("step"), last.get("skipped")) == (step, skipped) and not differences(started["identity"], told):
         return None
     changed = differences(started["identity"], told)
-    if others := [key for key, _, _ in changed if not key.startswith(_CHANGEABLE)]:
+    if others := [key for key, _, _ in changed if not _CHANGEABLE.match(key)]:
         raise Refusal(
-            f"resume.from_step={step}: {others[0]} cannot change between two checkpoints, the settings of the training "
-            f"alone can; give the old value, or begin anew with resume=overwrite"
+            f"resume.from_step={step}: {others[0]} cannot change between two checkpoints, the learning rate, its "
+            f"schedule, weight decay, clipping and length can; give the old value, or begin anew with resume=overwrite"
         )
+    if skipped and told.get("on_policy") is not None:
+        raise Refusal("resume.skip_sequences: text that the student writes is not skipped; leave it out")
     work = Path(config["run_dir"]) / "work" / started["stage"]
     if step not in (steps := steps_of(work)):
         there = f"the checkpoints are of {', '.join(map(str, steps))}" if steps else "there is no checkpoint yet"
         raise Refusal(f"resume.from_step={step}: {started['stage']} has none of that step; {there}")
+    if (problem := damage(checkpoints_of(work)[step])) is not None:
+        raise Refusal(f"resume.from_step={step}: that checkpoint is damaged ({problem}); give another of {steps}")
     return {"step": step, "changed": [[*change] for change in changed], "skipped": skipped}
 
 
@@ -138,7 +148,7 @@ def steps_of(work: Path) -> list[int]:
 def _differs(run_dir: Path, stage: str, changed: list[tuple[str, Any, Any]], steps: list[int]) -> str:
     keys = "; ".join(f"{key}: {old!r} → {new!r}" for key, old, new in changed[:8])
     more = f" and {len(changed) - 8} more" if len(changed) > 8 else ""
-    back = all(key.startswith(_CHANGEABLE) for key, _, _ in changed) and steps
+    back = all(_CHANGEABLE.match(key) for key, _, _ in changed) and steps
     turn = f"resume.from_step={steps[-1]} to go on with them from there, " if back else ""
     return (
         f"{run_dir / stage} was made with other values ({keys}{more}); add {turn}resume=overwrite to redo it, choose "

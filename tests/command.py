@@ -57,15 +57,13 @@ def train(
     return done
 
 
-def start(*words: str, **environment: str) -> subprocess.Popen[str]:
+def start(*words: str, log: Path | None = None, **environment: str) -> subprocess.Popen[str]:
+    """Begun, and not waited for; what it says goes to the file `log`."""
     env = {**os.environ, **ENVIRONMENT, **environment}
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), *words],
-        env=env,
-        text=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    with open(log or os.devnull, "w") as said:
+        return subprocess.Popen(
+            [sys.executable, str(ROOT / "train.py"), *words], env=env, text=True, stdout=said, stderr=said
+        )
 
 
 def front_door() -> Any:

@@ -31,10 +31,10 @@ from models.sharding import gather_state, load_sharded, zero3
 from models.teachers.online import Online
 from models.teachers.sharded import Sharded
 from models.teachers.teacher import Opening
-from models.training.checkpoint import checkpoints
 from models.training.language_model import LanguageModel
 from models.training.on_policy import OnPolicy
 from models.training.rollouts import Rollouts
+from models.training.saved import checkpoints
 from models.training.schedules import cosine
 from pipeline.data.batch import collate
 from pipeline.data.loader import PackedSequences, accumulation

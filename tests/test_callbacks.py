@@ -25,7 +25,8 @@ from callbacks.checkpoint import Checkpoint
 from callbacks.metrics import MetricsFile
 from callbacks.progress import Progress
 from models.errors import NotFinite, Refusal
-from models.training.checkpoint import Share, checkpoints, damage, read_head, restore, write
+from models.training.checkpoint import Share, restore, write
+from models.training.saved import checkpoints, damage, read_head
 
 # Lightning 2.6.6 builds torch's LeafSpec, which torch 2.13 deprecates; its advice about workers and resumable loaders
 # is for real data, of which there is none here; a machine that has Slurm need not run the tests under it.
@@ -55,7 +56,7 @@ class Line(pl.LightningModule):
         return dict(self.named_parameters())
 
     def so_far(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-        return {}, {}
+        return {"validated_at": self.validation_metrics.get("step")}, {}
 
     def go_on(self, numbers: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
         pass
@@ -306,6 +307,30 @@ def test_killed_while_a_checkpoint_is_written_the_one_before_it_is_whole(tmp_pat
     assert [read_head(path)["step"] for path in whole] == left
     assert [damage(path) for path in whole] == [None] * len(left)
     assert steps_of(fit_with_checkpoints(tmp_path, 6)) == [4, 6]
+
+
+def test_a_checkpoint_of_a_step_that_validates_has_the_figures_of_that_validation(tmp_path):
+    """Line validates every 4 steps."""
+    told = {}
+
+    class Seen(Checkpoint):
+        def _write(self, mine: Any) -> None:
+            told[mine.head["step"]] = mine.head["so_far"]["validated_at"]
+            super()._write(mine)
+
+    fit_with_checkpoints(tmp_path, 9, Seen)
+    assert told == {2: 0, 4: 4, 6: 4, 8: 8, 9: 8}
+
+
+def test_damaged_checkpoints_that_were_passed_over_are_not_counted_among_those_kept(tmp_path):
+    fit_with_checkpoints(tmp_path, 4)
+    first, second = checkpoints(tmp_path / "checkpoints")
+    (second / "rank-00000.safetensors").write_bytes(b"")
+    shutil.rmtree(tmp_path / "left")
+    shutil.copytree(first, tmp_path / "left" / first.name)
+    fit(tmp_path, 3, Checkpoint(tmp_path / "checkpoints", every_steps=1, every_minutes=None), resume=True)
+    found = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert found == ["damaged-step-00000004", "step-00000002", "step-00000003"]
 
 
 @pytest.mark.parametrize("name", ["rank-00000.safetensors", "rank-00000.json", "checkpoint.json"])

@@ -77,6 +77,18 @@ def test_ranks_that_wait_for_each_other_say_where_they_are(tmp_path: Path) -> No
     assert re.search(r"it is in step 4 at <string>:[78] \(waits_for_the_others\)", told[0])
 
 
+def test_a_job_that_was_suspended_as_a_whole_goes_on(tmp_path: Path) -> None:
+    ranks = [_start(tmp_path, rank, 2, "busy") for rank in range(2)]
+    for rank in range(2):
+        _wait_for(tmp_path / f"rank-{rank:05d}.json")
+    for process in ranks:
+        process.send_signal(signal.SIGSTOP)
+    time.sleep(4)  # longer than the job may take without progress
+    for process in ranks:
+        process.send_signal(signal.SIGCONT)
+    assert [(process.communicate(timeout=30)[1], process.returncode) for process in ranks] == [("", 0)] * 2
+
+
 def test_ranks_that_get_on_are_let_be(tmp_path: Path) -> None:
     ranks = [_start(tmp_path, rank, 2, "busy") for rank in range(2)]
     assert [(process.communicate(timeout=30)[1], process.returncode) for process in ranks] == [("", 0)] * 2
@@ -95,8 +107,9 @@ def test_a_stopped_rank_ends_a_real_training(tmp_path: Path, strategy: str) -> N
         f"strategy={strategy}",
         "trainer.devices=2",
         "stages.distill.training.max_steps=100000",
-        "strategy.timeout_minutes=0.2",
+        "callbacks.watchdog.timeout_minutes=0.2",  # the process group's own is half an hour
         "callbacks.watchdog.silent_seconds=4",
+        log=tmp_path / "log",
     )
     told = _wait_for(tmp_path / "run" / "work" / "distill" / "ranks" / "rank-00001.json", seconds=120)
     time.sleep(2)
@@ -104,3 +117,6 @@ def test_a_stopped_rank_ends_a_real_training(tmp_path: Path, strategy: str) -> N
     stopped = time.monotonic()
     assert process.wait(timeout=120) == 1
     assert time.monotonic() - stopped < 60
+    log = (tmp_path / "log").read_text()
+    assert re.search(r"distill: rank 1 \(.*\) has not finished a micro-batch for", log)
+    assert "error: distill: no progress for" in log

@@ -17,7 +17,9 @@ from typing import Any
 import pytest
 
 from models.errors import Refusal, of_storage
+from models.files import hash_of
 from pipeline import artifact, run_folder, verdicts
+from pipeline.context import Context
 from tests.command import ROOT
 
 RESUME = {"mode": "continue", "from_step": None, "skip_sequences": []}
@@ -267,7 +269,10 @@ def _left_at(run_dir: Path, *steps: int, turns: list[dict[str, Any]] | None = No
     started = {"stage": "distill", "identity": BEGUN, "parents": {}, "restart": 0, "attempt": "a", "turns": turns or []}
     with run_folder.claimed(run_dir):
         for step in steps:
-            (work / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
+            checkpoint = work / "checkpoints" / f"step-{step:08d}"
+            checkpoint.mkdir(parents=True)
+            head = {"step": step, "files": []}
+            artifact.write_json(checkpoint / "checkpoint.json", {**head, "sha256": hash_of(head)})
         artifact.write_json(work / "stage.json", started)
 
 
@@ -307,6 +312,7 @@ def test_a_turn_that_was_taken_is_gone_on_in_and_not_taken_twice(tmp_path: Path)
         (LOWER, {"from_step": 5}, "distill has none of that step; the checkpoints are of 4, 8"),
         ({**BEGUN, "objective": {"alpha": 0.3}}, {"from_step": 4}, "objective.alpha cannot change between"),
         ({**BEGUN, "objective": {"alpha": 0.3}}, {}, "add resume=overwrite to redo it"),
+        ({**BEGUN, "training": {"global_batch": 16}}, {"from_step": 4}, "training.global_batch cannot change"),
     ],
 )
 def test_other_ways_to_go_back_are_refused(tmp_path: Path, told: Any, resume: Any, message: str) -> None:
@@ -314,6 +320,23 @@ def test_other_ways_to_go_back_are_refused(tmp_path: Path, told: Any, resume: An
     with pytest.raises(Refusal, match=re.escape(message)):
         _turned(tmp_path, told, **resume)
     assert verdicts.steps_of(tmp_path / "work" / "distill") == [4, 8]
+
+
+def test_going_back_to_a_damaged_checkpoint_is_refused_while_the_later_ones_stand(tmp_path: Path) -> None:
+    _left_at(tmp_path, 4, 8)
+    _flip(tmp_path / "work" / "distill" / "checkpoints" / "step-00000004" / "checkpoint.json")
+    with pytest.raises(Refusal, match=r"from_step=4: that checkpoint is damaged"):
+        _turned(tmp_path, LOWER, from_step=4)
+    assert verdicts.steps_of(tmp_path / "work" / "distill") == [4, 8]
+
+
+def test_what_a_later_turn_leaves_behind_is_no_longer_skipped_from_there() -> None:
+    def skipped(*turns: tuple[int, list[int]]) -> dict[int, int]:
+        return Context({}, "distill", turns=[{"step": step, "skipped": found} for step, found in turns]).skipped
+
+    assert skipped((8, [3]), (4, [3])) == {3: 4}
+    assert skipped((8, [3, 5]), (4, [7])) == {7: 4}
+    assert skipped((4, [3]), (8, [3, 5])) == {3: 4, 5: 8}
 
 
 def test_a_second_command_is_kept_out(tmp_path: Path) -> None:

@@ -15,9 +15,7 @@ import hashlib
 import json
 import os
 import threading
-import time
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,8 +27,8 @@ from torch import Tensor, nn
 from models.errors import Refusal
 from models.files import hash_of, remove, sync, write_json
 from models.training.pieces import Piece, make_room, pieces, refresh
+from models.training.saved import HEAD, read_head
 
-HEAD = "checkpoint.json"
 _VALUE = "value"
 _DTYPES = {
     torch.float32: "F32",
@@ -43,6 +41,7 @@ _DTYPES = {
     torch.bool: "BOOL",
 }
 _POLL_SECONDS = 0.05
+FAILED = ".failed"  # in place of .json, of a rank that could not write its part
 
 
 class Trained(Protocol):
@@ -118,58 +117,20 @@ def write(mine: Share, aside: Path) -> None:
     _write_json(path.with_suffix(".json"), entry)
 
 
-def finish(mine: Share, aside: Path, final: Path) -> None:
-    """On one rank: wait until every rank has written its file, and give the folder its name. Raises where the process
-    is ending meanwhile."""
+def finish(mine: Share, aside: Path, final: Path, given_up: threading.Event) -> None:
+    """On one rank: wait until every rank has written its file, and give the folder its name. Raises where a rank could
+    not, where the process is ending, and where it is `given_up` meanwhile."""
     told = [aside / f"rank-{rank:05d}.json" for rank in range(mine.world)]
     while not all(path.exists() for path in told):
-        if not threading.main_thread().is_alive():
+        failed = any(path.with_suffix(FAILED).exists() for path in told)
+        if failed or not threading.main_thread().is_alive() or given_up.wait(_POLL_SECONDS):
             raise RuntimeError(f"{aside}: not every rank has written its part")
-        time.sleep(_POLL_SECONDS)
     files = [json.loads(path.read_text()) for path in told]
     _write_json(aside / HEAD, {**mine.head, "files": files})
     sync(aside)
     remove(final)
     os.rename(aside, final)
     sync(final.parent)
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """Those that were finished, oldest first; whether they still are whole, `damage` tells."""
-    return sorted(path for path in folder.glob("step-*") if (path / HEAD).is_file())
-
-
-def step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("step-"))
-
-
-def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a finished checkpoint, or None. Reads all of it."""
-    try:
-        head = read_head(checkpoint)
-        with ThreadPoolExecutor() as threads:
-            return next(filter(None, threads.map(lambda entry: _damage(checkpoint, entry), head["files"])), None)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
-        return f"{HEAD} cannot be read ({type(problem).__name__})"
-
-
-def _damage(checkpoint: Path, entry: Mapping[str, Any]) -> str | None:
-    path = checkpoint / Path(entry["name"]).name
-    if not path.is_file():
-        return f"{path.name} is missing"
-    if path.stat().st_size != entry["bytes"]:
-        return f"{path.name} has {path.stat().st_size:,} bytes instead of {entry['bytes']:,}"
-    with open(path, "rb") as handle:
-        same = hashlib.file_digest(handle, "sha256").hexdigest() == entry["sha256"]
-    return None if same else f"{path.name} was changed since it was written"
-
-
-def read_head(checkpoint: Path) -> dict[str, Any]:
-    """step, ranks, zero_stage, so_far, and the files by name, bytes and sha256. It carries its own hash."""
-    head: dict[str, Any] = json.loads((checkpoint / HEAD).read_text())
-    if head.pop("sha256") != hash_of(head):
-        raise ValueError(f"{checkpoint / HEAD} was changed since it was written")
-    return head
 
 
 def restore(trainer: Any, module: Any, checkpoint: Path) -> None:

@@ -78,6 +78,7 @@ class Order(Sampler[MicroBatch]):
             tokens, length = self.supervised[sequences].sum().item(), int(self.lengths[sequences].sum())
             tokens -= self.supervised[sequences[blanks]].sum().item()
             length -= int(self.lengths[sequences[blanks]].sum())
+            tokens = tokens if tokens > 0 else 1  # all of the step skipped: its sum is 0, and is divided all the same
             sequences = np.where(blanks, _BLANK, sequences)
             for begin in range(self.rank * self.micro_batch, self.global_batch, self.world * self.micro_batch):
                 yield MicroBatch(sequences[begin : begin + self.micro_batch].tolist(), tokens, length)

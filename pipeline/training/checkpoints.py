@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from models.errors import Refusal
-from models.training.checkpoint import checkpoints, damage, step_of
+from models.training.saved import checkpoints, damage, step_of
 from pipeline.context import Context
 
 

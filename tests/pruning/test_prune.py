@@ -22,8 +22,8 @@ from models.pruning.groups import Anatomy, Axis, anatomy_of
 from models.pruning.importance import gather
 from models.pruning.importances.taylor import Taylor
 from models.pruning.plan import Wish
-from models.training.checkpoint import checkpoints
 from models.training.language_model import LanguageModel
+from models.training.saved import checkpoints
 from pipeline.building import build
 from pipeline.check import check
 from pipeline.context import Context

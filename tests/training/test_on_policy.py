@@ -37,9 +37,9 @@ from models.objectives.total_variation import TotalVariation
 from models.targets import IGNORED
 from models.teachers.online import Resident
 from models.teachers.teacher import Opening
-from models.training.checkpoint import checkpoints
 from models.training.on_policy import OnPolicy
 from models.training.rollouts import Replica, Rollouts, ends_of
+from models.training.saved import checkpoints
 from pipeline.building import build
 from pipeline.data.loader import PackedSequences
 from tests.command import SMALL, train

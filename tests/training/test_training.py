@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, OPTConfig, OPTForCaus
 from models.apart import check_apart
 from models.errors import NotFinite, Refusal
 from models.heads import check_split, hidden_states
-from models.training.checkpoint import checkpoints, damage
+from models.training.saved import checkpoints, damage
 from pipeline.data.batch import collate
 from pipeline.data.loader import Order, PackedSequences, accumulation, in_turn
 from tests import fitting

@@ -1,0 +1,52 @@
+"""Checkpoints on disk: which there are, and whether they are whole. Loads no PyTorch: the walk asks, too."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from models.files import hash_of
+
+HEAD = "checkpoint.json"
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Those that were finished, oldest first; whether they still are whole, `damage` tells."""
+    return sorted(path for path in folder.glob("step-*") if (path / HEAD).is_file())
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a finished checkpoint, or None. Reads all of it."""
+    try:
+        head = read_head(checkpoint)
+        with ThreadPoolExecutor() as threads:
+            return next(filter(None, threads.map(lambda entry: _damage(checkpoint, entry), head["files"])), None)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
+        return f"{HEAD} cannot be read ({type(problem).__name__})"
+
+
+def _damage(checkpoint: Path, entry: Mapping[str, Any]) -> str | None:
+    path = checkpoint / Path(entry["name"]).name
+    if not path.is_file():
+        return f"{path.name} is missing"
+    if path.stat().st_size != entry["bytes"]:
+        return f"{path.name} has {path.stat().st_size:,} bytes instead of {entry['bytes']:,}"
+    with open(path, "rb") as handle:
+        same = hashlib.file_digest(handle, "sha256").hexdigest() == entry["sha256"]
+    return None if same else f"{path.name} was changed since it was written"
+
+
+def read_head(checkpoint: Path) -> dict[str, Any]:
+    """step, ranks, zero_stage, so_far, and the files by name, bytes and sha256. It carries its own hash."""
+    head: dict[str, Any] = json.loads((checkpoint / HEAD).read_text())
+    if head.pop("sha256") != hash_of(head):
+        raise ValueError(f"{checkpoint / HEAD} was changed since it was written")
+    return head
