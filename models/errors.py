@@ -93,6 +93,10 @@ def of_storage(problem: BaseException, folder: Path) -> str | None:
         if code in _OF_STORAGE or _WRITTEN_BY_TORCH.search(str(seen)):
             path = Path(os.fsdecode(seen.filename)) if isinstance(seen, OSError) and seen.filename else folder
             reason = os.strerror(code) if code else "a file could not be written to its end"
+            if code in (errno.EROFS, errno.EACCES, errno.EPERM):
+                return f"{path}: {reason}; choose a run_dir that can be written to"
+            if code == errno.EFBIG:
+                reason += ", by a limit on the size of files (ulimit -f)"
             return (
                 f"{path}: {reason} ({_free(path)}); what was finished is whole, and the same command goes on from there"
             )

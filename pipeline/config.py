@@ -171,6 +171,8 @@ def parse(composed: Any) -> dict[str, Any]:
     resume = config["resume"]
     if resume["mode"] not in ("continue", "overwrite"):
         raise Refusal(f"resume={resume['mode']}: need continue or overwrite")
+    if any(number < 0 for number in resume["skip_sequences"]):
+        raise Refusal(f"resume.skip_sequences={resume['skip_sequences']}: need numbers of sequences, from 0 on")
     if resume["skip_sequences"] and resume["from_step"] is None:
         raise Refusal(
             "resume.skip_sequences is for an unfinished stage; add resume.from_step=STEP, from where they are left out"

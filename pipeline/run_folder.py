@@ -21,6 +21,7 @@ from pipeline import artifact
 
 MARKER = "retort.json"
 _LOCK = ".lock"
+_MADE = {"config.json", "report.json", "report.md", "report.html", "work", "logs"}  # by runs; a marker is beside them
 _SCRATCH = "retort-check-"
 _YOUNG_SECONDS = 60
 _OWN = {MARKER, f".{MARKER}.partial", _LOCK}
@@ -37,7 +38,7 @@ def check_ours(run_dir: Path) -> None:
         raise Refusal(f"run_dir={run_dir}: a file of that name is in the way; choose another run_dir") from None
     if MARKER in names:
         return
-    for name in sorted(names - _OWN):
+    for name in sorted(names - _OWN, key=lambda name: (name in _MADE, name)):
         if artifact.look(run_dir / name).manifest is None:
             raise Refusal(
                 f"run_dir={run_dir}: it holds other things ({name}) and no {MARKER}, which marks a run folder; choose "
@@ -90,6 +91,8 @@ def check_unchanged(folder: Path, found: artifact.Found, run_dir: Path, remedy: 
     if found.manifest is None:
         return
     problem = found.problem
+    if not problem and (others := artifact.foreign(folder)):
+        raise Refusal(f"{folder / others[0]} is not of the artifact that lies there; move it away")
     if not problem and (names := artifact.altered(folder, found.manifest, hashes(run_dir))):
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         known, there = names[0] in found.manifest["files"], (folder / names[0]).exists()

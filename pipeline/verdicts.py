@@ -37,9 +37,22 @@ def jobs_of(config: dict[str, Any], plan: dict[str, Any]) -> list[dict[str, Any]
             )
         jobs.append({**job, "do": verdict})
     step = config["resume"]["from_step"]
-    if step is not None and all(job["do"] in ("start", "redo") for job in jobs):
-        raise Refusal(f"resume.from_step={step}: none of {', '.join(plan)} was begun and has a checkpoint")
+    if step is not None and not any(job["do"] in ("turn", "resume") or _has_turned(config, job) for job in jobs):
+        raise Refusal(
+            f"resume.from_step={step}: none of {', '.join(plan)} is unfinished and has a checkpoint; leave it out, or "
+            f"begin a finished stage again with force=[STAGE]"
+        )
     return jobs
+
+
+def _has_turned(config: dict[str, Any], job: dict[str, Any]) -> bool:
+    """Whether a finished stage was taken up as this command says: then it has nothing left to do."""
+    manifest = artifact.read_manifest(Path(config["run_dir"]) / job["stage"]) or {}
+    last = (manifest.get("turns") or [{}])[-1]
+    return (last.get("step"), last.get("skipped")) == (
+        config["resume"]["from_step"],
+        config["resume"]["skip_sequences"],
+    )
 
 
 def verdict_of(config: dict[str, Any], job: dict[str, Any], busy: set[str]) -> str:

@@ -110,7 +110,11 @@ CASES = [
         "model.safetensors was changed",
     ),
     Case("a file of it is gone", lambda r: (r / "distill/config.json").unlink(), "config.json is missing"),
-    Case("a file was put into it", lambda r: (r / "distill/thesis.tex").write_text("x"), "thesis.tex was added"),
+    Case(
+        "a file was put into it",
+        lambda r: (r / "distill/thesis.tex").write_text("x"),
+        "thesis.tex is not of",
+    ),
     Case("its manifest is cut short", lambda r: os.truncate(r / "distill/manifest.json", 99), "is not JSON"),
     Case("its manifest is `[]`", lambda r: (r / "distill/manifest.json").write_text("[]"), "is not Retort's"),
     Case(
@@ -374,14 +378,15 @@ except OSError as problem:
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)),
     )
     assert done.returncode == 0, done.stderr
-    assert re.fullmatch(r".*: File too large \([\d.]+ GB are free there\); what was finished is whole.*\n", done.stdout)
+    told = r".*: File too large, by a limit on .* \([\d.]+ GB are free there\); what was finished is whole.*\n"
+    assert re.fullmatch(told, done.stdout)
     assert _contents(tmp_path) == before
 
 
 @pytest.mark.parametrize(
     "raised",
     [
-        PermissionError(13, "Permission denied", "/nowhere/config.json"),
+        OSError(122, "Disk quota exceeded", "/nowhere/config.json"),
         RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 640 vs 534"),
         ValueError("Error while serializing: I/O error: No space left on device (os error 28)"),
     ],
@@ -394,6 +399,11 @@ def test_errors_of_storage_are_known_in_whatever_words(tmp_path: Path, raised: E
     outer.__cause__ = raised
     assert of_storage(outer, tmp_path) == told
     assert of_storage(RuntimeError("mat1 and mat2 shapes cannot be multiplied"), tmp_path) is None
+
+
+def test_a_folder_that_cannot_be_written_to_has_another_remedy_than_space(tmp_path: Path) -> None:
+    told = of_storage(PermissionError(13, "Permission denied", "/nowhere/config.json"), tmp_path)
+    assert told == "/nowhere/config.json: Permission denied; choose a run_dir that can be written to"
 
 
 def test_what_killed_checks_left_in_the_temporary_folder_is_swept(

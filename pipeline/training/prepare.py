@@ -63,6 +63,8 @@ def prepare(
         if left_out := {name: count for name in _LEFT_OUT if (count := statistics[split].get(name))}:
             counts = ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in left_out.items())
             print(f"{context.stage}: {split}: {counts}", flush=True)
+        if split == "train" and (beyond := [n for n in context.skipped if n >= len(sequences)]):
+            raise Refusal(f"resume.skip_sequences={beyond}: the text makes {len(sequences):,} sequences, from 0 on")
         if split == "train" and not len(sequences):
             raise Refusal(f"{context.stage}: no text of data.train is left after tokenizing ({statistics[split]})")
     start = context.work / "start"
