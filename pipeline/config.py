@@ -8,8 +8,6 @@ holds them against it. Imports nothing heavy: the front door answers `--cfg job`
 from __future__ import annotations
 
 import difflib
-import hashlib
-import json
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
@@ -26,6 +24,7 @@ from omegaconf.errors import (
 )
 
 from models.errors import Refusal
+from models.files import hash_of
 
 
 @dataclass
@@ -291,7 +290,7 @@ def _without_place(node: Any) -> Any:
 
 
 def fingerprint(value: Any) -> str:
-    return "sha256:" + hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+    return f"sha256:{hash_of(value)}"
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
@@ -13,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from models.errors import Refusal
+from models.files import aside_of, publish
 from models.generation import Answer
 
 _FLUSH_SECONDS = 300.0
@@ -116,10 +116,8 @@ def in_parts(rows: Iterable[dict[str, Any]], size: int) -> Iterator[list[dict[st
 
 def write_whole(path: Path, schema: pa.Schema, rows: Iterable[dict[str, Any]]) -> None:
     """Aside, synced, renamed: under its name a file is whole."""
-    aside = path.with_name(f".{path.name}.partial")
+    aside = aside_of(path)
     with pq.ParquetWriter(aside, schema, write_page_checksum=True) as writer:
         for some in in_parts(rows, AT_ONCE):
             writer.write_table(pa.Table.from_pylist(some, schema))
-    with open(aside, "rb") as handle:
-        os.fsync(handle.fileno())
-    os.rename(aside, path)
+    publish(aside, path)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from models.errors import Refusal
+from models.files import hash_of
 from pipeline.data.answer_files import TEACHERS, columns_of, files_of, prompt_keys, read_answers, records
 from pipeline.data.controls import Controls
 from pipeline.data.pairs import Pair, split_pair, write_sequences
@@ -115,7 +116,7 @@ class Answers(DataSource):
             for path in self._files(split):
                 with path.open("rb") as file:
                     content.append([split, path.suffix, hashlib.file_digest(file, "sha256").hexdigest()])
-        return hashlib.sha256(json.dumps([content, shape], sort_keys=True).encode()).hexdigest()
+        return hash_of([content, shape])
 
     def sample(self, documents: int) -> Answers:
         return replace(self, max_answers=min(documents, self.max_answers or documents))

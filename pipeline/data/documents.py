@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from models.errors import Refusal
+from models.files import hash_of
 from pipeline.data.columns import Columns, weight_of
 from pipeline.data.conversations import Content, Conversation, conversation
 from pipeline.data.locations import EMBEDDED, Location, locate
@@ -222,7 +223,7 @@ def content_key(data: Documents) -> str:
     shape = with_reading(shape)
     if data.chat_template is not None:
         shape["chat_template"] = Path(data.chat_template).expanduser().read_text(encoding="utf-8")
-    return hashlib.sha256(json.dumps([content, shape], sort_keys=True).encode()).hexdigest()
+    return hash_of([content, shape])
 
 
 def _source_key(location: Location) -> list[Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from models.errors import Refusal
+from models.files import hash_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -145,7 +145,7 @@ def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
         rules = json.loads(tokenizer.backend_tokenizer.to_str())
         # not these two: they are whatever the last call asked for
         rules_of.append({name: rule for name, rule in rules.items() if name not in ("truncation", "padding")})
-    return hashlib.sha256(json.dumps(rules_of, sort_keys=True).encode()).hexdigest()
+    return hash_of(rules_of)
 
 
 def begin_token(tokenizer: PreTrainedTokenizerBase) -> int:

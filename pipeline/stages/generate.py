@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from dataclasses import asdict, dataclass, field
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from models.errors import Refusal
+from models.files import hash_of
 from models.generation import Sampling
 from models.load import empty_model, load_config, parameter_count
 from models.teachers.teacher import Source
@@ -163,7 +163,7 @@ class Generate(Stage):
         teacher = self.teacher.key(context.parents["teacher"]["content_hash"])
         sampling = {name: value for name, value in asdict(self.sampling).items() if name != "samples"}
         decisive = [teacher, tokenizer_key(tokenizer), self.teacher.dtype, sampling, self._stop, ends]
-        return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+        return hash_of(decisive)
 
     def _write_prompts(self, context: Context, tokenizer: Any, header: str, room: int | None) -> dict[str, int]:
         """What was counted. Raises Refusal where prompts are too long, or none is left."""
