@@ -29,8 +29,17 @@ class MetricsFile(pl.Callback):
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._last: dict[bool, float] = {False: -1, True: -1}  # last step on file: of training, of validation
+        self._begun = False
 
     def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
+        self._begin(trainer)
+
+    def on_fit_end(self, trainer: pl.Trainer, module: Any) -> None:
+        if not self._begun:  # restarted after the last step: there was nothing to train, but the loggers are empty
+            self._begin(trainer)
+
+    def _begin(self, trainer: pl.Trainer) -> None:
+        self._begun = True
         if not trainer.is_global_zero:
             return
         lines = [line for line in _read(self.path) if line["step"] <= trainer.global_step]

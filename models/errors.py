@@ -78,7 +78,13 @@ _OF_STORAGE = {
     errno.ESTALE,
     errno.EMFILE,
 }
+_OF_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 _WRITTEN_BY_TORCH = re.compile(r"PytorchStreamWriter failed|file write failed|unexpected pos \d+ vs \d+")
+
+
+def of_writing(problem: BaseException) -> bool:
+    """Whether a file could not be written: then whatever was being read is not to blame."""
+    return isinstance(problem, OSError) and problem.errno in _OF_ROOM
 
 
 def of_storage(problem: BaseException, folder: Path) -> str | None:

@@ -12,6 +12,7 @@ import os
 import shutil
 import zlib
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,11 +41,20 @@ def aside_of(path: Path) -> Path:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """A reader never sees half a file."""
+    write_text(path, json.dumps(value, indent=2, sort_keys=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """A reader never sees half a file, and where the file system refuses the write no half of it is left."""
     aside = aside_of(path)
-    aside.write_text(json.dumps(value, indent=2, sort_keys=False) + "\n")
-    sync(aside)
-    os.replace(aside, path)
+    try:
+        aside.write_text(text, encoding="utf-8")
+        sync(aside)
+        os.replace(aside, path)
+    except OSError:
+        with suppress(OSError):
+            aside.unlink()
+        raise
 
 
 def remove(path: Path) -> None:

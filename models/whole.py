@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from models.errors import Refusal
+from models.errors import Refusal, of_writing
 
 _AGAIN = "copy the whole model again, with the config.json it was saved with"
 _ODD = (
@@ -50,6 +50,8 @@ def whole(told: str, what: str) -> Iterator[None]:
     except Refusal:
         raise
     except _ODD as problem:
+        if of_writing(problem):  # of layers that are offloaded
+            raise
         raise Refusal(f"{told}: {what}: {first_line(problem)}") from None
     except RuntimeError as problem:  # of tensors that cannot be merged as the family merges them: experts, mostly
         names = re.findall(r"^(\S+)\s*\|\s*(?:\x1b\S*m)?CONVERSION", "".join(tables), re.MULTILINE)

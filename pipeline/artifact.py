@@ -12,6 +12,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, get_args
@@ -240,8 +241,9 @@ def _hashes(path: Path, cache: Path | None) -> dict[str, str]:
             fresh[key] = [stamp, digest]
         found[p.name if path.is_file() else str(p.relative_to(path))] = digest
     if cache is not None and fresh != known:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        write_json(cache, fresh)
+        with suppress(OSError):  # without it files are read once more, which is no reason to end a run
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            write_json(cache, fresh)
     return found
 
 

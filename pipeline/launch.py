@@ -49,7 +49,7 @@ class Local:
         return [
             sys.executable,
             "-m",
-            "torch.distributed.run",
+            "pipeline.torchrun",
             "--standalone",
             f"--nproc-per-node={ranks}",
             "-m",

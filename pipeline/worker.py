@@ -12,13 +12,20 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from models.errors import NotFinite, Refusal, of_storage
 from pipeline import artifact
 from pipeline.launch import die_with
+
+if TYPE_CHECKING:
+    from pipeline.context import Context
+
+_TURN_SECONDS = 4  # a process that has failed takes so long to end, and torchrun to end the others with it
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -48,16 +55,27 @@ def main(arguments: Sequence[str]) -> int:
             stage.run(context)
         return 0
     except Refusal as problem:
+        _give_way(context, tells=True)
         _refuse(mode, str(problem) if context is None else context.in_its_words(str(problem)))
         return 2
     except NotFinite as problem:
+        _give_way(context, tells=True)
         print(f"error: {problem}", file=sys.stderr, flush=True)
         return 3
     except Exception as problem:
-        if (line := of_storage(problem, Path(spec["config"]["run_dir"]))) is None:
+        line = of_storage(problem, Path(spec["config"]["run_dir"]))
+        _give_way(context, tells=line is not None)
+        if line is None:
             raise
         _refuse(mode, line)
         return 2
+
+
+def _give_way(context: Context | None, tells: bool) -> None:
+    """Of several ranks that fail, one is to be heard: the first that knows in one line why (`tells`). The others fail
+    for the same reason, or because that one is gone. They are ended with it, while they wait here."""
+    if context is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        time.sleep(_TURN_SECONDS * (min(context.rank, 3) if tells else 4))
 
 
 def _refuse(mode: str, message: str) -> None:

@@ -163,3 +163,19 @@ def test_killed_between_two_stages_the_finished_one_is_skipped(tmp_path: Path, a
     job = {"stage": "distill", "identity": settings, "fingerprint": "", "plan": plan}
     config = {"run_dir": str(tmp_path), "stages": {"distill": {}}, "force": [], "resume": RESUME}
     assert verdicts.verdict_of(config, job, set()) == verdict
+
+
+def test_where_hashes_cannot_be_remembered_the_files_are_read_and_nothing_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """/dev/full refuses every write with "no space left on device"."""
+    monkeypatch.setattr(artifact, "_SETTLED_NS", 0)  # a file that has just been written is remembered, too
+    artifact.publish(tmp_path / "distill", _build, HEAD)
+    cache = tmp_path / "hashes.json"
+    (tmp_path / ".hashes.json.partial").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left on device"):
+        artifact.write_json(cache, {})
+    (tmp_path / ".hashes.json.partial").symlink_to("/dev/full")
+    remembered = artifact.content_hash(tmp_path / "distill", cache)
+    assert remembered == artifact.content_hash(tmp_path / "distill")
+    assert {path.name for path in tmp_path.iterdir()} == {"distill"}

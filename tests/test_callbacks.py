@@ -383,6 +383,16 @@ def test_csv_has_the_numbers_of_the_metrics_file_also_after_a_restart(tmp_path):
     assert "temperature: 2.0" in (folder / "hparams.yaml").read_text()
 
 
+def test_csv_has_the_numbers_also_where_a_restart_finds_no_step_left(tmp_path):
+    """As after a full disk, or a kill, between the last checkpoint and the result."""
+    folder = tmp_path / "logs" / "distill"
+    fit(tmp_path, 6, MetricsFile(tmp_path / "metrics.jsonl"), logger=tracker("csv", folder))
+    whole = (folder / "metrics.csv").read_text()
+    fit(tmp_path, 6, MetricsFile(tmp_path / "metrics.jsonl"), logger=tracker("csv", folder, restart=1), resume=True)
+    assert (folder / "metrics.csv").read_text() == whole
+    assert len(lines(tmp_path / "metrics.jsonl")) == 7
+
+
 def test_tensorboard_has_the_numbers_of_the_metrics_file_also_after_a_restart(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -348,6 +348,14 @@ def test_a_second_command_is_kept_out(tmp_path: Path) -> None:
         _verdicts(tmp_path / "run")
 
 
+@pytest.mark.parametrize("name", ["report.md", "report.html", "report.json", "config.json"])
+def test_a_report_of_ones_own_keeps_a_folder_from_becoming_a_run_folder(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(Refusal, match=f"it holds other things .{name}."), run_folder.claimed(tmp_path):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
 def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "run").touch()
     with pytest.raises(Refusal, match="a file of that name"):

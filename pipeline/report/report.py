@@ -6,10 +6,10 @@ The parent process imports this, so nothing here loads torch. The same folder al
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
+from models.files import write_text
 from pipeline.report.html import as_html
 from pipeline.report.manifests import read_artifacts
 from pipeline.report.markdown import as_markdown
@@ -29,14 +29,7 @@ def write_report(run_dir: Path) -> Json:
     artifacts = read_artifacts(run_dir)
     report = measurements(artifacts)
     page = page_of(run_dir, artifacts, report)
-    _publish(run_dir / "report.json", json.dumps(report, indent=2, allow_nan=False) + "\n")
-    _publish(run_dir / "report.md", as_markdown(page))
-    _publish(run_dir / "report.html", as_html(page | {"plots": plots_of(artifacts, report)}))
+    write_text(run_dir / "report.json", json.dumps(report, indent=2, allow_nan=False) + "\n")
+    write_text(run_dir / "report.md", as_markdown(page))
+    write_text(run_dir / "report.html", as_html(page | {"plots": plots_of(artifacts, report)}))
     return report
-
-
-def _publish(path: Path, text: str) -> None:
-    """Written aside and renamed, so that a reader never sees half a report."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)

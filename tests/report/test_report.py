@@ -246,6 +246,15 @@ def test_same_folder_gives_the_same_bytes_and_leaves_nothing_else_behind(run):
     assert sorted(first) == ["report.html", "report.json", "report.md"]
 
 
+def test_a_report_that_cannot_be_written_leaves_the_old_one_and_nothing_else(run):
+    write_report(run)
+    before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    (run / ".report.md.partial").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left on device"):
+        write_report(run)
+    assert {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
+
+
 def test_folders_still_being_written_are_not_reported(run):
     (run / "distill").rename(run / ".distill.partial")
     assert [r["stage"] for r in write_report(run)["rows"]] == ["pretrain", "distill", "control", "export"]

@@ -1,0 +1,207 @@
+"""A file system that refuses a write: at each kind of call of a small run of every kind of stage."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from itertools import cycle
+from pathlib import Path
+
+import pytest
+
+from models.errors import Refusal
+from models.whole import whole
+from tests.command import train
+from tests.full_disk import COMPILER, FullDisk, pattern_of
+
+with_compiler = pytest.mark.skipif(COMPILER is None, reason="needs Linux and a C compiler")
+STAGES = ("pretrain", "distill", "control", "prune", "recover", "quantize", "qat", "unquantized", "export", "evaluate")
+WORDS = [
+    "trainer.accelerator=cpu",
+    "data.max_documents=60",
+    "data.max_length=64",
+    "stages.pretrain.tokenizer.vocab_size=400",
+    "stages.pretrain.model.hidden_size=64",
+    "stages.pretrain.model.intermediate_size=128",
+    "stages.pretrain.model.num_hidden_layers=2",
+    "student.shape.hidden_size=32",
+    "student.shape.intermediate_size=96",
+    "student.shape.num_hidden_layers=1",
+    "student.shape.num_attention_heads=2",
+    "student.shape.num_key_value_heads=2",
+    *(f"stages.{stage}.training.max_steps=3" for stage in ("pretrain", "distill", "recover", "qat")),
+    *(f"stages.{stage}.training.validate_every_steps=2" for stage in ("pretrain", "distill", "recover", "qat")),
+    "trainer.checkpoint.every_steps=1",
+    "trainer.log_every_steps=1",
+    "stages.evaluate.speed={_target_: models.measure.Speed, prompt_tokens: 16, new_tokens: 4, repeats: 1}",
+]
+# What a run does without: hashes are taken again, a copy is made another way.
+HARMLESS = re.compile(
+    r"hashes\.json|^link |^rename .*/pieces\.arrow|^write .*(\.start\.partial/quantized\.safetensors|partial/metrics\.jsonl)"
+)
+
+
+def test_a_full_disk_is_not_told_as_a_model_that_does_not_open() -> None:
+    """Layers that transformers merges on loading are written aside."""
+    with pytest.raises(OSError, match="No space left"), whole("model.path=/m", "it does not open"):
+        raise OSError(errno.ENOSPC, "No space left on device", "/run/work/quantize/given")
+    with pytest.raises(Refusal, match="does not open"), whole("model.path=/m", "it does not open"):
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory", "/m/config.json")
+
+
+WRITES = """
+import os, shutil, sys
+from pathlib import Path
+import numpy as np
+def python(path): path.write_text("text")
+def descriptor(path): os.close(os.open(path, os.O_CREAT | os.O_WRONLY))
+def array(path): np.arange(9).tofile(path)
+def arrow(path):
+    import pyarrow as pa
+    with pa.OSFile(str(path), "wb") as sink: sink.write(b"bytes")
+def tensors(path):
+    from safetensors.numpy import save_file
+    save_file({"a": np.arange(9)}, path)
+def tokenizer(path):
+    from tokenizers import Tokenizer, models
+    Tokenizer(models.BPE()).save(str(path))
+def copied(path): shutil.copyfile(__file__, path)
+def synced(path):
+    handle = os.open(path.parent, os.O_RDONLY)
+    os.fsync(handle)
+def folder(path): path.mkdir()
+def renamed(path): os.rename(path.parent / "there", path)
+try:
+    locals()[sys.argv[1]](Path(sys.argv[2]) / "file")
+except Exception as problem:
+    sys.exit(f"{type(problem).__name__}: {problem}")
+"""
+
+
+@with_compiler
+@pytest.mark.parametrize(
+    "kind",
+    ["python", "descriptor", "array", "arrow", "tensors", "tokenizer", "copied", "synced", "folder", "renamed"],
+)
+def test_the_preloaded_disk_refuses_what_python_rust_and_cpp_write(tmp_path: Path, kind: str) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "there").touch()
+    script = tmp_path / "writes.py"
+    script.write_text(WRITES)
+    disk = FullDisk(tmp_path, run)
+    for under, fails in ((run, True), (tmp_path / "other", False)):
+        disk.under = under
+        disk.refuse("*", every=True)
+        done = subprocess.run(
+            [sys.executable, str(script), kind, str(run)],
+            env={**os.environ, **disk.environment},
+            capture_output=True,
+            text=True,
+        )
+        assert (disk.refused > 0, done.returncode != 0) == (fails, fails), done.stderr
+        assert not fails or re.search("No space left|written", done.stderr), done.stderr
+
+
+@with_compiler
+@pytest.mark.slow
+@pytest.mark.timeout(4 * 3600)
+def test_a_full_disk_at_any_kind_of_write_is_told_in_one_line_and_loses_nothing(tmp_path: Path) -> None:
+    """Kind: the call, and the path without its numbers. In turn only that call fails, or every one from it on."""
+    whole_run, cut, calls = tmp_path / "whole", tmp_path / "cut", dict[str, list[str]]()
+    disk = FullDisk(tmp_path, whole_run)
+    for stage in STAGES:
+        disk.refuse("")
+        assert train(f"run_dir={whole_run}", *WORDS, f"stop={stage}", **disk.environment).returncode == 0
+        calls[stage] = disk.calls
+    disk.under, codes, unmet, tried = cut, cycle([errno.ENOSPC, errno.EDQUOT, errno.EFBIG]), [], 0
+    for stage, patterns in _kinds(calls):
+        words = [f"run_dir={cut}", *WORDS, f"stop={stage}"]
+        for pattern in patterns:
+            every, code = bool(tried % 2), next(codes)
+            for _ in range(2):
+                disk.refuse(pattern, code, every)
+                done = train(*words, **disk.environment)
+                if disk.refused or done.returncode:
+                    break
+                for made in (cut / stage, cut / "work" / "data"):  # it went on without what failed: begin it again
+                    shutil.rmtree(made)
+            tried += bool(disk.refused)
+            unmet += [] if disk.refused else [pattern]
+            _check_told(f"{pattern} {errno.errorcode[code]} {every}", done, cut)
+            until = time.monotonic() + 10
+            while disk.users() and time.monotonic() < until:
+                time.sleep(0.1)
+            assert disk.users() == [], pattern
+        disk.refuse("")
+        done = train(*words, **disk.environment)
+        assert done.returncode == 0, done.stderr
+        assert _weights(cut / stage) == _weights(whole_run / stage)
+    assert _names(cut) == _names(whole_run)
+    print(f"{sum(map(len, calls.values()))} calls, {tried} tried, not met again: {unmet}")
+    assert len(unmet) < tried / 10
+
+
+@with_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("every", [False, True])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_of_two_ranks_one_tells_of_the_full_disk(tmp_path: Path, rank: int, every: bool) -> None:
+    disk = FullDisk(tmp_path, tmp_path / "run")
+    ranks = ["strategy=zero2", "trainer.devices=2", "stages.pretrain.training.micro_batch=4"]
+    words = [f"run_dir={tmp_path / 'run'}", *WORDS, "stop=pretrain", *ranks]
+    disk.refuse(f"write *step-00000002*rank-{rank:05d}.safetensors", every=every)
+    done = train(*words, **disk.environment)
+    assert disk.refused, done.stdout + done.stderr
+    _check_told(f"rank {rank}", done, tmp_path / "run")
+    again = train(*words)
+    assert again.returncode == 0, again.stderr
+    assert "goes on at step 1/3" in again.stdout
+
+
+def _kinds(calls: dict[str, list[str]]) -> Iterator[tuple[str, list[str]]]:
+    """Stage → patterns of calls that no stage before it has, in order."""
+    seen = set()
+    for stage, called in calls.items():
+        found = []
+        for call in called:
+            pattern = pattern_of(call)
+            kind = re.sub(rf"(/\.?)({'|'.join(STAGES)})(?=[/.]|$)", r"\1STAGE", pattern)
+            if kind.startswith(("fsync /.", "link /.")):  # the files of an artifact, one after the other
+                kind = re.sub(r"partial/.*", "partial/", kind)
+            if kind not in seen:
+                found.append(pattern)
+            seen.add(kind)
+        yield stage, found
+
+
+def _check_told(what: str, done: subprocess.CompletedProcess[str], run_dir: Path) -> None:
+    said = done.stdout + done.stderr
+    errors = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert "Traceback" not in said, what + said
+    if done.returncode == 0:
+        assert HARMLESS.search(what.rpartition(" ")[0].rpartition(" ")[0]), what
+        assert errors == [], what
+        return
+    assert done.returncode == 2, what + said
+    assert len(errors) == 1, what + said
+    assert str(run_dir) in errors[0], what
+    assert "are free there" in errors[0], what + said
+
+
+def _weights(folder: Path) -> dict[str, str]:
+    files = [path for path in folder.rglob("*") if path.suffix in (".safetensors", ".gguf")]
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def _names(folder: Path) -> set[str]:
+    """Of all that lies there; what is remembered of hashes may be there or not."""
+    names = {str(path.relative_to(folder)) for path in folder.rglob("*")}
+    return {name for name in names if not name.endswith("hashes.json")}
