@@ -25,7 +25,8 @@ from pipeline.launch import die_with
 if TYPE_CHECKING:
     from pipeline.context import Context
 
-_TURN_SECONDS = 4  # a process that has failed takes so long to end, and torchrun to end the others with it
+_END_SECONDS = 2  # from the end of one rank to that of the others, at most
+_TURN_SECONDS = 6  # between the ranks that might say the same
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -75,7 +76,7 @@ def _give_way(context: Context | None, tells: bool) -> None:
     """Of several ranks that fail, one is to be heard: the first that knows in one line why (`tells`). The others fail
     for the same reason, or because that one is gone. They are ended with it, while they wait here."""
     if context is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        time.sleep(_TURN_SECONDS * (min(context.rank, 3) if tells else 4))
+        time.sleep(_END_SECONDS + _TURN_SECONDS * (min(context.rank, 3) if tells else 4))
 
 
 def _refuse(mode: str, message: str) -> None:
@@ -98,4 +99,8 @@ def _quiet() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    status = main(sys.argv[1:])
+    if status and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        sys.stdout.flush()
+        os._exit(status)  # at once: taking a process group apart waits for ranks that have failed, too
+    sys.exit(status)

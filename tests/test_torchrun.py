@@ -38,7 +38,11 @@ def test_a_rank_that_a_signal_ended_is_named(tmp_path: Path) -> None:
 
 
 def test_what_all_ranks_refuse_is_told_once(tmp_path: Path) -> None:
-    config = {"run_dir": str(tmp_path), "order": ["distill"], "stages": {"distill": {"_target_": "pipeline.no_such.Stage"}}}
+    config = {
+        "run_dir": str(tmp_path),
+        "order": ["distill"],
+        "stages": {"distill": {"_target_": "pipeline.no_such.Stage"}},
+    }
     spec = tmp_path / "spec.json"
     spec.write_text(json.dumps({"config": config, "stage": "distill"}))
     done = ranks("-m", "pipeline.worker", "run", str(spec))
