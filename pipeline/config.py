@@ -58,7 +58,7 @@ class Resume:
     from_step: int | None = (
         None  # an unfinished stage goes back to this checkpoint, with changed values of its training
     )
-    skip_sequences: list[int] = field(default_factory=list)  # and from there on without these packed sequences
+    skip_sequences: list[int] = field(default_factory=list)  # and from there on without these sequences
 
 
 @dataclass

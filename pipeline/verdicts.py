@@ -137,8 +137,6 @@ def turn_of(config: dict[str, Any], started: dict[str, Any], told: dict[str, Any
             f"resume.from_step={step}: {others[0]} cannot change between two checkpoints, the learning rate, its "
             f"schedule, weight decay, clipping and length can; give the old value, or begin anew with resume=overwrite"
         )
-    if skipped and told.get("on_policy") is not None:
-        raise Refusal("resume.skip_sequences: text that the student writes is not skipped; leave it out")
     work = Path(config["run_dir"]) / "work" / started["stage"]
     if step not in (steps := steps_of(work)):
         there = f"the checkpoints are of {', '.join(map(str, steps))}" if steps else "there is no checkpoint yet"

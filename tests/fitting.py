@@ -69,7 +69,9 @@ class Scenario:
     lora_head: bool = False  # the student's head frozen under a low-rank adapter
     answers: bool = False  # rows of a prompt and a supervised answer, in place of packed ones
     scrambled: bool = False  # with other answers to the same prompts
+    replaced: int | None = None  # an example that holds something else
     on_policy: dict[str, Any] | None = None  # of answers: OnPolicy's values, its sampling among them
+    skipped: dict[int, int] | None = None  # of answers: an example's number, and from which step on it is left out
     divergence: str = "ForwardKL"
     poisoned: bool = False  # the student's embedding of a token is no number
     summed: bool = False  # nothing is learnt: what gradients of unlike size add up to
@@ -160,6 +162,7 @@ def rollouts(values: dict[str, Any], data: PackedSequences, load_student: Any) -
         pad_token=0,
         end_tokens=[0],
         tokenizer=range(VOCABULARY),  # its length is all that is looked at
+        skipped=data.skipped,
     )
 
 
@@ -219,9 +222,15 @@ def fit(scenario: Scenario, folder: Path) -> dict[str, Any]:
             loaded.model.embed_tokens.weight.data[17] = float("nan")  # a token that some rows have
         return adapted_head(loaded) if scenario.lora_head else loaded
 
+    skipped = {int(number): step for number, step in (scenario.skipped or {}).items()}  # JSON has them as text
+    answered = answer_rows(scrambled=scenario.scrambled)
+    if scenario.replaced is not None:
+        answered = Dataset.from_list(
+            [answer_rows(seed=9)[0] if at == scenario.replaced else row for at, row in enumerate(answered)]
+        )
     plain = scenario.answers or scenario.on_policy is not None
     data = PackedSequences(
-        answer_rows(scrambled=scenario.scrambled) if plain else rows(),
+        answered if plain else rows(),
         rows(9, seed=1),
         seed=0,
         global_batch=scenario.global_batch,
@@ -229,6 +238,7 @@ def fit(scenario: Scenario, folder: Path) -> dict[str, Any]:
         pad_token=0,
         length=None if plain else LENGTH,
         side=scenario.side,
+        skipped=skipped,
     )
     module = LanguageModel(
         load_student=load_student,

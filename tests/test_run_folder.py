@@ -303,6 +303,16 @@ def test_an_unfinished_stage_goes_back_to_a_checkpoint_with_other_values_of_its_
     assert _turned(tmp_path, BEGUN, from_step=4) == ("turn", {"step": 4, "changed": [], "skipped": []})
 
 
+def test_sequences_can_be_skipped_where_the_student_writes_the_text_too(tmp_path: Path) -> None:
+    _left_at(tmp_path, 4)
+    started = verdicts.begun(tmp_path / "work/distill")
+    assert started is not None
+    written = {**BEGUN, "on_policy": {"share": 1.0}}
+    config = {"run_dir": str(tmp_path), "resume": {**RESUME, "from_step": 4, "skip_sequences": [3]}}
+    turn = verdicts.turn_of(config, {**started, "identity": written}, written)
+    assert turn == {"step": 4, "changed": [], "skipped": [3]}
+
+
 def test_a_turn_that_was_taken_is_gone_on_in_and_not_taken_twice(tmp_path: Path) -> None:
     _left_at(tmp_path, 4, 8, turns=[{"step": 4, "changed": [], "skipped": []}])
     assert _turned(tmp_path, BEGUN, from_step=4) == ("resume", None)

@@ -7,7 +7,7 @@ all know all of it, so that the tokens are counted without asking again, and eve
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate, pairwise
@@ -29,11 +29,13 @@ from models.targets import IGNORED
 from models.training.on_policy import OnPolicy
 
 _DUE, _REPLAY, _WRITE = range(1, 4)  # streams of random numbers
+_BLANK = -1  # in a list of examples: one that is skipped
 
 
 @dataclass(frozen=True)
 class Answered:
-    """An example of the data by its number, and what the student wrote after its prompt."""
+    """An example of the data by its number, and what the student wrote after its prompt: nothing, where it is
+    skipped."""
 
     number: int
     ids: list[int]
@@ -50,7 +52,7 @@ class _Prompt:
 class _Step:
     """All of an optimizer step's examples, on every rank, and what they count."""
 
-    answered: list[Answered]
+    numbers: list[int]
     examples: list[dict[str, Any]]
     supervised: float
     tokens: int
@@ -70,16 +72,19 @@ class Rollouts:
         seed: int,
         pad_token: int,
         end_tokens: Sequence[int],
+        skipped: Mapping[int, int] | None,
         stop: Sequence[str] = (),
         tokenizer: Any = None,
     ) -> None:
         """`examples[number]` is one of the data, unpacked; `step_examples(step)`: a step's numbers, of all ranks.
 
-        `tokenizer`: with it the student writes none of the columns that a padded vocabulary has beyond it.
+        `tokenizer`: with it the student writes none of the columns that a padded vocabulary has beyond it. `skipped`
+        (number → step): from that step on nothing is written for that example, and what was is not read again. Its
+        place in a step and in the buffer stays, so that all others come when they would have come.
         """
         self.values, self.examples, self.step_examples, self.collate = values, examples, step_examples, collate
         self.seed, self.pad_token, self.tokenizer = seed, pad_token, tokenizer
-        self.end_tokens, self.stop = end_tokens, stop
+        self.end_tokens, self.stop, self.skipped = end_tokens, stop, skipped or {}
         self.replica = Replica(load_student)
         self.buffer: deque[Answered] = deque(maxlen=values.replay_capacity)
         self.steps = self.generated_tokens = 0  # so far: on the student's text; tokens it wrote
@@ -97,19 +102,24 @@ class Rollouts:
         draws = self._draws(_REPLAY, step)
         if capacity and len(self.buffer) == capacity and draws.random() < self.values.replay_share:
             answered = [self.buffer[at] for at in draws.choice(capacity, len(numbers), replace=False)]
-            prompts = [self._prompt(one.number) for one in answered]
+            answered = [Answered(one.number, []) if self._skips(one.number, step) else one for one in answered]
+            prompts = [self._prompt(one.number, step) for one in answered]
         else:
-            prompts = [self._prompt(number) for number in numbers]
-            texts = self._write(self._writer(student, device), [prompt.ids for prompt in prompts], step, rank, world)
-            answered = [Answered(number, ids) for number, ids in zip(numbers, texts, strict=True)]
+            prompts = [self._prompt(number, step) for number in numbers]
+            asked = [place for place, number in enumerate(numbers) if not self._skips(number, step)]
+            told = [prompts[place].ids for place in asked]
+            texts = self._write(self._writer(student, device), told, step, rank, world)
+            written = dict(zip(asked, texts, strict=True))
+            answered = [Answered(number, written.get(place, [])) for place, number in enumerate(numbers)]
             self.generated_tokens += sum(map(len, texts))
             self.buffer.extend(answered)
         both = list(zip(prompts, answered, strict=True))
+        supervised = sum(len(one.ids) * (1 if prompt.weight is None else prompt.weight) for prompt, one in both)
         self._step = _Step(
-            answered,
+            [_BLANK if self._skips(one.number, step) else one.number for one in answered],
             [_example(prompt, one.ids) for prompt, one in both],
-            sum(len(one.ids) * (1 if prompt.weight is None else prompt.weight) for prompt, one in both),
-            sum(len(prompt.ids) + len(one.ids) for prompt, one in both),
+            supervised or 1,  # all of the step skipped: its sum is 0, and is divided all the same
+            sum(len(prompt.ids) + len(one.ids) for prompt, one in both if not self._skips(one.number, step)),
         )
 
     def take(self, batch: dict[str, Any], micro: int, *, rank: int = 0, world: int = 1) -> dict[str, Any]:
@@ -123,7 +133,7 @@ class Rollouts:
             **{name: value.to(device) for name, value in made.items()},
             "step_tokens": self._step.supervised,
             "tokens_of_step": self._step.tokens,
-            "sequences": [answered.number for answered in self._step.answered[mine]],
+            "sequences": self._step.numbers[mine],
         }
 
     def objective(self, objective: Objective) -> Objective:
@@ -194,8 +204,15 @@ class Rollouts:
             return student
         return self.replica.refreshed(student, device)
 
-    def _prompt(self, number: int) -> _Prompt:
+    def _skips(self, number: int, step: int) -> bool:
+        return self.skipped.get(number, step + 1) <= step
+
+    def _prompt(self, number: int, step: int) -> _Prompt:
+        """Of an example; of one that is skipped a token of padding, which stands in its place."""
         example = self.examples[number]
+        if self._skips(number, step):
+            weight = 0.0 if "weights" in example else None
+            return _Prompt([self.pad_token], weight, [[0]] if "teacher_targets" in example else [])
         first = next(at for at, target in enumerate(example["targets"]) if target != IGNORED)
         more = max(0, min(self.values.prompt_tokens, len(example["input_ids"]) - 1) - first - 1)
         weight = example["weights"][first] if "weights" in example else None

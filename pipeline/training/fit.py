@@ -112,6 +112,7 @@ def _rollouts(
         end_tokens=sorted(ends),
         stop=recipe.data.stops,
         tokenizer=tokenizer,
+        skipped=sequences.skipped,
     )
 
 

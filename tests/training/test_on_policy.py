@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ from models.training.on_policy import OnPolicy
 from models.training.rollouts import Replica, Rollouts, ends_of
 from models.training.saved import checkpoints
 from pipeline.building import build
+from pipeline.data.batch import blank, collate
 from pipeline.data.loader import PackedSequences
 from tests.command import SMALL, train
 from tests.fitting import VOCABULARY, Scenario, answer_rows, fit, model, on_two_ranks, rollouts, write_models
@@ -122,6 +124,89 @@ def test_the_loss_is_the_dense_formula_over_the_generated_tokens(folder: Path) -
     assert all(0 not in ids[:-1] for _, ids in told)
 
 
+@pytest.fixture(scope="module")
+def of_the_first_step() -> list[int]:
+    data = PackedSequences(answer_rows(), None, seed=0, global_batch=8, micro_batch=8, pad_token=0, length=None)
+    return [int(number) for number in data.order().step_sequences(0)]
+
+
+@pytest.mark.parametrize("micro_batch", [8, 2])
+def test_a_skipped_prompt_takes_no_part_and_the_others_are_as_without_it(
+    folder: Path, of_the_first_step: list[int], micro_batch: int
+) -> None:
+    """Truth: the dense formula over the answers that the same step has without skipping, these two left out."""
+    values = {**ALWAYS, "replay_capacity": 8}
+    gone = {of_the_first_step[2]: 0, of_the_first_step[3]: 0}
+    whole = fit(Scenario("whole", steps=1, on_policy=values), folder)
+    skipping = fit(Scenario("skipping", steps=1, micro_batch=micro_batch, on_policy=values, skipped=gone), folder)
+    student, teacher = (AutoModelForCausalLM.from_pretrained(folder / n) for n in ("student-False-0.0", "teacher"))
+    total, count, length = 0.0, 0, 0
+    for number, (prompt, ids), (_, kept) in zip(
+        of_the_first_step, answers_of(whole), answers_of(skipping), strict=True
+    ):
+        assert kept == ([] if number in gone else ids)
+        if number in gone:
+            continue
+        with torch.no_grad():
+            logits, taught = (
+                m(input_ids=torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1] / 2
+                for m in (student, teacher)
+            )
+        total += F.kl_div(F.log_softmax(logits, -1), F.log_softmax(taught, -1), log_target=True, reduction="sum").item()
+        count, length = count + len(ids), length + len(prompt) + len(ids)
+    first = skipping["metrics"][0]
+    assert first["forward_kl"] == pytest.approx(4 * total / count, rel=1e-5)
+    assert (first["generated_tokens"], first["tokens"]) == (count, length)
+    assert first["forward_kl"] != pytest.approx(whole["metrics"][0]["forward_kl"], rel=1e-4)
+
+
+@pytest.mark.parametrize("values", [ALWAYS, HALF, REPLAYED, MINILLM], ids=["always", "half", "replayed", "minillm"])
+def test_nothing_that_is_learnt_depends_on_a_skipped_example(
+    folder: Path, of_the_first_step: list[int], values: dict[str, Any]
+) -> None:
+    scenario = Scenario("gone", on_policy=values, divergence="ReverseKL" if values is MINILLM else "ForwardKL")
+    gone = of_the_first_step[0]
+    plain, *replaced = (fit(replace(scenario, replaced=other), folder) for other in (None, gone))
+    assert plain["metrics"][0]["loss"] != replaced[0]["metrics"][0]["loss"]
+    skipping = replace(scenario, skipped={gone: 0})
+    one, other = (fit(replace(skipping, replaced=other), folder) for other in (None, gone))
+    assert_same(one, other, tolerance=0)
+    # The others come when they would have come: in the buffer, the numbers of the same examples.
+    assert torch.equal(one["kept"]["examples"], plain["kept"]["examples"])
+
+
+def test_an_answer_that_was_kept_is_not_read_again_once_its_example_is_skipped() -> None:
+    rolls = rolls_of(answer_rows(), replay_capacity=8, replay_share=1.0)
+    rolls.begin(model(16, 2, seed=1), 0, device=torch.device("cpu"))
+    of_numbers = {answered.number: answered.ids for answered in rolls.buffer}
+    gone = rolls.buffer[3].number
+    rolls.skipped = {gone: 7}
+    for step in (6, 7):
+        rolls.begin(torch.nn.Identity(), step, device=torch.device("cpu"))  # nothing is written any more
+        batch = rolls.take({"input_ids": torch.zeros(1), "sequences": [0] * 8}, 0)
+        expected = {number: ids for number, ids in of_numbers.items() if step < 7 or number != gone}
+        assert sorted(batch["sequences"]) == sorted([*expected, *([-1] * (step - 6))])
+        for line, number in enumerate(batch["sequences"]):
+            targets = batch["targets"][line]
+            assert targets[targets >= 0].tolist() == expected.get(number, [])
+        assert batch["step_tokens"] == sum(map(len, expected.values()))
+
+
+@pytest.mark.parametrize("values", [ALWAYS, MINILLM], ids=["always", "minillm"])
+def test_a_step_of_skipped_examples_alone_learns_nothing(
+    folder: Path, of_the_first_step: list[int], values: dict[str, Any]
+) -> None:
+    result = fit(
+        Scenario(
+            "none", steps=1, on_policy=values, divergence="ReverseKL" if values is MINILLM else "ForwardKL",
+            skipped=dict.fromkeys(of_the_first_step, 0),
+        ),
+        folder,
+    )  # fmt: skip
+    (step,) = result["metrics"]
+    assert (step["loss"], step["grad_norm"], step["generated_tokens"]) == (0, 0, 0)
+
+
 def test_what_is_written_is_what_the_student_says(folder: Path) -> None:
     sampling = {"temperature": 0.0, "max_new_tokens": 8}
     result = fit(
@@ -138,7 +223,7 @@ def test_every_second_step_is_a_share_of_a_half(folder: Path) -> None:
     values = OnPolicy(Sampling(temperature=1.0), share=0.5)
     rolls = Rollouts(
         values, examples=[], step_examples=lambda step: [], collate=dict, load_student=torch.nn.Identity, seed=3,
-        pad_token=0, end_tokens=[],
+        pad_token=0, end_tokens=[], skipped=None,
     )  # fmt: skip
     due = [rolls.due(step) for step in range(2000)]
     assert 0.46 < sum(due) / len(due) < 0.54
@@ -163,12 +248,15 @@ def test_padding_on_the_left_changes_nothing(folder: Path, reference: Any) -> No
     assert_same(fit(Scenario("left", side="left", on_policy=REPLAYED), folder), reference)
 
 
+SKIPPED = {3: 2, 8: 6, 21: 6}  # each is met again in the second, third and fourth epoch, of five steps each
+
 TWO_RANKS = [
     Scenario("ddp", "ddp", micro_batch=1, on_policy=REPLAYED),
     Scenario("ddp-minillm", "ddp", micro_batch=2, on_policy=MINILLM, divergence="ReverseKL"),
     Scenario("ddp-layers", "ddp", micro_batch=2, on_policy=HALF, layers=True),
     Scenario("ddp-sharded", "ddp", micro_batch=4, on_policy=REPLAYED, sharded=True),
     Scenario("zero2", "zero2", micro_batch=2, on_policy=REPLAYED),
+    Scenario("zero3-skipping", "zero3", micro_batch=2, on_policy=REPLAYED, skipped=SKIPPED),
     Scenario("zero3", "zero3", micro_batch=2, on_policy=REPLAYED, checkpoint_at=9),
     Scenario("zero3_offload", "zero3_offload", micro_batch=4, on_policy=REPLAYED, activation_checkpointing=True),
     Scenario("zero3-minillm", "zero3", micro_batch=4, on_policy=MINILLM, divergence="ReverseKL", sharded=True),
@@ -185,6 +273,14 @@ def two_ranks(folder: Path) -> dict[str, dict[str, Any]]:
 @pytest.mark.parametrize("name", ["ddp", "ddp-sharded", "zero2", "zero3", "zero3_offload"])
 def test_two_ranks_write_and_learn_what_one_does(two_ranks: Any, reference: Any, name: str) -> None:
     assert_same(two_ranks[name], reference)
+
+
+def test_two_ranks_skip_what_one_does(folder: Path, two_ranks: Any, reference: Any) -> None:
+    alone = fit(Scenario("skipping", on_policy=REPLAYED, skipped=SKIPPED), folder)
+    assert_same(two_ranks["zero3-skipping"], alone)
+    losses = [[step["loss"] for step in run["metrics"]] for run in (alone, reference)]
+    assert losses[0][:2] == losses[1][:2]
+    assert losses[0][2:] != losses[1][2:]
 
 
 def test_two_ranks_follow_the_long_horizon_as_one_does(folder: Path, two_ranks: Any) -> None:
@@ -402,6 +498,26 @@ def test_a_weighted_row_gives_its_weight_to_what_is_written() -> None:
     for line, answered in enumerate(rolls.buffer):
         assert set(batch["weights"][line][batch["targets"][line] >= 0].tolist()) == {weights[answered.number]}
         assert batch["weights"][line][batch["targets"][line] < 0].abs().sum() == 0
+
+
+@pytest.mark.parametrize("prompts", [[], [[5, 6], []]], ids=["plain", "teachers"])
+def test_in_a_skipped_examples_place_stands_the_blank_sequence_of_the_data(prompts: list[list[int]]) -> None:
+    data = answer_rows()
+    data = data.add_column("weights", [[0.5 * (t >= 0) for t in row["targets"]] for row in data])
+    data = data.add_column("weight", [0.5 * row["supervised"] for row in data])
+    if prompts:
+        data = with_teachers_prompts(data, *prompts)
+    rolls = rolls_of(data)
+    numbers = [int(number) for number in rolls.step_examples(0)]
+    rolls.skipped = {numbers[5]: 0}
+    rolls.begin(model(16, 2, seed=1), 0, device=torch.device("cpu"))
+    batch = rolls.take({"input_ids": torch.zeros(1), "sequences": [0] * 8}, 0)
+    truth = collate([blank(data.column_names, 0)], pad_token=0)
+    assert batch["sequences"] == [*numbers[:5], -1, *numbers[6:]]
+    for name, values in truth.items():
+        assert torch.equal(batch[name][5, :1], values[0]), name
+    assert not (batch["targets"][5] >= 0).any()
+    assert batch["step_tokens"] == batch["weights"].sum()
 
 
 def test_plain_text_can_be_given_a_longer_prompt() -> None:
