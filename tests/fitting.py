@@ -65,6 +65,9 @@ class Scenario:
     teacher: str = "teacher"
     sharded: bool = False  # the teacher by an engine of its own
     offload: str = "none"
+    persistence: int | None = (
+        0  # under ZeRO-3, parameters of fewer elements stay whole on every rank; None: its default
+    )
     layers: bool = False  # hidden states and attention compared as well
     lora_head: bool = False  # the student's head frozen under a low-rank adapter
     answers: bool = False  # rows of a prompt and a supervised answer, in place of packed ones
@@ -260,7 +263,9 @@ def fit(scenario: Scenario, folder: Path) -> dict[str, Any]:
         else None,
     )
     kind = scenario.strategy
-    settings: dict[str, Any] = {"stage3_param_persistence_threshold": 0}
+    settings: dict[str, Any] = {}
+    if scenario.persistence is not None:
+        settings["stage3_param_persistence_threshold"] = scenario.persistence
     make = {
         "single": strategies.Single,
         "ddp": strategies.DDP,
@@ -288,6 +293,7 @@ def fit(scenario: Scenario, folder: Path) -> dict[str, Any]:
         default_root_dir=folder,
     )
     trainer.fit(module, datamodule=data)
+    whole = {n for n, p in module.student.named_parameters() if getattr(p, "ds_persist", False)}
     state = gather_state(module.student, keep=True)
     teacher_gradients = [n for n, p in module.named_parameters() if n.startswith("teacher.") and p.grad is not None]
     return {
@@ -296,6 +302,7 @@ def fit(scenario: Scenario, folder: Path) -> dict[str, Any]:
         **(written(module) if scenario.strategy.startswith("zero3") and module.on_policy is not None else {}),
         "validation": module.validation_metrics,
         "state": state,
+        "persistent": whole,
         "teacher_gradients": teacher_gradients,
         "teacher_sharded": all(hasattr(p, "ds_id") and p.numel() == 0 for p in module.teacher.parameters())
         if isinstance(module.teacher, torch.nn.Module)
@@ -327,6 +334,7 @@ def write_models(folder: Path) -> None:
         for dropout in (0.0, 0.1):
             saved(folder, f"student-{tied}-{dropout}", model(16, 2, seed=1, tied=tied, dropout=dropout))
     saved(folder, "teacher", model(32, 2, seed=2))
+    saved(folder, "wide", model(256, 1, seed=1))  # of which DeepSpeed's threshold, 100,000 elements, leaves some whole
 
 
 class Summed(pl.LightningModule):

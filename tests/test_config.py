@@ -536,7 +536,7 @@ MISTAKES = {
     "teacher=cached encoding=sampled divergence=reverse_kl": ["reverse_kl cannot be worked out from samples"],
     "teacher=cached divergence=universal_logit": ["universal_logit", "encoding=hidden_states"],
     "teacher=cached auxiliary=[hidden_states]": ["hidden_states compares layers", "online"],
-    "teacher=cached teacher.cache=./nowhere": ["nowhere", "run the stage record"],
+    "teacher=cached teacher.cache=./nowhere": ["nowhere", "record the teacher's signal"],
     "teacher=cached start=distill teacher.path=./nowhere": ["teacher.path=./nowhere"],
     "stages=[record]": ["nothing to record"],
     "teacher=served teacher.endpoint.url=nonsense divergence.temperature=1.0": ["nonsense"],

@@ -7,6 +7,7 @@ import ast
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -88,7 +89,40 @@ def test_a_stage_imports_no_library_that_it_may_not_need() -> None:
     assert done.stdout.split() == []
 
 
+def _texts(path: Path) -> Iterator[str]:
+    """Every text in a module that is no docstring; in a formatted one {} stands for each value."""
+    tree = ast.parse(path.read_text())
+    owners = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    left_out = {id(node.body[0].value) for node in ast.walk(tree)
+                if isinstance(node, owners) and node.body and isinstance(node.body[0], ast.Expr)}  # fmt: skip
+    left_out |= {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.JoinedStr):
+            yield "".join(str(part.value) if isinstance(part, ast.Constant) else "{}" for part in node.values)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in left_out:
+            yield node.value
+
+
+def _names_a_stage(text: str) -> bool:
+    """Its key, the word itself, or a name that the configuration has for one, as who speaks or what is to be run. A
+    setting of a kind of stage (`prune.kinds`) is none: the stage says it with its key in the run."""
+    names = "|".join(sorted(path.stem for path in (ROOT / "conf" / "stage").glob("*.yaml")))
+    as_a_word = " " in text and re.search(r"\bstages?\b", text)
+    return bool(as_a_word or re.search(rf"\bstages\.|^({names}): |\b(run|only|force)[ =]({names})\b", text))
+
+
 def test_what_works_on_tensors_names_no_stage_of_the_configuration() -> None:
     """A run may call its stages otherwise: what models/ says of a setting is true whatever the stage is called."""
-    naming = [path for path in (ROOT / "models").rglob("*.py") if re.search(r"\bstages\.[a-z]", path.read_text())]
+    naming = [(path.name, text) for path in sorted((ROOT / "models").rglob("*.py"))
+              for text in _texts(path) if _names_a_stage(text)]  # fmt: skip
     assert naming == []
+
+
+def test_a_text_that_names_a_stage_is_found(tmp_path: Path) -> None:
+    (tmp_path / "module.py").write_text(
+        '"""Of the stage record."""\n'
+        'NAMES = [f"{path} is damaged; run stage record", f"({name}: stages.{name}.kinds)", "qat: no matrix"]\n'
+        'FINE = {"stage": 3, "setting": f"prune.kinds={kinds}: name others, or prune the width", "name": "record"}\n'
+    )
+    found = [text for text in _texts(tmp_path / "module.py") if _names_a_stage(text)]
+    assert found == ["{} is damaged; run stage record", "({}: stages.{}.kinds)", "qat: no matrix"]

@@ -41,15 +41,16 @@ class Tolerances:
     kl: float  # nats for each token
     rounded_kl: float  # likewise, where the format itself was asked to quantize
 
-    def check(self, stage: str, name: str, figures: Mapping[str, Any], written: Written) -> None:
-        """Judge the figures of `certify`. Raises Refusal with the figure that is too large and its setting.
+    def check(self, whose: str, name: str, figures: Mapping[str, Any], written: Written) -> None:
+        """Judge the figures of `certify`. Raises Refusal with the figure that is too large and its setting; `whose`
+        is for the message, who exports.
 
         A format that was asked to quantize plain weights may give another model, within `rounded_kl`; everything else
         has to be the same. Runtimes round activations by scales of their own, and a number that is rounded to the other
         side changes the logits: then the distributions alone are compared.
         """
         if not figures["weights_bit_equal"] and not written.rounded:
-            raise Refusal(f"{stage}: {name}: {figures['first_odd_weight']} is another one once reloaded; {_NOTHING}")
+            raise Refusal(f"{whose}: {name}: {figures['first_odd_weight']} is another one once reloaded; {_NOTHING}")
         moved = written.rounded or written.activations is not None
         allowed = math.inf if moved else self.logits * max(figures["largest_logit"], 1e-9)
         most_kl = (self.rounded_kl, "rounded_kl_tolerance") if written.rounded else (self.kl, "kl_tolerance")
@@ -59,8 +60,8 @@ class Tolerances:
         ):
             if not value <= most:
                 raise Refusal(
-                    f"{stage}: {name}: {what} {value:.1e} from the model's, and {most:.1e} is allowed "
-                    f"(stages.{stage}.{setting}); {_NOTHING}"
+                    f"{whose}: {name}: {what} {value:.1e} from the model's, and {most:.1e} is allowed "
+                    f"(export.{setting}); {_NOTHING}"
                 )
 
 

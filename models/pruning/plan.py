@@ -60,7 +60,7 @@ class Wish:
             if (value := getattr(self, name)) is not None
         }
         if len(given) != 1:
-            raise Refusal(f"prune: {' and '.join(given) or 'no budget'} given; need one, the others null")
+            raise Refusal(f"pruning: {' and '.join(given) or 'no budget'} given; need one, the others null")
         for name, value in {**given, "multiple_of": self.multiple_of}.items():
             if isinstance(value, bool) or not isinstance(value, (int, float) if name == "kept_fraction" else int):
                 raise Refusal(f"prune.{name}={value}: need a {'' if name == 'kept_fraction' else 'whole '}number")
@@ -115,7 +115,7 @@ def choose(shapes: Shapes, scores: Scores, wish: Wish) -> dict[str, np.ndarray]:
         kept = _of_all(shapes, groups, ranked, scores, wish, target)
     if (smallest := shapes.size(kept).parameters) > target:
         raise Refusal(
-            f"prune: {target:,} parameters at most are asked for, and the fewest that can remain are {smallest:,} "
+            f"pruning: {target:,} parameters at most are asked for, and the fewest that can remain are {smallest:,} "
             f"(kinds {', '.join(wish.kinds)}, per={wish.per}, multiple_of={wish.multiple_of}); ask for more, or name "
             f"more kinds"
         )
@@ -209,7 +209,7 @@ def _within(
             break  # the nearest that fits; beyond it there is nothing better to be found within the budget
     if best is None:
         raise Refusal(
-            f"prune: {target:,} parameters at most are asked for, and no width that is the same in all layers meets "
+            f"pruning: {target:,} parameters at most are asked for, and no width that is the same in all layers meets "
             f"that by {', '.join(wish.kinds)}; ask for more, or name more kinds"
         )
     return best

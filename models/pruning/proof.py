@@ -15,11 +15,12 @@ from models.pruning.surgery import Kept, silence, silent_experts
 
 @torch.no_grad()
 def masked_equals_pruned(
-    model: Any, pruned: Any, anatomy: Anatomy, kept: Kept, batches: Iterable[Batch], stage: str, tolerance: float
+    model: Any, pruned: Any, anatomy: Anatomy, kept: Kept, batches: Iterable[Batch], whose: str, tolerance: float
 ) -> dict[str, float | int]:
     """The certificate: the largest difference between the logits of both models on `batches`. `model` becomes masked.
 
-    Raises Refusal where it is more than `tolerance` as a share of the largest logit. `stage` is for the message.
+    Raises Refusal where it is more than `tolerance` as a share of the largest logit. `whose`: for the message, who
+    prunes.
     """
     silence(model, anatomy, kept)
     model.eval(), pruned.eval()
@@ -34,8 +35,8 @@ def masked_equals_pruned(
     allowed = tolerance * max(largest, 1e-9)
     if not apart <= allowed:
         raise Refusal(
-            f"{stage}: the pruned model's logits differ by {apart:.1e} from the masked one's, and {allowed:.1e} is "
-            f"allowed (stages.{stage}.tolerance={tolerance:g} of the largest); nothing was written. A low dtype needs "
+            f"{whose}: the pruned model's logits differ by {apart:.1e} from the masked one's, and {allowed:.1e} is "
+            f"allowed (prune.tolerance={tolerance:g} of the largest); nothing was written. A low dtype needs "
             f"a larger tolerance; in float32 this family is not understood"
         )
     return {"max_difference": apart, "largest_logit": largest, "tolerance": allowed, "tokens": tokens}

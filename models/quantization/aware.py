@@ -157,8 +157,8 @@ def check_trainable(taken: Sequence[Matrix]) -> None:
     """Raises Refusal for experts: they are one operation, whose weights cannot be rounded inside it."""
     if experts := [matrix for matrix in taken if matrix.slot is not None]:
         raise Refusal(
-            f"qat: {experts[0].parameter} is of experts, which train as one operation; leave them as they are with "
-            f"skip=[{experts[0].name}]"
+            f"quantization-aware training: {experts[0].parameter} is of experts, which train as one operation; leave "
+            f"them as they are with skip=[{experts[0].name}]"
         )
 
 

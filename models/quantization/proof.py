@@ -34,17 +34,17 @@ def check_held(
     model: Any,
     held: QuantizedWeights | BlockWeights,
     dtype: torch.dtype,
-    stage: str,
+    whose: str,
     weights: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """`model`: as it was reloaded; `weights`: of its layers, where they are not in it. Raises Refusal where a weight is
-    not its dequantized value."""
+    """`model`: as it was reloaded; `whose`: for the message, who quantized it; `weights`: of its layers, where they are
+    not in it. Raises Refusal where a weight is not its dequantized value."""
     by_name = {str(matrix): matrix for matrix in matrices(model)}
     for name, quantized in held.matrices.items():
         parameter = by_name[name].parameter
         weight_OI = by_name[name].of(model.get_parameter(parameter) if weights is None else weights[parameter])
         if not torch.equal(weight_OI, quantized.dequantized().to(weight_OI.device, dtype)):
-            raise Refusal(f"{stage}: {name} is not made of its integers once reloaded; nothing was written")
+            raise Refusal(f"{whose}: {name} is not made of its integers once reloaded; nothing was written")
 
 
 def bits_per_weight(model: Any, quantized: QuantizedWeights | BlockWeights, dtype: torch.dtype) -> float:

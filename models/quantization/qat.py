@@ -58,7 +58,7 @@ class QAT:
     def outline(self, plain: Any, start: Outline | None) -> Outline:
         if start is None or start.scheme is None:
             raise Refusal(
-                "qat: the student that training starts from is not quantized; give what the stage quantize makes"
+                "quantization-aware training starts from a quantized model, and the student is not; quantize it first"
             )
         check_trainable([matrix for matrix in matrices(plain) if str(matrix) in start.shapes])
         return start
@@ -71,7 +71,7 @@ class QAT:
 def rounding_of(settings: QAT, start: QuantizedWeights, plain: Any) -> Rounding:
     by_name = {str(matrix): matrix for matrix in matrices(plain)}
     if odd := [name for name in start.matrices if name not in by_name]:
-        raise Refusal(f"qat: the model has no matrix {odd[0]}, which quantized.safetensors names")
+        raise Refusal(f"the model has no matrix {odd[0]}, which quantized.safetensors names")
     return Rounding(SchemeRule(settings, start), [by_name[name] for name in start.matrices], settings.cache)
 
 

@@ -115,7 +115,7 @@ class WeightScheme:
     def of_range(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         """(scale, zero_point) of ranges that have to be represented, of any shape. Raises Refusal for NaN and ∞."""
         if not bool(torch.isfinite(low).all() & torch.isfinite(high).all()):
-            raise Refusal("quantize: a weight is NaN or infinite; check the training that it comes from")
+            raise Refusal("quantizing: a weight is NaN or infinite; check the training that it comes from")
         low, high = low.clamp(max=0).float(), high.clamp(min=0).float()
         if self.symmetric:
             scale = self._held(torch.maximum(-low, high) / self.highest)

@@ -188,4 +188,4 @@ def _metadata(path: Path) -> dict[str, Any]:
 
 
 def _unreadable(path: Path, problem: Exception) -> Refusal:
-    return Refusal(f"{path} holds no quantized weights ({problem}); run the stage quantize again")
+    return Refusal(f"{path} holds no quantized weights ({problem}); quantize the model again")

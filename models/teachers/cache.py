@@ -55,7 +55,8 @@ def read_header(folder: Path) -> Header:
         return Header(**json.loads((folder / HEADER).read_text()))
     except (OSError, ValueError, TypeError):
         raise Refusal(
-            f"teacher.cache={folder}: no readable {HEADER} in it; run the stage record, or give the folder it wrote"
+            f"teacher.cache={folder}: no readable {HEADER} in it; record the teacher's signal, or give the "
+            f"folder that it was written to"
         ) from None
 
 
@@ -120,7 +121,9 @@ class Cache:
             except (OSError, SafetensorError, KeyError):
                 whole = False
             if not whole:
-                raise Refusal(f"{self.folder / HEAD} is damaged; remove {self.folder} and run the stage record again")
+                raise Refusal(
+                    f"{self.folder / HEAD} is damaged; remove {self.folder} and record the teacher's signal again"
+                )
             tensors = {name: tensor.to(device, dtype) for name, tensor in tensors.items()}
             self.head = Head(tensors["weight"], tensors.get("bias"), **self.header.head)
         return self.head
@@ -134,7 +137,7 @@ class Cache:
         if (at_P < 0).any():
             raise Refusal(
                 f"teacher.cache={self.folder}: a piece of the text is not in it ({len(self):,} pieces are); it was "
-                f"recorded from other text, or with another data.max_length: run the stage record on this data"
+                f"recorded from other text, or with another data.max_length: record the teacher's signal on this data"
             )
         return at_P
 

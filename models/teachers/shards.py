@@ -17,17 +17,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from models.dtypes import DTYPE_OF, name_of
 from models.errors import Refusal
 from models.files import aside_of, publish
 from models.teachers.encodings.encoding import Payload
-
-# safetensors' names of what payloads are made of
-_DTYPES = {
-    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
-    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8},
-    **{"U16": torch.uint16, "U8": torch.uint8},
-}
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 class Writer:
@@ -60,7 +53,7 @@ class Writer:
         tensors["keys"] = torch.frombuffer(bytearray(b"".join(key for key, _ in self.pieces)), dtype=torch.uint8)
         sums = [_checksum(key, [_bytes_of(payload[name]) for name in names]) for key, payload in self.pieces]
         tensors["checksums"] = torch.tensor(sums, dtype=torch.int64)
-        shape_of = {name: (_NAMES[tensor.dtype], list(tensor.shape)) for name, tensor in tensors.items()}
+        shape_of = {name: (name_of(tensor.dtype), list(tensor.shape)) for name, tensor in tensors.items()}
         index = {name: _bytes_of(tensor) for name, tensor in tensors.items() if _is_index(name)}
         path = self.folder / f"shard-{self.rank:04d}-{self.number:06d}.safetensors"
         save_whole(tensors, path, {"index": str(_index_checksum(shape_of, index))})
@@ -105,7 +98,7 @@ class Shard:
         for name in sorted(name for name in entries if not _is_index(name)):
             dtype, (rows, *tail) = shape_of[name]
             self.fields.append((flat[f"{name}.offsets"].view(np.int64), flat[name].reshape(rows, -1)))
-            self.kinds[name] = (_DTYPES[dtype], tail)
+            self.kinds[name] = (DTYPE_OF[dtype], tail)
 
     def piece(self, place: int) -> list[np.ndarray]:
         """The rows of each field, as bytes."""
@@ -120,12 +113,14 @@ class Shard:
             self.piece(place)
 
     def _damaged(self) -> Refusal:
-        return Refusal(f"{self.path} is damaged; remove it and run the stage record again, which records what it held")
+        return Refusal(
+            f"{self.path} is damaged; remove it and record the teacher's signal again, which adds what it held"
+        )
 
 
 def checksum_of(tensors: dict[str, Tensor]) -> str:
     """Of names, dtypes, shapes and bytes."""
-    shape_of = {name: (_NAMES[tensor.dtype], list(tensor.shape)) for name, tensor in tensors.items()}
+    shape_of = {name: (name_of(tensor.dtype), list(tensor.shape)) for name, tensor in tensors.items()}
     return str(_index_checksum(shape_of, {name: _bytes_of(tensor) for name, tensor in tensors.items()}))
 
 

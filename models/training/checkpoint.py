@@ -24,22 +24,13 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from models.dtypes import name_of
 from models.errors import Refusal
 from models.files import hash_of, remove, sync, write_json
 from models.training.pieces import Piece, make_room, pieces, refresh
 from models.training.saved import HEAD, read_head
 
 _VALUE = "value"
-_DTYPES = {
-    torch.float32: "F32",
-    torch.float64: "F64",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
 _POLL_SECONDS = 0.05
 FAILED = ".failed"  # in place of .json, of a rank that could not write its part
 
@@ -99,7 +90,7 @@ def write(mine: Share, aside: Path) -> None:
     for name, tensor in mine.tensors.items():
         size = tensor.numel() * tensor.element_size()
         header[name] = {
-            "dtype": _DTYPES[tensor.dtype],
+            "dtype": name_of(tensor.dtype),
             "shape": list(tensor.shape),
             "data_offsets": [offset, offset + size],
         }

@@ -122,7 +122,7 @@ def test_a_budget_is_met_or_refused_and_never_overdrawn(family: str, seed: int, 
         said, plans = str(problem), []
     else:
         said = ""
-    assert plans or re.fullmatch(f"prune: {target:,} parameters at most .*", said)
+    assert plans or re.fullmatch(f"pruning: {target:,} parameters at most .*", said)
     for kept in plans:
         assert shapes.size(kept).parameters <= target
 

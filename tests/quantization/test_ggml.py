@@ -184,5 +184,5 @@ def test_blocks_beside_a_model_are_read_back(weight: torch.Tensor, tmp_path: Pat
     assert [read_outline(tmp_path / name).ggml is None for name in ("one", "scheme")] == [False, True]
     (tmp_path / "odd").write_bytes(b"\x00" * 64)
     for read, name in ((read_quantized, "one"), (open_quantized, "odd"), (read_outline, "odd")):
-        with pytest.raises(Refusal, match="run the stage quantize again"):
+        with pytest.raises(Refusal, match="quantize the model again"):
             read(tmp_path / name)

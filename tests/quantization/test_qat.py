@@ -392,7 +392,7 @@ def test_what_cannot_be_trained_is_refused_before_a_weight_is_read(
 
 def test_a_start_that_is_not_quantized_is_refused(made: Path, tmp_path: Path) -> None:
     words = [f"model.path={made / 'pretrain'}", f"stages.qat.student.path={made / 'pretrain'}"]
-    with pytest.raises(Refusal, match="is not quantized; give what the stage quantize makes"):
+    with pytest.raises(Refusal, match="starts from a quantized model, and the student is not"):
         check({"config": EXPERIMENT.composed(tmp_path, *words), "stages": ["qat"]})
 
 

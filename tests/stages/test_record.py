@@ -292,7 +292,10 @@ REFUSED = {
     "no dtype": ([*HIDDEN, "encoding.dtype=int4"], "need bfloat16, float16, int8, float32"),
     "no draws": ([*SAMPLED, "encoding.draws=0"], "need 1 to 65535"),
     "no shard": ([*TOP_K, "stages.record.shard_mb=0"], "record.shard_mb=0: need at least 1"),
-    "no cache": (["teacher=cached", "teacher.cache=/nowhere"], "run the stage record, or give the folder it wrote"),
+    "no cache": (
+        ["teacher=cached", "teacher.cache=/nowhere"],
+        "record the teacher's signal, or give the folder that it was written to",
+    ),
 }
 
 
@@ -331,7 +334,7 @@ def test_other_text_than_was_recorded_is_refused_by_the_stage(hidden: Path, tmp_
     assert done.returncode == 2, done.stdout + done.stderr
     (line,) = done.stderr.strip().splitlines()
     assert "a piece of the text is not in it" in line
-    assert "run the stage record on this data" in line
+    assert "record the teacher's signal on this data" in line
 
 
 # --- a teacher that is served ---

@@ -501,7 +501,7 @@ def test_a_missing_piece_is_refused_with_the_remedy(tmp_path: Path) -> None:
         lambda: cache.check_holds(Dataset.from_dict(rows)),
     ):
         with pytest.raises(
-            Refusal, match=r"a piece of the text is not in it \(4 pieces are.*run the stage record"
+            Refusal, match=r"a piece of the text is not in it \(4 pieces are.*record the teacher's signal"
         ) as no:
             ask()
         assert "\n" not in str(no.value)
@@ -521,7 +521,7 @@ def test_two_teachers_caches_never_serve_one_another(tmp_path: Path) -> None:
 
 
 def test_a_header_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(Refusal, match=f"no readable {HEADER}.*run the stage record"):
+    with pytest.raises(Refusal, match=f"no readable {HEADER}.*record the teacher's signal"):
         Cache(tmp_path)
     write(tmp_path / "cache", count=1)
     told = json.loads((tmp_path / "cache" / HEADER).read_text())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +11,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save
 from transformers import AutoConfig, AutoModelForCausalLM, OPTConfig, OPTForCausalLM
 
 from models.apart import check_apart
 from models.errors import NotFinite, Refusal
 from models.heads import check_split, hidden_states
-from models.training.saved import checkpoints, damage
+from models.training import checkpoint
+from models.training.saved import checkpoints, damage, read_head
 from pipeline.data.batch import collate
 from pipeline.data.loader import Order, PackedSequences, accumulation, in_turn
 from tests import fitting
@@ -38,6 +42,18 @@ def reference(folder: Path) -> dict[str, Any]:
     return fit(Scenario("reference"), folder)
 
 
+# Under ZeRO-3 small parameters stay whole on every rank: some, with DeepSpeed's own threshold or another one, or all.
+PERSISTENT = {
+    name: Scenario(**{"name": f"zero3-{name}", "strategy": "zero3", "checkpoint_at": 7, **words})
+    for name, words in {
+        "wide": {"student": "wide", "persistence": None, "micro_batch": 4},
+        "some": {"persistence": 300, "micro_batch": 2, "dropout": 0.1},
+        "all": {"persistence": None, "micro_batch": 2},
+        "offloaded": {"persistence": 300, "micro_batch": 4, "strategy": "zero3_offload"},
+        "wide-bf16": {"student": "wide", "persistence": None, "micro_batch": 4, "precision": "bf16-mixed"},
+    }.items()
+}
+
 TWO_RANKS = [
     Scenario("ddp", "ddp", micro_batch=4),
     Scenario("ddp-accumulated", "ddp", micro_batch=1),
@@ -59,6 +75,7 @@ TWO_RANKS = [
     Scenario("zero3-lora_head", "zero3", micro_batch=4, lora_head=True),
     Scenario("zero3-left", "zero3", micro_batch=2, checkpoint_at=7),
     Scenario("zero3-damaged", "zero3", damaged=True),
+    *PERSISTENT.values(),
     *(Scenario(f"{name}-summed", name, precision="bf16-mixed", summed=True) for name in ("zero1", "zero2", "zero3")),
 ]
 
@@ -200,10 +217,73 @@ def test_a_zero3_run_resumed_with_dropout_lands_on_the_same_weights(folder: Path
     assert_same(two_ranks["zero3-saving"], resumed["zero3-saving"], tolerance=0, first=7)
 
 
+def _kept_by_safetensors() -> list[torch.dtype]:
+    """Every dtype that its own writer takes, but for those of which two share a byte."""
+    found = []
+    for dtype in sorted({each for each in vars(torch).values() if isinstance(each, torch.dtype)}, key=str):
+        try:
+            save({"x": torch.zeros(16, dtype=torch.uint8).view(dtype)})
+        except (KeyError, ValueError, RuntimeError):
+            continue
+        found += [] if "float4" in str(dtype) else [dtype]
+    return found
+
+
+@pytest.mark.parametrize("dtype", _kept_by_safetensors(), ids=str)
+def test_a_tensor_of_every_dtype_goes_into_a_checkpoint_and_comes_back(tmp_path: Path, dtype: torch.dtype) -> None:
+    bits = torch.arange(96, dtype=torch.uint8)
+    values = bits.bool() if dtype == torch.bool else bits.view(dtype)
+    tensors = {"weight|0|value": values[:4], "weight|4|value": values[4:], "weight|step": values[2], "|kept": values}
+    mine = checkpoint.Share(0, 1, tensors, {"step": 1})
+    checkpoint.write(mine, tmp_path / "aside")
+    checkpoint.finish(mine, tmp_path / "aside", tmp_path / "step-1", threading.Event())
+    assert damage(tmp_path / "step-1") is None
+    with safe_open(tmp_path / "step-1" / "rank-00000.safetensors", "pt") as theirs:
+        assert theirs.get_tensor("|kept").dtype == dtype
+    with checkpoint._Reader(tmp_path / "step-1", read_head(tmp_path / "step-1")) as saved:
+        for back, truth in (
+            (saved.stretch("weight", "value", 2, len(values) - 3), values[2:-1]),
+            (saved.numbers("weight")["step"], values[2]),
+            (saved.others()["kept"], values),
+        ):
+            assert (back.dtype, back.shape) == (dtype, truth.shape)
+            assert torch.equal(*(each.contiguous().view(-1).view(torch.uint8) for each in (back, truth)))
+
+
+def test_a_tensor_that_safetensors_does_not_hold_is_refused_in_a_line(tmp_path: Path) -> None:
+    with pytest.raises(Refusal, match=r"^a tensor of torch\.complex128 cannot be written: safetensors has F64, "):
+        checkpoint.write(checkpoint.Share(0, 1, {"x|0|value": torch.zeros(2, dtype=torch.complex128)}, {}), tmp_path)
+
+
 def test_a_single_process_resumes_to_the_bit(folder: Path) -> None:
     whole = fit(Scenario("saving", micro_batch=4, checkpoint_at=7, dropout=0.1), folder)
     resumed = fit(Scenario("saving", micro_batch=4, resume=True, dropout=0.1), folder)
     assert_same(whole, resumed, tolerance=0, first=7)
+
+
+@pytest.fixture(scope="module")
+def wide(folder: Path) -> dict[str, Any]:
+    return fit(Scenario("wide-reference", student="wide"), folder)
+
+
+@pytest.mark.parametrize("name", PERSISTENT)
+def test_with_parameters_that_stay_whole_under_zero3_a_run_resumes_to_the_bit(
+    two_ranks: Any, taken_up: Any, name: str
+) -> None:
+    whole, names = two_ranks[f"zero3-{name}"], set(two_ranks[f"zero3-{name}"]["state"])
+    assert_same(whole, taken_up[f"zero3-{name}"], tolerance=0, first=7)
+    assert whole["persistent"] == names if name == "all" else set() < whole["persistent"] < names
+
+
+@pytest.mark.parametrize("name", ["wide", "all", "offloaded"])
+def test_parameters_that_stay_whole_under_zero3_learn_and_are_taken_up_by_one_process(
+    folder: Path, two_ranks: Any, reference: Any, wide: Any, name: str
+) -> None:
+    truth = wide if name == "wide" else reference
+    left = PERSISTENT[name]
+    assert_same(truth, two_ranks[left.name])
+    alone = Scenario(f"{name}-single", student=left.student, resume=True, resume_from=left.name)
+    assert_same(truth, fit(alone, folder), first=7)
 
 
 # under which strategy a run is left at step 7, and under which it is taken up again, on two ranks but for "single"
@@ -212,6 +292,10 @@ TAKEN_UP = {
     "single-ddp": Scenario("single-ddp", "ddp", micro_batch=2, resume=True, resume_from="single-left"),
     "zero3-ddp": Scenario("zero3-ddp", "ddp", micro_batch=4, resume=True, resume_from="zero3-left"),
     "zero3-zero1": Scenario("zero3-zero1", "zero1", micro_batch=4, resume=True, resume_from="zero3-left"),
+    "zero2-some": Scenario(
+        "zero2-some", "zero3", micro_batch=4, persistence=300, resume=True, resume_from="zero2-left"
+    ),
+    "all-zero3": Scenario("all-zero3", "zero3", micro_batch=4, resume=True, resume_from="zero3-all"),
     "zero2-zero3": Scenario("zero2-zero3", "zero3", micro_batch=4, resume=True, resume_from="zero2-left"),
 }
 
@@ -219,7 +303,8 @@ TAKEN_UP = {
 @pytest.fixture(scope="module")
 def taken_up(folder: Path, two_ranks: Any) -> dict[str, dict[str, Any]]:
     fit(Scenario("single-left", micro_batch=4, checkpoint_at=7), folder)
-    return on_two_ranks([*TAKEN_UP.values(), BF16_TAKEN_UP], folder)
+    same = [replace(scenario, resume=True) for scenario in PERSISTENT.values()]
+    return on_two_ranks([*TAKEN_UP.values(), BF16_TAKEN_UP, *same], folder)
 
 
 BF16_TAKEN_UP = Scenario(
