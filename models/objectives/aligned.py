@@ -16,6 +16,7 @@ where spans are long, or tokens lie in none, the divergence weighs less beside c
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -211,7 +212,9 @@ def _without(paired_sC: Tensor, category_s: Tensor) -> Tensor:
 def _merged(paired_sC: Tensor, span_s: Tensor, category_s: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Category `category_s` of each row moved into the span's; nothing where it is -1."""
     moved_s = paired_sC.gather(1, category_s.clamp_min(0)[:, None]).squeeze(1)
-    both_s = torch.logaddexp(span_s / temperature, moved_s / temperature) * temperature
+    none_s = (span_s == -math.inf) & (moved_s == -math.inf)  # of two impossibilities logaddexp's gradient is NaN
+    parts = [logit_s.masked_fill(none_s, 0.0) / temperature for logit_s in (span_s, moved_s)]
+    both_s = (torch.logaddexp(*parts) * temperature).masked_fill(none_s, -math.inf)
     return _without(paired_sC, category_s), torch.where(category_s >= 0, both_s, span_s)
 
 
