@@ -136,6 +136,7 @@ def _build(
         "documents": len(documents),
         "empty": empty_documents(documents) + tally["empty"],
         "truncated": tally["truncated"],
+        "cut_to_nothing": tally["cut_to_nothing"],
         "unsupervised": tally["unsupervised"],
         **tally.spellings,
     }

@@ -205,6 +205,7 @@ def conversation_pieces(
             inside = weights > 0
             sizes = np.where(np.isin(ids, tokenizer.all_special_ids), 0, target_bytes(text, offsets)[:-1])
             tally["truncated"] += len(ids) > data.max_length
+            tally["cut_to_nothing"] += bool(inside[1:].any() and not inside[1 : data.max_length].any())
             ids, inside, sizes = ids[: data.max_length], inside[: data.max_length], sizes[: data.max_length]
             supervised = int(inside[1:].sum())
             if not supervised:

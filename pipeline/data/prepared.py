@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 STATISTICS = "statistics.json"
+CUT = "cut"  # in them, where the limit of the length took something: how much, and the key that changes it, in a line
 SPELLINGS, FIRST_SPELLING = "control_spellings", "first_control_spelling"  # in them: see pipeline/data/controls.py
 
 
@@ -25,16 +26,23 @@ def sequences_of(
 ) -> tuple[Any, dict[str, Any], Path]:
     """(packed sequences, statistics, folder) of a split; the folder is named by everything the sequences depend on.
 
-    With `teacher_tokenizer` they carry the teacher's tokens and the spans between both (pipeline/data/packing.py).
+    With `teacher_tokenizer` they carry the teacher's tokens and the spans between both (pipeline/data/packing.py). What
+    the limit of the length took is in the statistics, in a line, which is printed when they are built.
     """
     given = [data.content_key(), *_rules(tokenizer)]
     if teacher_tokenizer is not None:
         given += _rules(teacher_tokenizer)
     folder = root / f"{split}-{hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()[:16]}"
-    if _whole(folder):
-        return (*prepared(folder), folder)
-    sequences, statistics = data.prepare(split, tokenizer, folder, teacher_tokenizer)
-    tell(data, statistics)
+    built = not _whole(folder)
+    if built:
+        sequences, statistics = data.prepare(split, tokenizer, folder, teacher_tokenizer)
+        tell(data, statistics)
+    else:
+        sequences, statistics = prepared(folder)
+    if lost := _cut(data, statistics):
+        statistics = {**statistics, CUT: lost}
+        if built:
+            print(f"{data.node}.{split}: {lost}", flush=True)
     return sequences, statistics, folder
 
 
@@ -46,6 +54,22 @@ def tell(data: DataSource, statistics: dict[str, Any]) -> None:
             f"{statistics.get(FIRST_SPELLING)} ({data.node}.control_tokens={PARSE} reads them as tokens)",
             flush=True,
         )
+
+
+def _cut(data: DataSource, statistics: dict[str, Any]) -> str | None:
+    """What was lost to the limit of the length, of sources that lose something: texts go on in another sequence."""
+    noun = "queries" if "queries" in statistics else "answers" if "too_long" in statistics else "conversations"
+    whole, cut = statistics.get("queries", statistics.get("documents", 0)), statistics.get("truncated", 0)
+    left_out = statistics.get("too_long", 0) - cut if noun != "conversations" else statistics.get("cut_to_nothing", 0)
+    limit = f"{data.max_length:,} tokens ({data.node}.max_length)"
+    if noun == "conversations":
+        nothing = f", {left_out:,} of them before anything that is learnt, and left out" if left_out else ""
+        return f"{cut:,} of {whole:,} conversations were cut at {limit}{nothing}" if cut else None
+    if data.teacher_prompts or noun == "queries":
+        limit += f", or the teacher's {data.teacher_max_length:,} ({data.node}.teacher_max_length)"
+    told = [f"{cut:,} of {whole:,} {noun} were cut at {limit}"] if cut else []
+    told += [f"{left_out:,} of {whole:,} {noun} were left out, being longer than {limit}"] if left_out else []
+    return "; ".join(told) or None
 
 
 def once(folder: Path, build: Callable[[Path], None]) -> tuple[Dataset, dict[str, Any]]:

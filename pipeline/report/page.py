@@ -28,6 +28,7 @@ def page_of(run_dir: Path, artifacts: Sequence[Artifact], report: Json) -> Json:
         "notes": [
             *notes_on(report["rows"]),
             *(note for name, m in manifests.items() for note in _of_training(name, m)),
+            *_cut(manifests),
         ],
         "comparisons": [
             {
@@ -76,6 +77,17 @@ def _of_training(name: str, manifest: Json) -> list[str]:
             changes.append(f"without the sequences {', '.join(map(str, turn['skipped']))}")
         told.append(f"{name} was taken up at step {turn['step']} with changes: {'; '.join(changes) or 'none'}.")
     return told
+
+
+def _cut(manifests: dict[str, Json]) -> list[str]:
+    """What the limit of the length took of the text, once for all stages that read the same."""
+    stages: dict[str, list[str]] = {}
+    for name, manifest in manifests.items():
+        data = (manifest.get("metrics") or {}).get("data") or {}
+        for split, counted in ({"train": data} if "sequences" in data else data).items():
+            if isinstance(counted, dict) and (lost := counted.get("cut")):
+                stages.setdefault(f"{split}: {lost}.", []).append(name)
+    return [f"{', '.join(names)}: {lost}" for lost, names in stages.items()]
 
 
 def _short_hash(content_hash: str | None) -> str:

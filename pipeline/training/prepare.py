@@ -20,7 +20,7 @@ from pipeline.data.source import DataSource
 from pipeline.training.checkpoints import choose
 
 _FILE = "prepared.json"
-_LEFT_OUT = ("held_out", "truncated", "too_long", "demonstrations_left_out", "across")  # of the text, and worth a line
+_LEFT_OUT = ("held_out", "demonstrations_left_out", "across")  # of the text, and worth a line
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import pytest
 from models.errors import Refusal
 from models.targets import IGNORED
 from pipeline.data.answers import Answers
+from pipeline.data.prepared import sequences_of
 from pipeline.data.tokenizer import load_tokenizer, train_tokenizer
 
 TEXTS = sorted({text.strip() for text in topics.values()}, key=len)[:60]
@@ -179,6 +180,10 @@ def test_what_is_too_long_is_refused_left_out_or_cut_and_counted(tokenizer: Any,
     rows, statistics = prepared(Answers(str(path), max_length=limit, too_long="drop"), "train", tokenizer, tmp_path)
     assert len(rows) == 24 - beyond
     assert statistics["too_long"] == beyond
+    for kind, what in (("drop", "left out, being longer than"), ("truncate", "cut at")):
+        source = Answers(str(path), max_length=limit, too_long=kind)
+        _, told_of, _ = sequences_of(source, "train", tokenizer, tmp_path / "work")
+        assert told_of["cut"] == f"{beyond} of 24 answers were {what} {limit} tokens (answers.max_length)"
     data = Answers(str(path), max_length=limit, too_long="truncate")
     rows, statistics = prepared(data, "train", tokenizer, tmp_path / "cut")
     assert (statistics["too_long"], statistics["truncated"]) == (beyond, beyond)

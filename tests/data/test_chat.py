@@ -1,6 +1,7 @@
 """Conversations become rows: only what the assistant says is a target."""
 
 import json
+from dataclasses import replace
 from itertools import groupby, pairwise
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -15,6 +16,7 @@ from models.errors import Refusal
 from models.targets import IGNORED
 from pipeline.data.documents import Documents, documents
 from pipeline.data.packing import prepare
+from pipeline.data.prepared import sequences_of
 from pipeline.data.rendering import chat_template
 from pipeline.data.tokenizer import load_tokenizer, train_tokenizer
 from tests.optional_data import STORIES, needed
@@ -190,7 +192,47 @@ def test_a_long_conversation_is_cut_off_and_counted_and_dropped_if_nothing_is_le
     assert rows[0]["input_ids"] == whole[:100]
     assert rows[0]["targets"][-1] == IGNORED
     assert (statistics["documents"], statistics["sequences"]) == (3, 2)
-    assert (statistics["truncated"], statistics["unsupervised"]) == (2, 1)
+    assert (statistics["truncated"], statistics["unsupervised"], statistics["cut_to_nothing"]) == (2, 1, 1)
+
+
+def test_what_the_length_limit_cuts_is_told_once_with_its_key_and_stays_in_the_statistics(
+    tmp_path: Path, tokenizer: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of eight: three too long, one of these with nothing left that is learnt; one has nothing to learn from itself."""
+    late = [turn("user", TOPICS[-1]), turn("assistant", "Too late to be heard.")]
+    unheard = [{**message, "weight": 0} if message["role"] == "assistant" else message for message in SHORT[1:3]]
+    told = [SHORT, SHORT[1:3], late, SHORT[1:3], SHORT, SHORT[1:3], unheard, SHORT[1:3]]
+    lengths = [len(tokenizer.apply_chat_template(each, chat_template=CHATML)["input_ids"]) for each in told]
+    assert [length > 100 for length in lengths] == [True, False, True, False, True, False, False, False]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"messages": each}) + "\n" for each in told))
+    (tmp_path / "t.jinja").write_text(CHATML)
+    data = Documents(
+        train=str(tmp_path / "a.jsonl"), holdout=0, chat_template=str(tmp_path / "t.jinja"), max_length=100
+    )
+    lost = (
+        "3 of 8 conversations were cut at 100 tokens (data.max_length), 1 of them before anything that is learnt, "
+        "and left out"
+    )
+    _, statistics, _ = sequences_of(data, "train", tokenizer, tmp_path / "work")
+    assert f"data.train: {lost}\n" in capsys.readouterr().out
+    assert statistics["cut"] == lost
+    assert sequences_of(data, "train", tokenizer, tmp_path / "work")[1] == statistics
+    assert capsys.readouterr().out == ""
+    longer = replace(data, max_length=max(lengths))
+    _, statistics, _ = sequences_of(longer, "train", tokenizer, tmp_path / "work")
+    assert "cut" not in statistics
+    assert capsys.readouterr().out == ""
+
+
+def test_of_plain_text_longer_than_a_sequence_nothing_is_lost_and_nothing_told(
+    tmp_path: Path, tokenizer: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TOPICS))
+    data = Documents(train=str(tmp_path / "a.jsonl"), holdout=0, max_length=16)
+    _, statistics, _ = sequences_of(data, "train", tokenizer, tmp_path / "work")
+    assert statistics["bytes"] == sum(len(text.encode()) for text in TOPICS)
+    assert "cut" not in statistics
+    assert "cut" not in capsys.readouterr().out
 
 
 def test_the_tokenizers_own_template_is_used_unless_a_file_is_given(tmp_path: Path, tokenizer: Any) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from models.errors import Refusal
 from pipeline.data.pairs import Pair, common_prefix, teacher_side, write_sequences
+from pipeline.data.prepared import sequences_of
 from pipeline.data.tasks import Task
 from pipeline.data.tokenizer import train_tokenizer
 
@@ -252,6 +253,12 @@ def test_prompts_that_are_too_long_are_refused_shortened_or_dropped_and_counted(
     counts = Counter()
     assert list(replace(task, too_long="drop").items("train", tokenizer, counts)) == []
     assert counts["too_long"] == counts["queries"] > 0
+    asked = counts["queries"]
+    _, statistics, _ = sequences_of(replace(task, too_long="drop"), "train", tokenizer, tmp_path / "work")
+    assert statistics["cut"] == (
+        f"{asked} of {asked} queries were left out, being longer than {task.max_length} tokens (task.max_length), or "
+        f"the teacher's 40 (task.teacher_max_length)"
+    )
 
 
 @pytest.mark.parametrize(

@@ -602,3 +602,15 @@ def test_the_cache_is_a_column_where_it_differs(run: Path) -> None:
     write_report(run)
     assert "cache bytes per token" in (run / "report.md").read_text()
     assert "1.54 k" in (run / "report.md").read_text()
+
+
+def test_what_the_length_limit_took_stands_in_the_report_once_for_those_that_read_the_same(tmp_path: Path) -> None:
+    lost = "37 of 500 conversations were cut at 64 tokens (data.max_length)"
+    data = {"train": {"documents": 500, "truncated": 37, "sequences": 90, "cut": lost}, "validation": {"sequences": 9}}
+    write_artifact(tmp_path, "record", "a", metrics={"data": data["train"]})
+    write_artifact(tmp_path, "distill", "b", {"teacher_cache": "record"}, metrics={"data": data})
+    write_artifact(tmp_path, "control", "c", metrics={"data": {"train": {"sequences": 90}}})
+    write_report(tmp_path)
+    page = (tmp_path / "report.md").read_text()
+    assert page.count(lost) == 1
+    assert f"record, distill: train: {lost}." in page
