@@ -13,6 +13,8 @@ from models.errors import Refusal
 
 WEIGHTS, INDEX, ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_config.json"
 _CONFIG_BYTES, _INDEX_BYTES = 1 << 24, 1 << 27  # the largest index published holds 9 MB
+# transformers does without the first where it does not open, and the model then stops at other tokens
+_BESIDE = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _WIDTHS = ("hidden_size", "n_embd", "vocab_size")  # each is a dimension of some tensor, in packed formats too
 
@@ -43,6 +45,9 @@ def check_files(folder: Path, told: str, weights: bool = True) -> None:
             raise Refusal(f"{told}: an adapter without its model; merge it into one, and give that folder")
         raise Refusal(f"{told}: no config.json in it; give a folder AutoModelForCausalLM can open")
     config = _json(folder / "config.json", _CONFIG_BYTES, told)
+    for name in _BESIDE:
+        if (folder / name).exists():
+            _json(folder / name, _CONFIG_BYTES, told)
     if not weights:
         return
     if (folder / ADAPTER).is_file():  # transformers would open it too, pickled or not

@@ -18,6 +18,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import InterpolationToMissingValueError
 
 from models.errors import Refusal
 from pipeline.config import Config, nearest
@@ -102,14 +103,23 @@ def _passed_on(words: Sequence[str]) -> list[str]:
     composed = composed_without_values(words)
     passed = []
     for group, key in (found.groups() for found in changed):
-        value = OmegaConf.select(composed, f"{group}.{key}", default=_ABSENT)
+        value = _written(composed, f"{group}.{key}")
         if value is _ABSENT:  # Hydra says so
             continue
         for path, copy in _copies(composed.get("stages") or {}, group, "stages"):
             same_class = copy.get("_target_") == OmegaConf.select(composed, f"{group}._target_")
-            if same_class and OmegaConf.select(copy, key) == value and f"{path}.{key}" not in given:
+            if same_class and _written(copy, key) == value and f"{path}.{key}" not in given:
                 passed.append(f"{path}.{key}=${{{group}.{key}}}")
     return passed
+
+
+def _written(node: Any, key: str) -> Any:
+    """The value of a key, or where it is taken from a value that is still to be given, that interpolation."""
+    parent, _, last = key.rpartition(".")
+    try:
+        return OmegaConf.select(node, key, default=_ABSENT)
+    except InterpolationToMissingValueError:
+        return OmegaConf.to_container(OmegaConf.select(node, parent) if parent else node)[last]  # type: ignore[index]
 
 
 def _copies(node: Any, name: str, path: str) -> Iterator[tuple[str, DictConfig]]:

@@ -15,6 +15,7 @@ from models.quantization.stored import Outline, read_outline
 from models.teachers.teacher import Source
 from pipeline import artifact
 from pipeline.context import Context
+from pipeline.data.tokenizer import load_tokenizer
 from pipeline.stages.stage import contract_of
 
 
@@ -30,8 +31,10 @@ def config_of(
     elif context.config_folder(path) == path and not context.finished(path):
         raise needs_stage(context, made_here, setting)
     config = load_config(context.config_folder(path), role, trust_remote_code)
-    if weights and not made_here:
-        check_weights(path, role, config)
+    if not made_here:
+        load_tokenizer(path, trust_remote_code)  # what is made of the model takes it along
+        if weights:
+            check_weights(path, role, config)
     return config
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -315,8 +317,43 @@ def narrow(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("narrow") / "model"
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
     shape = {"hidden_size": 72, "intermediate_size": 200, "num_hidden_layers": 4, "max_position_embeddings": 128}
-    LlamaForCausalLM(LlamaConfig(vocab_size=64, **heads, **shape)).save_pretrained(folder)  # type: ignore[arg-type]
+    train_tokenizer(["a few words"], 257, folder)
+    LlamaForCausalLM(LlamaConfig(vocab_size=257, **heads, **shape)).save_pretrained(folder)  # type: ignore[arg-type]
     return folder
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "+experiment=prune_recover model.path={} stages.prune.protect_first=1 stages.prune.protect_last=1",
+        "+experiment=quantize_only model.path={} scheme=w4a16_g32 scheme.weights.group_size=8",
+        "+experiment=sparsify_recover model.path={} stages.sparsify.calibration.length=64",
+        "+experiment=export_only model.path={}",
+        "+experiment=evaluate_only model.path={} data.test=stdlib",
+        "+experiment=distill teacher.path={} student.shape='{{num_hidden_layers: 1}}'",
+    ],
+)
+def test_a_damaged_tokenizer_is_told_before_anything_runs(words: str, narrow: Path, tmp_path: Path) -> None:
+    """As are the files beside it: transformers does without a generation config that does not open."""
+    folder = Path(shutil.copytree(narrow, tmp_path / "model"))
+    data = [] if "evaluate_only" in words else ["data.train=stdlib"]
+    typed = [*shlex.split(words.format(folder)), *data, "data.max_length=64", "trainer.accelerator=cpu"]
+    whole = (folder / "tokenizer.json").read_bytes()
+    (folder / "tokenizer.json").write_bytes(whole[:500])
+    assert f"tokenizer {folder}: tokenizer.json does not open" in refused(*typed)
+    (folder / "tokenizer.json").unlink()
+    assert f"tokenizer {folder}: it has no vocabulary; copy tokenizer.json" in refused(*typed)
+    (folder / "tokenizer.json").write_bytes(whole)
+    (folder / "generation_config.json").write_text('{"eos_token_id": [')
+    assert f"path={folder}: generation_config.json is no JSON" in refused(*typed)
+
+
+def test_a_value_that_others_take_theirs_from_can_be_given_beside_them() -> None:
+    """teacher.path is ${model.path} there, and data.train is ${data.test}."""
+    config = composed(*arguments(["+experiment=quantize_only", "model.path=a", "teacher.path=b", "data.train=t"]))
+    assert (config["model"]["path"], config["teacher"]["path"]) == ("a", "b")
+    config = composed(*arguments(["+experiment=evaluate_only", "model.path=a", "data.test=t", "data.train=s"]))
+    assert (config["data"]["train"], config["data"]["test"]) == ("s", "t")
 
 
 def test_all_that_a_run_refuses_is_told_at_once_with_what_to_type(narrow: Path) -> None:

@@ -94,7 +94,7 @@ class Documents(DataSource):
             return True
         try:
             return len(documents(self, split)) > 0
-        except Refusal:
+        except NoDocuments:
             return False
 
     def content_key(self) -> str:
@@ -182,6 +182,10 @@ def _described(locations: list[Location]) -> dict[str, Any]:
     }
 
 
+class NoDocuments(Refusal):
+    """A split has none. What is wrong with its files is another Refusal."""
+
+
 def documents(data: Documents, split: str, unanswered: bool = False) -> Dataset:
     """The documents of one split in reading order: a dataset with the single column `text` or `messages`.
 
@@ -200,12 +204,12 @@ def documents(data: Documents, split: str, unanswered: bool = False) -> Dataset:
     tally = _Tally()
     parts = [_part(data, location, split, tally, unanswered) for location in data.locations(given)]
     if not tally.kept and held_out and data.holdout:
-        raise Refusal(
+        raise NoDocuments(
             f"{label}: none of its {tally.read} documents falls to {split}; give data.{split}, a larger "
             "data.holdout (0 does without) or, of a .txt file, data.sample_by=paragraph"
         )
     if not tally.kept and not held_out:
-        raise Refusal(f"{label}: none of its {tally.read} documents has text for {split}; give another source")
+        raise NoDocuments(f"{label}: none of its {tally.read} documents has text for {split}; give another source")
     parts = of_one_kind([part for part in parts if len(part)] or parts[:1])
     if len({tuple(part.column_names) for part in parts}) > 1:
         raise Refusal(f"{label}: text and chat cannot be mixed; give sources of one kind")

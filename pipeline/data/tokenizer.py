@@ -34,6 +34,7 @@ PROBE = (
     "The naïve  café\tsold 1234567 crêpes,\r\n\n   it's 3.14 € — don't SHOUT; cafe\u0301 \uff21\uff22 \ufb01 "
     "\u2167 Привет 你好 👩\u200d🚀 def f(x):\n    return x\n"
 )
+_NO_VOCABULARY = "it has no vocabulary; copy tokenizer.json from its model there"
 
 
 def train_tokenizer(
@@ -95,13 +96,27 @@ def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> PreTrai
     except Exception as error:
         if "trust_remote_code" in str(error):
             raise Refusal(f"tokenizer {path}: it is Python code of its own; trust_remote_code=true runs it") from error
-        raise Refusal(
-            f"tokenizer {path}: it does not open: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
-        ) from error
+        raise Refusal(f"tokenizer {path}: {_why_not(folder, error)}") from error
     if not tokenizer(PROBE, add_special_tokens=False)["input_ids"]:
         # transformers 5 makes an empty tokenizer of a tokenizer_config.json whose vocabulary is missing.
-        raise Refusal(f"tokenizer {path}: it has no vocabulary; copy tokenizer.json from its model there")
+        raise Refusal(f"tokenizer {path}: {_NO_VOCABULARY}")
     return tokenizer
+
+
+def _why_not(folder: Path, error: Exception) -> str:
+    """What is wrong with a tokenizer that did not open, and what to do."""
+    if folder.is_dir():
+        for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json"):
+            try:
+                json.loads((folder / name).read_text(encoding="utf-8"))
+            except FileNotFoundError:
+                continue
+            except (OSError, ValueError) as problem:
+                return f"{name} does not open: {problem}; copy it from its model again"
+        if not any((folder / name).exists() for name in FILES if name != "tokenizer_config.json"):
+            return _NO_VOCABULARY
+    why = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(": ")
+    return f"it does not open: {why}; copy the tokenizer's files from its model again"
 
 
 def first_difference(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> str | None:

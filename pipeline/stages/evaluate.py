@@ -110,6 +110,7 @@ class Evaluate(Stage):
         for path in parents.values():
             if not context.produced_by(path):
                 check_model(path, self._setting(context, path), self._trusted)
+                load_tokenizer(path, self._trusted)
             if context.produced_by(path) not in context.planned:  # else it is still to be made
                 artifact.quantized_file(Path(path))  # refuses one that an older version has quantized
         for pair in self.compare or []:

@@ -134,6 +134,15 @@ def test_a_validation_file_leaves_the_test_split_as_it_was(tmp_path: Path) -> No
     assert set(texts_of(given)) == set(texts_of(without)) | set(texts_of(without, "validation"))
 
 
+def test_a_line_cut_short_is_not_taken_for_text_without_a_test_split(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "one"}\n{"text": "tw')
+    with pytest.raises(Refusal, match=r"a\.jsonl line 2: not JSON"):
+        Documents(train=str(path)).holds("test")
+    path.write_text('{"text": "one"}\n')
+    assert not Documents(train=str(path), holdout=1e-9).holds("test")
+
+
 def test_without_holdout_train_has_everything_and_the_others_nothing(tmp_path: Path) -> None:
     data = Documents(train=write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in TEXTS]), holdout=0)
     assert texts_of(data) == TEXTS

@@ -93,9 +93,13 @@ def test_training_again_replaces_the_folder_and_what_was_left_half_written(tmp_p
     ("files", "message"),
     [
         ({"config.json": "{}"}, "the folder holds no tokenizer.json"),
-        ({"tokenizer.json": "{bad"}, "it does not open"),
+        (
+            {"tokenizer.json": "{bad"},
+            "tokenizer.json does not open: Expecting property name .*; copy it from its model",
+        ),
+        ({"tokenizer.json": '{"model": 3}'}, "it does not open: .*; copy the tokenizer's files from its model again"),
         ({"tokenizer_config.json": '{"tokenizer_class": "LlamaTokenizer"}'}, "it has no vocabulary"),
-        ({"tokenizer_config.json": '{"tokenizer_class": "PreTrainedTokenizerFast"}'}, "it does not open"),
+        ({"tokenizer_config.json": '{"tokenizer_class": "PreTrainedTokenizerFast"}'}, "it has no vocabulary"),
         (
             {"tokenizer_config.json": '{"auto_map": {"AutoTokenizer": ["own.Own", null]}}'},
             "it is Python code of its own; trust_remote_code=true runs it",
