@@ -16,16 +16,24 @@ class Progress(pl.Callback):
 
     Reads the module's `step_metrics` (loss, tokens_per_second) and `validation_metrics` (validation_loss), as
     MetricsFile does. Where stdout is no terminal a plain line is printed every `every_fraction` of the steps or
-    `every_seconds`, whichever comes first, and at the end; a validation stands in the first line after it alone. The
+    `every_seconds`, whichever comes first, and at the end; the first after `first_seconds`, and the next ones each
+    after twice the time, until that is `every_seconds`. A validation stands in the first line after it alone. The
     trainer needs `enable_progress_bar=False`.
     """
 
     def __init__(
-        self, stage: str, every_fraction: float = 0.1, every_seconds: float = 300.0, console: Console | None = None
+        self,
+        stage: str,
+        every_fraction: float = 0.1,
+        every_seconds: float = 300.0,
+        first_seconds: float = 20.0,
+        console: Console | None = None,
     ) -> None:
         self.stage = stage
         self.every_fraction = every_fraction
         self.every_seconds = every_seconds
+        self.first_seconds = first_seconds
+        self._wait = 0.0
         self.console = console or Console()
         self._bar: Bar | None = None
         self._numbers: dict[str, str] = {}
@@ -39,6 +47,7 @@ class Progress(pl.Callback):
         self._step = self._printed_step = trainer.global_step
         total = trainer.max_steps if trainer.max_steps > 0 else None  # -1: the epochs decide
         self._started, self._printed = None, time.monotonic()
+        self._wait = min(self.first_seconds, self.every_seconds)
         self._next_step = self._step + self._stride(trainer)
         if self.console.is_terminal:
             narrow = Column(no_wrap=True)
@@ -108,8 +117,9 @@ class Progress(pl.Callback):
             self._bar.update(self._bar.task_ids[0], completed=self._step, numbers=self._text(trainer))
         elif self._step == trainer.max_steps:
             return  # the last line waits for the last validation
-        elif self._step >= self._next_step or now - self._printed >= self.every_seconds:
+        elif self._step >= self._next_step or now - self._printed >= self._wait:
             self._next_step = (self._step // self._stride(trainer) + 1) * self._stride(trainer)
+            self._wait = min(2 * self._wait, self.every_seconds)
             self._print_step(trainer)
 
     def _print_step(self, trainer: pl.Trainer) -> None:

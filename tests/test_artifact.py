@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,6 +24,21 @@ def _build(folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(b"weights")
     (folder / "sub").mkdir()
     (folder / "sub" / "config.json").write_text("{}")
+
+
+def test_hashes_are_told_where_none_can_be_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a file system that is read-only, where a finished run is looked at."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "one").write_text("1")
+    os.utime(tmp_path / "a" / "one", (0, 0))
+    monkeypatch.setattr(artifact, "_SETTLED_NS", -(10**12))
+
+    def refused(path: Path, value: Any) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(artifact, "write_json", refused)
+    cache = tmp_path / "work" / "hashes.json"
+    assert artifact.content_hash(tmp_path / "a", cache) == artifact.content_hash(tmp_path / "a")
 
 
 def test_a_published_folder_says_what_is_in_it(tmp_path: Path) -> None:
@@ -104,6 +121,7 @@ def test_killed_at_any_rename_or_write_the_folder_is_old_or_new_and_never_half(t
     code = """
 import os, signal, sys
 from pathlib import Path
+from typing import Any
 from pipeline import artifact
 left = [int(sys.argv[2])]
 def hook(event, arguments):

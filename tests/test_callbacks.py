@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -572,6 +573,7 @@ def test_default_callbacks_are_instantiated_with_what_the_stage_adds(tmp_path):
     progress = instantiate(nodes.progress, stage="distill")
     metrics = instantiate(nodes.metrics, path=tmp_path / "metrics.jsonl")
     assert (progress.stage, progress.every_fraction, progress.every_seconds) == ("distill", 0.1, 300)
+    assert progress.first_seconds == 20
     assert metrics.path == tmp_path / "metrics.jsonl"
 
 
@@ -617,6 +619,24 @@ def test_restarted_stage_shows_its_right_step(tmp_path):
 def test_slow_steps_are_shown_by_the_clock(tmp_path):
     assert len(show(tmp_path, 12, every_fraction=1.0, every_seconds=0.0).splitlines()) == 12
     assert len(show(tmp_path, 12, every_fraction=1.0).splitlines()) == 1
+
+
+def test_a_log_tells_soon_and_then_ever_more_seldom(tmp_path, monkeypatch):
+    clock = iter(range(0, 10_000, 10))  # ten seconds a step
+    monkeypatch.setattr("callbacks.progress.time", SimpleNamespace(monotonic=lambda: now[0]))
+    now = [0]
+
+    class Clock(pl.Callback):
+        def on_train_batch_start(self, *_: Any) -> None:
+            now[0] = next(clock)
+
+    console = Console(file=io.StringIO())
+    words = {"every_fraction": 1.0, "every_seconds": 100.0, "first_seconds": 20.0}
+    fit(tmp_path, 48, Clock(), Progress("distill", console=console, **words))
+    said = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    at = [int(line.split()[2].partition("/")[0]) for line in said]
+    # at 20 s, 40 s later, 80 s later, and then every 100 s; the step n ends at 10 (n - 1) s
+    assert at == [3, 7, 15, 25, 35, 45, 48]
 
 
 def test_terminal_gets_a_bar_that_ends_full(tmp_path):
