@@ -101,6 +101,11 @@ class Turns:
     def _quoted(self, messages: Messages, where: str) -> Messages:
         quoted = [{name: self.controls.quote(message[name]) for name in ("role", "content")} for message in messages]
         for message in quoted:
+            if found := _MARKS.search(message["content"]):
+                raise Refusal(
+                    f"{where}: it holds the private-use character U+{ord(found[0]):X}, of those by which turns are "
+                    "found here; drop it"
+                )
             self.controls.note(message["content"], where)
         return quoted
 
@@ -168,7 +173,11 @@ class Turns:
         through = self._rendered(messages[: number + 1])
         if through is None or not text.startswith(through):
             return None
-        return header, self._cut(text, header, len(through))
+        end = self._cut(text, header, len(through))
+        *_, last = [None, *self.controls.pattern.finditer(text, header, end)]
+        if last and last.end() == end and not messages[number]["content"].strip():
+            header = last.start()  # nothing was said; what stands before is the template's own
+        return header, end
 
     # By the template's marks
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from datetime import datetime
 from itertools import groupby
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 
 import pytest
 from datasets import Dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers.utils import chat_template_utils
 
 from models.errors import Refusal
@@ -82,6 +85,55 @@ def test_every_turn_is_learnt_with_its_end_and_nothing_else(tmp_path: Path, trai
         assert all(one.endswith(family.turn_end) for one in found), kind
         # What stands before a content is at most the space with which it is written.
         assert all(len(one) - len(one.lstrip()) <= 2 for one in found), kind
+
+
+def test_an_empty_answer_is_its_end_also_where_the_template_adds_a_thought(tmp_path: Path, trained: Path) -> None:
+    tokenizer = tokenizer_of(trained, QWEN_3)
+    assert "<think>\n\n</think>" in tokenizer.apply_chat_template([TURNS[0], turn("assistant", "")], tokenize=False)
+    assert learnt(tmp_path, tokenizer, [TURNS[0], turn("assistant", "")]) == ["<|im_end|>"]
+
+
+def test_characters_by_which_turns_are_found_are_refused(tmp_path: Path, trained: Path) -> None:
+    tokenizer = tokenizer_of(trained, LLAMA_3)
+    with pytest.raises(Refusal, match=r"conversation 0: it holds the private-use character U\+10C60F, .*; drop it"):
+        learnt(tmp_path, tokenizer, [turn("user", "a \U0010c60f"), turn("assistant", "b")])
+
+
+# Letters of everything, and spellings of what frames turns in one family or another.
+_WORDS = st.text(st.characters(exclude_categories=["Cs"]), max_size=12) | st.sampled_from(
+    [
+        "",
+        " ",
+        "\n\n",
+        "<|im_end|>",
+        "<|eot_id|>",
+        "[INST]",
+        "</s>",
+        "assistant",
+        "<end_of_turn>",
+        "<|end|>",
+        "<start_of_turn>",
+    ]
+)
+_SAID = st.lists(_WORDS, max_size=5).map("".join)
+
+
+@settings(max_examples=60, deadline=None)
+@given(name=st.sampled_from(sorted(FAMILIES)), said=st.lists(st.tuples(_SAID, _SAID), min_size=1, max_size=4))
+def test_of_any_conversation_the_assistants_words_are_learnt_or_it_is_refused(
+    trained: Path, name: str, said: list[tuple[str, str]]
+) -> None:
+    family = FAMILIES[name]
+    tokenizer = tokenizer_of(trained, family)
+    messages = [turn(role, text) for pair in said for role, text in zip(("user", "assistant"), pair, strict=True)]
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            found = learnt(Path(folder), tokenizer, messages)
+        except Refusal as refusal:
+            assert "\n" not in str(refusal)
+            return
+    assert [one.removesuffix(family.turn_end).strip() for one in found] == [text.strip() for _, text in said]
+    assert all(one.endswith(family.turn_end) for one in found)
 
 
 def test_a_thought_is_learnt_where_the_template_keeps_it(tmp_path: Path, trained: Path) -> None:
