@@ -115,11 +115,12 @@ def _passed_on(words: Sequence[str]) -> list[str]:
 
 def _written(node: Any, key: str) -> Any:
     """The value of a key, or where it is taken from a value that is still to be given, that interpolation."""
-    parent, _, last = key.rpartition(".")
     try:
         return OmegaConf.select(node, key, default=_ABSENT)
     except InterpolationToMissingValueError:
-        return OmegaConf.to_container(OmegaConf.select(node, parent) if parent else node)[last]  # type: ignore[index]
+        parent, _, last = key.rpartition(".")
+        whole: Any = OmegaConf.to_container(OmegaConf.select(node, parent) if parent else node, resolve=False)
+        return whole[last]
 
 
 def _copies(node: Any, name: str, path: str) -> Iterator[tuple[str, DictConfig]]:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from models.errors import Refusal
-from pipeline.data.readers import objects, parquet
+from pipeline.data.readers import column_names, objects, parquet_rows
 from pipeline.data.source import SPLITS
 
 ANSWERS, DROPPED = "answers.parquet", "dropped.parquet"  # in a folder of the stage generate
@@ -39,10 +38,7 @@ def files_of(split: str, given: str | None) -> list[Path]:
 def columns_of(path: Path, as_text: bool, context: bool) -> tuple[str, str]:
     """The columns of prompt and completion to read; a Refusal where they are missing. `context`: the teacher's prompt
     is needed too."""
-    if path.suffix == ".parquet":
-        there = set(parquet(path).schema_arrow.names)
-    else:
-        there = set(next(objects(path), ("", {}))[1])
+    there = set(column_names(path))
     wanted = _TEXTS if as_text or not there.issuperset(_IDS) else _IDS
     if missing := [name for name in wanted if name not in there]:
         raise Refusal(
@@ -80,10 +76,7 @@ def read_answers(path: Path, as_text: bool, context: bool) -> Iterator[dict[str,
 def records(path: Path, names: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     """The records of a file, each with where it stands; of these columns those that it has."""
     if path.suffix == ".parquet":
-        file = parquet(path)
-        columns = [name for name in file.schema_arrow.names if name in names]
-        rows = chain.from_iterable(batch.to_pylist() for batch in file.iter_batches(1000, columns=columns))
-        yield from ((f"{path} row {number}", row) for number, row in enumerate(rows))
+        yield from parquet_rows(path, [name for name in column_names(path) if name in names])
         return
     for where, record in objects(path):
         yield where, {name: value for name, value in record.items() if name in names}

@@ -6,7 +6,7 @@ import json
 import math
 import mmap
 from collections.abc import Iterator
-from itertools import chain
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,19 +69,38 @@ def _holds(path: Path, word: bytes) -> bool:
 
 
 def parquet(path: Path) -> ParquetFile:
-    import pyarrow
     from pyarrow.parquet import ParquetFile
 
-    try:
-        return ParquetFile(path, memory_map=True)
-    except pyarrow.ArrowInvalid as error:
-        raise Refusal(f"{path}: not a readable parquet file ({error}); write it again") from error
+    with _refusing(path):
+        file = ParquetFile(path, memory_map=True, page_checksum_verification=True)  # where it holds checksums
+        _ = file.schema_arrow  # read only now
+        return file
+
+
+def parquet_rows(path: Path, columns: list[str] | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows of a file, each with where it stands; of these columns, or all."""
+    number = 0
+    with _refusing(path):
+        for batch in parquet(path).iter_batches(1000, columns=columns):
+            for row in batch.to_pylist():
+                yield f"{path} row {number}", row
+                number += 1
 
 
 def parquet_cells(path: Path, columns: list[str]) -> Iterator[tuple[str, tuple[Any, ...]]]:
-    batches = parquet(path).iter_batches(batch_size=1000, columns=columns)
-    rows = chain.from_iterable(zip(*(b.column(name).to_pylist() for name in columns), strict=True) for b in batches)
-    return ((f"{path} row {i}", row) for i, row in enumerate(rows))
+    return ((where, tuple(row[name] for name in columns)) for where, row in parquet_rows(path, columns))
+
+
+@contextmanager
+def _refusing(path: Path) -> Iterator[None]:
+    """Parquet tells of damage by whichever of its layers finds it."""
+    from pyarrow import ArrowException
+
+    try:
+        yield
+    except (ArrowException, OSError, UnicodeDecodeError) as error:
+        why = str(error).strip().partition("\n")[0]
+        raise Refusal(f"{path}: not a readable parquet file ({why}); write it again") from error
 
 
 def json_cells(path: Path, columns: list[str]) -> Iterator[tuple[str, tuple[Any, ...]]]:
@@ -107,10 +126,14 @@ def objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 if not isinstance(record, dict):
                     raise Refusal(f"{where}: holds {type(record).__name__} where an object is needed")
                 yield where, record
-        except json.JSONDecodeError as error:
-            raise Refusal(f"{where}: not JSON ({error}); write one object a line, or one array") from error
         except UnicodeDecodeError as error:
             raise Refusal(f"{path}: not UTF-8 text ({error}); convert it, for example with iconv") from error
+        except RecursionError as error:
+            raise Refusal(f"{where}: its JSON is nested too deeply; mend or drop it") from error
+        except Refusal:
+            raise
+        except ValueError as error:  # of syntax, or a number of thousands of digits
+            raise Refusal(f"{where}: not JSON ({error}); write one object a line, or one array") from error
 
 
 def column_names(path: Path) -> list[str]:

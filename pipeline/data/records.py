@@ -6,13 +6,12 @@ import csv
 import hashlib
 import json
 from collections.abc import Iterator
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from models.errors import Refusal
 from pipeline.data import ciphers
-from pipeline.data.readers import objects, parquet
+from pipeline.data.readers import objects, parquet_rows
 
 _SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
@@ -54,9 +53,7 @@ def _of_file(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             except (UnicodeDecodeError, csv.Error) as error:
                 raise Refusal(f"{path}: no CSV in UTF-8 ({error}); write it again") from error
     elif path.suffix == ".parquet":
-        rows = chain.from_iterable(batch.to_pylist() for batch in parquet(path).iter_batches(1000))
-        for number, row in enumerate(rows):
-            yield f"{path} row {number}", row
+        yield from parquet_rows(path)
     else:
         yield from objects(path)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from datetime import datetime
 from itertools import groupby
@@ -99,8 +100,9 @@ def test_characters_by_which_turns_are_found_are_refused(tmp_path: Path, trained
         learnt(tmp_path, tokenizer, [turn("user", "a \U0010c60f"), turn("assistant", "b")])
 
 
+_MARKS = re.compile("[\U0010c000-\U0010efff]")
 # Letters of everything, and spellings of what frames turns in one family or another.
-_WORDS = st.text(st.characters(exclude_categories=["Cs"]), max_size=12) | st.sampled_from(
+_WORDS = st.text(st.characters(exclude_categories=["Cs", "Co"]), max_size=12) | st.sampled_from(
     [
         "",
         " ",
@@ -113,6 +115,7 @@ _WORDS = st.text(st.characters(exclude_categories=["Cs"]), max_size=12) | st.sam
         "<end_of_turn>",
         "<|end|>",
         "<start_of_turn>",
+        "\U0010c60f",
     ]
 )
 _SAID = st.lists(_WORDS, max_size=5).map("".join)
@@ -120,18 +123,18 @@ _SAID = st.lists(_WORDS, max_size=5).map("".join)
 
 @settings(max_examples=60, deadline=None)
 @given(name=st.sampled_from(sorted(FAMILIES)), said=st.lists(st.tuples(_SAID, _SAID), min_size=1, max_size=4))
-def test_of_any_conversation_the_assistants_words_are_learnt_or_it_is_refused(
+def test_of_any_conversation_the_assistants_words_are_learnt(
     trained: Path, name: str, said: list[tuple[str, str]]
 ) -> None:
     family = FAMILIES[name]
     tokenizer = tokenizer_of(trained, family)
     messages = [turn(role, text) for pair in said for role, text in zip(("user", "assistant"), pair, strict=True)]
     with tempfile.TemporaryDirectory() as folder:
-        try:
-            found = learnt(Path(folder), tokenizer, messages)
-        except Refusal as refusal:
-            assert "\n" not in str(refusal)
+        if _MARKS.search("".join(message["content"] for message in messages)):
+            with pytest.raises(Refusal, match=r"private-use character .*; drop it"):
+                learnt(Path(folder), tokenizer, messages)
             return
+        found = learnt(Path(folder), tokenizer, messages)
     assert [one.removesuffix(family.turn_end).strip() for one in found] == [text.strip() for _, text in said]
     assert all(one.endswith(family.turn_end) for one in found)
 
