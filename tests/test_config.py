@@ -58,8 +58,10 @@ SAID = {
 }
 
 
+ConfigStore.instance().store(name="schema", node=Config)  # as train.py does
+
+
 def composed(*words: str) -> dict[str, Any]:
-    ConfigStore.instance().store(name="schema", node=Config)
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return parse(compose("config", list(words)))
 
