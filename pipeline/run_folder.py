@@ -22,7 +22,7 @@ from pipeline import artifact
 MARKER = "retort.json"
 _LOCK = ".lock"
 _MADE = {"config.json", "report.json", "report.md", "report.html", "work", "logs"}  # by runs; a marker is beside them
-_SCRATCH = "retort-check-"
+SCRATCH = "retort-check-"  # how what commands leave in the temporary folder begins
 _YOUNG_SECONDS = 60
 _OWN = {MARKER, f".{MARKER}.partial", _LOCK}
 
@@ -111,11 +111,11 @@ def hashes(run_dir: Path) -> Path | None:
 def scratch() -> Iterator[Path]:
     """A temporary folder for what need not outlive the command. Those that killed commands left are removed."""
     root = Path(tempfile.gettempdir())
-    for left in root.glob(f"{_SCRATCH}*"):
+    for left in root.glob(f"{SCRATCH}*"):
         with suppress(OSError), _locked(left):  # whoever works in it holds the lock
             if time.time() - left.stat().st_mtime > _YOUNG_SECONDS:  # or is about to take it
                 shutil.rmtree(left)
-    with tempfile.TemporaryDirectory(prefix=_SCRATCH) as made, _locked(Path(made)):
+    with tempfile.TemporaryDirectory(prefix=SCRATCH) as made, _locked(Path(made)):
         yield Path(made)
 
 

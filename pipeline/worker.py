@@ -12,21 +12,19 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from models.errors import NotFinite, Refusal, of_storage
 from pipeline import artifact
 from pipeline.launch import die_with
+from pipeline.run_folder import SCRATCH
 
-if TYPE_CHECKING:
-    from pipeline.context import Context
-
-_END_SECONDS = 2  # from the end of one rank to that of the others, at most
-_TURN_SECONDS = 6  # between the ranks that might say the same
+_END_SECONDS = 10  # from the end of one rank to that of the others, at most
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -56,27 +54,40 @@ def main(arguments: Sequence[str]) -> int:
             stage.run(context)
         return 0
     except Refusal as problem:
-        _give_way(context, tells=True)
-        _refuse(mode, str(problem) if context is None else context.in_its_words(str(problem)))
+        if _tells(spec):
+            _refuse(mode, str(problem) if context is None else context.in_its_words(str(problem)))
         return 2
     except NotFinite as problem:
-        _give_way(context, tells=True)
-        print(f"error: {problem}", file=sys.stderr, flush=True)
+        if _tells(spec):
+            print(f"error: {problem}", file=sys.stderr, flush=True)
         return 3
     except Exception as problem:
-        line = of_storage(problem, Path(spec["config"]["run_dir"]))
-        _give_way(context, tells=line is not None)
-        if line is None:
+        if (line := of_storage(problem, Path(spec["config"]["run_dir"]))) is None:
+            if _of_several():
+                time.sleep(_END_SECONDS)  # it may be because another rank has failed, and that one knows why
             raise
-        _refuse(mode, line)
+        if _tells(spec):
+            _refuse(mode, line)
         return 2
 
 
-def _give_way(context: Context | None, tells: bool) -> None:
-    """Of several ranks that fail, one is to be heard: the first that knows in one line why (`tells`). The others fail
-    for the same reason, or because that one is gone. They are ended with it, while they wait here."""
-    if context is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        time.sleep(_END_SECONDS + _TURN_SECONDS * (min(context.rank, 3) if tells else 4))
+def _of_several() -> bool:
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def _tells(spec: dict[str, Any]) -> bool:
+    """Whether this rank says why it failed: of several, the first that knows. The others fail for the same reason, or
+    because that one is gone; they wait here, and are ended with it."""
+    if not _of_several():
+        return True
+    try:  # in the temporary folder, as the run's may be full; what is left there is swept by a later command
+        os.mkdir(Path(tempfile.gettempdir()) / f"{SCRATCH}{spec['attempt']}-{spec['restart']}")
+    except FileExistsError:
+        time.sleep(_END_SECONDS)
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def _refuse(mode: str, message: str) -> None:
@@ -100,7 +111,7 @@ def _quiet() -> None:
 
 if __name__ == "__main__":
     status = main(sys.argv[1:])
-    if status and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if status and _of_several():
         sys.stdout.flush()
         os._exit(status)  # at once: taking a process group apart waits for ranks that have failed, too
     sys.exit(status)

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from uuid import uuid4
 
 from tests.command import ENVIRONMENT, ROOT
 
@@ -44,7 +45,7 @@ def test_what_all_ranks_refuse_is_told_once(tmp_path: Path) -> None:
         "stages": {"distill": {"_target_": "pipeline.no_such.Stage"}},
     }
     spec = tmp_path / "spec.json"
-    spec.write_text(json.dumps({"config": config, "stage": "distill"}))
+    spec.write_text(json.dumps({"config": config, "stage": "distill", "attempt": uuid4().hex, "restart": 0}))
     done = ranks("-m", "pipeline.worker", "run", str(spec))
     assert done.returncode == 2, done.stderr
     (error,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
