@@ -89,6 +89,7 @@ class Shape:
                 f"student.shape.{unknown[0]}: {type(base).__name__} has no such number"
                 + (f"; did you mean {close[0]}?" if close else "")
             )
+        check_counts(base, shape, "student.shape")
         check_sizes({k: v for k, v in values.items() if k != "head_dim"} | shape, "student")
         values, notes = _reshaped(base, shape)
         return rebuilt(base, values), notes
@@ -258,18 +259,34 @@ def write_fresh(config: PretrainedConfig, tokenizer: Any, folder: Path, seed: in
     save_model(model, tokenizer, folder, model.state_dict(), torch.float32)
 
 
+_COUNTS = (
+    *("hidden_size", "intermediate_size", "head_dim", "vocab_size", "max_position_embeddings"),
+    *("num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+)
+
+
+def check_counts(base: PretrainedConfig, given: dict[str, Any], role: str) -> None:
+    """Refuse what counts nothing where a size of the family `base` is given, before anything is divided by it."""
+    counted = {base.attribute_map.get(name, name) for name in _COUNTS}
+    for name, value in given.items():
+        if name not in counted or value is None or isinstance(getattr(base, name, None), list):  # a number a layer
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise Refusal(f"{role}.{name}={value}: need a whole number of at least 1")
+
+
 def check_sizes(values: dict[str, Any], role: str) -> None:
     """Refuse widths that no attention can have, before the family's own config sees them."""
     hidden, heads = values.get("hidden_size"), values.get("num_attention_heads")
     kv = values.get("num_key_value_heads") or heads
     if hidden and heads and hidden % heads and not values.get("head_dim"):
-        fitting = [h for h in range(1, hidden + 1) if hidden % h == 0 and h <= 2 * heads]
+        fitting = [h for h in range(1, min(hidden, 2 * heads) + 1) if hidden % h == 0]
         raise Refusal(
             f"{role}: hidden_size={hidden} is not divisible by num_attention_heads={heads}; heads can be "
             f"{', '.join(map(str, fitting))}"
         )
     if heads and kv and heads % kv:
-        fitting = [k for k in range(1, heads + 1) if heads % k == 0]
+        fitting = [k for k in range(1, min(heads, 2 * kv) + 1) if heads % k == 0]
         raise Refusal(
             f"{role}: num_attention_heads={heads} is not divisible by num_key_value_heads={kv}; KV heads can "
             f"be {', '.join(map(str, fitting))}"

@@ -39,10 +39,26 @@ _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {  # annotation → what 
     "float": ("a number", lambda value: isinstance(value, int | float) and not isinstance(value, bool)),
     "bool": ("true or false", lambda value: isinstance(value, bool)),
     "str": ("a word", lambda value: isinstance(value, str)),
-    "Sequence[str]": ("a list [a,b]", lambda value: isinstance(value, list) and all(isinstance(v, str) for v in value)),
-    "list[str]": ("a list [a,b]", lambda value: isinstance(value, list) and all(isinstance(v, str) for v in value)),
     "None": ("null", lambda value: value is None),
 }
+_LISTS: dict[str, str] = {  # what a list holds → how it is written
+    "str": "a list [a,b]",
+    "int": "a list [1,2]",
+    "float": "a list [1.0,2.0]",
+    "list[str]": "a list of pairs, e.g. [[distill, control]]",
+    "list[int]": "a list of pairs, e.g. [[1, 2]]",
+}
+
+
+def _kind(annotation: str) -> tuple[str, Callable[[Any], bool]] | None:
+    """What a plain value of this annotation is, in words, and whether it is; None where more than plain values are."""
+    annotation = annotation.replace("Sequence[", "list[")
+    if annotation in _KINDS:
+        return _KINDS[annotation]
+    held = annotation.removeprefix("list[").removesuffix("]")
+    if held not in _LISTS or annotation != f"list[{held}]" or (inner := _kind(held)) is None:
+        return None
+    return _LISTS[held], lambda value: isinstance(value, list) and all(inner[1](each) for each in value)
 
 
 def check_kinds(node: Any, where: str) -> None:
@@ -68,14 +84,19 @@ def check_kinds(node: Any, where: str) -> None:
 
 def _check_kind(annotation: str, value: Any, where: str, name: str) -> None:
     kinds = re.split(r" \| (?![^\[]*\])", annotation)
-    if set(kinds) <= set(_KINDS):
-        if not any(_KINDS[kind][1](value) for kind in kinds):
-            needed = " or ".join(_KINDS[kind][0] for kind in kinds)
+    plain = [kind for kind in map(_kind, kinds) if kind is not None]
+    if len(plain) == len(kinds):
+        if not any(fits(value) for _, fits in plain):
+            needed = " or ".join(words for words, _ in plain)
             counted = "; 6B, 900M and 6e9 are understood" if COUNTS.search(name) and isinstance(value, str) else ""
             raise Refusal(f"{where}.{name}={value}: need {needed}{counted}")
-    elif isinstance(value, str | list | int | float) and all(
-        re.fullmatch(r"(?!(Any|Path|Sequence\[.*)$)[A-Z]\w*(\[.*)?|None|dict\[.*", kind) for kind in kinds
+    elif not isinstance(value, dict) and all(
+        re.fullmatch(r"(?!(Any|Path|Sequence\[.*)$)(\w+\.)*[A-Z]\w*(\[.*)?|None|dict\[.*", kind) for kind in kinds
     ):
+        if value is None:
+            if "None" in kinds:
+                return
+            raise Refusal(f"{where}.{name}=null: settings are needed, and none are given; leave it as it is")
         if not isinstance(value, str | list):
             raise Refusal(f"{where}.{name}={value}: settings are needed, and no number")
         chosen = value if isinstance(value, str) else next(iter(value), "")

@@ -11,7 +11,7 @@ from transformers import AutoConfig
 from models.errors import Refusal
 from models.load import empty_model, parameter_count
 from models.objectives.cross_entropy import CrossEntropy
-from models.student import check_sizes, write_fresh
+from models.student import check_counts, check_sizes, write_fresh
 from pipeline.context import Context
 from pipeline.data.source import DataSource, check_source, source_key
 from pipeline.data.tokenizer import load_tokenizer, train_tokenizer
@@ -106,13 +106,15 @@ class Pretrain(Stage):
         values = dict(self.model)
         kind = values.pop("model_type", None)
         try:
-            known = AutoConfig.for_model(kind).to_dict()
+            base = AutoConfig.for_model(kind)
+            known = base.to_dict()
         except (ValueError, KeyError, TypeError):
             raise Refusal(
                 f"pretrain.model.model_type={kind}: transformers knows no such family; llama is a good start"
             ) from None
         if unknown := [name for name in values if name not in known]:
             raise Refusal(f"model.{unknown[0]}: the {kind} config has no such number")
+        check_counts(base, values, "model")
         check_sizes(values, "model")
         try:
             config = AutoConfig.for_model(kind, **values, vocab_size=vocabulary)
