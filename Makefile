@@ -50,7 +50,7 @@ unit: setup  ## the default tests alone
 	$(PYTEST) $(DEFAULT)
 
 test-slow: setup  ## the tests that take minutes each
-	$(BIN)/python -m pytest -m "slow"
+	$(PYTEST) -m "slow and not gpu and not slurm"
 
 test-gpu: setup  ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m "gpu"

@@ -90,15 +90,23 @@ def _check_kind(annotation: str, value: Any, where: str, name: str) -> None:
             needed = " or ".join(words for words, _ in plain)
             counted = "; 6B, 900M and 6e9 are understood" if COUNTS.search(name) and isinstance(value, str) else ""
             raise Refusal(f"{where}.{name}={value}: need {needed}{counted}")
-    elif not isinstance(value, dict) and all(
+    elif all(
         re.fullmatch(r"(?!(Any|Path|Sequence\[.*)$)(\w+\.)*[A-Z]\w*(\[.*)?|None|dict\[.*", kind) for kind in kinds
     ):
-        if value is None:
-            if "None" in kinds:
-                return
+        _check_settings(kinds, value, where, name)
+
+
+def _check_settings(kinds: list[str], value: Any, where: str, name: str) -> None:
+    """Of a field that takes an object: it is built of settings, which say by `_target_` of which class."""
+    if isinstance(value, dict):
+        if "_target_" not in value and not any(kind.startswith(("dict[", "Mapping[")) for kind in kinds):
+            raise Refusal(f"{where}.{name}: settings without _target_, the class they are of; conf/ has some to copy")
+    elif value is None:
+        if "None" not in kinds:
             raise Refusal(f"{where}.{name}=null: settings are needed, and none are given; leave it as it is")
-        if not isinstance(value, str | list):
-            raise Refusal(f"{where}.{name}={value}: settings are needed, and no number")
+    elif not isinstance(value, str | list):
+        raise Refusal(f"{where}.{name}={value}: settings are needed, and no number")
+    else:
         chosen = value if isinstance(value, str) else next(iter(value), "")
         raise Refusal(
             f"{where}.{name}={value}: a name stands where settings are needed; write {spelling(name, chosen)}"

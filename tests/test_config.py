@@ -604,7 +604,7 @@ def test_no_value_of_any_key_of_the_quickstart_is_a_traceback() -> None:
     from pipeline.check import check
 
     plain = quickstart("trainer.accelerator=cpu", "run_dir=/nonexistent/run")
-    keys = [key for key in _leaves(plain) if key[-1] != "_target_"]
+    keys = [key for key in _keys(plain) if key[-1] != "_target_"]
     draw, failed = random.Random(0), []
     for _ in range(300):
         tried = copy.deepcopy(plain)
@@ -623,10 +623,19 @@ def test_no_value_of_any_key_of_the_quickstart_is_a_traceback() -> None:
     assert failed == []
 
 
-def _leaves(node: Any, above: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
-    if not isinstance(node, dict):
-        return [above]
-    return [leaf for key, value in node.items() for leaf in _leaves(value, (*above, key))]
+def _keys(node: Any, above: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    """Of values, and of settings as a whole; those at the top are choices, of which the front door refuses null."""
+    below = node.items() if isinstance(node, dict) else ()
+    own = [above] if len(above) > 1 or not isinstance(node, dict) else []
+    return own + [key for name, value in below for key in _keys(value, (*above, name))]
+
+
+def test_settings_that_do_not_say_what_they_build_are_refused() -> None:
+    """As an experiment of one's own has them that forgets it."""
+    tried = copy.deepcopy(quickstart())
+    tried["stages"]["distill"]["data"] = {"train": "some.txt"}
+    with pytest.raises(Refusal, match=r"^stages\.distill\.data: settings without _target_, .*"):
+        build(tried, "distill")
 
 
 @pytest.mark.parametrize("words", MISTAKES)
