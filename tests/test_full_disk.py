@@ -18,7 +18,8 @@ import pytest
 
 from models.errors import Refusal
 from models.whole import whole
-from tests.command import train
+from pipeline.run_folder import claimed
+from tests.command import ROOT, train
 from tests.full_disk import COMPILER, FullDisk, pattern_of
 
 with_compiler = pytest.mark.skipif(COMPILER is None, reason="needs Linux and a C compiler")
@@ -109,6 +110,32 @@ def test_the_preloaded_disk_refuses_what_python_rust_and_cpp_write(tmp_path: Pat
         )
         assert (disk.refused > 0, done.returncode != 0) == (fails, fails), done.stderr
         assert not fails or re.search("No space left|written", done.stderr), done.stderr
+
+
+REFUSED = {  # what happened to a run folder → what the command says
+    "no space is left where it lies": (errno.ENOSPC, "No space left on device ("),
+    "it is read-only": (errno.EROFS, "Read-only file system; choose a run_dir that can be written to"),
+}
+
+
+@with_compiler
+@pytest.mark.parametrize("happened", REFUSED)
+def test_a_run_folder_that_takes_nothing_is_refused_and_left_as_it_is(tmp_path: Path, happened: str) -> None:
+    code, told = REFUSED[happened]
+    run_dir = tmp_path / "run"
+    with claimed(run_dir):
+        pass
+    before = _names(run_dir)
+    disk = FullDisk(tmp_path, run_dir)
+    disk.refuse("*", code, every=True)
+    done = train(f"run_dir={run_dir}", *WORDS, "stop=pretrain", **disk.environment)
+    assert done.returncode == 2, done.stdout + done.stderr
+    (error,) = [line for line in done.stderr.splitlines() if line]
+    assert error.startswith(f"error: {run_dir}"), error
+    assert told in error
+    assert _names(run_dir) == before
+    row = f"| {happened} | refused: “…{told}…” |"
+    assert row in (ROOT / "docs" / "concepts" / "run_folder.md").read_text(), row
 
 
 @with_compiler

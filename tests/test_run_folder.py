@@ -354,8 +354,10 @@ def test_what_a_later_turn_leaves_behind_is_no_longer_skipped_from_there() -> No
 
 
 def test_a_second_command_is_kept_out(tmp_path: Path) -> None:
-    with run_folder.claimed(tmp_path / "run"), pytest.raises(Refusal, match="another command is working in it"):
+    told = "another command is working in it"
+    with run_folder.claimed(tmp_path / "run"), pytest.raises(Refusal, match=told):
         _verdicts(tmp_path / "run")
+    assert f"| {told} | refused: “…{told}…” |" in DOCS.read_text()
 
 
 @pytest.mark.parametrize("name", ["report.md", "report.html", "report.json", "config.json"])
