@@ -89,25 +89,31 @@ def of_writing(problem: BaseException) -> bool:
 
 def of_storage(problem: BaseException, folder: Path) -> str | None:
     """What a file system refused, in one line, or None where `problem` is another one. Libraries hide the error that
-    the system gave: it is looked for in what theirs was raised from, and in their words. `folder`: where space is
-    counted if no path is known."""
-    seen: BaseException | None = problem
-    while seen is not None:
+    the system gave: it is looked for in what theirs was raised from, and in their words; in what they were handling,
+    only if there is no room: what is handled otherwise need not be the reason. `folder`: where space is counted if no
+    path is known."""
+    seen, handled = problem, False
+    while True:
         code = seen.errno if isinstance(seen, OSError) else None
         if code is None and (found := re.search(r"os error (\d+)|\[?[Ee]rrno (\d+)", str(seen))):
             code = int(found[1] or found[2])
-        if code in _OF_STORAGE or _WRITTEN_BY_TORCH.search(str(seen)):
+        if code in (_OF_ROOM if handled else _OF_STORAGE) or _WRITTEN_BY_TORCH.search(str(seen)):
             path = Path(os.fsdecode(seen.filename)) if isinstance(seen, OSError) and seen.filename else folder
-            reason = os.strerror(code) if code else "a file could not be written to its end"
-            if code in (errno.EROFS, errno.EACCES, errno.EPERM):
-                return f"{path}: {reason}; choose a run_dir that can be written to"
-            if code == errno.EFBIG:
-                reason += ", by a limit on the size of files (ulimit -f)"
-            return (
-                f"{path}: {reason} ({_free(path)}); what was finished is whole, and the same command goes on from there"
-            )
-        seen = seen.__cause__ or seen.__context__
-    return None
+            return _told(path, code, folder)
+        if (next_seen := seen.__cause__ or seen.__context__) is None:
+            return None
+        handled = handled or seen.__cause__ is None
+        seen = next_seen
+
+
+def _told(path: Path, code: int | None, folder: Path) -> str:
+    reason = os.strerror(code) if code else "a file could not be written to its end"
+    if code in (errno.EROFS, errno.EACCES, errno.EPERM):
+        ours = path.absolute().is_relative_to(folder.absolute())
+        return f"{path}: {reason}; {'choose a run_dir that can be written to' if ours else 'ask for access to it'}"
+    if code == errno.EFBIG:
+        reason += ", by a limit on the size of files (ulimit -f)"
+    return f"{path}: {reason} ({_free(path)}); what was finished is whole, and the same command goes on from there"
 
 
 def _free(path: Path) -> str:

@@ -114,14 +114,17 @@ def _check_settings(kinds: list[str], value: Any, where: str, name: str) -> None
 
 
 def _check_numbers(built: Any, node: dict[str, Any], where: str) -> None:
-    """Of what is no dataclass, as an optimizer: a word where its default is a number."""
+    """Of what is no dataclass, as an optimizer or a callback: a word, or nothing, where its default is a number."""
     try:
         known = inspect.signature(built).parameters
     except (TypeError, ValueError):
         return
     for key, value in node.items():
-        if isinstance(value, str) and key in known and isinstance(known[key].default, int | float):
-            raise Refusal(f"{where}.{key}={value}: need a number, e.g. {key}={known[key].default}")
+        if key not in known or not isinstance(known[key].default, int | float):
+            continue
+        if isinstance(value, str) or (value is None and "None" not in str(known[key].annotation)):
+            told = "null" if value is None else value
+            raise Refusal(f"{where}.{key}={told}: need a number, e.g. {key}={known[key].default}")
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from models.errors import Problems, Refusal
-from pipeline.building import build, refusing
+from pipeline.building import build, check_kinds, refusing
 from pipeline.command_line import OF_RANKS
 from pipeline.config import identity
 
@@ -34,6 +34,8 @@ def check(spec: dict[str, Any], scratch: Path | None = None) -> dict[str, Any]:
     for name in needed(config, spec["stages"]):
         with in_words_of(Context(config, name)):
             made[name] = build(config, name)
+    for name in ("callbacks", "logger", "strategy", "launch"):
+        check_kinds(config[name], name)
     problems = Problems()
     with refusing("launch"):
         launcher = instantiate(config["launch"])

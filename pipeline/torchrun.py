@@ -23,7 +23,9 @@ def run(arguments: Sequence[str]) -> int:
         rank, first = problem.get_first_failure()
         if first.exitcode > 0:
             return first.exitcode
-        print(f"error: rank {rank} was ended by {signal.Signals(-first.exitcode).name}", file=sys.stderr, flush=True)
+        names = {each.value: each.name for each in signal.Signals}  # those for real time have none
+        by = names.get(-first.exitcode, f"signal {-first.exitcode}")
+        print(f"error: rank {rank} was ended by {by}", file=sys.stderr, flush=True)
         return 1
     return 0
 

@@ -24,6 +24,7 @@ from pipeline import artifact
 from pipeline.launch import die_with
 from pipeline.run_folder import SCRATCH
 
+_OF_SEVERAL = "run"  # the mode of a stage that has several ranks
 _END_SECONDS = 10  # from the end of one rank to that of the others, at most
 
 
@@ -54,40 +55,39 @@ def main(arguments: Sequence[str]) -> int:
             stage.run(context)
         return 0
     except Refusal as problem:
-        if _tells(spec):
+        if _tells(mode, spec):
             _refuse(mode, str(problem) if context is None else context.in_its_words(str(problem)))
         return 2
     except NotFinite as problem:
-        if _tells(spec):
+        if _tells(mode, spec):
             print(f"error: {problem}", file=sys.stderr, flush=True)
         return 3
     except Exception as problem:
-        if (line := of_storage(problem, Path(spec["config"]["run_dir"]))) is None:
-            if _of_several():
-                time.sleep(_END_SECONDS)  # it may be because another rank has failed, and that one knows why
-            raise
-        if _tells(spec):
+        line = of_storage(problem, Path(spec["config"]["run_dir"]))
+        if _tells(mode, spec, knows=line is not None):
+            if line is None:
+                raise
             _refuse(mode, line)
-        return 2
+        return 1 if line is None else 2
 
 
-def _of_several() -> bool:
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
-
-
-def _tells(spec: dict[str, Any]) -> bool:
-    """Whether this rank says why it failed: of several, the first that knows. The others fail for the same reason, or
-    because that one is gone; they wait here, and are ended with it."""
-    if not _of_several():
+def _tells(mode: str, spec: dict[str, Any], knows: bool = True) -> bool:
+    """Whether this rank says why it failed: of several, the first that knows in one line. The others fail for the same
+    reason, or because that one is gone; they wait here, and are ended with it."""
+    if mode != _OF_SEVERAL:
         return True
-    try:  # in the temporary folder, as the run's may be full; what is left there is swept by a later command
-        os.mkdir(Path(tempfile.gettempdir()) / f"{SCRATCH}{spec['attempt']}-{spec['restart']}")
+    # in the temporary folder, as the run's may be full; what is left there is swept by a later command
+    told = Path(tempfile.gettempdir()) / f"{SCRATCH}{spec['attempt']}-{spec['restart']}"
+    try:
+        if knows:
+            told.mkdir()
+            return True
     except FileExistsError:
-        time.sleep(_END_SECONDS)
-        return False
-    except OSError:
         pass
-    return True
+    except OSError:
+        return True
+    time.sleep(_END_SECONDS)
+    return not knows and not told.exists()
 
 
 def _refuse(mode: str, message: str) -> None:
@@ -111,7 +111,7 @@ def _quiet() -> None:
 
 if __name__ == "__main__":
     status = main(sys.argv[1:])
-    if status and _of_several():
+    if status and sys.argv[1] == _OF_SEVERAL:
         sys.stdout.flush()
         os._exit(status)  # at once: taking a process group apart waits for ranks that have failed, too
     sys.exit(status)

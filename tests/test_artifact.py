@@ -121,7 +121,6 @@ def test_killed_at_any_rename_or_write_the_folder_is_old_or_new_and_never_half(t
     code = """
 import os, signal, sys
 from pathlib import Path
-from typing import Any
 from pipeline import artifact
 left = [int(sys.argv[2])]
 def hook(event, arguments):

@@ -82,6 +82,8 @@ WRONG = {  # what is typed → what the answer says
     "stages.pretrain.training=5": "stages.pretrain.training=5: settings are needed, and no number",
     "stages.pretrain.model=null": "stages.pretrain.model=null: ",
     "student.shape=null": "student.shape=null: ",
+    "callbacks.progress.first_seconds=x": "callbacks.progress.first_seconds=x: need a number, e.g. first_seconds=20.0",
+    "callbacks.progress.every_seconds=null": "callbacks.progress.every_seconds=null: need a number, e.g. every_seconds",
     "stages.prune.steps=0": "stages.prune.steps=0: need at least 1",
     "stages.distill.training.max_steps=0": "stages.distill.training.max_steps=0: need a number above 0",
     "+experiment=export_only model.path=m quantizer=awq": "quantizer=awq: no stage of export_only takes it; its stages "

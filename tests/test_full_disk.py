@@ -143,7 +143,7 @@ def test_a_run_folder_that_takes_nothing_is_refused_and_left_as_it_is(tmp_path: 
 @pytest.mark.timeout(4 * 3600)
 def test_a_full_disk_at_any_kind_of_write_is_told_in_one_line_and_loses_nothing(tmp_path: Path) -> None:
     """Kind: the call, and the path without its numbers. In turn only that call fails, or every one from it on."""
-    whole_run, cut, calls = tmp_path / "whole", tmp_path / "cut", dict[str, list[str]]()
+    whole_run, cut, calls = tmp_path / "whole" / "run", tmp_path / "cut" / "run", dict[str, list[str]]()
     disk = FullDisk(tmp_path, whole_run)
     for stage in STAGES:
         disk.refuse("")

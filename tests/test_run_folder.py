@@ -422,8 +422,25 @@ def test_errors_of_storage_are_known_in_whatever_words(tmp_path: Path, raised: E
 
 
 def test_a_folder_that_cannot_be_written_to_has_another_remedy_than_space(tmp_path: Path) -> None:
-    told = of_storage(PermissionError(13, "Permission denied", "/nowhere/config.json"), tmp_path)
-    assert told == "/nowhere/config.json: Permission denied; choose a run_dir that can be written to"
+    told = of_storage(PermissionError(13, "Permission denied", str(tmp_path / "config.json")), tmp_path)
+    assert told == f"{tmp_path}/config.json: Permission denied; choose a run_dir that can be written to"
+    told = of_storage(PermissionError(13, "Permission denied", "/elsewhere/train.jsonl"), tmp_path)
+    assert told == "/elsewhere/train.jsonl: Permission denied; ask for access to it"
+
+
+def test_what_was_being_handled_is_not_the_reason_unless_there_is_no_room(tmp_path: Path) -> None:
+    def raised_while_handling(handled: Exception) -> Exception:
+        try:
+            try:
+                raise handled
+            except OSError:
+                {}["key"]
+        except KeyError as found:
+            return found
+        raise AssertionError
+
+    assert of_storage(raised_while_handling(PermissionError(13, "Permission denied", "/cache/x")), tmp_path) is None
+    assert "No space left" in str(of_storage(raised_while_handling(OSError(28, "No space left on device")), tmp_path))
 
 
 def test_what_killed_checks_left_in_the_temporary_folder_is_swept(

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from uuid import uuid4
 
-from tests.command import ENVIRONMENT, ROOT
+from tests.command import ENVIRONMENT, ROOT, train
 
 
 def ranks(*words: str) -> subprocess.CompletedProcess[str]:
@@ -36,6 +36,13 @@ def test_it_ends_with_the_status_of_the_rank_that_failed_and_says_nothing_itself
 def test_a_rank_that_a_signal_ended_is_named(tmp_path: Path) -> None:
     done = ranks(script(tmp_path, "os.kill(os.getpid(), signal.SIGKILL)"))
     assert (done.returncode, done.stderr) == (1, "error: rank 1 was ended by SIGKILL\n")
+
+
+def test_ranks_of_another_launcher_around_the_command_are_not_its_own() -> None:
+    """As accelerate and Kubernetes jobs export them."""
+    done = train("stages.pretrain.training.max_steps=0", WORLD_SIZE="2", RANK="1")
+    assert done.returncode == 2
+    assert done.stderr == "error: stages.pretrain.training.max_steps=0: need a number above 0\n"
 
 
 def test_what_all_ranks_refuse_is_told_once(tmp_path: Path) -> None:

@@ -98,7 +98,11 @@ def _refusing(path: Path) -> Iterator[None]:
 
     try:
         yield
-    except (ArrowException, OSError, UnicodeDecodeError) as error:
+    except Refusal:
+        raise
+    except (ArrowException, OSError, ValueError, OverflowError) as error:  # also a day that Python's calendar lacks
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # by the file system
         why = str(error).strip().partition("\n")[0]
         raise Refusal(f"{path}: not a readable parquet file ({why}); write it again") from error
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import io
+import itertools
 import json
 import tempfile
 from collections.abc import Iterator
@@ -114,15 +116,24 @@ def test_changed_bytes_are_refused_in_one_line_or_read_as_they_stand(name: tuple
     if found is None:
         assert str(path) in refusal
         assert "\n" not in refusal
-    elif suffix in (".jsonl", ".json"):  # by Python's own reader
+    else:
         assert found == list(expected(what, suffix, content))
 
 
 def expected(what: str, suffix: str, content: bytes) -> Iterator[Any]:
-    text = io.StringIO(content.decode("utf-8-sig"), newline=None)
-    array = suffix == ".json" and text.read().lstrip().startswith("[")
-    text.seek(0)
-    rows = json.load(text) if array else [json.loads(line) for line in text if line.strip()]
+    """By Arrow's and Python's own readers."""
+    if suffix == ".parquet":
+        columns = {"text": ["text"], "messages": ["messages"], "answers": ["prompt", "completion"]}.get(what)
+        rows = pq.ParquetFile(io.BytesIO(content)).read(columns=columns).to_pylist()
+    else:
+        text = io.StringIO(content.decode("utf-8-sig"), newline=None if suffix != ".csv" else "")
+        array = suffix == ".json" and text.read().lstrip().startswith("[")
+        text.seek(0)
+        if suffix == ".csv":
+            header, *cells = [row for row in csv.reader(text) if row] or [[]]
+            rows = [dict(itertools.zip_longest(header, row)) for row in cells]
+        else:
+            rows = json.load(text) if array else [json.loads(line) for line in text if line.strip()]
     for row in rows:
         if what == "text" and row.get("text") and row["text"].strip():
             yield row["text"]
@@ -130,6 +141,25 @@ def expected(what: str, suffix: str, content: bytes) -> Iterator[Any]:
             yield row["messages"]
         elif what in ("task", "answers"):
             yield row
+
+
+def test_checksums_of_parquet_pages_are_looked_at(tmp_path: Path) -> None:
+    """Without them a letter that is another one is a letter; Arrow writes them where it is asked to."""
+    for checked in (False, True):
+        path = tmp_path / f"{checked}.parquet"
+        words = {"compression": "none", "use_dictionary": False, "write_page_checksum": checked}
+        pq.write_table(pa.Table.from_pylist(ROWS), path, **words)
+        path.write_bytes(path.read_bytes().replace(b"Document 3", b"Document 9"))
+    assert read("text", tmp_path / "False.parquet")[3].startswith("Document 9")
+    with pytest.raises(Refusal, match=r"True\.parquet: not a readable parquet file .*checksum.*; write it again"):
+        read("text", tmp_path / "True.parquet")
+
+
+def test_a_day_beyond_pythons_calendar_is_refused(tmp_path: Path) -> None:
+    days = pa.array([10**9], pa.date32())
+    pq.write_table(pa.table({"prompt": ["a"], "completion": ["b"], "day": days}), tmp_path / "a.parquet")
+    with pytest.raises(Refusal, match=r"a\.parquet: not a readable parquet file"):
+        read("task", tmp_path / "a.parquet")
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])
