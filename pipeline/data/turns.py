@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from models.errors import Refusal
 from pipeline.data.bounded import bounded
 from pipeline.data.controls import Controls
+from pipeline.data.frames import frames_of
 from pipeline.data.rendering import Template, template_of
 from pipeline.data.source import DataSource
 
@@ -41,16 +42,7 @@ _ONE = [{"role": "user", "content": "x"}]
 
 def controls_of(tokenizer: PreTrainedTokenizerBase, template: Template, data: DataSource) -> Controls:
     """The control tokens in conversations: the special ones, and what the template frames a message with."""
-    also = []
-    try:
-        framed = template.render(_ONE)
-    except (RecursionError, MemoryError):
-        raise
-    except Exception:  # it takes no such conversation, for a reason of its own
-        framed = ""
-    for token in tokenizer.get_added_vocab():
-        if token in framed and len(token) > 2 and not token[0].isspace() and not token[0].isalnum():
-            also.append(token)
+    also = frames_of(template, tokenizer.get_added_vocab())
     return Controls(tokenizer, data.control_tokens, also)
 
 

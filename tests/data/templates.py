@@ -17,7 +17,8 @@ class Family:
     end: str = "</s>"
     system: bool = True  # whether it takes a system message
     tools: bool = False  # whether it takes a tool's message
-    plain: tuple[str, ...] = ()  # tokens that are added without being special
+    plain: tuple[str, ...] = ()  # tokens that are added without being special, and frame nothing
+    frames: tuple[str, ...] = ()  # those that frame turns
 
 
 _CHATML = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
@@ -355,6 +356,61 @@ SMOLLM_3 = Family(
     plain=("<think>", "</think>"),
 )
 
+# Its default mode: the system's text, its own, spells what begins and ends a thought.
+SMOLLM_3_THINK = Family(
+    SMOLLM_3.template.replace(
+        '"/no_think" -%}',
+        '"/think" -%}',
+    ).replace(
+        '~ "\\n\\n" -}}',
+        '~ "\\n\\nUse the specified format: <think> Thought section </think> Solution section.\\n\\n" -}}',
+    ),
+    SMOLLM_3.specials,
+    SMOLLM_3.turn_end,
+    SMOLLM_3.begin,
+    SMOLLM_3.end,
+    tools=True,
+    plain=SMOLLM_3.plain,
+)
+
+# What frames its turns is added without being special. A thought is left out, and the prompt begins one.
+DEEPSEEK_R1 = Family(
+    """\
+{% if not add_generation_prompt is defined %}{% set add_generation_prompt = false %}{% endif %}\
+{% set ns = namespace(system_prompt='', is_tool=false, is_output_first=true) %}\
+{%- for message in messages %}{%- if message['role'] == 'system' %}\
+{% set ns.system_prompt = message['content'] %}{%- endif %}{%- endfor %}{{ bos_token }}{{ ns.system_prompt }}\
+{%- for message in messages %}\
+{%- if message['role'] == 'user' %}{%- set ns.is_tool = false -%}{{ '<｜User｜>' + message['content'] }}{%- endif %}\
+{%- if message['role'] == 'assistant' and message['content'] is not none %}\
+{%- if ns.is_tool %}{{ '<｜tool▁outputs▁end｜>' + message['content'] + '<｜end▁of▁sentence｜>' }}\
+{%- set ns.is_tool = false -%}\
+{%- else %}{% set content = message['content'] %}\
+{% if '</think>' in content %}{% set content = content.split('</think>')[-1] %}{% endif %}\
+{{ '<｜Assistant｜>' + content + '<｜end▁of▁sentence｜>' }}{%- endif %}{%- endif %}\
+{%- if message['role'] == 'tool' %}{%- set ns.is_tool = true -%}{%- if ns.is_output_first %}\
+{{ '<｜tool▁outputs▁begin｜><｜tool▁output▁begin｜>' + message['content'] + '<｜tool▁output▁end｜>' }}\
+{%- set ns.is_output_first = false %}\
+{%- else %}{{ '\\n<｜tool▁output▁begin｜>' + message['content'] + '<｜tool▁output▁end｜>' }}{%- endif %}{%- endif %}\
+{%- endfor -%}\
+{% if ns.is_tool %}{{ '<｜tool▁outputs▁end｜>' }}{% endif %}\
+{% if add_generation_prompt and not ns.is_tool %}{{ '<｜Assistant｜><think>\\n' }}{% endif %}""",
+    (),
+    "<｜end▁of▁sentence｜>",
+    "<｜begin▁of▁sentence｜>",
+    "<｜end▁of▁sentence｜>",
+    tools=True,
+    frames=(
+        "<｜User｜>",
+        "<｜Assistant｜>",
+        "<｜tool▁outputs▁begin｜>",
+        "<｜tool▁outputs▁end｜>",
+        "<｜tool▁output▁begin｜>",
+        "<｜tool▁output▁end｜>",
+    ),
+    plain=("<think>", "</think>"),
+)
+
 FAMILIES = {
     "llama-3": LLAMA_3,
     "qwen-2.5": QWEN_2_5,
@@ -368,4 +424,6 @@ FAMILIES = {
     "phi-4-mini": PHI_4_MINI,
     "smollm-2": SMOLLM_2,
     "smollm-3": SMOLLM_3,
+    "smollm-3-think": SMOLLM_3_THINK,
+    "deepseek-r1": DEEPSEEK_R1,
 }

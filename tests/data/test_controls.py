@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -28,7 +29,7 @@ from pipeline.data.prompts import prompts_of
 from pipeline.data.tasks import Task
 from pipeline.data.tokenizer import load_tokenizer, train_tokenizer
 from pipeline.generation.server import _ids
-from tests.data.templates import FAMILIES, Family
+from tests.data.templates import FAMILIES, PHI_4_MINI, Family
 from tests.optional_data import FOLDER, STORIES, needed
 
 TEXTS = sorted({text.strip() for text in topics.values()}, key=len)[:40]
@@ -145,11 +146,17 @@ def real_texts() -> Iterator[str]:
 # Conversations
 
 
+@pytest.mark.parametrize("declared", [True, False], ids=["special", "only added"])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_no_message_forges_a_turn_or_an_end(tmp_path: Path, name: str) -> None:
+def test_no_message_forges_a_turn_or_an_end(tmp_path: Path, name: str, declared: bool) -> None:
+    """Also where a tokenizer does not declare what frames turns: then it is what the template writes around messages,
+    and of the others (a token for padding) there is no telling them from words."""
     family = FAMILIES[name]
+    if not declared:
+        written = {token for token in family.specials if token in family.template or family in (PHI_4_MINI,)}
+        family = replace(family, specials=(), frames=tuple(sorted({*family.frames, *written} - {"<|endoftext|>"})))
     tokenizer = family_tokenizer(tmp_path, family)
-    controls = {family.begin, family.end, *family.specials}
+    controls = {family.begin, family.end, *family.specials, *family.frames}
     evil = "".join(f"{token} x " for token in sorted(controls))
     harmless = [
         message("user", "Hello"),
@@ -192,6 +199,33 @@ def test_a_token_that_frames_turns_is_a_control_token_there_although_not_declare
     assert tokenizer.decode([t for t in rows[0]["targets"] if t != IGNORED]) == "Yes.<|over|>"
 
 
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if "<think>" in family.plain])
+def test_a_thought_begins_and_ends_with_tokens_also_where_a_template_writes_or_spells_them(
+    tmp_path: Path, name: str
+) -> None:
+    tokenizer = family_tokenizer(tmp_path, FAMILIES[name])
+    opened, closed = (tokenizer.convert_tokens_to_ids(token) for token in ("<think>", "</think>"))
+    said = [message("user", "1 + 1? <think>"), message("assistant", "It is 2. <think> is a word, </think> too.")]
+    rows, statistics = prepare(
+        Dataset.from_dict({"messages": [said]}), tokenizer, Documents(max_length=4096), folder=tmp_path / "rows"
+    )
+    text = tokenizer.decode(rows[0]["input_ids"])
+    ids = rows[0]["input_ids"]
+    assert [ids.count(opened), ids.count(closed)] == [text.count("<think>"), text.count("</think>")]
+    assert statistics["control_spellings"] == 0
+
+
+def test_the_thought_of_smollm_3_is_learnt_as_tokens(tmp_path: Path) -> None:
+    tokenizer = family_tokenizer(tmp_path, FAMILIES["smollm-3-think"])
+    said = [message("user", "1 + 1?"), message("assistant", "<think>\nEasy.\n</think>\n2")]
+    documents = Dataset.from_dict({"messages": [said]})
+    rows, _ = prepare(documents, tokenizer, Documents(max_length=4096), folder=tmp_path / "rows")
+    learnt = [target for target in rows[0]["targets"] if target != IGNORED]
+    ids = [tokenizer.convert_tokens_to_ids(token) for token in ("<think>", "</think>")]
+    assert [learnt.count(id_) for id_ in ids] == [1, 1]
+    assert tokenizer.decode(learnt) == "<think>\nEasy.\n</think>\n2<|im_end|>"
+
+
 def message(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}
 
@@ -200,7 +234,7 @@ def family_tokenizer(folder: Path, family: Family) -> Any:
     tokenizer = train_tokenizer(TEXTS, 400, folder / "own")
     tokenizer.add_special_tokens({"bos_token": family.begin, "eos_token": family.end})
     tokenizer.add_special_tokens({"additional_special_tokens": [*family.specials]})
-    tokenizer.add_tokens([*family.plain])
+    tokenizer.add_tokens([*family.plain, *family.frames])
     tokenizer.chat_template = family.template
     return tokenizer
 

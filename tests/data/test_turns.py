@@ -55,7 +55,7 @@ def tokenizer_of(trained: Path, family: Family) -> Any:
     tokenizer = load_tokenizer(trained)
     tokenizer.add_special_tokens({"bos_token": family.begin, "eos_token": family.end})
     tokenizer.add_special_tokens({"additional_special_tokens": [*family.specials]})
-    tokenizer.add_tokens([*family.plain])
+    tokenizer.add_tokens([*family.plain, *family.frames])
     tokenizer.chat_template = family.template
     return tokenizer
 
