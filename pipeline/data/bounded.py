@@ -10,7 +10,7 @@ from types import FrameType
 
 from models.errors import Refusal
 
-SECONDS = 10.0  # of computing, for one conversation; templates take thousandths of one
+SECONDS = 10.0  # of computing, for one conversation rendered once; templates take thousandths of one
 
 
 class _TooLong(BaseException):  # nothing that looks for what a template cannot take may catch it
@@ -19,14 +19,10 @@ class _TooLong(BaseException):  # nothing that looks for what a template cannot 
 
 @contextmanager
 def bounded(where: str) -> Iterator[None]:
-    """Refuse a template that does not end, or that takes more memory or depth than there is. `where`: the conversation.
-
-    By the timer that counts the process's own computing, so that a busy machine refuses nobody. Only a process's first
-    thread can be told of it; all text is prepared there.
-    """
+    """Refuse a template that does not end (as `timed` finds), or that takes more memory or depth than there is.
+    `where`: the conversation."""
     try:
-        with _alarm(SECONDS):
-            yield
+        yield
     except (_TooLong, RecursionError, MemoryError) as problem:
         why = {
             _TooLong: f"does not end: nothing after {SECONDS:g} s of computing",
@@ -37,7 +33,12 @@ def bounded(where: str) -> Iterator[None]:
 
 
 @contextmanager
-def _alarm(seconds: float) -> Iterator[None]:
+def timed() -> Iterator[None]:
+    """A template at work once, which `bounded` has around it: a conversation of many turns is rendered many times.
+
+    By the timer that counts the process's own computing, so that a busy machine refuses nobody. Only a process's first
+    thread can be told of it; all text is prepared there.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -46,7 +47,7 @@ def _alarm(seconds: float) -> Iterator[None]:
         raise _TooLong
 
     before = signal.signal(signal.SIGVTALRM, ring)
-    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+    signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
     try:
         yield
     finally:

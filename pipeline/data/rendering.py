@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from models.errors import Refusal
+from pipeline.data.bounded import timed
 from pipeline.data.source import DATE, DataSource
 from pipeline.data.tokenizer import load_tokenizer
 
@@ -53,7 +54,8 @@ class Template:
     def _rendered(self, messages: list[dict[str, Any]], **words: Any) -> Any:
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        return render_jinja_template(conversations=[messages], chat_template=self.text, **words, **self._variables)
+        with timed():
+            return render_jinja_template(conversations=[messages], chat_template=self.text, **words, **self._variables)
 
 
 def clock(date: str) -> str:

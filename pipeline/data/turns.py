@@ -18,6 +18,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
+from os.path import commonprefix
 from typing import TYPE_CHECKING, Any
 
 from models.errors import Refusal
@@ -78,16 +80,20 @@ class Turns:
                 numbered = numbers if len(numbers) == len(spans) else [None] * len(spans)
                 return text, [self._within(messages, text, *each) for each in zip(spans, numbered, strict=True)]
             text = self.template.render(messages)
-            places = self._places(messages, text, numbers)
-            found = [self._turn(messages, text, number, places) for number in numbers]
-        spans = []
+            places, known = self._places(messages, text, numbers), _Header()
+            found = [self._turn(messages, text, number, places, known) for number in numbers]
+        spans: list[Range] = []
         for number, span in zip(numbers, found, strict=True):
-            if span is None or (spans and span[0] < spans[-1][1]):
+            begin, end = span or (0, 0)
+            before = spans[-1][1] if spans else 0
+            if begin < before and text[begin:before].isspace():  # the space that both were given is the one's before
+                begin = before
+            if span is None or begin < before:
                 raise Refusal(
                     f"{where}: what the chat template makes of message {number} is not found in the conversation, so "
                     "the assistant's part is not known; give a data.chat_template with {% generation %} marks"
                 )
-            spans.append(span)
+            spans.append((begin, end))
         return text, spans
 
     def _quoted(self, messages: Messages, where: str) -> Messages:
@@ -105,10 +111,14 @@ class Turns:
 
     def _places(self, messages: Messages, text: str, numbers: list[int]) -> dict[str, int]:
         """Where in `text` each mark stands, of those that change nothing else in it; none where all do."""
-        for kinds in ((_ANSWER, _THOUGHT, _END), (_ANSWER, _END)):
+        silent = {number for number in numbers if not messages[number]["content"].strip()}
+        skipped: list[set[int]] = [set(), silent] if silent else [set()]  # some templates look for an empty content
+        for (without, kinds) in product(skipped, ((_ANSWER, _THOUGHT, _END), (_ANSWER, _END))):
             marked = [dict(message) for message in messages]
             for number in numbers if len(messages) <= _MOST else ():
                 content = messages[number]["content"]
+                if number in without:
+                    continue
                 for kind, at in sorted(_points(content).items(), key=lambda point: (-point[1], -point[0])):
                     if kind in kinds:
                         content = content[:at] + chr(kind + number) + content[at:]
@@ -123,21 +133,27 @@ class Turns:
                 return places
         return {}
 
-    def _turn(self, messages: Messages, text: str, number: int, places: dict[str, int]) -> Range | None:
-        header = self._header(messages, text, number)
+    def _turn(
+        self, messages: Messages, text: str, number: int, places: dict[str, int], known: _Header
+    ) -> Range | None:
         content = messages[number]["content"]
         kinds = [kind for kind in (_THOUGHT, _ANSWER) if chr(kind + number) in places]
         end = places.get(chr(_END + number))
         if not kinds or end is None:
-            return self._compared(messages, text, number, header)
+            return self._compared(messages, text, number, self._header(messages, text, number))
         begin = places[chr(kinds[0] + number)]
         before = _without_space(content[: _points(content)[kinds[0]]])
+        header = known.before(text, begin, before)
+        if header is None:
+            header = self._header(messages, text, number)
+            known.learn(text, header)
         if header is not None and header <= begin and _without_space(text[header:begin]) in ("", before):
             begin = header
         else:
             opened = re.search(r"<think>\s*$", text[:begin]) if kinds[0] == _THOUGHT else None
-            begin = opened.start() if opened else len(text[:begin].rstrip(" "))
+            begin = opened.start() if opened else begin
         stop = self._end(messages, text, number, end)
+        begin = len(text[:begin].rstrip(" "))  # with the spaces of a header: the token of a first word may begin there
         return None if stop is None else (begin, stop)
 
     def _header(self, messages: Messages, text: str, number: int) -> int | None:
@@ -179,7 +195,7 @@ class Turns:
         if number is not None and self.controls.pattern.match(text, begin):
             header = self._header(messages, text, number)
             begin = header if header is not None and begin < header <= end else begin
-        return begin, self._cut(text, begin, end)
+        return len(text[:begin].rstrip(" ")), self._cut(text, begin, end)
 
     def _cut(self, text: str, begin: int, end: int) -> int:
         """`end`, or behind the last control token before it, if only space is in between."""
@@ -212,10 +228,37 @@ class Turns:
             return None
 
 
+class _Header:
+    """How the header of the assistant's turns ends in one conversation, so that not each turn is rendered for it.
+
+    It is what the headers that were rendered end with alike: at first with more than the header, soon with no more.
+    """
+
+    def __init__(self) -> None:
+        self.end: str | None = None
+
+    def learn(self, text: str, header: int | None) -> None:
+        if header is not None:
+            found = text[max(0, header - 200) : header]
+            self.end = found if self.end is None else commonprefix([found[::-1], self.end[::-1]])[::-1]
+
+    def before(self, text: str, begin: int, thought: str) -> int | None:
+        """Where the header ends before `begin`, with only space in between, or what begins a thought."""
+        end = self.end or ""
+        words = end.rstrip()
+        near = len(text[:begin].rstrip())
+        places = [near]
+        if thought and text.endswith(thought, 0, near):
+            places.insert(0, len(text[: near - len(thought)].rstrip()))
+        for at in places if words else []:
+            stop = at - len(words) + len(end)
+            if text.endswith(end, 0, stop) and at <= stop <= begin:
+                return stop
+        return None
+
+
 def _points(content: str) -> dict[int, int]:
     """Where marks go in a content: before what is thought, before the answer, and behind it."""
-    if not content.strip():
-        return {}
     closed, opened = _CLOSED.match(content), _OPENED.match(content)
     answer = closed.end() if closed else len(content) - len(content.lstrip())
     end = max(answer, len(content.rstrip()))

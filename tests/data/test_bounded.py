@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,15 @@ def test_one_that_ends_leaves_no_timer_behind(tokenizer: Any) -> None:
     assert rendered(tokenizer, PLAIN, TURNS, "row 7")[0] == "user: Is it?\nassistant: It is.\n"
     assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0.0, 0.0)
     assert signal.getsignal(signal.SIGVTALRM) == before
+
+
+def test_each_rendering_is_bounded_and_not_the_conversation(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = PLAIN + "{% for a in range(9) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    turns = TURNS * 20
+    monkeypatch.setattr(bound, "SECONDS", 0.5)
+    begin = time.process_time()
+    assert len(rendered(tokenizer, slow, turns, "row 7")[1]) == 20
+    assert time.process_time() - begin > 0.5, "the test renders too little to show anything"
 
 
 def test_in_another_thread_it_is_rendered_too(tokenizer: Any) -> None:

@@ -23,7 +23,9 @@ from pipeline.data.documents import Documents
 from pipeline.data.packing import prepare
 from pipeline.data.rendering import Template
 from pipeline.data.tokenizer import load_tokenizer, train_tokenizer
+from pipeline.data.turns import _Header, turns_of
 from tests.data.templates import FAMILIES, LLAMA_3, QWEN_3, Family
+from tests.data.test_controls import sentencepiece
 
 TEXTS = sorted({text.strip() for text in topics.values()}, key=len)
 
@@ -160,6 +162,81 @@ def test_an_empty_answer_is_its_end(tmp_path: Path, trained: Path) -> None:
     tokenizer = tokenizer_of(trained, LLAMA_3)
     messages = [TURNS[0], turn("assistant", ""), *TURNS[2:4]]
     assert learnt(tmp_path, tokenizer, messages) == ["<|eot_id|>", SAID[1] + "<|eot_id|>"]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_an_empty_answer_is_its_end_in_every_template(tmp_path: Path, trained: Path, name: str) -> None:
+    tokenizer = tokenizer_of(trained, FAMILIES[name])
+    messages = [TURNS[0], turn("assistant", ""), *TURNS[2:4], TURNS[4], turn("assistant", " ")]
+    end = FAMILIES[name].turn_end
+    found = learnt(tmp_path, tokenizer, messages)
+    assert [one.removesuffix(end).strip() for one in found] == ["", SAID[1], ""]
+    assert all(one.endswith(end) for one in found)
+
+
+def test_of_an_empty_answer_behind_a_channel_the_end_is_learnt(tmp_path: Path, trained: Path) -> None:
+    """As gpt-oss writes it: the prompt ends before the channel, and the last answer has an end of its own."""
+    tokenizer = tokenizer_of(trained, LLAMA_3)
+    tokens = ["<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": tokens})
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}"
+        "{{ '<|start|>assistant<|channel|>final<|message|>' + m.content + ('<|return|>' if loop.last else '<|end|>') }}"
+        "{% else %}{{ '<|start|>' + m.role + '<|message|>' + m.content + '<|end|>' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}"
+    )
+    messages = [TURNS[0], turn("assistant", ""), TURNS[2], turn("assistant", "")]
+    assert learnt(tmp_path, tokenizer, messages) == ["<|end|>", "<|return|>"]
+
+
+SPACED = (
+    "{% for m in messages %}{{ m.role + ': ' + m.content + eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+SPACED_AND_MARKED = SPACED.replace(
+    "{{ m.role + ': ' + m.content + eos_token }}",
+    "{% if m.role == 'user' %}{{ 'user: ' + m.content + eos_token }}{% else %}{{ 'assistant: ' }}"
+    "{% generation %}{{ m.content + eos_token }}{% endgeneration %}{% endif %}",
+)
+
+
+@pytest.mark.parametrize("template", [SPACED, SPACED_AND_MARKED], ids=["plain", "marked"])
+@pytest.mark.parametrize("kind", ["byte-level", "sentencepiece"])
+def test_the_first_word_is_learnt_also_where_its_token_begins_with_the_headers_space(
+    tmp_path: Path, trained: Path, kind: str, template: str
+) -> None:
+    tokenizer = load_tokenizer(trained) if kind == "byte-level" else sentencepiece("first")
+    tokenizer.add_special_tokens({"eos_token": "</s>"})
+    tokenizer.chat_template = template
+    said = ["a loop", "another: the one"]
+    joined = {"byte-level": ["Ġa", "Ġan"], "sentencepiece": ["▁a", "▁a"]}[kind]
+    for text, token in zip(said, joined, strict=True):
+        assert token in tokenizer.tokenize(f"assistant: {text}")
+    messages = [turn("user", "q"), turn("assistant", said[0]), turn("user", "r"), turn("assistant", said[1])]
+    assert [one.strip() for one in learnt(tmp_path, tokenizer, messages)] == [f"{text}</s>" for text in said]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_turns_of_a_long_conversation_are_where_those_of_each_turn_rendered_by_itself_are(
+    trained: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = tokenizer_of(trained, FAMILIES[name])
+    messages = [*TURNS[:4], turn("user", "And?"), turn("assistant", "<think>\n\nHm.\n</think>\n\n So."), *TURNS]
+    turns = turns_of(tokenizer, Documents())
+    found = turns.rendered(messages, "row 0")
+    monkeypatch.setattr(_Header, "before", lambda *_: None)
+    assert found == turns.rendered(messages, "row 0")
+
+
+def test_a_conversation_of_many_turns_is_not_rendered_for_each(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = tokenizer_of(trained, QWEN_3)
+    turns = turns_of(tokenizer, Documents())
+    messages = [turn(role, f"{role} {number}") for number in range(300) for role in ("user", "assistant")]
+    rendered: list[int] = []
+    before = Template.render
+    monkeypatch.setattr(Template, "render", lambda *given, **words: rendered.append(1) or before(*given, **words))
+    assert len(turns.rendered(messages, "row 0")[1]) == 300
+    assert len(rendered) < 20
 
 
 def test_parts_of_text_are_joined_and_others_refused() -> None:
