@@ -14,7 +14,7 @@ import json
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import cached_property
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from typing import TYPE_CHECKING, Any
 
 from models.errors import Refusal
@@ -79,6 +79,15 @@ class Controls:
         spelled = self.pattern.findall(text)
         read = [self._spellings_of[id_] for id_ in ids if id_ in self._known]
         return bool(spelled) and spelled in (read, read[1:])
+
+    def differing(self, text: str, ids: Sequence[int]) -> str | None:
+        """The first control token that a text with quotations spells and its tokens `ids` do not hold, or the other way
+        round: a tokenizer that normalizes its control tokens reads `<|END|>` as `<|end|>`."""
+        unknown = self._spellings_of.get(self.tokenizer.unk_token_id)  # it also stands for characters without a token
+        spelled = [spelling for spelling in self.pattern.findall(text) if spelling != unknown]
+        read = [self._spellings_of[id_] for id_ in ids if id_ in self._known]
+        pairs = zip_longest(spelled, (spelling for spelling in read if spelling != unknown))
+        return next((one or other for one, other in pairs if one != other), None)
 
     def unquoted(self, text: str) -> str:
         """The text as it is read; of the same length."""

@@ -9,6 +9,22 @@ from pipeline.data.columns import weight_of
 
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}  # ShareGPT's names for the usual roles
 
+# Of a message, what is said beside its content; whatever else stands there is taken for a note about it.
+_THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thought")
+_UNREAD = {
+    **dict.fromkeys(_THOUGHTS, "put the thought into content as <think>…</think>"),
+    "refusal": "put it into content",
+    **dict.fromkeys(("function_call", "tool_calls", "tool_call", "tools"), "write the call out in content"),
+    **dict.fromkeys(("audio", "image", "images", "video", "videos"), "leave the conversation out"),
+}
+# Of a row, what conversations are told in columns beside them.
+_UNREAD_COLUMNS = {
+    "tools": "write the tools out in a system message",
+    "functions": "write the functions out in a system message",
+    "system": "make it the first message",
+}
+BESIDE = tuple(_UNREAD_COLUMNS)
+
 Conversation = list[dict[str, Any]]  # each message has role and content, and a weight where it is not 1
 Content = str | Conversation  # of a document
 
@@ -26,7 +42,8 @@ def conversation(cell: Any, where: str, unanswered: bool = False) -> Conversatio
         role = fields.get("role") or fields.get("from")
         content = fields.get("content") if fields.get("content") is not None else fields.get("value")
         content = _joined(content)
-        if not isinstance(role, str) or not isinstance(content, str) or fields.get("tool_calls"):
+        _refuse_unread(fields, _UNREAD, f"{where}: message {number}", "field")
+        if not isinstance(role, str) or not isinstance(content, str):
             raise Refusal(
                 f"{where}: message {number} is not a role and a text content; mend or drop the conversation "
                 "(tool calls and images are not supported)"
@@ -38,6 +55,18 @@ def conversation(cell: Any, where: str, unanswered: bool = False) -> Conversatio
     if messages and not unanswered and all(message["role"] != "assistant" for message in messages):
         raise Refusal(f"{where}: no message is the assistant's, so there is nothing to learn; drop it")
     return messages
+
+
+def check_beside(cells: dict[str, Any], where: str) -> None:
+    """Refuse what a row says beside its conversation, in columns of BESIDE."""
+    _refuse_unread(cells, _UNREAD_COLUMNS, where, "column")
+
+
+def _refuse_unread(fields: dict[str, Any], unread: dict[str, str], where: str, kind: str) -> None:
+    for name, remedy in unread.items():
+        value = fields.get(name)
+        if value and (not isinstance(value, str) or value.strip() not in ("", "[]", "{}", "null")):
+            raise Refusal(f"{where} has {name}, which is not read here; {remedy}, or drop the {kind}")
 
 
 def _joined(content: Any) -> Any:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from models.errors import Refusal
 from models.files import hash_of
 from pipeline.data.columns import Columns, weight_of
-from pipeline.data.conversations import Content, Conversation, conversation
+from pipeline.data.conversations import BESIDE, Content, Conversation, check_beside, conversation
 from pipeline.data.locations import EMBEDDED, Location, locate
 from pipeline.data.readers import (
     SAMPLE_BY,
@@ -30,6 +30,7 @@ from pipeline.data.readers import (
     parquet_cells,
     text_documents,
 )
+from pipeline.data.rendering import template_file
 from pipeline.data.source import SPLITS, DataSource, Prompt, check_reading, with_reading
 from pipeline.data.stdlib import library_documents, library_files
 from pipeline.data.tables import in_memory, of_one_kind, with_empty
@@ -149,8 +150,10 @@ def check(data: Documents) -> dict[str, Any]:
         if limit is not None and limit < 1:
             raise Refusal(f"data.{name}={limit}: need 1 or more, or null for all")
     check_reading(data)
-    if data.chat_template is not None and not Path(data.chat_template).expanduser().is_file():
-        raise Refusal(f"data.chat_template={data.chat_template}: no such file; name a jinja file, or null")
+    if data.chat_template is not None:
+        if not Path(data.chat_template).expanduser().is_file():
+            raise Refusal(f"data.chat_template={data.chat_template}: no such file; name a jinja file, or null")
+        template_file(data.chat_template, f"data.chat_template={data.chat_template}")
     if not data.locations("train"):
         raise Refusal("data.train is not set: give a .txt, .jsonl or .parquet file, a folder or a hub id")
 
@@ -256,9 +259,12 @@ def _part(data: Documents, location: Location, split: str, tally: _Tally, unansw
         dataset = hub_dataset(location, data.name, data.revision)
         column, chat = data.columns.chosen(dataset.column_names, location.label)
         columns = data.columns.with_weight(column, dataset.column_names, location.label)
-        dataset = dataset.select_columns(columns)
-        rows = chain.from_iterable(zip(*(batch[name] for name in columns), strict=True) for batch in dataset.iter(1000))
-        read = _documents(((f"{location.label} row {i}", row) for i, row in enumerate(rows)), chat, unanswered)
+        also = [name for name in BESIDE if name in dataset.column_names and name not in columns] if chat else []
+        dataset = dataset.select_columns(columns + also)
+        rows = chain.from_iterable(
+            zip(*(batch[name] for name in columns + also), strict=True) for batch in dataset.iter(1000)
+        )
+        read = _documents(((f"{location.label} row {i}", row) for i, row in enumerate(rows)), chat, unanswered, also)
         if not chat:
             indices = [index for index, _, _ in _chosen(data, read, split, tally)]
             texts = dataset.rename_columns(dict(zip(columns, ("text", "weight"), strict=False)))
@@ -327,14 +333,18 @@ def _read_file(data: Documents, path: Path, chat: bool, unanswered: bool = False
     if found_chat != chat:
         raise Refusal(f"{path}: text and chat cannot be mixed, as with the files before it; give one kind")
     cells = parquet_cells if path.suffix == ".parquet" else json_cells
-    return _documents(cells(path, data.columns.with_weight(column, found, str(path))), chat, unanswered)
+    also = [name for name in BESIDE if name != column] if chat else []
+    read = cells(path, data.columns.with_weight(column, found, str(path)), also)
+    return _documents(read, chat, unanswered, also)
 
 
 def _documents(
-    cells: Iterable[tuple[str, tuple[Any, ...]]], chat: bool, unanswered: bool = False
+    cells: Iterable[tuple[str, tuple[Any, ...]]], chat: bool, unanswered: bool = False, also: Sequence[str] = ()
 ) -> Iterator[Document]:
-    """From the cells of the text's or messages' column, and of the weight's where there is one."""
-    for where, (cell, *weights) in cells:
+    """From the cells of the text's or messages' column, of the weight's where there is one, and of those beside."""
+    for where, values in cells:
+        cell, *weights = values[: len(values) - len(also)]
+        check_beside(dict(zip(also, values[len(values) - len(also) :], strict=True)), where)
         weight = weight_of(weights[0], where) if weights else 1.0
         if cell is None:
             yield where, "", weight

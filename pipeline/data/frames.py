@@ -1,8 +1,8 @@
 """Which added tokens a chat template frames messages with, although the tokenizer does not call them special.
 
-DeepSeek's `<｜User｜>` and `<｜Assistant｜>` are such. A template is shown messages of one private-use character, and what
-it writes around each is read outwards: tokens, space and single words (a role) belong to the frame, up to where prose
-begins. So a token that a system text of the template's own only speaks of is none.
+DeepSeek's `<｜User｜>` and `<｜Assistant｜>` are such. A template is shown messages of one private-use character, and
+what it writes around each is read outwards: tokens, space and single words (a role) belong to the frame, up to where
+prose begins. So a token that a system text of the template's own only speaks of is none.
 
 Mark-up, which is a token `<x>` whose `</x>` is a token too, stands inside of turns: thoughts (`<think>`), a tool's
 results. It stays vocabulary, but where nothing else is between it and what the user or the system says.
@@ -13,7 +13,6 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator
 from itertools import product
-from typing import Any
 
 from pipeline.data.rendering import Template
 
@@ -28,9 +27,10 @@ _OPENING = re.compile(r"<(\w+)>")
 
 
 def frames_of(template: Template, added: Collection[str]) -> set[str]:
-    """Of the tokens `added`, those that stand at the borders of messages in any conversation that the template takes."""
+    """Of the tokens `added`, those at the borders of messages, in any conversation that the template takes."""
     of_words = {token for token in added if len(token) > 2 and not token[0].isspace() and not token[0].isalnum()}
-    names = {found[1] for token in of_words if (found := _OPENING.fullmatch(token)) and f"</{found[1]}>" in of_words}
+    openings = (_OPENING.fullmatch(token) for token in of_words)
+    names = {opening[1] for opening in openings if opening and f"</{opening[1]}>" in of_words}
     markup = {f"{start}{name}>" for name in names for start in ("<", "</")}
     longest_first = sorted(of_words, key=lambda token: (-len(token), token))
     pattern = re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")

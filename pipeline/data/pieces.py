@@ -230,7 +230,7 @@ def conversation_pieces(
 def _spoken(turns: Turns, read: list[Conversation], places: list[str]) -> Iterator[_Spoken]:
     """Each conversation as text, where in it the assistant speaks, and its tokens."""
     texts = [turns.rendered(*given) for given in zip(read, places, strict=True)]
-    found = turns.controls.tokens([text for text, _ in texts])
+    found = turns.tokens([text for text, _ in texts], places)
     for (text, spans), tokens in zip(texts, found, strict=True):
         yield turns.controls.unquoted(text), spans, tokens
 

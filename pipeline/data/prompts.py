@@ -25,7 +25,8 @@ def prompts_of(
     """The prompts that `documents` of `data` make, in their order.
 
     `prompt_tokens`: of every text so many tokens, its begin token not counted; shorter texts are left out and counted
-    as `too_short`. None: a whole text is a prompt. A conversation is a prompt up to the assistant's last turn.
+    as `too_short`. None: a whole text is a prompt. A conversation is a prompt without the assistant's last
+    turn, if it ends with it.
     """
     if "messages" in documents.column_names:
         yield from _conversations(data, documents, tokenizer, tally)
@@ -57,17 +58,15 @@ def _conversations(
     turns = turns_of(tokenizer, data)
     conversations = (document["messages"] for document in documents)
     while some := list(islice(conversations, _AT_ONCE)):
-        texts = []
+        texts, places = [], []
         for messages in some:
-            last = max(
-                (i for i, message in enumerate(messages) if message["role"] == "assistant"), default=len(messages)
-            )
-            asked = messages if messages[-1]["role"] == "user" else messages[:last]
+            asked = messages[:-1] if messages[-1]["role"] == "assistant" else messages
             if not asked:
                 tally["without_prompt"] += 1
                 continue
-            texts.append(turns.prompt(asked, f"a conversation that begins {asked[0]['content'][:40]!r}"))
-        for text, (tokens, _) in zip(texts, turns.controls.tokens(texts), strict=True):
+            places.append(f"a conversation that begins {asked[0]['content'][:40]!r}")
+            texts.append(turns.prompt(asked, places[-1]))
+        for text, (tokens, _) in zip(texts, turns.tokens(texts, places), strict=True):
             yield Prompt(turns.controls.unquoted(text), tokens, tokens)
     tally[SPELLINGS] += turns.controls.count
     tell(data, turns.controls.statistics())

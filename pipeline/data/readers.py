@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import mmap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -87,8 +87,11 @@ def parquet_rows(path: Path, columns: list[str] | None = None) -> Iterator[tuple
                 number += 1
 
 
-def parquet_cells(path: Path, columns: list[str]) -> Iterator[tuple[str, tuple[Any, ...]]]:
-    return ((where, tuple(row[name] for name in columns)) for where, row in parquet_rows(path, columns))
+def parquet_cells(path: Path, columns: list[str], also: Sequence[str] = ()) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """What each row holds in `columns`, and in those of `also` that the file has; in others it holds None."""
+    read = [*columns, *(name for name in column_names(path) if name in also and name not in columns)]
+    rows = parquet_rows(path, read)
+    return ((where, tuple(row.get(name) for name in (*columns, *also))) for where, row in rows)
 
 
 @contextmanager
@@ -107,12 +110,13 @@ def _refusing(path: Path) -> Iterator[None]:
         raise Refusal(f"{path}: not a readable parquet file ({why}); write it again") from error
 
 
-def json_cells(path: Path, columns: list[str]) -> Iterator[tuple[str, tuple[Any, ...]]]:
+def json_cells(path: Path, columns: list[str], also: Sequence[str] = ()) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """What each object holds in `columns`, and in those of `also` that it has; in others it holds None."""
     for where, record in objects(path):
         for column in columns:
             if column not in record:
                 raise Refusal(f"{where}: no column {column}, unlike the first object; it has {', '.join(record)}")
-        yield where, tuple(record[column] for column in columns)
+        yield where, tuple(record.get(column) for column in (*columns, *also))
 
 
 def objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from models.errors import Refusal
-from pipeline.data.bounded import timed
+from pipeline.data.bounded import bounded, timed
 from pipeline.data.source import DATE, DataSource
 from pipeline.data.tokenizer import load_tokenizer
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _RANDOM = re.compile(r"\|\s*random\b|\blipsum\s*\(")
+_ANY_MARK = re.compile(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})")
 _MARKS = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
 _MONTHS = [
@@ -90,7 +91,7 @@ def with_template(tokenizer: Any, data: DataSource) -> Any:
 def chat_template(tokenizer: PreTrainedTokenizerBase, data: DataSource) -> str:
     """The template conversations are rendered with: data.chat_template's file, or the tokenizer's own."""
     if data.chat_template is not None:
-        return Path(data.chat_template).expanduser().read_text(encoding="utf-8")
+        return template_file(data.chat_template, f"{data.node}.chat_template={data.chat_template}")
     try:
         return tokenizer.get_chat_template()
     except ValueError as error:
@@ -98,6 +99,27 @@ def chat_template(tokenizer: PreTrainedTokenizerBase, data: DataSource) -> str:
             "the data are conversations and the tokenizer has no chat template; give data.chat_template=FILE (a simple "
             "one is examples/chat.jinja)"
         ) from error
+
+
+def template_file(path: str, where: str) -> str:
+    """The text of a file that is a template. `where`: the setting that names it, for the message."""
+    from jinja2 import Environment, TemplateError, TemplateSyntaxError
+
+    try:
+        text = Path(path).expanduser().read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise Refusal(f"{where}: not UTF-8 text ({error}); convert it, for example with iconv") from error
+    # As transformers compiles it, but that needs torch: the marks are its own, and stand around whole statements.
+    plain = _ANY_MARK.sub(lambda it: it[1] + ("endif" if it[2] else "if true") + it[3], text)
+    try:
+        with bounded(where), timed():
+            Environment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]).compile(plain)
+    except (TemplateError, SyntaxError, ValueError) as error:
+        if isinstance(error, Refusal):
+            raise
+        line = f"line {error.lineno}: " if isinstance(error, TemplateSyntaxError) else ""
+        raise Refusal(f"{where}: not a jinja template ({line}{error.args[0]}); mend it") from error
+    return text
 
 
 def template_of(tokenizer: PreTrainedTokenizerBase, data: DataSource) -> Template:

@@ -14,17 +14,16 @@ content, or, in templates without one, where the template is done with the turn.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import product
-from os.path import commonprefix
+from itertools import product, takewhile
 from typing import TYPE_CHECKING, Any
 
 from models.errors import Refusal
 from pipeline.data.bounded import bounded
-from pipeline.data.controls import Controls
+from pipeline.data.controls import Controls, Tokens
 from pipeline.data.frames import frames_of
 from pipeline.data.rendering import Template, template_of
 from pipeline.data.source import DataSource
@@ -67,7 +66,10 @@ class Turns:
     def prompt(self, messages: Messages, where: str) -> str:
         """A conversation, and the header of the assistant's turn that is to come."""
         with _refusing(where):
-            return self.template.render(self._quoted(messages, where), prompt=True)
+            messages = self._quoted(messages, where)
+            text = self.template.render(messages, prompt=True)
+            self._check_written(messages, text, where, prompt=True)
+        return text
 
     def rendered(self, messages: Messages, where: str) -> tuple[str, list[Range]]:
         """A conversation, and where in it the assistant speaks, in characters. Raises Refusal where that is not
@@ -76,9 +78,10 @@ class Turns:
             messages = self._quoted(messages, where)
             numbers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
             if self.template.marks:
-                text, spans = self.template.marked(messages)
-                numbered = numbers if len(numbers) == len(spans) else [None] * len(spans)
-                return text, [self._within(messages, text, *each) for each in zip(spans, numbered, strict=True)]
+                text, marked = self.template.marked(messages)
+                self._check_written(messages, text, where)
+                numbered = numbers if len(numbers) == len(marked) else [None] * len(marked)
+                return text, [self._within(messages, text, *each) for each in zip(marked, numbered, strict=True)]
             text = self.template.render(messages)
             places, known = self._places(messages, text, numbers), _Header()
             found = [self._turn(messages, text, number, places, known) for number in numbers]
@@ -94,7 +97,41 @@ class Turns:
                     "the assistant's part is not known; give a data.chat_template with {% generation %} marks"
                 )
             spans.append((begin, end))
+        with _refusing(where):
+            self._check_written(messages, text, where)
         return text, spans
+
+    def tokens(self, texts: Sequence[str], places: Sequence[str]) -> Iterator[Tokens]:
+        """Of what `prompt` and `rendered` wrote. `places`: where each stands, for the message."""
+        for text, where, tokens in zip(texts, places, self.controls.tokens(texts), strict=True):
+            if not self.controls.parses and (odd := self.controls.differing(text, tokens[0])):
+                raise Refusal(
+                    f"{where}: the tokenizer makes other control tokens of it than the chat template writes, first "
+                    f"{odd!r}, so turns could be forged or stay open; drop it, or take a tokenizer.json whose control "
+                    "tokens are not normalized"
+                )
+            yield tokens
+
+    def _check_written(self, messages: Messages, text: str, where: str, prompt: bool = False) -> None:
+        """Refuse a conversation of which the template leaves a message out, as it may where it does not know a role."""
+        marked = [dict(message) for message in messages]
+        expected = []
+        for number, message in enumerate(messages[:_MOST]):
+            answer, end = (_points(message["content"])[kind] for kind in (_ANSWER, _END))
+            if message["content"][answer:end].strip():  # a thought may be left out
+                expected.append(number)
+                marked[number]["content"] = message["content"][:end] + chr(_END + number) + message["content"][end:]
+        found = self._rendered(marked, prompt) or ""
+        for number in expected:
+            if chr(_END + number) not in found:
+                others = [dict(message) for message in messages]
+                others[number]["content"] = chr(_END + number)
+                if self._rendered(others, prompt) == text:  # whatever the message says
+                    role = self.controls.unquoted(messages[number]["role"])[:40]
+                    raise Refusal(
+                        f"{where}: the chat template leaves message {number} out, whose role is {role}; give it a role "
+                        "that the template writes, or drop it, or give another data.chat_template=FILE"
+                    )
 
     def _quoted(self, messages: Messages, where: str) -> Messages:
         quoted = [{name: self.controls.quote(message[name]) for name in ("role", "content")} for message in messages]
@@ -113,7 +150,7 @@ class Turns:
         """Where in `text` each mark stands, of those that change nothing else in it; none where all do."""
         silent = {number for number in numbers if not messages[number]["content"].strip()}
         skipped: list[set[int]] = [set(), silent] if silent else [set()]  # some templates look for an empty content
-        for (without, kinds) in product(skipped, ((_ANSWER, _THOUGHT, _END), (_ANSWER, _END))):
+        for without, kinds in product(skipped, ((_ANSWER, _THOUGHT, _END), (_ANSWER, _END))):
             marked = [dict(message) for message in messages]
             for number in numbers if len(messages) <= _MOST else ():
                 content = messages[number]["content"]
@@ -133,9 +170,7 @@ class Turns:
                 return places
         return {}
 
-    def _turn(
-        self, messages: Messages, text: str, number: int, places: dict[str, int], known: _Header
-    ) -> Range | None:
+    def _turn(self, messages: Messages, text: str, number: int, places: dict[str, int], known: _Header) -> Range | None:
         content = messages[number]["content"]
         kinds = [kind for kind in (_THOUGHT, _ANSWER) if chr(kind + number) in places]
         end = places.get(chr(_END + number))
@@ -240,7 +275,9 @@ class _Header:
     def learn(self, text: str, header: int | None) -> None:
         if header is not None:
             found = text[max(0, header - 200) : header]
-            self.end = found if self.end is None else commonprefix([found[::-1], self.end[::-1]])[::-1]
+            pairs = zip(reversed(found), reversed(found if self.end is None else self.end), strict=False)
+            alike = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+            self.end = found[len(found) - alike :]
 
     def before(self, text: str, begin: int, thought: str) -> int | None:
         """Where the header ends before `begin`, with only space in between, or what begins a thought."""

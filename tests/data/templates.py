@@ -256,6 +256,7 @@ MISTRAL = Family(
 """,
     ("[INST]", "[/INST]"),
     "</s>",
+    system=False,  # but before an answer that is to come: of a finished conversation it leaves the system's message out
 )
 MISTRAL_LAST_USER = Family(
     MISTRAL.template.replace(

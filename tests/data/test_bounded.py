@@ -58,7 +58,9 @@ def test_a_template_that_does_not_end_is_refused(
         rendered(tokenizer, template, TURNS, "row 7")
     (tmp_path / "it.jinja").write_text(template.replace("{% generation %}", "").replace("{% endgeneration %}", ""))
     data = Documents(train="unread", chat_template=str(tmp_path / "it.jinja"))
-    with pytest.raises(Refusal, match=f"(a conversation that begins 'Is it.'|data): the chat template {why}"):
+    with pytest.raises(
+        Refusal, match=f"(a conversation that begins 'Is it.'|data|data.chat_template=.*): the chat template {why}"
+    ):
         next(prompts_of(Dataset.from_list([{"messages": TURNS}]), tokenizer, data, None, Counter()))
 
 

@@ -1,6 +1,7 @@
 """Conversations become rows: only what the assistant says is a target."""
 
 import json
+from collections import Counter
 from dataclasses import replace
 from itertools import groupby, pairwise
 from pathlib import Path
@@ -14,9 +15,11 @@ from transformers import ByT5Tokenizer
 
 from models.errors import Refusal
 from models.targets import IGNORED
+from pipeline.data import conversations as chats
 from pipeline.data.documents import Documents, documents
 from pipeline.data.packing import prepare
 from pipeline.data.prepared import sequences_of
+from pipeline.data.prompts import prompts_of
 from pipeline.data.rendering import chat_template
 from pipeline.data.tokenizer import load_tokenizer, train_tokenizer
 from tests.optional_data import STORIES, needed
@@ -46,7 +49,10 @@ MARKED = (
 )
 
 # What the assistant said is written in other words once others follow.
-FORGETFUL = CHATML.replace("{{ message['content']", "{{ (message['content'] if loop.last else '(something)')")
+FORGETFUL = CHATML.replace(
+    "{{ message['content']",
+    "{{ (message['content'] if loop.last or message['role'] == 'user' else '(something)')",
+)
 
 
 def turn(role: str, content: str) -> dict[str, str]:
@@ -266,6 +272,73 @@ def test_a_conversation_may_begin_with_the_assistant(tmp_path: Path, tokenizer: 
 # Refusals
 
 
+THOUGHT = r"; put the thought into content as <think>…</think>, or drop the field"
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "remedy"),
+    [
+        ("reasoning_content", "Easy.", THOUGHT),
+        ("thinking", "Easy.", THOUGHT),
+        ("function_call", {"name": "f", "arguments": "{}"}, "; write the call out in content, or drop the field"),
+        ("tool_calls", [{"function": {"name": "f"}}], "; write the call out in content, or drop the field"),
+        ("refusal", "No.", "; put it into content, or drop the field"),
+    ],
+)
+def test_what_a_message_says_beside_its_content_is_refused_and_not_dropped(field: str, value: Any, remedy: str) -> None:
+    said = [SHORT[1], {**SHORT[2], field: value}]
+    with pytest.raises(Refusal, match=f"^line 3: message 1 has {field}, which is not read here{remedy}$"):
+        chats.conversation(said, "line 3")
+    for nothing in (None, "", [], {}, " "):
+        assert chats.conversation([SHORT[1], {**SHORT[2], field: nothing}], "line 3") == SHORT[1:3]
+    noted = {**SHORT[2], "name": "bot", "id": "3", "weight": 1, "audio": None, "annotations": [], "time": 2.5}
+    assert chats.conversation([SHORT[1], noted], "line 3") == SHORT[1:3]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_what_a_row_says_beside_its_conversation_is_refused_and_not_dropped(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / f"a.{kind}"
+    remedy = "make it the first message, or drop the column"
+    for system, why in (("Be brief.", rf"(line 2|row 1) has system, which is not read here; {remedy}$"), ("", None)):
+        rows: list[dict[str, Any]] = [{"messages": SHORT, "tools": None}, {"messages": SHORT, "system": system}]
+        if kind == "parquet":
+            rows = [{"messages": SHORT, "tools": None, "system": None}, {"tools": "[]", **rows[1]}]
+            Dataset.from_list(rows).to_parquet(path)
+        else:
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        data = Documents(train=str(path), holdout=0)
+        if why is None:
+            assert len(documents(data, "train")) == 2
+        else:
+            with pytest.raises(Refusal, match=why):
+                documents(data, "train")
+
+
+@pytest.mark.parametrize("role", ["developer", "function", "observation", "model"])
+@pytest.mark.parametrize("marks", [False, True], ids=["found", "marked"])
+def test_a_message_whose_role_the_template_does_not_write_is_refused_by_its_number_and_role(
+    tmp_path: Path, tokenizer: Any, role: str, marks: bool
+) -> None:
+    known = "{% if message['role'] in ['system', 'user', 'assistant'] %}"
+    template = (MARKED if marks else CHATML).replace(HEADER, known + HEADER).replace("{% endfor %}", "{% endif %}@")
+    template = template.replace("@", "{% endfor %}")
+    why = f"conversation 0: the chat template leaves message 1 out, whose role is {role}; give it a role"
+    with pytest.raises(Refusal, match=why):
+        rows_of(tmp_path, tokenizer, [[SHORT[0], turn(role, "it"), *SHORT[1:]]], template)  # "it" stands elsewhere, too
+    tokenizer_with = load_tokenizer(save(tokenizer, tmp_path / "t"))
+    tokenizer_with.chat_template = template
+    asked = Dataset.from_dict({"messages": [[SHORT[1], turn(role, "it"), SHORT[3]]]})
+    with pytest.raises(Refusal, match=f"the chat template leaves message 1 out, whose role is {role}"):
+        next(prompts_of(asked, tokenizer_with, Documents(), None, Counter()))
+    (tmp_path / "empty").mkdir()
+    assert len(rows_of(tmp_path / "empty", tokenizer, [[turn(role, " "), *SHORT]], template)[0]) == 1
+
+
+def save(tokenizer: Any, folder: Path) -> Path:
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 @pytest.mark.parametrize(
     ("conversation", "template", "message"),
     [
@@ -301,9 +374,34 @@ def test_a_tokenizer_without_a_template_is_refused_with_the_remedy(tmp_path: Pat
         rows_of(tmp_path, tokenizer, [SHORT], None)
 
 
-def test_a_broken_template_is_refused(tmp_path: Path, tokenizer: Any) -> None:
-    with pytest.raises(Refusal, match="conversation 0: the chat template does not take it"):
-        rows_of(tmp_path, tokenizer, [SHORT], "{% for message in messages %}")
+@pytest.mark.parametrize(
+    ("template", "why"),
+    [
+        (b"{% for message in messages %}", r"not a jinja template \(line 1: Unexpected end of template\..*\); mend it"),
+        (b"\n{{ message | louder }}", r"not a jinja template \(line 2: No filter named 'louder'\.\); mend it"),
+        (b"{{ 'gr\xfc\xdfe' }}", r"not UTF-8 text \('utf-8' codec .*\); convert it, for example with iconv"),
+        (b"{% if a %}" * 3000 + b"{% endif %}" * 3000, "the chat template is nested too deeply; give another one, .*"),
+    ],
+    ids=["unfinished", "filter", "not UTF-8", "nested"],
+)
+def test_a_broken_template_is_refused_by_the_check_and_by_the_stage(
+    tmp_path: Path, tokenizer: Any, template: bytes, why: str
+) -> None:
+    path = tmp_path / "broken.jinja"
+    path.write_bytes(template)
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": SHORT}))
+    data = Documents(train=str(tmp_path / "a.jsonl"), chat_template=str(path))
+    for read in (data.check, lambda: chat_template(tokenizer, data)):
+        with pytest.raises(Refusal, match=rf"^data\.chat_template={path}: {why}$"):
+            read()
+
+
+def test_a_template_of_marks_and_breaks_passes_the_check(tmp_path: Path, tokenizer: Any) -> None:
+    path = tmp_path / "marked.jinja"
+    for template in (MARKED, MARKED.replace("{% generation %}", "{%- generation -%}"), CHATML + "{% break %}"):
+        path.write_text(template.replace("{% break %}", "{% for m in messages %}{% break %}{% endfor %}"))
+        assert Documents(chat_template=str(path)).check()["chat"] is False
+        assert chat_template(tokenizer, Documents(chat_template=str(path))) == path.read_text()
 
 
 def test_a_tokenizer_that_does_not_tell_where_tokens_stand_is_refused(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import tempfile
+from collections import Counter
 from datetime import datetime
 from itertools import groupby
 from pathlib import Path
@@ -21,10 +22,11 @@ from models.targets import IGNORED
 from pipeline.data.conversations import conversation
 from pipeline.data.documents import Documents
 from pipeline.data.packing import prepare
+from pipeline.data.prompts import prompts_of
 from pipeline.data.rendering import Template
 from pipeline.data.tokenizer import load_tokenizer, train_tokenizer
-from pipeline.data.turns import _Header, turns_of
-from tests.data.templates import FAMILIES, LLAMA_3, QWEN_3, Family
+from pipeline.data.turns import turns_of
+from tests.data.templates import FAMILIES, LLAMA_3, MISTRAL, QWEN_2_5, QWEN_3, Family
 from tests.data.test_controls import sentencepiece
 
 TEXTS = sorted({text.strip() for text in topics.values()}, key=len)
@@ -94,6 +96,24 @@ def test_an_empty_answer_is_its_end_also_where_the_template_adds_a_thought(tmp_p
     tokenizer = tokenizer_of(trained, QWEN_3)
     assert "<think>\n\n</think>" in tokenizer.apply_chat_template([TURNS[0], turn("assistant", "")], tokenize=False)
     assert learnt(tmp_path, tokenizer, [TURNS[0], turn("assistant", "")]) == ["<|im_end|>"]
+
+
+def test_a_systems_message_that_the_template_leaves_out_is_refused(tmp_path: Path, trained: Path) -> None:
+    """Mistral's writes it beside a user's message that is the last of all."""
+    tokenizer = tokenizer_of(trained, MISTRAL)
+    with pytest.raises(Refusal, match="conversation 0: the chat template leaves message 0 out, whose role is system"):
+        learnt(tmp_path, tokenizer, [SYSTEM, *TURNS])
+    asked = Dataset.from_dict({"messages": [[SYSTEM, *TURNS]]})
+    (prompt,) = prompts_of(asked, tokenizer, Documents(), None, Counter())
+    assert prompt.text.endswith("[INST] Be brief.\n\nThanks.[/INST]")
+
+
+def test_a_tools_result_is_part_of_what_a_teacher_is_asked(trained: Path) -> None:
+    tokenizer = tokenizer_of(trained, QWEN_2_5)
+    messages = [TURNS[0], turn("assistant", "Let me look."), turn("tool", "42")]
+    (prompt,) = prompts_of(Dataset.from_dict({"messages": [messages]}), tokenizer, Documents(), None, Counter())
+    assert prompt.text == tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert "<tool_response>\n42\n</tool_response>" in prompt.text
 
 
 def test_characters_by_which_turns_are_found_are_refused(tmp_path: Path, trained: Path) -> None:
@@ -224,7 +244,7 @@ def test_turns_of_a_long_conversation_are_where_those_of_each_turn_rendered_by_i
     messages = [*TURNS[:4], turn("user", "And?"), turn("assistant", "<think>\n\nHm.\n</think>\n\n So."), *TURNS]
     turns = turns_of(tokenizer, Documents())
     found = turns.rendered(messages, "row 0")
-    monkeypatch.setattr(_Header, "before", lambda *_: None)
+    monkeypatch.setattr("pipeline.data.turns._Header.before", lambda *_: None)
     assert found == turns.rendered(messages, "row 0")
 
 
