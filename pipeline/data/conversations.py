@@ -14,7 +14,8 @@ _THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thought")
 _UNREAD = {
     **dict.fromkeys(_THOUGHTS, "put the thought into content as <think>…</think>"),
     "refusal": "put it into content",
-    **dict.fromkeys(("function_call", "tool_calls", "tool_call", "tools"), "write the call out in content"),
+    **dict.fromkeys(("function_call", "tool_call"), "write the call out in content"),
+    "tools": "write the tools out in content",
     **dict.fromkeys(("audio", "image", "images", "video", "videos"), "leave the conversation out"),
 }
 # Of a row, what conversations are told in columns beside them.
@@ -43,7 +44,7 @@ def conversation(cell: Any, where: str, unanswered: bool = False) -> Conversatio
         content = fields.get("content") if fields.get("content") is not None else fields.get("value")
         content = _joined(content)
         _refuse_unread(fields, _UNREAD, f"{where}: message {number}", "field")
-        if not isinstance(role, str) or not isinstance(content, str):
+        if not isinstance(role, str) or not isinstance(content, str) or fields.get("tool_calls"):
             raise Refusal(
                 f"{where}: message {number} is not a role and a text content; mend or drop the conversation "
                 "(tool calls and images are not supported)"

@@ -281,7 +281,6 @@ THOUGHT = r"; put the thought into content as <think>…</think>, or drop the fi
         ("reasoning_content", "Easy.", THOUGHT),
         ("thinking", "Easy.", THOUGHT),
         ("function_call", {"name": "f", "arguments": "{}"}, "; write the call out in content, or drop the field"),
-        ("tool_calls", [{"function": {"name": "f"}}], "; write the call out in content, or drop the field"),
         ("refusal", "No.", "; put it into content, or drop the field"),
     ],
 )
