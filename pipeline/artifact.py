@@ -26,6 +26,7 @@ Makes = Literal["model", "answers", "signal", "exports", "results"]
 MANIFEST = "manifest.json"
 PLAN = "plan.json"  # of a pruned model: which units it keeps
 SCORES = "scores.safetensors"  # of a pruned model: the calibration statistics
+PREPARED = "prepared.json"  # in a stage's work folder: what its ranks find, and what was counted of the text
 METRICS = "metrics.jsonl"  # of a training: it holds timings
 QUANTIZED = "quantized.safetensors"  # of a quantized model: its integers and scales
 PLANNED_QUANTIZED = "quantized.json"  # of a model that is still to be quantized: its scheme and shapes

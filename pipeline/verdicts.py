@@ -143,7 +143,24 @@ def turn_of(config: dict[str, Any], started: dict[str, Any], told: dict[str, Any
         raise Refusal(f"resume.from_step={step}: {started['stage']} has none of that step; {there}")
     if (problem := damage(checkpoints_of(work)[step])) is not None:
         raise Refusal(f"resume.from_step={step}: that checkpoint is damaged ({problem}); give another of {steps}")
+    _check_skipped(skipped, work)
     return {"step": step, "changed": [[*change] for change in changed], "skipped": skipped}
+
+
+def _check_skipped(skipped: list[int], work: Path) -> None:
+    """Before anything is removed or written: the text was counted when the stage was begun, and cannot have changed."""
+    if not skipped:
+        return
+    path = work / artifact.PREPARED
+    try:
+        count = int(json.loads(path.read_text(encoding="utf-8"))["statistics"]["train"]["sequences"])
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        raise Refusal(
+            f"resume.skip_sequences={skipped}: {path} does not say how many sequences there are; restore it, or leave "
+            f"resume.skip_sequences out"
+        ) from None
+    if beyond := [number for number in skipped if number >= count]:
+        raise Refusal(f"resume.skip_sequences={beyond}: the text makes {count:,} sequences, from 0 on")
 
 
 def checkpoints_of(work: Path) -> dict[int, Path]:

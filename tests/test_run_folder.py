@@ -278,6 +278,7 @@ def _left_at(run_dir: Path, *steps: int, turns: list[dict[str, Any]] | None = No
             head = {"step": step, "files": []}
             artifact.write_json(checkpoint / "checkpoint.json", {**head, "sha256": hash_of(head)})
         artifact.write_json(work / "stage.json", started)
+        artifact.write_json(work / artifact.PREPARED, {"statistics": {"train": {"sequences": 9}}})
 
 
 BEGUN = {"training": {"optimizer": {"lr": 1.0}, "max_steps": 9}, "objective": {"alpha": 0.5}}
@@ -334,6 +335,20 @@ def test_other_ways_to_go_back_are_refused(tmp_path: Path, told: Any, resume: An
     with pytest.raises(Refusal, match=re.escape(message)):
         _turned(tmp_path, told, **resume)
     assert verdicts.steps_of(tmp_path / "work" / "distill") == [4, 8]
+
+
+def test_sequences_that_the_text_does_not_have_are_refused_before_anything_is_removed(tmp_path: Path) -> None:
+    _left_at(tmp_path, 4, 8)
+    before = _contents(tmp_path)
+    with pytest.raises(Refusal, match=re.escape("skip_sequences=[9, 99]: the text makes 9 sequences, from 0 on")):
+        _turned(tmp_path, LOWER, from_step=4, skip_sequences=[9, 8, 99])
+    assert _turned(tmp_path, LOWER, from_step=4, skip_sequences=[8])[0] == "turn"
+    (tmp_path / "work" / "distill" / artifact.PREPARED).write_text("{}")
+    with pytest.raises(Refusal, match="prepared.json does not say how many sequences there are; restore it"):
+        _turned(tmp_path, LOWER, from_step=4, skip_sequences=[8])
+    (tmp_path / "work" / "distill" / artifact.PREPARED).unlink()
+    before = {name: content for name, content in before.items() if not str(name).endswith(artifact.PREPARED)}
+    assert _contents(tmp_path) == before
 
 
 def test_going_back_to_a_damaged_checkpoint_is_refused_while_the_later_ones_stand(tmp_path: Path) -> None:

@@ -19,7 +19,6 @@ from pipeline.data.rendering import with_template
 from pipeline.data.source import DataSource
 from pipeline.training.checkpoints import choose
 
-_FILE = "prepared.json"
 _LEFT_OUT = ("held_out", "demonstrations_left_out", "across")  # of the text, and worth a line
 
 
@@ -36,10 +35,10 @@ class Prepared:
 
     @classmethod
     def read(cls, work: Path) -> Prepared:
-        return cls(**json.loads((work / _FILE).read_text()))
+        return cls(**json.loads((work / artifact.PREPARED).read_text()))
 
     def write(self, work: Path) -> None:
-        artifact.write_json(work / _FILE, asdict(self))
+        artifact.write_json(work / artifact.PREPARED, asdict(self))
 
 
 def prepare(
