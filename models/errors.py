@@ -63,6 +63,9 @@ class StageFailed(RuntimeError):
         self.code = code
 
 
+NOT_FINITE = 3  # the exit status of a process that ended with NotFinite
+
+
 class NotFinite(RuntimeError):
     """A loss, a gradient or a weight that is not a number; the message names the step, and the sequences if known."""
 

@@ -20,13 +20,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from models.errors import Refusal, StageFailed, of_storage
+from models.errors import NOT_FINITE, Refusal, StageFailed, of_storage
 from pipeline import artifact, prefork, run_folder
 from pipeline.config import selected
 from pipeline.launch import die_with, environment
 from pipeline.report.report import write_report
 from pipeline.report.terminal import table
-from pipeline.verdicts import BEGUN, begun, checkpoints_of, jobs_of, parents_of, turn_of
+from pipeline.verdicts import BEGUN, after_not_finite, begun, checkpoints_of, jobs_of, parents_of, turn_of
 
 console = Console()
 
@@ -163,11 +163,10 @@ def _run_stage(config: dict[str, Any], job: dict[str, Any], lock: int, server: p
             raise StageFailed("", code)
         if code:
             where = f"{name} ({mode})" if len(modes) > 1 else name
-            raise StageFailed(
-                f"stage {where} failed with exit status {code}; run the same command again to go on from its last "
-                f"checkpoint",
-                code,
-            )
+            way_on = "run the same command again to go on from its last checkpoint"
+            if code == NOT_FINITE:
+                way_on = after_not_finite(config, name)
+            raise StageFailed(f"stage {where} failed with exit status {code}; {way_on}", code)
     if artifact.read_manifest(run_dir / name) is None:
         raise StageFailed(f"stage {name} ended without its result {run_dir / name}", 1)
     shutil.rmtree(work)

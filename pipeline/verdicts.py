@@ -163,6 +163,20 @@ def _check_skipped(skipped: list[int], work: Path) -> None:
         raise Refusal(f"resume.skip_sequences={beyond}: the text makes {count:,} sequences, from 0 on")
 
 
+def after_not_finite(config: dict[str, Any], stage: str) -> str:
+    """What to do about a stage that ended with a number that is not finite: the same command would end alike."""
+    optimizer = config["stages"][stage].get("training", {}).get("optimizer") or {}
+    key = "optimizer.lr" if optimizer == config.get("optimizer") else f"stages.{stage}.training.optimizer.lr"
+    lower = f"a lower {key}= (it is {optimizer['lr']})" if "lr" in optimizer else "a lower learning rate"
+    alike = "the same command would end alike"
+    if not (steps := steps_of(Path(config["run_dir"]) / "work" / stage)):
+        return f"{alike}, and no checkpoint was saved yet; run it again with {lower}"
+    return (
+        f"{alike}; add resume.from_step={steps[-1]} (its last checkpoint) and {lower}, or resume.skip_sequences=[…] "
+        f"with the sequences of the line above"
+    )
+
+
 def checkpoints_of(work: Path) -> dict[int, Path]:
     """Step → folder, in order."""
     found = {path.name.removeprefix("step-"): path for path in (work / "checkpoints").glob("step-*")}

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from models.errors import NotFinite, Refusal, of_storage
+from models.errors import NOT_FINITE, NotFinite, Refusal, of_storage
 from pipeline import artifact
 from pipeline.launch import die_with
 from pipeline.run_folder import SCRATCH
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str]) -> int:
     except NotFinite as problem:
         if _tells(mode, spec):
             print(f"error: {problem}", file=sys.stderr, flush=True)
-        return 3
+        return NOT_FINITE
     except Exception as problem:
         line = of_storage(problem, Path(spec["config"]["run_dir"]))
         if _tells(mode, spec, knows=line is not None):

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from callbacks.checkpoint import Checkpoint
-from models.errors import Refusal
+from models.errors import NotFinite, Refusal
 from models.generation import Sampling
 from models.load import load_config
 from models.objectives.attention_relations import AttentionRelations
@@ -77,6 +77,7 @@ class Scenario:
     skipped: dict[int, int] | None = None  # of answers: an example's number, and from which step on it is left out
     divergence: str = "ForwardKL"
     poisoned: bool = False  # the student's embedding of a token is no number
+    torn: bool = False  # a gradient is no number, although the loss is one
     summed: bool = False  # nothing is learnt: what gradients of unlike size add up to
     damaged: bool = False  # nothing is trained: what every rank says of the models in DAMAGES, under ZeRO-3
 
@@ -223,6 +224,8 @@ def fit(scenario: Scenario, folder: Path) -> dict[str, Any]:
         loaded = load_model(str(student), dtype=torch.float32)
         if scenario.poisoned:
             loaded.model.embed_tokens.weight.data[17] = float("nan")  # a token that some rows have
+        if scenario.torn:
+            loaded.model.norm.weight.register_hook(lambda gradient: gradient * float("nan"))
         return adapted_head(loaded) if scenario.lora_head else loaded
 
     skipped = {int(number): step for number, step in (scenario.skipped or {}).items()}  # JSON has them as text
@@ -414,6 +417,19 @@ def said_of_damaged(folder: Path) -> dict[str, Any]:
     return dict(zip(DAMAGES, zip(*of_ranks, strict=True), strict=True))
 
 
+def said_of_torn(scenario: Scenario, folder: Path) -> dict[str, Any]:
+    """What each rank raises."""
+    try:
+        fit(scenario, folder)
+        said = "nothing"
+    except NotFinite as problem:
+        said = str(problem)
+    of_ranks: list[Any] = [said] * scenario.world
+    if scenario.world > 1:
+        torch.distributed.all_gather_object(of_ranks, said)
+    return {"said": of_ranks}
+
+
 def main() -> None:
     """On every rank: run the scenarios of a JSON file, and let rank 0 save what came out."""
     folder = Path(sys.argv[1])
@@ -422,6 +438,8 @@ def main() -> None:
         scenario = Scenario(**entry)
         if scenario.damaged:
             result = said_of_damaged(folder)
+        elif scenario.torn:
+            result = said_of_torn(scenario, folder)
         else:
             result = summed(scenario, folder) if scenario.summed else fit(scenario, folder)
         if int(os.environ["RANK"]) == 0:

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -315,6 +316,18 @@ def test_a_training_is_taken_up_from_an_earlier_checkpoint_with_another_learning
     assert scale == pytest.approx(1e-5 / 0.006)
     assert "distill was taken up at step 4" in (run_dir / "report.md").read_text()
     assert "distill: finished, skipped" in train(*turn).stdout
+
+
+def test_a_training_that_ended_with_nan_is_told_another_way_on_than_the_same_command(tmp_path: Path) -> None:
+    words = [f"run_dir={tmp_path / 'run'}", *SMALL, "stages=[pretrain]", "trainer.accelerator=cpu"]
+    high = [*words, "stages.pretrain.training.optimizer.lr=1e30", "stages.pretrain.training.schedule.warmup_steps=0"]
+    ended = train(*high)
+    assert ended.returncode == 3, ended.stdout + ended.stderr
+    *_, found, told = ended.stderr.strip().splitlines()
+    assert re.search(r"step \d+: the (loss|gradient's norm) is nan on sequences \[\d+", found), found
+    assert "stage pretrain failed with exit status 3; the same command would end alike, and no checkpoint" in told
+    assert "run it again with a lower stages.pretrain.training.optimizer.lr= (it is 1e+30)" in told
+    assert train(*words).returncode == 0
 
 
 @pytest.mark.parametrize("harm", ["flip", "cut"])

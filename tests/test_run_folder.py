@@ -337,6 +337,20 @@ def test_other_ways_to_go_back_are_refused(tmp_path: Path, told: Any, resume: An
     assert verdicts.steps_of(tmp_path / "work" / "distill") == [4, 8]
 
 
+def test_the_way_on_from_a_number_that_is_not_finite_is_one_that_this_very_folder_takes(tmp_path: Path) -> None:
+    optimizer = {"_target_": "torch.optim.AdamW", "lr": 0.5}
+    stages = {"distill": {"training": {"optimizer": {"lr": 9.0}}}, "prune": {"training": {"optimizer": optimizer}}}
+    config = {"run_dir": str(tmp_path), "optimizer": optimizer, "stages": stages}
+    told = "run it again with a lower stages.distill.training.optimizer.lr= (it is 9.0)"
+    assert verdicts.after_not_finite(config, "distill").endswith(f"no checkpoint was saved yet; {told}")
+    assert verdicts.after_not_finite(config, "prune").endswith("with a lower optimizer.lr= (it is 0.5)")
+    _left_at(tmp_path, 4, 8)
+    told = verdicts.after_not_finite(config, "distill")
+    assert "add resume.from_step=8 (its last checkpoint) and a lower stages.distill.training.optimizer.lr=" in told
+    assert "or resume.skip_sequences=[…] with the sequences of the line above" in told
+    assert _turned(tmp_path, LOWER, from_step=8)[0] == _turned(tmp_path, BEGUN, from_step=8, skip_sequences=[8])[0]
+
+
 def test_sequences_that_the_text_does_not_have_are_refused_before_anything_is_removed(tmp_path: Path) -> None:
     _left_at(tmp_path, 4, 8)
     before = _contents(tmp_path)
@@ -344,7 +358,7 @@ def test_sequences_that_the_text_does_not_have_are_refused_before_anything_is_re
         _turned(tmp_path, LOWER, from_step=4, skip_sequences=[9, 8, 99])
     assert _turned(tmp_path, LOWER, from_step=4, skip_sequences=[8])[0] == "turn"
     (tmp_path / "work" / "distill" / artifact.PREPARED).write_text("{}")
-    with pytest.raises(Refusal, match="prepared.json does not say how many sequences there are; restore it"):
+    with pytest.raises(Refusal, match=r"prepared\.json does not say how many sequences there are; restore it"):
         _turned(tmp_path, LOWER, from_step=4, skip_sequences=[8])
     (tmp_path / "work" / "distill" / artifact.PREPARED).unlink()
     before = {name: content for name, content in before.items() if not str(name).endswith(artifact.PREPARED)}

@@ -81,6 +81,7 @@ class LanguageModel(pl.LightningModule):
         self.seconds_spent = 0.0  # training time, over restarts
         self.gradient_norm: Tensor | float | None = None
         self._sums: dict[str, Tensor] = {}
+        self._sequences: list[int] = []  # of the step so far, on this rank
         self._validation_sums: Tensor | None = None
 
     def configure_model(self) -> None:
@@ -135,7 +136,7 @@ class LanguageModel(pl.LightningModule):
             objective, summed = self.on_policy.objective(objective), self.on_policy.sum
         torch.manual_seed(seeds.mixed(self.seed, step, micro, self.global_rank))
         self.step_metrics = None
-        self._sequences = batch["sequences"]
+        self._sequences = [*([] if micro == 0 else self._sequences), *batch["sequences"]]
         total, parts = self._objective(objective, batch, summed)
         if not torch.isfinite(total):
             raise NotFinite(
@@ -204,9 +205,18 @@ class LanguageModel(pl.LightningModule):
     def _check_gradient(self, norm: Any, step: int) -> None:
         if norm is not None and not math.isfinite(float(norm)):
             raise NotFinite(
-                f"step {step}: the gradient's norm is {float(norm)} on sequences {self._sequences} (the last "
-                f"micro-batch); lower the learning rate; the last checkpoint is from before this step"
+                f"step {step}: the gradient's norm is {float(norm)} on sequences {self._of_all_ranks()} (all of the "
+                f"step); lower the learning rate; the last checkpoint is from before this step"
             )
+
+    def _of_all_ranks(self) -> list[int]:
+        """The sequences of the step; every rank asks, since the norm is the same on all of them. A rank that has met a
+        loss that is no number is not among them: it has ended before the gradients were summed, and nobody is here."""
+        found = [self._sequences]
+        if self.trainer.world_size > 1:
+            found = [[] for _ in range(self.trainer.world_size)]
+            torch.distributed.all_gather_object(found, self._sequences)
+        return [number for mine in found for number in mine if number >= 0]  # those left out have none
 
     def optimizer_step(self, epoch: int, batch_idx: int, *arguments: Any, **words: Any) -> None:
         super().optimizer_step(epoch, batch_idx, *arguments, **words)

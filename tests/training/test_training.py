@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from models.training.saved import checkpoints, damage, read_head
 from pipeline.data.batch import collate
 from pipeline.data.loader import Order, PackedSequences, accumulation, in_turn
 from tests import fitting
-from tests.fitting import LENGTH, VOCABULARY, Scenario, fit, on_ranks, on_two_ranks, rows, write_models
+from tests.fitting import LENGTH, VOCABULARY, Scenario, fit, on_ranks, on_two_ranks, rows, said_of_torn, write_models
 
 TOLERANCE = 1e-6  # fp32, 20 steps
 
@@ -362,6 +363,20 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_step_and_rows(folder: 
         fit(Scenario("poisoned", poisoned=True, micro_batch=1), folder)
 
 
+def test_a_gradient_that_is_no_number_names_all_sequences_of_the_step_on_every_rank(folder: Path) -> None:
+    """Over micro-batches and ranks; the truth is the order of the data, of which ranks know nothing. DeepSpeed calls
+    every such norm infinite."""
+    several = [Scenario(f"torn-{kind}", kind, micro_batch=1, torn=True) for kind in ("ddp", "zero2")]
+    said = [said_of_torn(Scenario("torn", micro_batch=1, torn=True), folder)["said"]]
+    said += [result["said"] for result in on_two_ranks(several, folder).values()]
+    assert [len(each) for each in said] == [1, 2, 2]
+    told = re.compile(r"step 0: the gradient's norm is (?:nan|inf) on sequences \[(.+)\] \(all of the step\)")
+    for line in (line for each in said for line in each):
+        found = told.match(line)
+        assert found, line
+        assert sorted(map(int, found[1].split(", "))) == sorted(first_step())
+
+
 def test_a_run_resumed_with_other_micro_batches_learns_the_same(folder: Path) -> None:
     whole = fit(Scenario("regrouped", micro_batch=4, checkpoint_at=7), folder)
     assert_same(whole, fit(Scenario("regrouped", micro_batch=2, resume=True), folder), first=7)
@@ -388,10 +403,16 @@ def test_the_loss_is_the_dense_formula_over_the_whole_batch(folder: Path, refere
     assert first["loss"] == pytest.approx(0.3 * hard.item() + 0.7 * 4 * soft.item(), rel=1e-6)
 
 
-def whole_batch() -> dict[str, torch.Tensor]:
+def first_step() -> list[int]:
     data = rows()
     order = Order(_column(data, "supervised"), _lengths(data), seed=0, global_batch=8, micro_batch=8, rank=0, world=1)
-    return collate([data[int(i)] for i in order.step_sequences(0)], pad_token=0, length=LENGTH)
+    found: list[int] = order.step_sequences(0).tolist()
+    return found
+
+
+def whole_batch() -> dict[str, torch.Tensor]:
+    data = rows()
+    return collate([data[i] for i in first_step()], pad_token=0, length=LENGTH)
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "gemma2", "gpt2", "gpt_neox", "phi3"])
