@@ -37,15 +37,24 @@ class Heartbeat:
     """Writes `<folder>/rank-00001.json` and reads those of the others, until it is stopped.
 
     `silent_seconds`: after so long without progress a rank is named, once for each time. `timeout_seconds`: after so
-    long this process ends, and with it the job. `progress` is counted up from outside.
+    long this process ends, and with it the job; as long as any rank gets on, the job does. `progress` is counted up, by
+    one with each `unit`, from outside.
     """
 
     def __init__(
-        self, stage: str, folder: Path, rank: int, world: int, silent_seconds: float, timeout_seconds: float
+        self,
+        stage: str,
+        folder: Path,
+        rank: int,
+        world: int,
+        silent_seconds: float,
+        timeout_seconds: float,
+        unit: str = "micro-batch",
     ) -> None:
         self.stage, self.folder, self.rank, self.world = stage, folder, rank, world
         self.silent_seconds, self.timeout_seconds = silent_seconds, timeout_seconds
-        self.progress, self.step = 0, 0
+        self.unit, self.progress = unit, 0
+        self.step: int | None = None  # of the training; None where there are no steps
         self._main = threading.main_thread().ident
         self._over = threading.Event()
         self._named: dict[int, int] = {}  # rank → the progress at which it was named
@@ -115,10 +124,11 @@ class Heartbeat:
     def _judge(self, now: float) -> None:
         """Name the ranks that hold the others up: those that write no more, else those that are furthest behind."""
         waited = {rank: now - seen.moved for rank, seen in self._seen.items()}
-        if waited[self.rank] < self.silent_seconds:
-            return
+        still = min(waited.values())  # ranks that do not wait for each other in every step may get on without one
         patience = max(self.silent_seconds, 3 * self._every)
         gone = [rank for rank, seen in self._seen.items() if rank != self.rank and now - seen.heard > patience]
+        if still < self.silent_seconds and not gone:
+            return
         least = min(seen.told.get("progress", -1) for seen in self._seen.values())
         behind = gone or [rank for rank, seen in self._seen.items() if seen.told.get("progress", -1) == least]
         speaker = min(set(self._seen) - set(gone))
@@ -129,17 +139,18 @@ class Heartbeat:
                     print(
                         f"{self.stage}: {self._sentence(rank, waited[rank], rank in gone)}", file=sys.stderr, flush=True
                     )
-        if waited[self.rank] > self.timeout_seconds:
-            self._end(behind, gone, waited[self.rank], self.rank == speaker)
+        if still > self.timeout_seconds:
+            self._end(behind, gone, still, self.rank == speaker)
 
     def _sentence(self, rank: int, seconds: float, gone: bool) -> str:
         told = self._seen[rank].told
         if not told:
             return f"rank {rank} has not been heard of for {seconds:.0f} s"
         where = "it was last" if gone else "it is"
+        step = "" if told["step"] is None else f" in step {told['step'] + 1}"
         return (
-            f"rank {rank} ({told['host']}, process {told['pid']}) has not finished a micro-batch for {seconds:.0f} s; "
-            f"{where} in step {told['step'] + 1} at {told['at']}"
+            f"rank {rank} ({told['host']}, process {told['pid']}) has not finished a {self.unit} for {seconds:.0f} s; "
+            f"{where}{step} at {told['at']}"
         )
 
     def _end(self, behind: list[int], gone: list[int], seconds: float, speaks: bool) -> None:
@@ -147,7 +158,7 @@ class Heartbeat:
             names = ", ".join(map(str, behind))
             print(
                 f"error: {self.stage}: no progress for {seconds:.0f} s (strategy.timeout_minutes), waiting for rank "
-                f"{names}; the job ends, and the same command goes on from the last checkpoint",
+                f"{names}; the job ends, and the same command goes on with what is left to do",
                 file=sys.stderr,
                 flush=True,
             )

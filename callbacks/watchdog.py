@@ -1,4 +1,4 @@
-"""Ends a training on several ranks that has stopped, and names the rank that the others wait for."""
+"""Ends a job of several ranks that has stopped, and names the rank that the others wait for."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from models.errors import Refusal
 
 
 class Watchdog(pl.Callback):
-    """Nothing on one rank. Progress is a micro-batch, of training or of validation.
+    """Nothing on one rank. Progress is a micro-batch, of training or of validation; stages that do not train, and what
+    comes after training, `begin` a watch of their own.
 
     `folder`: of the checkpoints; the files through which ranks watch each other lie beside it.
     """
@@ -28,17 +29,20 @@ class Watchdog(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if trainer.world_size > 1:
             if trainer.is_global_zero:
-                Heartbeat.clear(self.folder)
+                self.clear()
             trainer.strategy.barrier()
-            self._heart = Heartbeat(
-                self.stage,
-                self.folder,
-                trainer.global_rank,
-                trainer.world_size,
-                self.silent_seconds,
-                self.timeout_seconds,
-            )
-            self._heart.start()
+            self._heart = self.begin(trainer.global_rank, trainer.world_size)
+            self._heart.step = trainer.global_step
+
+    def clear(self) -> None:
+        """By one rank, before any begins."""
+        Heartbeat.clear(self.folder)
+
+    def begin(self, rank: int, world: int, unit: str = "micro-batch") -> Heartbeat:
+        """Whose `progress` is to be counted up with every `unit`, until it is stopped."""
+        heart = Heartbeat(self.stage, self.folder, rank, world, self.silent_seconds, self.timeout_seconds, unit)
+        heart.start()
+        return heart
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         self._count(trainer)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from typing import Any
 
@@ -26,9 +26,9 @@ def gathered(parameters: Iterable[nn.Parameter], changed: bool = False) -> Any:
     return deepspeed.zero.GatheredParameters(sharded, modifier_rank=0 if changed else None)
 
 
-def gather_state(model: nn.Module, keep: bool) -> dict[str, Tensor]:
+def gather_state(model: nn.Module, keep: bool, after: Callable[[], None] = lambda: None) -> dict[str, Tensor]:
     """The whole state dict on the CPU of the rank that says `keep`; one parameter at a time, so that a sharded model
-    never has to fit one device. Every rank must call it."""
+    never has to fit one device. Every rank must call it. `after` is called with each of them."""
     state: dict[str, Tensor] = {}
     copies: dict[int, Tensor] = {}  # a tied table is one tensor under two names, and is saved once
     tensors = dict(model.named_parameters(remove_duplicate=False)) | {
@@ -40,6 +40,7 @@ def gather_state(model: nn.Module, keep: bool) -> dict[str, Tensor]:
                 if id(tensor) not in copies:
                     copies[id(tensor)] = tensor.detach().cpu().clone()
                 state[name] = copies[id(tensor)]
+        after()
     return state
 
 

@@ -25,8 +25,15 @@ def waits_for_the_others(heart):
         time.sleep(0.01)
 
 folder, rank, world, busy = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "busy"
-heart = Heartbeat("distill", folder, rank, world, silent_seconds=0.6, timeout_seconds=2.4)
+apart = sys.argv[4] == "apart"
+words = ("record", "batch") if apart else ("distill", "micro-batch")
+heart = Heartbeat(words[0], folder, rank, world, silent_seconds=0.6, timeout_seconds=2.4, unit=words[1])
 heart.start()
+for _ in range(40 if apart else 0):
+    heart.progress += 1
+    time.sleep(0.1)
+if apart:
+    waits_for_the_others(heart)
 for step in range(20 if busy else 4):  # as if rank 1 held the others up at step 5
     heart.progress += 1
     heart.step = step
@@ -77,6 +84,22 @@ def test_ranks_that_wait_for_each_other_say_where_they_are(tmp_path: Path) -> No
     assert re.search(r"it is in step 4 at <string>:[78] \(waits_for_the_others\)", told[0])
 
 
+def test_a_rank_that_is_gone_is_named_while_another_gets_on_and_the_job_ends_when_none_does(tmp_path: Path) -> None:
+    """As where ranks work apart, and wait for each other at the end only; what they count is named as it is called."""
+    ranks = [_start(tmp_path, rank, 2, "apart") for rank in range(2)]
+    pids = [_wait_for(tmp_path / f"rank-{rank:05d}.json")["pid"] for rank in range(2)]
+    begin = time.monotonic()
+    os.kill(pids[1], signal.SIGSTOP)
+    told = [process.communicate(timeout=30)[1] for process in ranks]
+    assert [process.returncode for process in ranks] == [1, -signal.SIGKILL]
+    assert time.monotonic() - begin > 4 + 2.4 - 1  # the other one's work, then the time without progress
+    named, *_, ended = told[0].splitlines()
+    assert re.match(
+        rf"record: rank 1 \(.*, process {pids[1]}\) has not finished a batch for [01] s; it was last at", named
+    )
+    assert re.match(r"error: record: no progress for \d s \(strategy.timeout_minutes\), waiting for rank 1;", ended)
+
+
 def test_a_job_that_was_suspended_as_a_whole_goes_on(tmp_path: Path) -> None:
     ranks = [_start(tmp_path, rank, 2, "busy") for rank in range(2)]
     for rank in range(2):
@@ -111,12 +134,37 @@ def test_a_stopped_rank_ends_a_real_training(tmp_path: Path, strategy: str) -> N
         "callbacks.watchdog.silent_seconds=4",
         log=tmp_path / "log",
     )
-    told = _wait_for(tmp_path / "run" / "work" / "distill" / "ranks" / "rank-00001.json", seconds=120)
-    time.sleep(2)
+    log = _stop_rank_1(process, tmp_path, "distill", after_seconds=2)
+    assert re.search(r"distill: rank 1 \(.*\) has not finished a micro-batch for", log)
+
+
+@pytest.mark.slow
+def test_a_stopped_rank_ends_a_recording(tmp_path: Path) -> None:
+    """Whose process group would wait for half a day."""
+    from tests.command import SMALL, start, train
+
+    words = [f"run_dir={tmp_path / 'run'}", *SMALL, "trainer.accelerator=cpu"]
+    assert train(*words, "stages=[pretrain]").returncode == 0
+    recording = [*words, "stages=[record]", "strategy=ddp", "trainer.devices=2"]
+    watched = ["strategy.timeout_minutes=0.2", "callbacks.watchdog.silent_seconds=4"]
+    process = start(*recording, *watched, "stages.record.batch_size=1", log=tmp_path / "log")
+    log = _stop_rank_1(process, tmp_path, "record", after_seconds=0)
+    assert re.search(r"record: rank 1 \(.*\) has not finished a batch for \d+ s; it was last at \w", log)
+    done = train(*recording)
+    assert done.returncode == 0, done.stderr
+
+
+def _stop_rank_1(process: subprocess.Popen[str], folder: Path, stage: str, after_seconds: float) -> str:
+    """What is said then, by a job that ends."""
+    told = _wait_for(folder / "run" / "work" / stage / "ranks" / "rank-00001.json", seconds=120)
+    time.sleep(after_seconds)
     os.kill(told["pid"], signal.SIGSTOP)
     stopped = time.monotonic()
-    assert process.wait(timeout=120) == 1
+    try:
+        assert process.wait(timeout=120) == 1
+    finally:
+        process.kill()  # what it has started goes with it
     assert time.monotonic() - stopped < 60
-    log = (tmp_path / "log").read_text()
-    assert re.search(r"distill: rank 1 \(.*\) has not finished a micro-batch for", log)
-    assert "error: distill: no progress for" in log
+    log = (folder / "log").read_text()
+    assert f"error: {stage}: no progress for" in log
+    return log

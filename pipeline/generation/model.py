@@ -15,7 +15,7 @@ from pipeline.context import Context
 from pipeline.data.batch import pad_token
 from pipeline.generation.request import Request
 from pipeline.progress import shown
-from pipeline.training.ranks import join
+from pipeline.training.ranks import beat, join, watch
 from pipeline.training.strategy import prepare_environment
 
 
@@ -23,12 +23,13 @@ def answered_here(context: Context, source: Source, request: Request, batch_size
     """Tokens made by this rank."""
     prepare_environment(context.device)
     world, rank = context.world, context.rank
-    place = join(context.device) if world > 1 else torch.device(context.device)
+    place = join(context) if world > 1 else torch.device(context.device)
     if not request.todo:  # other filters, or fewer prompts: all answers are there
         return 0
     teacher = _opened(context, source, len(request.tokenizer))
     if isinstance(teacher, torch.nn.Module):
         teacher.to(place)
+    watch(context, teacher)
     open_units = [unit for unit in _units(request, batch_size) if any(key in request.todo for key in unit)]
     made = 0
     with torch.no_grad():
@@ -44,6 +45,7 @@ def answered_here(context: Context, source: Source, request: Request, batch_size
                     request.shards.add(unit[number], at % request.sampling.samples, answer, log)
                     made += len(answer.ids)
                 request.shards.flush_where_due()
+            beat()
     teacher.close()
     return made
 

@@ -208,7 +208,7 @@ class Generate(Stage):
             request.shards.flush()
         seconds = time.monotonic() - begin
         if context.world > 1 and self.teacher.runs_here:
-            leave()
+            leave(context)
         if context.rank == 0:
             self._publish(context, request, prepared, made / seconds if made else None)
 

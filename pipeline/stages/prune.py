@@ -33,7 +33,7 @@ from pipeline.planned import config_to_change, multiple_for_later_stages
 from pipeline.stages.stage import Makes, Stage
 from pipeline.stages.stage import Plan as StagePlan
 from pipeline.steps.scoring import CalibrationText, Scoring, prepare_text
-from pipeline.training.ranks import join, leave
+from pipeline.training.ranks import join, leave, watch
 from pipeline.training.strategy import prepare_environment
 
 _KEPT_FRACTION = 0.8  # where no budget is given
@@ -186,7 +186,7 @@ class Prune(Stage):
         several = self.ranks(context) > 1
         if several:
             prepare_environment(context.device)
-            place = join(context.device)
+            place = join(context)
         config = load_config(self.model, "model", self.trust_remote_code)
         whole = empty_model(config)
         anatomy = anatomy_of(whole)
@@ -196,7 +196,7 @@ class Prune(Stage):
         else:
             decision = self._decide(context, tokenizer, config, shapes, place)
         if several:
-            leave()
+            leave(context)
         if context.rank:
             return
         sharded = several and context.strategy.shards_parameters  # then it fits no one device
@@ -263,6 +263,7 @@ class Prune(Stage):
         """From the scores, worked out anew before each step; on every rank."""
         anatomy = shapes.anatomy
         model, close = self._open(context, place)
+        watch(context, model)
         kept: dict[str, np.ndarray] = {}
         for step in range(1, self.steps + 1):
             statistics = self._statistics(context, tokenizer, model, anatomy, kept, step)

@@ -32,7 +32,7 @@ from pipeline.context import Context
 from pipeline.data.batch import collate, pad_token
 from pipeline.progress import shown
 from pipeline.steps.shelf import link
-from pipeline.training.ranks import join, leave
+from pipeline.training.ranks import beat, join, leave, watch
 from pipeline.training.strategy import prepare_environment
 
 _FLUSH_SECONDS = 300.0
@@ -101,12 +101,13 @@ class Recording:
         """On every rank. Returns the encoding's fidelity by temperature, on rank 0."""
         prepare_environment(context.device)
         world, rank = context.world, context.rank
-        place = join(context.device) if world > 1 else torch.device(context.device)
+        place = join(context) if world > 1 else torch.device(context.device)
         attention = attention_for("auto", context.device, DTYPES[self.teacher.dtype])
         opening = Opening(self.header.vocabulary, attention, packing, device=context.device)
         teacher = self.teacher.asked_once().open(opening)
         if isinstance(teacher, torch.nn.Module):
             teacher.to(place)
+        watch(context, teacher)
         known, measured = Known(self.shards, self.header), {}
         writer = Writer(self.shards, rank, self.shard_bytes)
 
@@ -134,12 +135,13 @@ class Recording:
                 batch = self._batch(numbers or [0], place)
                 teacher.give(teacher.look(batch, Wanted()), partial(encode if numbers else _nothing, batch))
                 writer.flush_after(_FLUSH_SECONDS)
+                beat()
             writer.flush()
             batch = self._batch(list(range(min(batch_size, len(self.sequences)))), place)
             teacher.give(teacher.look(batch, Wanted()), partial(measure, batch))
         teacher.close()
         if world > 1:
-            leave()
+            leave(context)
         return measured
 
     def prove(self, server: Endpoint, context: Context, sample_tokens: int) -> dict[str, Any] | None:

@@ -28,6 +28,7 @@ from pipeline.data.calibration import Calibration
 from pipeline.data.prepared import sequences_of
 from pipeline.data.source import DataSource
 from pipeline.progress import shown
+from pipeline.training.ranks import beat
 
 _PREPARED = "prepared.json"
 
@@ -104,6 +105,7 @@ class Scoring:
         def after(statistics: Statistics) -> None:
             nonlocal done
             done += 1
+            beat()
             if first_rank:
                 write_partial_scores(path, statistics, self.context.fingerprint, done)
 

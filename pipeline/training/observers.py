@@ -29,12 +29,20 @@ def logger_of(context: Context) -> Any:
 def callbacks_of(context: Context) -> list[pl.Callback]:
     """The callbacks of the configuration: pipeline/ does not know their classes, and Hydra makes them. Each is given
     those of three words that its signature has: `stage`, `path` (of the metrics), `folder` (of the checkpoints)."""
+    return [_made(node, context) for node in context.config["callbacks"].values() if node is not None]
+
+
+def watchdog_of(context: Context) -> Any:
+    """What watches over ranks that work without Lightning: the callback that the configuration calls watchdog, which
+    has `clear` and `begin`. None where there is none."""
+    node = context.config["callbacks"].get("watchdog")
+    made = None if node is None else _made(node, context)
+    return made if hasattr(made, "begin") else None
+
+
+def _made(node: Any, context: Context) -> pl.Callback:
     words = {"stage": context.stage, "path": context.work / artifact.METRICS, "folder": context.work / "checkpoints"}
-    made = []
-    for node in context.config["callbacks"].values():
-        if node is None:
-            continue
-        make = instantiate(node, _partial_=True)
-        wanted = inspect.signature(make.func).parameters
-        made.append(make(**{name: value for name, value in words.items() if name in wanted}))
+    make = instantiate(node, _partial_=True)
+    wanted = inspect.signature(make.func).parameters
+    made: pl.Callback = make(**{name: value for name, value in words.items() if name in wanted})
     return made

@@ -28,6 +28,7 @@ from pipeline.data.batch import collate
 from pipeline.data.loader import PackedSequences
 from pipeline.training.fit import Fitted
 from pipeline.training.outcome import doubt
+from pipeline.training.ranks import beat, unwatch, watch
 
 _PROOF_SEQUENCES = 4
 _TOLERANCE = 1e-4  # of the largest logit
@@ -46,7 +47,9 @@ class Settled:
 
 def settle(context: Context, fitted: Fitted) -> None:
     """Publish `<run_dir>/<stage>/`. Every rank calls it; rank 0 does the work once the weights are gathered."""
-    state = gather_state(fitted.module.student, keep=fitted.trainer.is_global_zero)
+    watch(context, unit="tensor")
+    state = gather_state(fitted.module.student, keep=fitted.trainer.is_global_zero, after=beat)
+    unwatch()  # rank 0 takes its time, and the others wait for it
     if fitted.trainer.is_global_zero:
         recipe = fitted.student.recipe
         if recipe.lora is None and recipe.qat is None:
