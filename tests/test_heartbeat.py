@@ -145,7 +145,7 @@ def test_a_stopped_rank_ends_a_recording(tmp_path: Path) -> None:
 
     words = [f"run_dir={tmp_path / 'run'}", *SMALL, "trainer.accelerator=cpu"]
     assert train(*words, "stages=[pretrain]").returncode == 0
-    recording = [*words, "stages=[record]", "strategy=ddp", "trainer.devices=2"]
+    recording = [*words, "teacher=cached", "stages=[record]", "strategy=ddp", "trainer.devices=2"]
     watched = ["strategy.timeout_minutes=0.2", "callbacks.watchdog.silent_seconds=4"]
     process = start(*recording, *watched, "stages.record.batch_size=1", log=tmp_path / "log")
     log = _stop_rank_1(process, tmp_path, "record", after_seconds=0)
