@@ -244,14 +244,18 @@ def _hashes(path: Path, cache: Path | None) -> dict[str, str]:
     if cache is not None and fresh != known:
         with suppress(OSError):  # without it files are read once more, which is no reason to end a run
             cache.parent.mkdir(parents=True, exist_ok=True)
-            write_json(cache, fresh)
+            write_json(cache, with_hash(fresh))
     return found
 
 
 def _remembered(cache: Path | None) -> dict[str, Any]:
-    """A cache that is missing, or was damaged, remembers nothing."""
+    """A cache that is missing, was damaged, or has no hash of itself, remembers nothing: one wrong digit in it would
+    be believed instead of a file."""
     known = _remembered_json(cache) if cache is not None else {}
-    return {k: v for k, v in known.items() if isinstance(v, list) and len(v) == 2 and isinstance(v[1], str)}
+    try:
+        return checked(known) if _OWN_HASH in known else {}
+    except Changed:
+        return {}
 
 
 def _remembered_json(path: Path) -> dict[str, Any]:

@@ -109,12 +109,19 @@ def parents_of(config: dict[str, Any], entry: dict[str, Any]) -> dict[str, dict[
     cache = run_folder.hashes(run_dir)
     found = {}
     for role, path in entry["parents"].items():
-        folder = Path(path)
+        folder, manifest = Path(path), None
         if folder.parent != run_dir or folder.name not in config["force"]:
             remedy = f"remove its {artifact.MANIFEST} if you changed it on purpose"
-            run_folder.check_unchanged(folder, artifact.look(folder), run_dir, remedy)
+            here = artifact.look(folder)
+            run_folder.check_unchanged(folder, here, run_dir, remedy)
+            manifest = here.manifest
         commit = entry["commits"].get(role)  # of a hub id; a changed repository is another parent
-        content = artifact.content_hash(folder, cache) if folder.exists() else f"hub:{path}@{commit}"
+        if manifest is not None:
+            content = manifest["content_hash"]
+        elif folder.exists():
+            content = artifact.content_hash(folder, cache)
+        else:
+            content = f"hub:{path}@{commit}"
         found[role] = {"path": path, "content_hash": content}
     if entry["content"]:
         found["data"] = {"path": ", ".join(entry["data"]["train"]["sources"]), "content_hash": entry["content"]}

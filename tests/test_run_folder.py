@@ -70,6 +70,7 @@ class Case:
     told: str | None = None  # a part of the refusal; None: nothing is refused
     verdicts: tuple[str, str] = ("skip", "skip")  # of distill and prune where nothing is refused
     moved: bool = False  # the folder's place is another one afterwards
+    settled: bool = False  # its files are old enough for their hashes to be remembered
 
 
 def _flip(path: Path, keep_clock: bool = False) -> None:
@@ -153,6 +154,7 @@ CASES = [
     Case("the command was killed while it was replaced", lambda r: _killed_between_renames(r / "distill")),
     Case("`work/` is gone", lambda r: shutil.rmtree(r / "work", ignore_errors=True)),
     Case("the remembered hashes are cut short", lambda r: _hashes_are(r, '{"/')),
+    Case("one digit of each remembered hash is another", lambda r: _remember(r, wrong=True), settled=True),
     Case("a begun stage's `stage.json` is cut short", lambda r: _begun(r, '{"identity"'), "how the stage was begun"),
     Case("a begun stage's `stage.json` is `[]`", lambda r: _begun(r, "[]"), "how the stage was begun"),
     Case("the folder was moved", lambda r: r.rename(r.parent / "moved"), moved=True),
@@ -171,6 +173,28 @@ def _hashes_are(run_dir: Path, text: str) -> None:
     (run_dir / "work" / "hashes.json").write_text(text)
 
 
+SETTLED = -(10**12)  # a file that has just been written is old enough
+
+
+def _remember(run_dir: Path, wrong: bool = False) -> list[int]:
+    """The hashes of both stages, as a later command has them. Where each stands in the file."""
+    cache = run_dir / "work" / "hashes.json"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(artifact, "_SETTLED_NS", SETTLED)
+        for name in ("distill", "prune"):
+            artifact.content_hash(run_dir / name, cache)
+    text = cache.read_text()
+    places = [found.start() + 2 for found in re.finditer(r'"[0-9a-f]{64}"', text)]
+    for place in places if wrong else ():
+        text = _other_digit(text, place)
+    cache.write_text(text)
+    return places
+
+
+def _other_digit(text: str, place: int) -> str:
+    return text[:place] + ("0" if text[place] != "0" else "1") + text[place + 1 :]
+
+
 def _begun(run_dir: Path, text: str) -> None:
     shutil.rmtree(run_dir / "distill")
     (run_dir / "work" / "distill" / "checkpoints" / "step-00000004").mkdir(parents=True)
@@ -178,7 +202,11 @@ def _begun(run_dir: Path, text: str) -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.happened)
-def test_what_happened_to_a_run_folder_is_told_and_loses_nothing(tmp_path: Path, case: Case) -> None:
+def test_what_happened_to_a_run_folder_is_told_and_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: Case
+) -> None:
+    if case.settled:
+        monkeypatch.setattr(artifact, "_SETTLED_NS", SETTLED)
     run_dir = tmp_path / "run"
     _make(run_dir)
     case.harm(run_dir)
@@ -192,6 +220,33 @@ def test_what_happened_to_a_run_folder_is_told_and_loses_nothing(tmp_path: Path,
             _verdicts(run_dir, **words)
         assert "\n" not in str(refused.value)
     assert _contents(tmp_path) == before, "what is refused is left as it is"
+
+
+def test_no_wrong_digit_in_what_is_remembered_becomes_the_hash_of_a_parent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a model that has no manifest, and of a finished stage."""
+    monkeypatch.setattr(artifact, "_SETTLED_NS", SETTLED)
+    run_dir, cache = tmp_path / "run", tmp_path / "run" / "work" / "hashes.json"
+    _make(run_dir)
+    (run_dir / "prune" / artifact.MANIFEST).unlink()
+    truth = {name: artifact.content_hash(run_dir / name) for name in ("distill", "prune")}
+    places = _remember(run_dir)
+    before = cache.read_text()
+    entry = {"parents": {name: str(run_dir / name) for name in truth}, "commits": {}, "content": ""}
+    assert len(places) > 4
+    for place in places:
+        cache.write_text(_other_digit(before, place))
+        found = verdicts.parents_of({"run_dir": str(run_dir), "force": []}, entry)
+        assert {name: each["content_hash"] for name, each in found.items()} == truth
+
+
+def test_what_is_remembered_spares_reading_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _make(tmp_path / "run")
+    cache = tmp_path / "run" / "work" / "hashes.json"
+    _remember(tmp_path / "run")
+    monkeypatch.setattr(artifact, "_sha256", lambda path: pytest.fail(f"{path} was read again"))
+    artifact.content_hash(tmp_path / "run" / "distill", cache)
 
 
 def test_the_docs_have_the_table_of_cases() -> None:
