@@ -276,11 +276,17 @@ def sweep(run_dir: Path, names: Collection[str]) -> None:
     """Remove what a killed process left half written of the artifacts `names`, and of nothing else."""
     for name in names:
         remove(run_dir / f".{name}{_PARTIAL}")
+        shutil.rmtree(cleared(run_dir / "work" / name), ignore_errors=True)
         old, folder = run_dir / f".{name}{_OLD}", run_dir / name
         if os.path.lexists(folder):
             remove(old)
         elif os.path.lexists(old):  # killed between the two renames: the old one is still the truth
             os.rename(old, folder)
+
+
+def cleared(work: Path) -> Path:
+    """The name under which a stage's work folder is removed."""
+    return work.with_name(f".{work.name}{_OLD}")
 
 
 def _files(folder: Path) -> list[Path]:

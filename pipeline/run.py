@@ -122,7 +122,7 @@ def _run_stage(config: dict[str, Any], job: dict[str, Any], lock: int, server: p
         console.print(f"[dim]{name}: finished, skipped")
         return
     if job["do"] not in ("resume", "turn"):
-        shutil.rmtree(work, ignore_errors=True)
+        run_folder.clear(run_dir, name)
     before = begun(work) or {"restart": -1, "attempt": uuid.uuid4().hex}
     turns = before.get("turns", [])
     if (turn := turn_of(config, before, job["identity"]) if job["do"] == "turn" else None) is not None:
@@ -169,7 +169,7 @@ def _run_stage(config: dict[str, Any], job: dict[str, Any], lock: int, server: p
             raise StageFailed(f"stage {where} failed with exit status {code}; {way_on}", code)
     if artifact.read_manifest(run_dir / name) is None:
         raise StageFailed(f"stage {name} ended without its result {run_dir / name}", 1)
-    shutil.rmtree(work)
+    run_folder.clear(run_dir, name)
     console.print(f"[green]{name}[/]: done in {time.monotonic() - begin:.0f} s")
 
 

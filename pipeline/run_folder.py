@@ -102,6 +102,21 @@ def check_unchanged(folder: Path, found: artifact.Found, run_dir: Path, remedy: 
         raise Refusal(f"{folder} is damaged: {problem}; restore it, or {remedy}")
 
 
+def clear(run_dir: Path, stage: str) -> None:
+    """Remove the work folder of a stage. Under another name, so that where this is cut short what is left does not pass
+    for an unfinished stage that lost files."""
+    work = run_dir / "work" / stage
+    aside = artifact.cleared(work)
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        os.rename(work, aside)
+    except FileNotFoundError:
+        return
+    except OSError:  # no new name is to be had on a full disk
+        aside = work
+    shutil.rmtree(aside, ignore_errors=True)
+
+
 def hashes(run_dir: Path) -> Path | None:
     """The cache of the hashes of what the stages read; none before the folder is a run folder."""
     return run_dir / "work" / "hashes.json" if (run_dir / MARKER).exists() else None

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from models.errors import Refusal
-from models.training.saved import damage
+from models.training.saved import checkpoints, damage, step_of
 from pipeline import artifact, run_folder
 from pipeline.config import differences, fingerprint
 
@@ -35,6 +35,8 @@ def jobs_of(config: dict[str, Any], plan: dict[str, Any]) -> list[dict[str, Any]
             raise Refusal(
                 f"{folder / others[0]} is not Retort's, and would be lost with what is made again; move it away"
             )
+        if verdict in ("start", "redo") and config["resume"]["mode"] != "overwrite":
+            _check_told(Path(config["run_dir"]) / "work" / name)
         jobs.append({**job, "do": verdict})
     step = config["resume"]["from_step"]
     if step is not None and not any(job["do"] in ("turn", "resume") or _has_turned(config, job) for job in jobs):
@@ -186,8 +188,7 @@ def after_not_finite(config: dict[str, Any], stage: str) -> str:
 
 def checkpoints_of(work: Path) -> dict[int, Path]:
     """Step → folder, in order."""
-    found = {path.name.removeprefix("step-"): path for path in (work / "checkpoints").glob("step-*")}
-    return {int(step): path for step, path in sorted(found.items()) if step.isdecimal()}
+    return {step_of(path): path for path in checkpoints(work / "checkpoints")}
 
 
 def steps_of(work: Path) -> list[int]:
@@ -220,6 +221,17 @@ def begun(work: Path) -> dict[str, Any] | None:
     except OSError as failure:
         problem = str(failure.strerror)
     raise Refusal(f"{path}: {problem}; restore it, or move {work} away to begin the stage again") from None
+
+
+def _check_told(work: Path) -> None:
+    """Refuse to remove what an unfinished stage has made where the file is gone that says how it was begun. It is the
+    first that is written, and the folder is removed under another name."""
+    made = sorted(path.name for path in work.glob("*") if not path.name.startswith("."))
+    if made and BEGUN not in made:
+        raise Refusal(
+            f"{work}: it holds {made[0]} of an unfinished stage, and no {BEGUN}, which says how that was begun; "
+            f"restore it, move {work} away, or add resume=overwrite to begin anew without it"
+        )
 
 
 def _short(parent: dict[str, str] | None) -> str | None:

@@ -259,10 +259,10 @@ def test_a_write_that_fails_stops_training_and_leaves_the_checkpoint_before(tmp_
     class Full(Checkpoint):
         def _write(self, mine: Any) -> None:
             if mine.head["step"] == 4:
-                mine.tensors["more"] = torch.zeros(1, dtype=torch.complex64)  # no such dtype can be written
+                mine.tensors["more"] = torch.zeros(1, dtype=torch.complex128)  # no such dtype can be written
             super()._write(mine)
 
-    with pytest.raises(KeyError):
+    with pytest.raises(Refusal, match="cannot be written"):
         fit_with_checkpoints(tmp_path, 6, Full)
     assert [path.name for path in checkpoints(tmp_path / "checkpoints")] == ["step-00000002"]
     assert steps_of(fit_with_checkpoints(tmp_path, 6)) == [4, 6]  # what was half written is gone
@@ -334,6 +334,17 @@ def test_damaged_checkpoints_that_were_passed_over_are_not_counted_among_those_k
     assert found == ["damaged-step-00000004", "step-00000002", "step-00000003"]
 
 
+def test_a_copy_under_another_name_is_neither_a_checkpoint_nor_removed(tmp_path):
+    folder = fit_with_checkpoints(tmp_path, 4)
+    names = ["step-00000002.bak", "step-mine", "step-2", "step-000000002", "step-00000004 copy"]
+    for name in names:
+        shutil.copytree(folder / "step-00000002", folder / name)
+    (folder / "step-00000009").touch()  # a file
+    assert [path.name for path in checkpoints(folder)] == ["step-00000002", "step-00000004"]
+    fit_with_checkpoints(tmp_path, 7)
+    assert {path.name for path in folder.iterdir()} == {*names, "step-00000006", "step-00000007", "step-00000009"}
+
+
 @pytest.mark.parametrize("name", ["rank-00000.safetensors", "rank-00000.json", "checkpoint.json"])
 @pytest.mark.parametrize("harm", ["flip", "cut", "remove"])
 def test_what_was_changed_of_a_checkpoint_is_known(tmp_path, name, harm):
@@ -347,9 +358,8 @@ def test_what_was_changed_of_a_checkpoint_is_known(tmp_path, name, harm):
         path.write_bytes(content if harm == "flip" else content[:-3])
     if name == "rank-00000.json":  # what it says stands in checkpoint.json too
         assert damage(checkpoint) is None
-    elif harm == "remove" and name == "checkpoint.json":
-        assert checkpoints(checkpoint.parent) == []
     else:
+        assert checkpoints(checkpoint.parent) == [checkpoint]
         assert damage(checkpoint) is not None
 
 

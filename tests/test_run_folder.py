@@ -20,9 +20,11 @@ from models.errors import Refusal, of_storage
 from models.files import hash_of
 from pipeline import artifact, run_folder, verdicts
 from pipeline.context import Context
+from pipeline.training.checkpoints import choose
 from tests.command import ROOT
 
 RESUME = {"mode": "continue", "from_step": None, "skip_sequences": []}
+OVERWRITE = {"resume": {**RESUME, "mode": "overwrite"}}
 SETTINGS = {"max_steps": 4}
 DOCS = ROOT / "docs" / "concepts" / "run_folder.md"
 
@@ -69,6 +71,7 @@ class Case:
     harm: Callable[[Path], object]  # does it to a run folder, whose parent is the test's own
     told: str | None = None  # a part of the refusal; None: nothing is refused
     verdicts: tuple[str, str] = ("skip", "skip")  # of distill and prune where nothing is refused
+    overwrites: bool = False  # resume=overwrite is a way out
     moved: bool = False  # the folder's place is another one afterwards
     settled: bool = False  # its files are old enough for their hashes to be remembered
 
@@ -157,6 +160,7 @@ CASES = [
     Case("one digit of each remembered hash is another", lambda r: _remember(r, wrong=True), settled=True),
     Case("a begun stage's `stage.json` is cut short", lambda r: _begun(r, '{"identity"'), "how the stage was begun"),
     Case("a begun stage's `stage.json` is `[]`", lambda r: _begun(r, "[]"), "how the stage was begun"),
+    Case("a begun stage's `stage.json` is gone", lambda r: _begun(r, None), "and no stage.json", overwrites=True),
     Case("the folder was moved", lambda r: r.rename(r.parent / "moved"), moved=True),
     Case("its clock is set back ten years", lambda r: [os.utime(p, (4e8, 4e8)) for p in r.rglob("*")]),
     Case("its marker is gone, and artifacts alone are left", lambda r: [(r / "retort.json").unlink()]),
@@ -195,10 +199,11 @@ def _other_digit(text: str, place: int) -> str:
     return text[:place] + ("0" if text[place] != "0" else "1") + text[place + 1 :]
 
 
-def _begun(run_dir: Path, text: str) -> None:
+def _begun(run_dir: Path, text: str | None) -> None:
     shutil.rmtree(run_dir / "distill")
     (run_dir / "work" / "distill" / "checkpoints" / "step-00000004").mkdir(parents=True)
-    (run_dir / "work" / "distill" / "stage.json").write_text(text)
+    if text is not None:
+        (run_dir / "work" / "distill" / "stage.json").write_text(text)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.happened)
@@ -215,11 +220,13 @@ def test_what_happened_to_a_run_folder_is_told_and_loses_nothing(
     if case.told is None:
         assert tuple(_verdicts(run_dir).values()) == case.verdicts
         return
-    for words in ({}, {"resume": {**RESUME, "mode": "overwrite"}}):
+    for words in ({},) if case.overwrites else ({}, OVERWRITE):
         with pytest.raises(Refusal, match=re.escape(case.told)) as refused:
             _verdicts(run_dir, **words)
         assert "\n" not in str(refused.value)
     assert _contents(tmp_path) == before, "what is refused is left as it is"
+    if case.overwrites:
+        assert _verdicts(run_dir, **OVERWRITE)["distill"] == "start"
 
 
 def test_no_wrong_digit_in_what_is_remembered_becomes_the_hash_of_a_parent(
@@ -426,6 +433,47 @@ def test_going_back_to_a_damaged_checkpoint_is_refused_while_the_later_ones_stan
     with pytest.raises(Refusal, match=r"from_step=4: that checkpoint is damaged"):
         _turned(tmp_path, LOWER, from_step=4)
     assert verdicts.steps_of(tmp_path / "work" / "distill") == [4, 8]
+
+
+def _choice(run_dir: Path) -> str | None:
+    """The checkpoint that an unfinished distill goes on from."""
+    found = choose(Context({"run_dir": str(run_dir)}, "distill"))
+    return None if found is None else found.name
+
+
+def test_a_checkpoint_that_lost_its_head_is_damaged_and_not_absent(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _left_at(tmp_path, 4, 8)
+    folder = tmp_path / "work" / "distill" / "checkpoints"
+    (folder / ".step-00000012.partial").mkdir()  # it was being written
+    assert _choice(tmp_path) == "step-00000008"
+    assert capsys.readouterr().out == ""
+    (folder / "step-00000008" / "checkpoint.json").unlink()
+    assert _choice(tmp_path) == "step-00000004"
+    (told,) = capsys.readouterr().out.splitlines()
+    assert "step-00000008 is damaged and passed over: checkpoint.json cannot be read" in told
+    (folder / "step-00000004" / "checkpoint.json").unlink()
+    with pytest.raises(Refusal, match="no checkpoint is whole; restore one"):
+        _choice(tmp_path)
+
+
+def test_a_stage_that_was_killed_at_the_first_or_last_of_its_work_folder_is_begun(tmp_path: Path) -> None:
+    """Before stage.json was in place; and while the folder was removed."""
+    _make(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "distill")
+    work = tmp_path / "run" / "work" / "distill"
+    work.mkdir(parents=True)
+    (work / ".stage.json.partial").touch()
+    assert _verdicts(tmp_path / "run")["distill"] == "start"
+    (work / "checkpoints").mkdir()
+    (work / "stage.json").touch()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda *_, **__: None)
+        run_folder.clear(tmp_path / "run", "distill")
+    assert [path.name for path in work.parent.iterdir() if path.is_dir()] == [".distill.old"]
+    assert _verdicts(tmp_path / "run")["distill"] == "start"
+    assert not any(path.is_dir() for path in work.parent.iterdir())
 
 
 def test_what_a_later_turn_leaves_behind_is_no_longer_skipped_from_there() -> None:

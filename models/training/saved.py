@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,11 +13,13 @@ from typing import Any
 from models.files import hash_of
 
 HEAD = "checkpoint.json"
+_NAME = re.compile(r"step-([0-9]{8}|[1-9][0-9]{8,})")
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Those that were finished, oldest first; whether they still are whole, `damage` tells."""
-    return sorted(path for path in folder.glob("step-*") if (path / HEAD).is_file())
+    """Those that were finished, oldest first; whether they still are whole, `damage` tells. A checkpoint gets its name
+    when it is whole, so one without its head was harmed. Other names, as of somebody's copy, are let be."""
+    return sorted((path for path in folder.glob("step-*") if _NAME.fullmatch(path.name) and path.is_dir()), key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:
