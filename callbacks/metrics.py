@@ -77,14 +77,23 @@ def _is_validation(line: Line) -> bool:
 
 
 def _read(path: Path) -> list[Line]:
-    """The lines of `path`, without what a kill tore."""
+    """The lines of `path`, without what a kill tore and what was changed to something else."""
     lines = []
     for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
         try:
-            lines.append(json.loads(text))
-        except ValueError:
+            line = json.loads(text)
+        except (ValueError, RecursionError):
             continue
+        if _is_line(line):
+            lines.append(line)
     return lines
+
+
+def _is_line(value: Any) -> bool:
+    """Whether `_write` may have written it."""
+    if not isinstance(value, dict) or not isinstance(value.get("step"), int):
+        return False
+    return all(each is None or isinstance(each, int | float) for each in value.values())
 
 
 def _text(line: Line) -> str:

@@ -35,7 +35,7 @@ BESIDE = (PLAN, SCORES, METRICS)  # they lie beside a model, and do not belong t
 _PARTIAL = ".partial"
 _OLD = ".old"
 _OWN_HASH = "own_sha256"  # in a JSON file: of all the rest of it
-_SEALS = ".seals.json"
+SEALS = ".seals.json"  # of a folder of intermediate files: what it holds
 _SETTLED_NS = 2 * 10**9  # file systems stamp changes with a clock that may be that coarse
 
 
@@ -174,12 +174,12 @@ def altered(folder: Path, manifest: dict[str, Any], cache: Path | None = None) -
 
 def seal(folder: Path) -> None:
     """Write down what a folder of intermediate files holds, so that `sealed` can tell when that changed."""
-    write_json(folder / _SEALS, _hashes(folder, None))
+    write_json(folder / SEALS, _hashes(folder, None))
 
 
 def sealed(folder: Path) -> bool:
     """Whether a folder holds what it was sealed with. Files are read again only when their size or times changed."""
-    told = _remembered_json(folder / _SEALS)
+    told = _remembered_json(folder / SEALS)
     return bool(told) and told == _hashes(folder, folder.with_name(f".{folder.name}.hashes.json"))
 
 

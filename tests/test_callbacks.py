@@ -165,6 +165,32 @@ def test_restarted_run_has_the_same_metrics_file_as_an_uninterrupted_one(tmp_pat
     assert path.read_text() == (tmp_path / "whole" / "metrics.jsonl").read_text()
 
 
+@pytest.mark.parametrize("key", ["step", "loss"])
+@pytest.mark.parametrize("bit", range(8))
+def test_a_letter_that_was_changed_costs_its_own_line_at_most(tmp_path, key, bit):
+    path = tmp_path / "metrics.jsonl"
+    fit(tmp_path, 5, MetricsFile(path))
+    content = bytearray(path.read_bytes())
+    before = lines(path)
+    content[content.index(f'"{key}": '.encode(), len(content) // 2) + 1] ^= 1 << bit
+    path.write_bytes(content)
+    fit(tmp_path, 7, MetricsFile(path), resume=True)
+    assert len([line for line in before if line in lines(path)]) >= len(before) - 1
+    assert lines(path)[-1]["step"] == 7
+
+
+@pytest.mark.parametrize(
+    "line", ["[]", "3", "null", '{"loss": 1}', '{"step": "2"}', '{"step": 2, "loss": "x"}', '{"step": 2, "loss": []}']
+)
+def test_lines_of_others_are_left_out(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    fit(tmp_path, 2, MetricsFile(path))
+    before = lines(path)
+    path.write_text(path.read_text() + line + "\n")
+    fit(tmp_path, 3, MetricsFile(path), resume=True)
+    assert lines(path)[:-1] == before
+
+
 def test_a_run_killed_before_its_first_checkpoint_begins_its_file_anew(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 99}\n\0\0\0')
     fit(tmp_path, 2, MetricsFile(tmp_path / "metrics.jsonl"))

@@ -175,7 +175,7 @@ class Export(Stage):
             Alone(["models.formats.certificate", *_QUANTIZERS]),
         )
         for name in shown(list(self._formats), len(self._formats), context.stage):
-            if not (context.work / name / artifact.MANIFEST).exists():  # else a run that was killed has made it
+            if not _whole(context, name):
                 exporter.make(name, self._formats[name])
         manifests = {name: json.loads((context.work / name / artifact.MANIFEST).read_text()) for name in self._formats}
         manifest = context.manifest(self.makes)
@@ -187,7 +187,8 @@ class Export(Stage):
 
         def build(out: Path) -> None:
             for name in self._formats:
-                shutil.copytree(context.work / name, out / name, copy_function=_linked)
+                ignore = shutil.ignore_patterns(artifact.SEALS)
+                shutil.copytree(context.work / name, out / name, copy_function=_linked, ignore=ignore)
             manifest["seconds"] = round(time.monotonic() - begin, 3)
 
         artifact.publish(context.out, build, manifest)
@@ -215,6 +216,16 @@ class Export(Stage):
                         yield ids
             if some:
                 return
+
+
+def _whole(context: Context, name: str) -> bool:
+    """Whether a run that was killed has made this format. One that was changed since is told, and removed."""
+    folder = context.work / name
+    if not folder.exists() or artifact.sealed(folder):
+        return folder.exists()
+    print(f"{context.stage}: {folder} was changed since it was written; it is made again", flush=True)
+    shutil.rmtree(folder)
+    return False
 
 
 def _text(tokenizer: Any, ids: Tensor) -> str:

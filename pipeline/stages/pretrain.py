@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,6 +14,7 @@ from models.errors import Refusal
 from models.load import empty_model, parameter_count
 from models.objectives.cross_entropy import CrossEntropy
 from models.student import check_counts, check_sizes, write_fresh
+from pipeline import artifact
 from pipeline.context import Context
 from pipeline.data.source import DataSource, check_source, source_key
 from pipeline.data.tokenizer import load_tokenizer, train_tokenizer
@@ -83,8 +86,14 @@ class Pretrain(Stage):
         """The given one, or one that is trained and written to `folder`."""
         if self.tokenizer.path:
             return load_tokenizer(self.tokenizer.path)
-        if not folder.exists():  # written aside and renamed: if it is there, it is whole
-            train_tokenizer(self.data.texts("train"), self.tokenizer.vocab_size, folder)
+        if folder.exists() and not artifact.sealed(folder):
+            print(f"{folder}: the tokenizer was changed since it was trained; it is made again", flush=True)
+            shutil.rmtree(folder)
+        if not folder.exists():
+            aside = folder.with_name(f".{folder.name}")
+            train_tokenizer(self.data.texts("train"), self.tokenizer.vocab_size, aside)
+            artifact.seal(aside)
+            os.rename(aside, folder)
         return load_tokenizer(str(folder))
 
     def prepare(self, context: Context) -> None:

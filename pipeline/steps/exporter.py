@@ -73,6 +73,7 @@ class Exporter:
         )
         (aside / artifact.CARD).write_text(text)
         artifact.write_json(aside / artifact.MANIFEST, manifest)
+        artifact.seal(aside)
         os.rename(aside, context.work / name)
         rounded = "" if figures["first_odd_weight"] is None else ", quantized by the format itself"
         print(
@@ -113,13 +114,13 @@ class Exporter:
         """A folder with the model's own logits of the samples, its activations rounded so; made once."""
         context = self.context
         folder = context.work / (".references" + re.sub(r"\W+", "-", repr(activations)))
-        if not (folder / "done").exists():
+        if not artifact.sealed(folder):
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
             words = (str(self.folder), self.quantized, self.dtype, self.samples, folder, context.device, activations)
             killed = f"{context.stage}: the model itself {_KILLED.format(stage=context.stage)}"
             self.alone(refer, *words, killed=killed)
-            (folder / "done").touch()
+            artifact.seal(folder)
         return folder
 
     def _manifest(self, name: str, folder: Path, written: Written, figures: dict[str, Any]) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from models.formats.gptq import GPTQ
 from models.formats.huggingface import HuggingFace
 from models.measure import documents, negative_log_likelihood, open_for_inference, scored
 from models.quantization.scheme import WeightScheme
+from pipeline import artifact
 from pipeline.artifact import checked, content_hash, publish, read_manifest
 from pipeline.building import build
 from pipeline.check import check
@@ -191,6 +192,59 @@ def test_a_run_that_was_killed_goes_on_behind_the_formats_that_are_done(
         for file in ("model.safetensors", "config.json"):
             assert (context.out / name / file).read_bytes() == (exported / name / file).read_bytes()
         assert not (context.out / name / "half.safetensors").exists()
+
+
+@pytest.mark.parametrize("harm", ["a weight", "the manifest", "a figure", "a file more", "a reference"])
+def test_a_finished_format_that_was_changed_is_told_and_made_again(
+    start: Path,
+    exported: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    harm: str,
+) -> None:
+    run_dir = run_of(start, tmp_path)
+    words = [f"model.path={start}/teacher", "format=[huggingface]"]
+    stage, context = EXPERIMENT.begin(run_dir, "export", *words)
+    stage.prepare(context)
+    with monkeypatch.context() as patch:
+
+        def dies(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        patch.setattr(artifact, "publish", dies)
+        with pytest.raises(KeyboardInterrupt):
+            stage.run(context)
+    capsys.readouterr()
+    done = context.work / "huggingface"
+    told = done / "manifest.json"
+    if harm == "a weight":
+        content = bytearray((done / "model.safetensors").read_bytes())
+        content[-1] ^= 1
+        (done / "model.safetensors").write_bytes(content)
+    elif harm == "the manifest":
+        told.write_bytes(told.read_bytes()[:99])
+    elif harm == "a figure":
+        told.write_text(told.read_text().replace('"kl": ', '"kl": 9'))
+    elif harm == "a file more":
+        (done / "modeling.py").touch()
+    else:
+        shutil.rmtree(done)
+        (references,) = context.work.glob(".references*")
+        first = min(references.glob("logits-*"))
+        held = {name: tensor + 1 for name, tensor in load_file(first).items()}
+        save_file(held, first)
+    stage.run(context)
+    out = capsys.readouterr().out
+    assert out.count("was changed since it was written; it is made again") == (harm != "a reference")
+    assert {path.name for path in (context.out / "huggingface").iterdir()} == {
+        path.name for path in (exported / "huggingface").iterdir()
+    }
+    for file in ("model.safetensors", "config.json"):
+        assert (context.out / "huggingface" / file).read_bytes() == (exported / "huggingface" / file).read_bytes()
+    assert manifest(context.out)["certificates"]["huggingface"]["kl"] < 1e-9
+    assert not artifact.foreign(context.out)
+    assert artifact.altered(context.out, manifest(context.out)) == []
 
 
 def test_a_failed_certificate_is_one_line_and_leaves_nothing(
