@@ -12,9 +12,10 @@ from safetensors import SafetensorError, safe_open
 from models.errors import Refusal
 
 WEIGHTS, INDEX, ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_config.json"
+GENERATION = "generation_config.json"
 _CONFIG_BYTES, _INDEX_BYTES = 1 << 24, 1 << 27  # the largest index published holds 9 MB
 # transformers does without the first where it does not open, and the model then stops at other tokens
-_BESIDE = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+_BESIDE = (GENERATION, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _WIDTHS = ("hidden_size", "n_embd", "vocab_size")  # each is a dimension of some tensor, in packed formats too
 
@@ -47,7 +48,7 @@ def check_files(folder: Path, told: str, weights: bool = True) -> None:
     config = _json(folder / "config.json", _CONFIG_BYTES, told)
     for name in _BESIDE:
         if (folder / name).exists():
-            _json(folder / name, _CONFIG_BYTES, told)
+            _check_token_ids(_json(folder / name, _CONFIG_BYTES, told), name, told)
     if not weights:
         return
     if (folder / ADAPTER).is_file():  # transformers would open it too, pickled or not
@@ -60,6 +61,19 @@ def check_files(folder: Path, told: str, weights: bool = True) -> None:
     if config.get("transformers_weights") is not None:  # transformers' own way to name another file, pickled or not
         raise Refusal(f"{told}: config.json names its weights by transformers_weights; call them {WEIGHTS}")
     _check_sizes(config, shapes_of(folder, told), told)
+
+
+def _check_token_ids(held: dict[str, Any], file: str, told: str) -> None:
+    """Refuse words where the numbers of tokens belong: a model would generate to its limit, or stop anywhere."""
+    for name, value in held.items():
+        if name.endswith("_token_id") and not all(
+            isinstance(each, int) and not isinstance(each, bool)
+            for each in (value if isinstance(value, list) else [] if value is None else [value])
+        ):
+            raise Refusal(
+                f"{told}: {name}={value!r} in {file} is no number of a token; give a whole number, a list of them or "
+                f"null"
+            )
 
 
 def part_names(folder: Path, told: str) -> list[str]:

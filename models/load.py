@@ -17,7 +17,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils.hub import cached_file
 
 from models.errors import Refusal
-from models.folder import ADAPTER, INDEX, WEIGHTS, check_files, check_folder, named, part_names, shapes_of
+from models.folder import ADAPTER, GENERATION, INDEX, WEIGHTS, check_files, check_folder, named, part_names, shapes_of
 from models.transformers_4 import add_older_words
 from models.whole import check_finite, check_report, first_line, whole
 
@@ -110,6 +110,9 @@ def check_weights(path: str, role: str, config: PretrainedConfig) -> None:
     """Refuse a folder whose tensors, by the headers of its files, are not those of its config. Reads no weights, and
     passes what only a load can tell: packed weights, code of the folder's own, a hub id."""
     if Path(path).is_dir():
+        if (Path(path) / GENERATION).is_file():
+            with whole(named(path, role), f"{GENERATION} does not open"):
+                GenerationConfig.from_pretrained(path)
         _check_names(path, config, named(path, role))
 
 
@@ -189,9 +192,26 @@ def save_model(model: Any, tokenizer: Any, folder: Path, state: dict[str, Tensor
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if getattr(generation, name) is None:
             setattr(generation, name, getattr(tokenizer, name))
-    model.save_pretrained(folder, state_dict=state, safe_serialization=True)
+    with _plain_generation(model):
+        model.save_pretrained(folder, state_dict=state, safe_serialization=True)
     config.dtype = dtype  # of what is written: save_pretrained says the model's own
     config.save_pretrained(folder)
-    generation.save_pretrained(folder)
+    # Its own save_pretrained refuses what greedy decoding does not use, as many published ones hold: a temperature
+    # without do_sample. What the source says is kept as it is.
+    generation.to_json_file(folder / GENERATION, use_diff=True, keys_to_pop=["compile_config"])
     tokenizer.save_pretrained(folder)
     add_older_words(folder)
+
+
+@contextmanager
+def _plain_generation(model: Any) -> Iterator[None]:
+    """In it the model's generation config is transformers' own, which save_pretrained takes whatever the model's is."""
+    had = getattr(model, "generation_config", None)
+    if had is None:
+        yield
+        return
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = had

@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, Gemma2Config
 
 from models.errors import Refusal
 from models.formats.checkpoint import names
-from models.load import check_model, load_model
+from models.load import check_model, load_model, save_model
+from pipeline.data.tokenizer import load_tokenizer
 from tests.optional_data import STORIES, needed
 from tests.pruning.families import FAMILIES, model_of, tokens
 
@@ -378,3 +379,42 @@ def test_a_family_that_caps_its_attention_never_runs_without_the_cap(tmp_path: P
         assert torch.equal(found(tokens()).logits, plain(tokens()).logits)
     with pytest.raises(Refusal, match=r"attention=sdpa: Gemma2Config caps its attention's scores at 0\.5"):
         load_model(str(tmp_path), dtype=torch.float32, attention="sdpa")
+
+
+@pytest.mark.parametrize(
+    "held",
+    [
+        {"temperature": 0.9, "top_p": 0.6, "top_k": 3, "eos_token_id": [1, 2]},
+        {"early_stopping": True, "num_beams": 1},
+        {"pad_token_id": -1},
+    ],
+)
+def test_a_generation_config_that_transformers_would_not_save_is_saved_as_it_was(
+    held: dict[str, Any], folder: Path, tmp_path: Path
+) -> None:
+    """Published models have such: transformers saves them unchanged only, and before 5.18 not at all."""
+    (folder / "generation_config.json").write_text(json.dumps(held))
+    check_model(str(folder), "teacher")
+    model, tokenizer = opened(folder), load_tokenizer(needed(STORIES))
+    tokenizer.pad_token = tokenizer.eos_token
+    save_model(model, tokenizer, tmp_path / "saved", model.state_dict(), torch.float32)
+    said = json.loads((tmp_path / "saved" / "generation_config.json").read_text())
+    assert said == said | held
+    assert held.get("pad_token_id", tokenizer.pad_token_id) == said["pad_token_id"]
+    assert model.generation_config.to_dict() == model.generation_config.to_dict() | held
+    again = opened(tmp_path / "saved").generation_config
+    assert {name: getattr(again, name) for name in held} == held
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("eos_token_id", "x"), ("eos_token_id", [1, "2"]), ("bos_token_id", True), ("pad_token_id", {})]
+)
+def test_words_in_place_of_token_ids_are_refused(name: str, value: Any, folder: Path) -> None:
+    (folder / "generation_config.json").write_text(json.dumps({name: value}))
+    for said in (refusal_of(folder), checked(folder)):
+        assert f"{name}={value!r} in generation_config.json is no number of a token" in said
+
+
+def test_a_generation_config_that_does_not_open_is_refused_before_the_weights(folder: Path) -> None:
+    (folder / "generation_config.json").write_text('{"early_stopping": "perhaps"}')
+    assert "generation_config.json does not open: `early_stopping` must be a boolean" in checked(folder)
