@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from models.errors import Refusal
@@ -73,7 +76,9 @@ class Shape:
     opens_teacher: ClassVar[bool] = False
 
     def config(self, teacher: str) -> PretrainedConfig:
-        return self._shaped(teacher)[0]
+        config = self._shaped(teacher)[0]
+        made_empty(config, "student.shape")
+        return config
 
     def notes(self, teacher: str) -> list[str]:
         return self._shaped(teacher)[1]
@@ -92,7 +97,8 @@ class Shape:
         check_counts(base, shape, "student.shape")
         check_sizes({k: v for k, v in values.items() if k != "head_dim"} | shape, "student")
         values, notes = _reshaped(base, shape)
-        return rebuilt(base, values), notes
+        config = rebuilt(base, values, "student.shape")
+        return config, notes + _of_widths(base, config, shape)
 
     def materialise(self, teacher: str, tokenizer: Any, folder: Path, seed: int) -> None:
         write_fresh(self.config(teacher), tokenizer, folder, seed)
@@ -113,14 +119,14 @@ class Layers:
     def kept(self, depth: int) -> list[int]:
         if self.keep == "all":
             return list(range(depth))
-        if isinstance(self.keep, str):
+        if isinstance(self.keep, bool) or not isinstance(self.keep, int | list | tuple | range):
             raise Refusal(f"student.keep={self.keep}: need a number, a list of layer numbers, or all")
         if isinstance(self.keep, int):
             if not 1 <= self.keep <= depth:
                 raise Refusal(f"student.keep={self.keep}: the teacher has {depth} layers; need 1 to {depth}")
             return [round(i * (depth - 1) / max(1, self.keep - 1)) for i in range(self.keep)]
         kept = list(self.keep)
-        if not kept or sorted(set(kept)) != kept or not all(isinstance(i, int) and 0 <= i < depth for i in kept):
+        if not kept or not all(type(i) is int and 0 <= i < depth for i in kept) or sorted(set(kept)) != kept:
             raise Refusal(f"student.keep={kept}: need rising layer numbers from 0 to {depth - 1}")
         return kept
 
@@ -243,6 +249,36 @@ def _reshaped(base: PretrainedConfig, shape: dict[str, Any]) -> tuple[dict[str, 
     return values, notes
 
 
+# What some families multiply or divide attention's scores by: of a head's width in most of their models, not in all.
+_OF_SCORES = ("query_pre_attn_scalar", "attention_multiplier")
+
+
+def _of_widths(base: PretrainedConfig, config: PretrainedConfig, shape: dict[str, Any]) -> list[str]:
+    """In words, what became of a head's width that nobody asked to change, and of what goes with it."""
+    had, has = _head_width(base), _head_width(config)
+    if had == has:
+        return []
+    notes = []
+    if "head_dim" not in shape and getattr(base, "head_dim", None) is not None:
+        notes.append(
+            f"head_dim={has} follows from hidden_size and num_attention_heads, as the teacher's {had} does; "
+            f"student.shape.head_dim=… changes it"
+        )
+    for name in _OF_SCORES:
+        if name not in shape and getattr(config, name, None) is not None:
+            notes.append(
+                f"{name}={getattr(config, name)} is the teacher's, whose heads are {had} wide and not {has}; "
+                f"student.shape.{name}=… changes it"
+            )
+    return notes
+
+
+def _head_width(config: PretrainedConfig) -> int | None:
+    """None where a family has no heads: a state space model's."""
+    hidden, heads = getattr(config, "hidden_size", None), getattr(config, "num_attention_heads", None)
+    return getattr(config, "head_dim", None) or (hidden // heads if hidden and isinstance(heads, int) and heads else None)
+
+
 def _by_rule(base: PretrainedConfig, free: list[str]) -> dict[str, Any]:
     """What the family makes of the teacher's config where nothing is said of `free`."""
     try:
@@ -293,20 +329,28 @@ def check_sizes(values: dict[str, Any], role: str) -> None:
         )
 
 
-def rebuilt(base: PretrainedConfig, values: dict[str, Any]) -> PretrainedConfig:
+def rebuilt(base: PretrainedConfig, values: dict[str, Any], role: str = "student") -> PretrainedConfig:
     """A config of the same family with these values; a Refusal where it does not take them."""
     values = {
         k: v
         for k, v in copy.deepcopy(values).items()
         if k not in ("model_type", "transformers_version", "_name_or_path", "quantization_config")
     }
-    try:
+    with _refusing(f"{role}: {type(base).__name__} refuses this shape"):
         return type(base)(**values)
-    except (ValueError, TypeError, AttributeError) as problem:
-        raise Refusal(f"student: {type(base).__name__} refuses this shape: {str(problem).splitlines()[0]}") from None
-    except Exception as problem:  # huggingface_hub's strict dataclasses raise a class of their own
-        if type(problem).__name__.startswith("StrictDataclass"):
-            raise Refusal(
-                f"student: {type(base).__name__} refuses this shape: {' '.join(str(problem).split())}"
-            ) from None
-        raise
+
+
+def made_empty(config: PretrainedConfig, role: str) -> nn.Module:
+    """The model of a config with a person's values, without memory; a Refusal where its family makes none of it."""
+    with _refusing(f"{role}: {type(config).__name__} makes no model of these values"):
+        return empty_model(config)
+
+
+@contextmanager
+def _refusing(told: str) -> Iterator[None]:
+    """A family's own code raises whatever it likes of a value that it does not know."""
+    try:
+        yield
+    except Exception as problem:
+        name = "" if isinstance(problem, ValueError | TypeError) else f"{type(problem).__name__}: "
+        raise Refusal(f"{told}: {name}{' '.join(str(problem).split())}") from None

@@ -32,6 +32,7 @@ _KINDS = {
 }
 _RENAMED = {"grid": "scheme", "method": "quantizer"}  # since 0.1
 _ABSENT = object()
+_CHOICES_KEY = re.compile(r"(\w+)\.([\w.]+)=")  # of a choice, as of the group student
 _NOT_OF_STAGES = {"experiment", "scale", "stage", "training", "strategy", "logger", "callbacks", "launch"}
 OF_RANKS = re.compile(r"(strategy|trainer\.(devices|nodes))(?=[.=])")  # what says how many ranks there are
 _OF_HYDRA = {
@@ -61,7 +62,12 @@ def arguments(given: Sequence[str]) -> list[str]:
     # beside the other overrides: argparse wants them all in one place
     if not any(word.startswith("+experiment=") for word in words):
         words.insert(at, "+experiment=quickstart")
-    words[at:at] = _passed_on([word for word in words if "=" in word and not word.startswith("-")])
+    given = [word for word in words if "=" in word and not word.startswith("-")]
+    changed = [word for word in given if (found := _CHOICES_KEY.match(word)) and (CONF / found[1]).is_dir()]
+    if changed:
+        composed = composed_without_values(given)
+        words = [_opened(word, composed) for word in words]
+        words[at:at] = _passed_on(given, composed)
     if {"-m", "--multirun"} & set(words) and not any(word.startswith("run_dir=") for word in words):
         same = {override.key_or_group for override in _parsed(words) if not override.is_sweep_override()}
         same_keys = ",".join(f'"{key}"' for key in sorted(same | {"run_dir"}))
@@ -91,25 +97,38 @@ def _word(word: str) -> str:
     return word
 
 
-def _passed_on(words: Sequence[str]) -> list[str]:
+def _opened(word: str, composed: DictConfig) -> str:
+    """Of the student's shape, which takes any number of its teacher's config, the yaml lists some: with `++` Hydra takes
+    the others, too."""
+    shape = OmegaConf.select(composed, "student.shape")
+    if not re.match(r"student\.shape(\.|=\{)", word) or not isinstance(shape, DictConfig):
+        return word
+    key, (override,) = word.partition("=")[0], _parsed([word])
+    value = override.value()
+    given = [key.removeprefix("student.shape.")] if key != "student.shape" else value if isinstance(value, dict) else {}
+    return word if {str(each).partition(".")[0] for each in given} <= set(shape) else f"++{word}"
+
+
+def _passed_on(words: Sequence[str], composed: DictConfig) -> list[str]:
     """Overrides by which GROUP.KEY=VALUE reaches stages that change another key of that choice, and hold a copy of it.
 
-    A stage that has set the key itself keeps its own value.
+    A stage that has set the key itself keeps its own value. `composed`: the configuration without values.
     """
-    changed = [found for word in words if (found := re.match(r"(\w+)\.([\w.]+)=", word)) and (CONF / found[1]).is_dir()]
-    if not changed:
-        return []
     given = {word.partition("=")[0] for word in words}
-    composed = composed_without_values(words)
     passed = []
-    for group, key in (found.groups() for found in changed):
-        value = _written(composed, f"{group}.{key}")
-        if value is _ABSENT:  # Hydra says so
+    for word in words:
+        if not (found := _CHOICES_KEY.match(word)) or not (CONF / found[1]).is_dir():
             continue
+        group, key = found.groups()
+        value, added = _written(composed, f"{group}.{key}"), ""
+        if value is _ABSENT:
+            if _opened(word, composed) == word:  # Hydra says so
+                continue
+            added = "++"
         for path, copy in _copies(composed.get("stages") or {}, group, "stages"):
             same_class = copy.get("_target_") == OmegaConf.select(composed, f"{group}._target_")
             if same_class and _written(copy, key) == value and f"{path}.{key}" not in given:
-                passed.append(f"{path}.{key}=${{{group}.{key}}}")
+                passed.append(f"{added}{path}.{key}=${{{group}.{key}}}")
     return passed
 
 
@@ -142,6 +161,7 @@ def takers(composed: DictConfig, words: Sequence[str]) -> dict[str, list[str]]:
     taken = {name: _taken(whole, name) for name in whole["order"]}
     found = {}
     for word in words:
+        word = word.removeprefix("++")
         group = re.match(r"(\w+)(?=[.=])", word)
         key = _key_of(group[1]) if group else ""
         choices = {*map(_key_of, GROUPS), "model"} - _NOT_OF_STAGES

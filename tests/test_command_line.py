@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from models.errors import Refusal
@@ -104,6 +105,47 @@ WRONG = {  # what is typed → what the answer says
     "order=[pretrain,distill,control,prune,recover,quantize,qat,unquantized,export,evaluate]": "stages.record is not "
     "in order, which says when a stage runs: add it, e.g. order=[",
 }
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["student.shape.head_dim=16"],
+        ["student.shape={num_hidden_layers: 1, head_dim: 16}"],
+        ["+student.shape.head_dim=16"],
+        ["student.shape.head_dim=16", "student.shape={num_hidden_layers: 1}"],
+        ["student.shape.rope_parameters={rope_theta: 5, rope_type: default}"],
+    ],
+    ids=str,
+)
+def test_any_number_of_the_teachers_config_can_be_typed(words: list[str]) -> None:
+    config = composed(*arguments(words))
+    shape = config["student"]["shape"]
+    assert shape == config["stages"]["distill"]["student"]["shape"]
+    assert shape["hidden_size"] == 64
+    assert shape["num_hidden_layers"] == (1 if "num_hidden_layers" in str(words) else 3)
+    assert shape.get("head_dim") == (16 if "head_dim" in str(words) else None)
+    assert shape.get("rope_parameters") == (
+        {"rope_theta": 5, "rope_type": "default"} if "rope" in str(words) else None
+    )
+
+
+def test_a_number_that_the_yaml_does_not_list_reaches_stages_that_change_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import pipeline.command_line as line
+
+    shape = "{_target_: models.student.Shape, shape: {hidden_size: null, num_hidden_layers: %s}}"
+    made = OmegaConf.create(f"student: {shape % 'null'}\nstages: {{a: {{student: {shape % 2}}}}}")
+    monkeypatch.setattr(line, "composed_without_values", lambda words: made)
+    words = arguments(["student.shape.head_dim=16", "student.shape.hidden_size=32", "student.shape.num_hidden_layers=1"])
+    assert [word for word in words if "head_dim" in word] == [
+        "++stages.a.student.shape.head_dim=${student.shape.head_dim}",
+        "++student.shape.head_dim=16",
+    ]
+    assert "stages.a.student.shape.hidden_size=${student.shape.hidden_size}" in words
+    assert "student.shape.hidden_size=32" in words
+    assert not any("stages.a.student.shape.num_hidden_layers" in word for word in words)
 
 
 @pytest.mark.parametrize("word", WRONG)

@@ -177,7 +177,50 @@ def test_a_width_of_heads_that_stays_where_others_change_is_told(family: str, tm
     ]
     assert Shape({"num_hidden_layers": 2}).notes(teacher) == []
     assert Shape({"hidden_size": 48, "head_dim": 12}).config(teacher).head_dim == 12
-    assert Shape({"hidden_size": 48, "head_dim": 12}).notes(teacher) == []
+    scalar = getattr(AutoConfig.from_pretrained(teacher), "query_pre_attn_scalar", None)
+    assert Shape({"hidden_size": 48, "head_dim": 12}).notes(teacher) == (
+        []
+        if scalar is None
+        else [
+            f"query_pre_attn_scalar={scalar} is the teacher's, whose heads are 24 wide and not 12; "
+            f"student.shape.query_pre_attn_scalar=… changes it"
+        ]
+    )
+    assert Shape({"head_dim": 12, "query_pre_attn_scalar": 12} if scalar else {"head_dim": 12}).notes(teacher) == []
+
+
+@pytest.mark.parametrize(
+    ("shape", "width"), [({"hidden_size": 32}, 8), ({"num_attention_heads": 2}, 32), ({"num_hidden_layers": 2}, None)]
+)
+def test_a_width_of_heads_that_follows_the_others_is_told(
+    shape: dict[str, int], width: int | None, tmp_path: Path
+) -> None:
+    """Llama 3.2 1B states head_dim=64, which is its hidden_size ÷ heads, too."""
+    teacher = teacher_of("llama", tmp_path, head_dim=16)
+    assert Shape(shape).config(teacher).head_dim == (width or 16)
+    told = f"head_dim={width} follows from hidden_size and num_attention_heads, as the teacher's 16 does"
+    assert Shape(shape).notes(teacher) == ([f"{told}; student.shape.head_dim=… changes it"] if width else [])
+    assert Shape({**shape, "head_dim": 16}).notes(teacher) == []
+
+
+def test_a_student_of_a_family_without_heads_has_a_shape_too(tmp_path: Path) -> None:
+    AutoConfig.for_model("mamba", vocab_size=288, hidden_size=32, num_hidden_layers=3).save_pretrained(tmp_path)
+    assert Shape({"num_hidden_layers": 2}).notes(str(tmp_path)) == []
+
+
+@pytest.mark.parametrize(
+    ("shape", "said"),
+    [
+        ({"hidden_act": "nope"}, "LlamaConfig makes no model of these values: KeyError: 'nope'"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "LlamaConfig refuses this shape: KeyError: \"Missing required"),
+        ({"head_dim": 7}, "LlamaConfig refuses this shape: "),
+    ],
+)
+def test_what_a_family_raises_of_a_shape_is_said_in_one_line(shape: dict[str, Any], said: str, tmp_path: Path) -> None:
+    with pytest.raises(Refusal) as refused:
+        Shape(shape).config(teacher_of("llama", tmp_path, rope_parameters={"rope_type": "default"}))
+    assert str(refused.value).startswith(f"student.shape: {said}")
+    assert "\n" not in str(refused.value)
 
 
 def test_kinds_of_layers_that_no_rule_gives_are_cut_repeated_and_told(tmp_path: Path) -> None:

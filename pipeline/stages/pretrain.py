@@ -11,9 +11,9 @@ from typing import Any, ClassVar
 from transformers import AutoConfig
 
 from models.errors import Refusal
-from models.load import empty_model, parameter_count
+from models.load import parameter_count
 from models.objectives.cross_entropy import CrossEntropy
-from models.student import check_counts, check_sizes, write_fresh
+from models.student import check_counts, check_sizes, made_empty, write_fresh
 from pipeline import artifact
 from pipeline.context import Context
 from pipeline.data.source import DataSource, check_source, source_key
@@ -66,10 +66,10 @@ class Pretrain(Stage):
             )
         vocabulary = len(load_tokenizer(self.tokenizer.path)) if self.tokenizer.path else self.tokenizer.vocab_size
         config = self._config(vocabulary)
+        parameters = parameter_count(made_empty(config, "model"))
         settings.check_family(context, config)
         settings.check_packing(config, self.data, "model")
         context.plan_model(config)
-        parameters = parameter_count(empty_model(config))
         settings.check_disk(context, parameters, corpus)
         return StagePlan(
             model=config.model_type,
