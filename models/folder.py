@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,9 @@ def check_files(folder: Path, told: str, weights: bool = True) -> None:
         raise Refusal(f"{told}: this is a teacher cache, without the model's weights; give its folder")
     if config.get("transformers_weights") is not None:  # transformers' own way to name another file, pickled or not
         raise Refusal(f"{told}: config.json names its weights by transformers_weights; call them {WEIGHTS}")
-    _check_sizes(config, shapes_of(folder, told), told)
+    headers = _headers(folder, told)
+    _check_types(config, headers, told)
+    _check_sizes(config, {name: shape for name, (shape, _) in headers.items()}, told)
 
 
 def _check_token_ids(held: dict[str, Any], file: str, told: str) -> None:
@@ -119,16 +122,57 @@ def _json(path: Path, most: int, told: str) -> dict[str, Any]:
 
 def shapes_of(folder: Path, told: str) -> dict[str, list[int]]:
     """Of all tensors, by name. A file whose length is not what its header says is refused."""
-    shapes = {}
+    return {name: shape for name, (shape, _) in _headers(folder, told).items()}
+
+
+def _headers(folder: Path, told: str) -> dict[str, tuple[list[int], str]]:
+    """Shape and type of all tensors, by name."""
+    found: dict[str, tuple[list[int], str]] = {}
+    of: dict[str, str] = {}  # name → the part that holds it
     for part in part_names(folder, told):
         if not (folder / part).is_file():  # nor a pipe, which would wait for ever
             raise Refusal(f"{told}: {part} is not there; the weights are incomplete, copy it too")
         try:
             with safe_open(folder / part, "np") as file:
-                shapes.update({name: file.get_slice(name).get_shape() for name in file.keys()})
+                for name in file.keys():
+                    if name in of and not _same(folder, (of[name], part), name):
+                        raise Refusal(
+                            f"{told}: {name} is in {of[name]} and in {part}, with other values; one of them is of "
+                            f"another model, copy them again"
+                        )
+                    held = file.get_slice(name)
+                    found[name], of[name] = (held.get_shape(), held.get_dtype()), part
         except (OSError, SafetensorError) as problem:
             raise Refusal(f"{told}: {part} is damaged or no safetensors: {problem}; copy it again") from None
-    return shapes
+    return found
+
+
+def _same(folder: Path, parts: tuple[str, str], name: str) -> bool:
+    """Whether a tensor that two parts hold is the same in both: read only where there are two."""
+    import torch
+
+    held = []
+    for part in parts:
+        with safe_open(folder / part, "pt") as file:
+            held.append(file.get_tensor(name))
+    one, other = held
+    return one.dtype == other.dtype and torch.equal(one, other)
+
+
+def _check_types(config: dict[str, Any], headers: dict[str, tuple[list[int], str]], told: str) -> None:
+    """Refuse weights in 8 bits and fewer, or whole numbers, of which the config does not say how they are meant: they
+    would be taken as they are, without their scales."""
+    if config.get("quantization_config") or config.get("compression_config"):  # the older name
+        return
+    for name, (shape, kind) in headers.items():
+        last = name.rpartition(".")[2]
+        whole = not kind.startswith(("F", "BF"))
+        few = re.match(r"F[468](_|$)", kind)
+        if few or (whole and (last == "weight" or (last == "bias" and len(shape) == 1))):
+            raise Refusal(
+                f"{told}: {name} holds {kind}, and config.json has no quantization_config that says how to read it; "
+                f"give the model in bfloat16, float16 or float32, or the config.json it was quantized with"
+            )
 
 
 def _check_sizes(config: dict[str, Any], shapes: dict[str, list[int]], told: str) -> None:

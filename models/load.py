@@ -19,7 +19,7 @@ from transformers.utils.hub import cached_file
 from models.errors import Refusal
 from models.folder import ADAPTER, GENERATION, INDEX, WEIGHTS, check_files, check_folder, named, part_names, shapes_of
 from models.transformers_4 import add_older_words
-from models.whole import check_finite, check_report, first_line, whole
+from models.whole import check_finite, check_report, check_tied, first_line, whole, without_masks
 
 transformers_logging.disable_progress_bar()
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -94,8 +94,12 @@ def load_model(
             **words,
         )
     model, report = opened
+    if report["unexpected_keys"] and Path(folder).is_dir():
+        report = without_masks(report, shapes_of(Path(folder), told))
     check_report(report, told)
     check_finite(model, told, sharded)
+    if not sharded:
+        check_tied(model, told)
     return model
 
 
@@ -123,7 +127,8 @@ def _check_names(folder: str, config: PretrainedConfig, told: str) -> None:
         return
     with unsharded(), whole(told, "its config makes no causal language model"):
         kind: Any = type(empty_model(config))
-        tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes_of(Path(folder), told).items()}
+        shapes = shapes_of(Path(folder), told)
+        tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
         _, report = kind.from_pretrained(
             None,
             config=copy.deepcopy(config),
@@ -132,7 +137,7 @@ def _check_names(folder: str, config: PretrainedConfig, told: str) -> None:
             output_loading_info=True,
             ignore_mismatched_sizes=True,
         )
-    check_report(report, told)
+    check_report(without_masks(report, shapes), told)
 
 
 def _downloaded(path: str, told: str) -> tuple[str, str]:

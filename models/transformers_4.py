@@ -14,6 +14,7 @@ from typing import Any
 Json = dict[str, Any]
 
 _NEITHER = ("rope_theta", "partial_rotary_factor")  # beside rope_scaling there, not in it
+_SCALED = ("apertus", "gpt_oss")  # families whose rope is scaled there where nothing is said of it
 # Of the machine that opened the tokenizer, written by save_pretrained.
 _LEFTOVERS = ("is_local", "local_files_only", "name_or_path", "special_tokens_map_file", "tokenizer_file")
 
@@ -46,7 +47,10 @@ def older_config(config: Mapping[str, Any]) -> Json:
     if kind in ("gpt_neox", "gpt_neox_japanese"):
         older = {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}
         found |= {name: rope[new] for new, name in older.items() if rope.get(new) is not None}
-    if rope.get("rope_type", "default") != "default":
+    if rope.get("rope_type", "default") == "default":
+        if kind in _SCALED:
+            found["rope_scaling"] = None
+    else:
         scaling = {name: value for name, value in rope.items() if name not in _NEITHER}
         if rope["rope_type"] == "longrope" and kind in ("phi3", "phi4_multimodal"):  # which takes these three alone
             scaling = {"type": "longrope", **{name: rope[name] for name in ("short_factor", "long_factor")}}

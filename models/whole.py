@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,6 +28,10 @@ _ODD = (
     ArithmeticError,
     RecursionError,
 )
+_NARROW = " as float16"
+# Of the attention of GPT-Neo, GPT-J and CodeGen, kept in their checkpoints by transformers before 4.30, and made anew
+# from the config since: which tokens see which, and what is put in place of those that are not seen.
+_MASKS = ("attn.bias", "attn.attention.bias", "attention.bias", "masked_bias", "causal_mask")
 _SUMMED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -62,6 +66,34 @@ def whole(told: str, what: str) -> Iterator[None]:
         logger.removeFilter(kept)
 
 
+def without_masks(report: dict[str, Any], shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+    """The report of a load without masks that older versions of transformers saved. `shapes`: of the files' tensors."""
+
+    def is_mask(name: str) -> bool:
+        shape = shapes.get(name) or next((s for known, s in shapes.items() if name.endswith(f".{known}")), [])
+        square = len(shape) == 4 and list(shape[:2]) == [1, 1] and shape[2] == shape[3]
+        return name.endswith(_MASKS) and (square or list(shape) in ([], [1]))
+
+    return report | {"unexpected_keys": [name for name in report["unexpected_keys"] if not is_mask(name)]}
+
+
+def check_tied(model: Any, told: str) -> None:
+    """Refuse a head of its own under a config that says it is the embeddings: transformers opens it as it is, and
+    whatever counts, prunes or writes the model by its config takes it for another one."""
+    if not model.config.get_text_config().tie_word_embeddings or not getattr(model, "_tied_weights_keys", None):
+        return
+    head, embeddings = (
+        getattr(module, "weight", None) for module in (model.get_output_embeddings(), model.get_input_embeddings())
+    )
+    if head is None or embeddings is None or head is embeddings or head.is_meta or embeddings.is_meta:
+        return
+    if head.shape != embeddings.shape or not torch.equal(head, embeddings):
+        raise Refusal(
+            f"{told}: tie_word_embeddings=true in config.json, and its head is another matrix than its embeddings; set "
+            f"it to false there to keep both"
+        )
+
+
 def check_report(report: dict[str, Any], told: str) -> None:
     """Refuse a load in which not every tensor found its place: transformers says so, and fills the gaps at random."""
     mismatched = [
@@ -84,7 +116,10 @@ def check_report(report: dict[str, Any], told: str) -> None:
 def check_finite(model: nn.Module, told: str, sharded: bool = False) -> None:
     """Refuse weights that are not finite, by name. `sharded`: by ZeRO-3; every rank then learns of every rank's."""
     wrong = [
-        f"{what} in {name}" for name, tensor in _saved(model) for part in held_in(tensor) if (what := not_finite(part))
+        f"{what} in {name}" + (_NARROW if (what, part.dtype) == ("infinity", torch.float16) else "")
+        for name, tensor in _saved(model)
+        for part in held_in(tensor)
+        if (what := not_finite(part))
     ]
     if sharded:
         of_ranks: list[Any] = [None] * torch.distributed.get_world_size()
@@ -92,7 +127,13 @@ def check_finite(model: nn.Module, told: str, sharded: bool = False) -> None:
         wrong = list(dict.fromkeys(each for mine in of_ranks for each in mine))
     if wrong:
         more = f", and in {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise Refusal(f"{told}: {', '.join(wrong[:3])}{more}; its weights are damaged, copy the model again")
+        remedy = "its weights are damaged, copy the model again"
+        if all(each.endswith(_NARROW) for each in wrong):
+            remedy = (
+                "float16 holds no number above 65504: open it as bfloat16 or float32, and copy it again only where "
+                "that finds infinity too"
+            )
+        raise Refusal(f"{told}: {', '.join(wrong[:3])}{more}; {remedy}")
 
 
 def not_finite(tensor: Tensor) -> str | None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, Gemma2Config
+from transformers import AutoConfig, AutoModelForCausalLM, Gemma2Config
 
 from models.errors import Refusal
 from models.formats.checkpoint import names
@@ -418,3 +418,90 @@ def test_words_in_place_of_token_ids_are_refused(name: str, value: Any, folder: 
 def test_a_generation_config_that_does_not_open_is_refused_before_the_weights(folder: Path) -> None:
     (folder / "generation_config.json").write_text('{"early_stopping": "perhaps"}')
     assert "generation_config.json does not open: `early_stopping` must be a boolean" in checked(folder)
+
+
+def test_numbers_that_float16_cannot_hold_are_told_apart_from_damage(folder: Path) -> None:
+    change(folder, lambda state: state["model.norm.weight"].fill_(1e5))
+    assert opened(folder).model.norm.weight[0] == 1e5
+    with pytest.raises(Refusal) as refused:
+        load_model(str(folder), dtype=torch.float16, role="teacher")
+    said = str(refused.value)
+    assert "infinity in model.norm.weight as float16; float16 holds no number above 65504" in said
+    assert "open it as bfloat16 or float32" in said
+    assert "damaged" not in said
+    change(folder, lambda state: state[DOWN].view(-1)[-1].fill_(float("nan")))
+    with pytest.raises(Refusal, match="damaged"):
+        load_model(str(folder), dtype=torch.float16, role="teacher")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "told"), [(torch.int8, "I8"), (torch.float8_e4m3fn, "F8_E4M3"), (torch.uint8, "U8"), (torch.int64, "I64")]
+)
+def test_weights_in_few_bits_of_which_the_config_says_nothing_are_refused(
+    dtype: torch.dtype, told: str, folder: Path
+) -> None:
+    change(folder, lambda state: state.update({DOWN: (state[DOWN] * 100).to(dtype)}))
+    for said in (refusal_of(folder), checked(folder)):
+        assert f"{DOWN} holds {told}, and config.json has no quantization_config" in said
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_every_width_of_floats_opens(dtype: torch.dtype, folder: Path) -> None:
+    change(folder, lambda state: state.update({DOWN: state[DOWN].to(dtype)}))
+    check_model(str(folder), "teacher")
+    opened(folder)
+
+
+@pytest.mark.parametrize("other", [0.0, 3.0])
+def test_a_tensor_in_two_parts_is_the_same_in_both(other: float, folder: Path) -> None:
+    in_parts(folder)
+    first, second = (load_file(folder / f"model-{part}.safetensors") for part in (1, 2))
+    name = sorted(first)[0]
+    save_file(second | {name: first[name] + other}, folder / "model-2.safetensors", metadata={"format": "pt"})
+    if not other:
+        check_model(str(folder), "teacher")
+        assert torch.equal(opened(folder).state_dict()[name], first[name])
+        return
+    for said in (refusal_of(folder), checked(folder)):
+        assert f"{name} is in model-1.safetensors and in model-2.safetensors, with other values" in said
+
+
+def test_a_head_of_its_own_under_a_config_that_ties_it_is_refused(folder: Path) -> None:
+    change_config(folder, tie_word_embeddings=True)
+    said = refusal_of(folder)
+    assert "tie_word_embeddings=true in config.json, and its head is another matrix than its embeddings" in said
+    assert "set it to false" in said
+    change_config(folder, tie_word_embeddings=False)
+    opened(folder)
+
+
+def _buffers(family: str, layer: int) -> dict[str, torch.Tensor]:
+    mask, low = torch.ones(1, 1, 16, 16, dtype=torch.bool).tril(), torch.tensor(-1e9)
+    return {
+        "gpt_neo": {f"transformer.h.{layer}.attn.attention.{n}": v for n, v in (("bias", mask), ("masked_bias", low))},
+        "gptj": {f"transformer.h.{layer}.attn.{n}": v for n, v in (("bias", mask.byte()), ("masked_bias", low))},
+        "codegen": {f"transformer.h.{layer}.attn.causal_mask": mask},
+    }[family]
+
+
+OLD: dict[str, dict[str, Any]] = {
+    "gpt_neo": {"num_layers": 2, "num_heads": 4, "hidden_size": 32, "attention_types": [[["global", "local"], 1]]},
+    "gptj": {"n_layer": 2, "n_head": 4, "n_embd": 32, "n_positions": 16, "rotary_dim": 4},
+    "codegen": {"n_layer": 2, "n_head": 4, "n_embd": 32, "n_positions": 16, "rotary_dim": 4},
+}
+
+
+@pytest.mark.parametrize("family", OLD)
+def test_masks_that_older_versions_of_transformers_saved_are_no_fault(family: str, tmp_path: Path) -> None:
+    config = AutoConfig.for_model(family, **OLD[family], vocab_size=64, bos_token_id=1, eos_token_id=1)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path)
+    change(tmp_path, lambda state: [state.update(_buffers(family, layer)) for layer in range(2)])
+    check_model(str(tmp_path), "teacher")
+    found = opened(tmp_path).state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in model.state_dict().items())
+    # A bias is none, whatever its name.
+    change(tmp_path, lambda state: state.update({"transformer.h.0.attn.attention.bias": torch.zeros(32)}))
+    for said in (refusal_of(tmp_path), checked(tmp_path)):
+        assert "1 tensor in its weights and not in the model of its config: transformer.h.0.attn.attention.bias" in said

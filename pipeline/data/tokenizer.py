@@ -97,6 +97,11 @@ def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> PreTrai
         if "trust_remote_code" in str(error):
             raise Refusal(f"tokenizer {path}: it is Python code of its own; trust_remote_code=true runs it") from error
         raise Refusal(f"tokenizer {path}: {_why_not(folder, error)}") from error
+    length = tokenizer.model_max_length
+    if isinstance(length, bool) or not isinstance(length, int | float) or not length > 0:
+        raise Refusal(
+            f"tokenizer {path}: model_max_length={length!r} in tokenizer_config.json; need a number of tokens above 0"
+        )
     if not tokenizer(PROBE, add_special_tokens=False)["input_ids"]:
         # transformers 5 makes an empty tokenizer of a tokenizer_config.json whose vocabulary is missing.
         raise Refusal(f"tokenizer {path}: {_NO_VOCABULARY}")

@@ -198,3 +198,14 @@ def test_a_sentencepiece_style_tokenizer_is_compared_too(folder: Path) -> None:
     assert (
         first_difference(stories, load_tokenizer(folder)) == "token 0: '<unk>' in teacher, '<|endoftext|>' in student"
     )
+
+
+@pytest.mark.parametrize("length", ["long", 0, -5, True, []])
+def test_a_length_that_is_no_number_of_tokens_is_refused(length: Any, folder: Path, tmp_path: Path) -> None:
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer.json").write_text((folder / "tokenizer.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"model_max_length": length}))
+    with pytest.raises(Refusal, match="model_max_length=.* in tokenizer_config.json; need a number of tokens above 0"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"model_max_length": 1e30}))
+    load_tokenizer(tmp_path)
