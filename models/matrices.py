@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from models.errors import Refusal
 from models.representations import decoder_layers
@@ -65,6 +66,8 @@ def matrices(model: Any) -> list[Matrix]:
     for number, layer in enumerate(decoder_layers(model)):
         for name, module in layer.named_modules(remove_duplicate=False):
             at = f"{root}.{number}.{name}"
+            if "router" in name.split("."):  # JetMoE's is an nn.Linear in a module of this name
+                continue
             if is_linear(module):
                 found.append(Matrix(number, name, f"{at}.weight", is_transposed(module)))
             elif hasattr(module, "is_transposed"):
@@ -74,6 +77,28 @@ def matrices(model: Any) -> list[Matrix]:
                     for slot in slots:
                         found.append(Matrix(number, f"{name}.{own}", f"{at}.{own}", module.is_transposed, slot))
     return found
+
+
+def of_no_kind(model: Any) -> str | None:
+    """In words, the 3-D parameters of the layers that are none of `matrices`, or None where there are none: experts of
+    families whose layout transformers does not declare. Kernels of convolutions are meant to be left."""
+    layers, root = decoder_layers(model), name_of_layers(model)
+    kernels = {id(p) for module in layers.modules() if isinstance(module, _ConvNd) for p in module.parameters()}
+    known = {matrix.parameter for matrix in matrices(model)}
+    sizes = {name: parameter.numel() for name, parameter in layers.named_parameters()}
+    left = [
+        name
+        for name, parameter in layers.named_parameters()
+        if parameter.dim() == 3 and id(parameter) not in kernels and f"{root}.{name}" not in known
+    ]
+    if not left:
+        return None
+    share = sum(sizes[name] for name in left) / sum(sizes.values())
+    kinds = list(dict.fromkeys(name.partition(".")[2] for name in left))
+    return (
+        f"{len(left)} parameters with three dimensions ({', '.join(kinds[:3])}{', …' if len(kinds) > 3 else ''}) are left "
+        f"as they are, {share:.0%} of what the layers hold: how {type(model).__name__}'s experts lie is not known"
+    )
 
 
 def chosen(model: Any, skip: Sequence[str], setting: str) -> list[Matrix]:

@@ -19,7 +19,7 @@ from models.experts import LEAST_TOKENS
 from models.files import aside_of, publish
 from models.layerwise import Turn
 from models.load import DTYPES, empty_model, parameter_count
-from models.matrices import Matrix, name_of_layers
+from models.matrices import Matrix, name_of_layers, of_no_kind
 from models.offloaded import Offloaded, load_offloaded
 from models.representations import decoder_layers
 from pipeline import artifact
@@ -74,6 +74,7 @@ class LayerByLayer:
             parameters=parameter_count(whole),
             data=corpus,
             until=str(self.calibration) if self.reads else "no text",
+            warnings=[left] if (left := of_no_kind(whole)) else [],
             commits={"model": getattr(config, "_commit_hash", None)},
         )
 

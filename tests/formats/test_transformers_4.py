@@ -57,6 +57,8 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "longrope": ("phi3", {"original_max_position_embeddings": 16,
                           **rope("longrope", short_factor=[1.5] * 4, long_factor=[2.5] * 4)}),
     "half of a head": ("gpt_neox", rope("default", partial_rotary_factor=0.5)),
+    "no scaling": ("gpt_oss", {"num_key_value_heads": 2, "intermediate_size": 24, "head_dim": 8, "sliding_window": 5,
+                               "num_local_experts": 4, "num_experts_per_tok": 2, **rope("default")}),
     "two ropes": ("gemma3_text", {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 5, "rope_parameters": {
         "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 2.0},
         "sliding_attention": {"rope_type": "default", "rope_theta": 2e4}},
@@ -97,6 +99,8 @@ def test_the_older_words_stand_beside_the_new_ones(tmp_path: Path) -> None:
 def test_names_that_have_changed_are_written_in_both_spellings() -> None:
     plain = {"model_type": "llama", "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}
     assert older_config(plain) == {**plain, "rope_theta": 5e5}  # and no rope_scaling
+    ours = {**plain, "model_type": "gpt_oss"}
+    assert older_config(ours) == {**ours, "rope_theta": 5e5, "rope_scaling": None}  # in place of its YaRN
     assert older_config({"model_type": "gpt2"}) == {"model_type": "gpt2"}
     half = rope("default", partial_rotary_factor=0.25)
     assert older_config({"model_type": "stablelm", **half})["partial_rotary_factor"] == 0.25

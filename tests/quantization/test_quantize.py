@@ -26,6 +26,7 @@ from pipeline.stages import quantize
 from pipeline.steps.layer_by_layer import FinishedLayers
 from tests.command import weights
 from tests.quantization.little import EXPERIMENT, activations, folder_of, teacher_in, without_a_way_to_the_last
+from tests.pruning.families import model_of
 from tests.staged import manifest
 
 
@@ -197,6 +198,21 @@ def test_what_cannot_be_is_refused_before_a_weight_is_read(
     with pytest.raises(Refusal, match=said) as refused:
         check({"config": config, "stages": ["quantize"]})
     assert "\n" not in str(refused.value)
+
+
+def test_experts_that_are_left_as_they_are_stand_in_the_plan(teacher: Path, tmp_path: Path) -> None:
+    sizes = {"num_key_value_heads": 2, "kv_channels": 8, "intermediate_size": 48, "num_local_experts": 4}
+    folder = tmp_path / "jetmoe"
+    model_of("jetmoe", dtype=torch.float32, **sizes, num_experts_per_tok=2, max_position_embeddings=512).save_pretrained(
+        folder
+    )
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(teacher / name, folder / name)
+    for path, told in ((folder, ["12 parameters with three dimensions (mlp.input_linear.weight"]), (teacher, [])):
+        config = EXPERIMENT.composed(tmp_path, f"model.path={path}", "quantizer=round_to_nearest")
+        (entry,) = check({"config": config, "stages": ["quantize"]})["plan"]
+        found = [warning for warning in entry["warnings"] if "three dimensions" in warning]
+        assert [warning[: len(told[0])] for warning in found] == told
 
 
 def test_too_little_text_is_refused(teacher: Path, tmp_path: Path) -> None:

@@ -11,14 +11,14 @@ from torch import Tensor
 
 from models.errors import Refusal
 from models.layerwise import in_turn
-from models.matrices import check_alone, matrices
+from models.matrices import check_alone, matrices, of_no_kind
 from models.representations import decoder_layers
 from models.sparsity.magnitude import Magnitude
 from models.sparsity.method import Pattern
 from models.sparsity.sparsegpt import SparseGPT
 from models.sparsity.wanda import Wanda
 from models.sparsity.zeros import counted
-from tests.pruning.families import FAMILIES, model_of, tokens
+from tests.pruning.families import MIXTURES, FAMILIES, model_of, tokens
 
 MOE = ("mixtral", "qwen3_moe")
 
@@ -120,3 +120,22 @@ def test_a_matrix_that_is_another_layers_too_is_refused() -> None:
     with pytest.raises(Refusal, match=r"layers\.0\.mlp\.up_proj\.weight is also .*layers\.2\.mlp\.up_proj") as refused:
         check_alone(model, matrices(model))
     assert "\n" not in str(refused.value)
+
+
+def test_experts_of_a_layout_that_is_not_known_are_told_and_routers_are_no_matrices() -> None:
+    sizes = {"num_key_value_heads": 2, "kv_channels": 8, "intermediate_size": 48, "num_local_experts": 4}
+    model = model_of("jetmoe", **sizes, num_experts_per_tok=2)
+    assert {matrix.name for matrix in matrices(model)} == {"self_attention.kv_proj"}
+    layers = model.model.layers
+    left = [name for name, parameter in layers.named_parameters() if parameter.dim() == 3]
+    share = sum(layers.get_parameter(n).numel() for n in left) / sum(p.numel() for p in layers.parameters())
+    told = of_no_kind(model)
+    assert told is not None
+    assert told.startswith("12 parameters with three dimensions (mlp.input_linear.weight, mlp.output_linear.weight, ")
+    assert f"left as they are, {share:.0%} of what the layers hold" in told
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", *MIXTURES, "lfm2"])
+def test_families_whose_matrices_are_known_leave_none(family: str) -> None:
+    convolutions = {"layer_types": ["conv", "full_attention", "conv"], "num_key_value_heads": 2}
+    assert of_no_kind(model_of(family, **(convolutions if family == "lfm2" else {}))) is None
