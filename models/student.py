@@ -276,7 +276,9 @@ def _of_widths(base: PretrainedConfig, config: PretrainedConfig, shape: dict[str
 def _head_width(config: PretrainedConfig) -> int | None:
     """None where a family has no heads: a state space model's."""
     hidden, heads = getattr(config, "hidden_size", None), getattr(config, "num_attention_heads", None)
-    return getattr(config, "head_dim", None) or (hidden // heads if hidden and isinstance(heads, int) and heads else None)
+    return getattr(config, "head_dim", None) or (
+        hidden // heads if hidden and isinstance(heads, int) and heads else None
+    )
 
 
 def _by_rule(base: PretrainedConfig, free: list[str]) -> dict[str, Any]:

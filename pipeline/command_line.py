@@ -98,8 +98,8 @@ def _word(word: str) -> str:
 
 
 def _opened(word: str, composed: DictConfig) -> str:
-    """Of the student's shape, which takes any number of its teacher's config, the yaml lists some: with `++` Hydra takes
-    the others, too."""
+    """Of the student's shape, which takes any number of its teacher's config, the yaml lists some: with `++` Hydra
+    takes the others, too."""
     shape = OmegaConf.select(composed, "student.shape")
     if not re.match(r"student\.shape(\.|=\{)", word) or not isinstance(shape, DictConfig):
         return word

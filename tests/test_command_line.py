@@ -125,9 +125,7 @@ def test_any_number_of_the_teachers_config_can_be_typed(words: list[str]) -> Non
     assert shape["hidden_size"] == 64
     assert shape["num_hidden_layers"] == (1 if "num_hidden_layers" in str(words) else 3)
     assert shape.get("head_dim") == (16 if "head_dim" in str(words) else None)
-    assert shape.get("rope_parameters") == (
-        {"rope_theta": 5, "rope_type": "default"} if "rope" in str(words) else None
-    )
+    assert shape.get("rope_parameters") == ({"rope_theta": 5, "rope_type": "default"} if "rope" in str(words) else None)
 
 
 def test_a_number_that_the_yaml_does_not_list_reaches_stages_that_change_another(
@@ -138,7 +136,9 @@ def test_a_number_that_the_yaml_does_not_list_reaches_stages_that_change_another
     shape = "{_target_: models.student.Shape, shape: {hidden_size: null, num_hidden_layers: %s}}"
     made = OmegaConf.create(f"student: {shape % 'null'}\nstages: {{a: {{student: {shape % 2}}}}}")
     monkeypatch.setattr(line, "composed_without_values", lambda words: made)
-    words = arguments(["student.shape.head_dim=16", "student.shape.hidden_size=32", "student.shape.num_hidden_layers=1"])
+    words = arguments(
+        ["student.shape.head_dim=16", "student.shape.hidden_size=32", "student.shape.num_hidden_layers=1"]
+    )
     assert [word for word in words if "head_dim" in word] == [
         "++stages.a.student.shape.head_dim=${student.shape.head_dim}",
         "++student.shape.head_dim=16",

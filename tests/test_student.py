@@ -212,7 +212,7 @@ def test_a_student_of_a_family_without_heads_has_a_shape_too(tmp_path: Path) -> 
     ("shape", "said"),
     [
         ({"hidden_act": "nope"}, "LlamaConfig makes no model of these values: KeyError: 'nope'"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "LlamaConfig refuses this shape: KeyError: \"Missing required"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, 'LlamaConfig refuses this shape: KeyError: "Missing required'),
         ({"head_dim": 7}, "LlamaConfig refuses this shape: "),
     ],
 )

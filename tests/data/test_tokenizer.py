@@ -205,7 +205,9 @@ def test_a_length_that_is_no_number_of_tokens_is_refused(length: Any, folder: Pa
     config = json.loads((folder / "tokenizer_config.json").read_text())
     (tmp_path / "tokenizer.json").write_text((folder / "tokenizer.json").read_text())
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"model_max_length": length}))
-    with pytest.raises(Refusal, match="model_max_length=.* in tokenizer_config.json; need a number of tokens above 0"):
+    with pytest.raises(
+        Refusal, match=r"model_max_length=.* in tokenizer_config\.json; need a number of tokens above 0"
+    ):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"model_max_length": 1e30}))
     load_tokenizer(tmp_path)

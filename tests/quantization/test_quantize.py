@@ -25,8 +25,8 @@ from pipeline.check import check
 from pipeline.stages import quantize
 from pipeline.steps.layer_by_layer import FinishedLayers
 from tests.command import weights
-from tests.quantization.little import EXPERIMENT, activations, folder_of, teacher_in, without_a_way_to_the_last
 from tests.pruning.families import model_of
+from tests.quantization.little import EXPERIMENT, activations, folder_of, teacher_in, without_a_way_to_the_last
 from tests.staged import manifest
 
 
@@ -203,9 +203,9 @@ def test_what_cannot_be_is_refused_before_a_weight_is_read(
 def test_experts_that_are_left_as_they_are_stand_in_the_plan(teacher: Path, tmp_path: Path) -> None:
     sizes = {"num_key_value_heads": 2, "kv_channels": 8, "intermediate_size": 48, "num_local_experts": 4}
     folder = tmp_path / "jetmoe"
-    model_of("jetmoe", dtype=torch.float32, **sizes, num_experts_per_tok=2, max_position_embeddings=512).save_pretrained(
-        folder
-    )
+    model_of(
+        "jetmoe", dtype=torch.float32, **sizes, num_experts_per_tok=2, max_position_embeddings=512
+    ).save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(teacher / name, folder / name)
     for path, told in ((folder, ["12 parameters with three dimensions (mlp.input_linear.weight"]), (teacher, [])):

@@ -18,7 +18,7 @@ from models.sparsity.method import Pattern
 from models.sparsity.sparsegpt import SparseGPT
 from models.sparsity.wanda import Wanda
 from models.sparsity.zeros import counted
-from tests.pruning.families import MIXTURES, FAMILIES, model_of, tokens
+from tests.pruning.families import FAMILIES, MIXTURES, model_of, tokens
 
 MOE = ("mixtral", "qwen3_moe")
 
