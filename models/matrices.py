@@ -96,7 +96,10 @@ def of_no_kind(model: Any) -> str | None:
     share = sum(sizes[name] for name in left) / sum(sizes.values())
     kinds = list(dict.fromkeys(name.partition(".")[2] for name in left))
     named = ", ".join([*kinds[:3], *(["…"] if len(kinds) > 3 else [])])
-    return f"{len(left)} parameters with three dimensions ({named}) are left as they are, {share:.0%} of what the layers hold: how {type(model).__name__}'s experts lie is not known"
+    return (
+        f"{len(left)} parameters with three dimensions ({named}) are left as they are, {share:.0%} of what the layers "
+        f"hold: how {type(model).__name__}'s experts lie is not known"
+    )
 
 
 def chosen(model: Any, skip: Sequence[str], setting: str) -> list[Matrix]:
