@@ -19,8 +19,8 @@ from typing import Any
 import pytest
 import torch
 
-from models.errors import Refusal
-from pipeline import artifact, run_folder
+from models.errors import Refusal, StageFailed
+from pipeline import artifact, prefork, run, run_folder, verdicts
 from pipeline.artifact import content_hash
 from tests.command import ROOT, SMALL, start, train, weights
 
@@ -332,38 +332,123 @@ def test_a_training_that_ended_with_nan_is_told_another_way_on_than_the_same_com
 
 @pytest.mark.parametrize("harm", ["flip", "cut"])
 def test_no_change_of_any_file_of_a_finished_run_goes_unseen(finished: Path, tmp_path: Path, harm: str) -> None:
-    """250 random changes each: of a stage's folder or of prepared text they are told, elsewhere they are harmless."""
+    """250 random changes each: of a stage's folder or of prepared text they are told, elsewhere nothing is made of
+    them."""
     run_dir = tmp_path / "changed"
     shutil.copytree(finished, run_dir)
     config = {**json.loads((run_dir / "config.json").read_text()), "run_dir": str(run_dir)}
+    plan = _plan_of(run_dir, config)
+    hashes = run_dir / "work" / "hashes.json"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(artifact, "_SETTLED_NS", 0)  # the hashes of the copy are remembered, too
+        assert _skips_all(run_dir, config, plan)
+        assert all(artifact.sealed(folder) for folder in (run_dir / "work" / "data").glob("[!.]*"))
     files = [path for path in sorted(run_dir.rglob("*")) if path.is_file() and path.stat().st_size]
+    assert hashes in files
     draw = random.Random(f"{harm} 0")
     unseen = []
-    for _ in range(250):
-        path = draw.choice(files)
-        before = path.read_bytes()
-        content = bytearray(before)
-        place = draw.randrange(len(content))
-        content[place] ^= 1 << draw.randrange(8)
-        path.write_bytes(content if harm == "flip" else before[:place])
-        if not _is_told_or_harmless(run_dir, config, path):
-            unseen.append((str(path.relative_to(run_dir)), place))
+    for turn in range(250):
+        path = hashes if turn % 10 == 0 else draw.choice(files)
+        before, _ = path.read_bytes(), _harm(path, harm, draw)
+        if not _is_told_or_harmless(run_dir, config, plan, path):
+            unseen.append(str(path.relative_to(run_dir)))
         path.write_bytes(before)
     assert unseen == []
 
 
-def _is_told_or_harmless(run_dir: Path, config: dict[str, Any], path: Path) -> bool:
+def _harm(path: Path, harm: str, draw: random.Random) -> None:
+    content = bytearray(path.read_bytes())
+    place = draw.randrange(len(content))
+    content[place] ^= 1 << draw.randrange(8)
+    path.write_bytes(content if harm == "flip" else content[:place])
+
+
+def _plan_of(run_dir: Path, config: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What the check of the same command would say of the stages, as far as it decides what is to be done."""
+    plan = {}
+    for stage in config["order"]:
+        if (told := artifact.read_manifest(run_dir / stage)) is None:
+            continue
+        parents = {role: str(run_dir / Path(each["path"]).name) for role, each in told["parents"].items()}
+        parents.pop("data", None)
+        content = told["parents"].get("data", {}).get("content_hash", "")
+        data = {"train": {"sources": []}}
+        plan[stage] = {"identity": told["config"], "parents": parents, "commits": {}, "content": content, "data": data}
+    assert plan.keys() >= {*STAGES, "evaluate"}
+    return plan
+
+
+def _skips_all(run_dir: Path, config: dict[str, Any], plan: dict[str, dict[str, Any]]) -> bool:
+    """Whether the same command would skip every stage, and knows the true hashes of their parents."""
+    run_folder.check_ours(run_dir)
+    jobs = verdicts.jobs_of(config, plan)
+    true = all(
+        each["content_hash"] == artifact.content_hash(run_dir / Path(each["path"]).name)
+        for job in jobs
+        for role, each in verdicts.parents_of(config, job["plan"]).items()
+        if role != "data"
+    )
+    return true and {job["do"] for job in jobs} == {"skip"}
+
+
+def _is_told_or_harmless(run_dir: Path, config: dict[str, Any], plan: dict[str, dict[str, Any]], path: Path) -> bool:
     top, *below = path.relative_to(run_dir).parts
     try:
-        run_folder.check_ours(run_dir)
-        run_folder.check_whole(config)
+        skips = _skips_all(run_dir, config, plan)
     except Refusal:
         return top in config["stages"]
-    if top == "work" and below[0] == "data" and not below[1].startswith("."):
-        return not artifact.sealed(run_dir / "work" / "data" / below[1])  # it is made again
-    # rewritten by every command, or what a logger wrote for people
-    rewritten = ("retort.json", "config.json", "report.json", "report.md", "report.html", "logs", ".lock")
-    return top in rewritten or below[-1] == "hashes.json" or below[1].startswith(".")
+    data = run_dir / "work" / "data"
+    changed = [folder.name for folder in sorted(data.glob("[!.]*")) if not artifact.sealed(folder)]  # made again
+    mine = [below[1]] if top == "work" and below[0] == "data" and not below[1].startswith(".") else []
+    return skips and changed == mine and top not in config["stages"]
+
+
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("changes", [10, pytest.param(60, marks=pytest.mark.slow)])
+def test_no_change_of_any_file_of_an_unfinished_stage_goes_unseen(
+    finished: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], changes: int
+) -> None:
+    """Random changes: each is refused in one line, or the stage ends at the bits of an uninterrupted one."""
+    run_dir, pristine = tmp_path / "changed", tmp_path / "killed"
+    shutil.copytree(finished / "pretrain", run_dir / "pretrain")
+    words = [f"run_dir={run_dir}", *SMALL, "stages=[distill]"]
+    killed = train(*words, path=str(ROOT / "tests" / "killing"), RETORT_TEST_KILL="os.rename step-00000012 1")
+    assert killed.returncode not in (0, 2), killed.stdout + killed.stderr
+    work = run_dir / "work" / "distill"
+    os.rename(work, pristine)
+    config = json.loads((run_dir / "config.json").read_text())
+    files = [path for path in sorted(pristine.rglob("*")) if path.is_file() and path.stat().st_size]
+    kinds: dict[str, list[Path]] = {}
+    for path in files:
+        kinds.setdefault(path.relative_to(pristine).parts[0], []).append(path)
+    assert kinds.keys() >= {"stage.json", "checkpoints", "metrics.jsonl", "start", "prepared.json"}
+    draw, unseen, refused = random.Random(0), [], 0
+    with prefork.server(config, ["distill"]) as server:
+        (entry,) = run._check({"config": config, "stages": ["distill"], "typed": {}}, server)["plan"]
+        for turn in range(changes):
+            shutil.rmtree(run_dir / "distill", ignore_errors=True)
+            shutil.rmtree(work, ignore_errors=True)
+            shutil.copytree(pristine, work)
+            path = work / draw.choice([*kinds.values()][turn % len(kinds)]).relative_to(pristine)
+            _harm(path, draw.choice(["flip", "cut"]), draw)
+            capfd.readouterr()
+            told = []
+            try:
+                with run_folder.claimed(run_dir) as lock:
+                    (job,) = verdicts.jobs_of(config, {"distill": entry})
+                    assert job["do"] == "resume"
+                    run._run_stage(config, job, lock, server)
+            except (Refusal, StageFailed) as problem:
+                said = capfd.readouterr().err
+                told = [str(problem), *said.splitlines()] if isinstance(problem, Refusal) else said.splitlines()
+                refused += 1
+                if len([line for line in told if line]) != 1:
+                    unseen.append((str(path.relative_to(work)), told))
+                continue
+            if not _same(finished / "distill", run_dir / "distill"):
+                unseen.append((str(path.relative_to(work)), ["other weights"]))
+    assert unseen == []
+    assert 0 < refused < changes
 
 
 @pytest.mark.slow
@@ -405,6 +490,11 @@ def test_a_limit_on_what_can_be_written_is_told_in_one_line_and_loses_nothing(
     assert train(*words).returncode == 0
     for stage in ("pretrain", "distill"):
         _same_weights(finished / stage, tmp_path / "run" / stage)
+
+
+def _same(one: Path, other: Path) -> bool:
+    mine, theirs = weights(one), weights(other)
+    return mine.keys() == theirs.keys() and all(torch.equal(tensor, theirs[name]) for name, tensor in mine.items())
 
 
 def _same_weights(one: Path, other: Path) -> None:
