@@ -41,7 +41,7 @@ def _small(config: PretrainedConfig) -> PretrainedConfig:
     for name, value in values.items():
         if "layer" in name and isinstance(value, list) and len(value) == config.num_hidden_layers:
             values[name] = value[:depth]
-    wanted = {
+    wanted: dict[str, int] = {
         "num_hidden_layers": depth,
         "num_attention_heads": 2,
         "num_key_value_heads": 2 if kv_heads == had else 1,
@@ -59,6 +59,9 @@ def _small(config: PretrainedConfig) -> PretrainedConfig:
         "word_embed_proj_dim": 2 * head_dim,  # opt
         "ffn_dim": 64,
     }
+    if values.get("mamba_n_heads") and isinstance(values.get("mamba_d_head"), int):  # together as wide as its expansion
+        wanted["mamba_n_heads"] = values.get("mamba_expand", 2) * wanted["hidden_size"] // values["mamba_d_head"]
+        wanted["mamba_n_groups"] = 1
     names = {config.attribute_map.get(name, name): value for name, value in wanted.items()}
     values |= {name: value for name, value in names.items() if values.get(name) is not None}
     values |= {name: None for name in ("bos_token_id", "eos_token_id") if name in values}

@@ -297,6 +297,7 @@ def write_fresh(config: PretrainedConfig, tokenizer: Any, folder: Path, seed: in
     save_model(model, tokenizer, folder, model.state_dict(), torch.float32)
 
 
+_MOST_LAYERS = 10_000  # one is made, on the meta device, to count its parameters
 _COUNTS = (
     *("hidden_size", "intermediate_size", "head_dim", "vocab_size", "max_position_embeddings"),
     *("num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
@@ -311,6 +312,8 @@ def check_counts(base: PretrainedConfig, given: dict[str, Any], role: str) -> No
             continue
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise Refusal(f"{role}.{name}={value}: need a whole number of at least 1")
+        if name == base.attribute_map.get("num_hidden_layers", "num_hidden_layers") and value > _MOST_LAYERS:
+            raise Refusal(f"{role}.{name}={value}: need at most {_MOST_LAYERS:,} layers")
 
 
 def check_sizes(values: dict[str, Any], role: str) -> None:

@@ -75,6 +75,7 @@ WRONG = {  # what is typed → what the answer says
     "stages.evaluate.compare=[distill,control]": "need a list of pairs, e.g. [[distill, control]]",
     "stages.evaluate.compare=5": "stages.evaluate.compare=5: need a list of pairs, e.g. [[distill, control]] or null",
     "auxiliary=[hidden_states] auxiliaries.hidden_states.layers=[3]": "layers=[3]: need a list of pairs, e.g. [[1, 2]]",
+    "student.shape.num_hidden_layers=1000000": "num_hidden_layers=1000000: need at most 10,000 layers",
     "student.shape.num_attention_heads=x": "student.shape.num_attention_heads=x: need a whole number of at least 1",
     "student.shape.num_key_value_heads=-1": "student.shape.num_key_value_heads=-1: need a whole number of at least 1",
     "stages.pretrain.model.hidden_size=0.5": "model.hidden_size=0.5: need a whole number of at least 1",

@@ -516,6 +516,32 @@ def test_families_whose_documents_see_each_other_are_refused_before_they_have_we
         check_split(model, VOCABULARY, packed=True)
 
 
+@pytest.mark.parametrize(
+    ("family", "values"),
+    [
+        (
+            "granitemoehybrid",
+            {
+                **{"vocab_size": 100352, "hidden_size": 1536, "intermediate_size": 512, "num_hidden_layers": 40},
+                **{"num_attention_heads": 12, "num_key_value_heads": 4, "num_local_experts": 64},
+                **{"num_experts_per_tok": 6, "shared_intermediate_size": 1024, "mamba_n_heads": 48},
+                **{"layer_types": (["mamba"] * 5 + ["attention"] + ["mamba"] * 4) * 4, "mamba_d_head": 64},
+            },
+        ),
+        (
+            "bamba",
+            {
+                **{"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8},
+                **{"attn_layer_indices": [9, 18, 27], "mamba_n_heads": 128, "mamba_d_head": 64},
+            },
+        ),
+    ],
+)
+def test_hybrids_of_published_sizes_are_asked_by_a_small_model(family: str, values: dict[str, Any]) -> None:
+    with pytest.raises(Refusal, match=r"a document of a packed sequence sees the one before it"):
+        check_apart(AutoConfig.for_model(family, **values), "student")
+
+
 def test_experts_whose_batches_differ_in_size_are_no_leak() -> None:
     config = AutoConfig.for_model(
         "qwen3_moe", **SMALL, num_key_value_heads=2, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32
