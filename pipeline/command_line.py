@@ -85,7 +85,7 @@ def _word(word: str) -> str:
         raise Refusal(f"{word}: write +{word} (an experiment is added to the configuration)")
     word = re.sub(r"^stages=(?=\[|\w)", "only=", word)
     word = re.sub(r"^resume=(?=\w+$)", "resume.mode=", word)
-    word = re.sub(r"^(only|force)=(?!null$)([^\[].*)$", r"\1=[\2]", word)
+    word = re.sub(r"^(only|force|resume\.skip_sequences)=(?!null$)([^\[].*)$", r"\1=[\2]", word)
     word = re.sub(r"(?<==)~(?=/|$)|(?<=[\[,])~(?=/)", lambda _: os.path.expanduser("~"), word)
     group, equals, value = word.partition("=")
     if equals and not value:
@@ -280,7 +280,9 @@ def _unfit(word: str, why: str) -> str:
     if OmegaConf.is_dict(node):
         keys = ", ".join(f"{key}.{name}=…" for name in node)
         return f"{key}={value}: need settings; set its keys one by one: {keys}"
-    return f"{key}={value}: {why or 'does not fit'}"
+    if OmegaConf.is_list(node):
+        return f"{key}={value}: need a list, e.g. {key}=[{value}]"
+    return f"{key}={value}: {why.splitlines()[0] if why else 'does not fit'}"
 
 
 def _unknown(key: str, words: Sequence[str]) -> str:

@@ -126,6 +126,11 @@ def typed(composed: Any, key: str) -> str:
 
 def parse(composed: Any) -> dict[str, Any]:
     """Hydra's composed config → plain resolved dict that fits the schema. Raises Refusal in one line."""
+    unresolved: Any = OmegaConf.to_container(composed, resolve=False)
+    for name, node in unresolved["stages"].items():
+        if not isinstance(node, dict):
+            value = "null" if node is None else node
+            raise Refusal(f"stages.{name}={value}: need settings; a stage is left out with only=[…] or stop=…")
     try:
         plain = _numbers(OmegaConf.to_container(composed, resolve=True))
         if (plain.get("model") or {}).get("path") == "???":  # no stage takes it, or the line above had raised

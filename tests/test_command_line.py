@@ -84,6 +84,8 @@ WRONG = {  # what is typed → what the answer says
     "stages.pretrain.training=5": "stages.pretrain.training=5: settings are needed, and no number",
     "stages.pretrain.model=null": "stages.pretrain.model=null: ",
     "student.shape=null": "student.shape=null: ",
+    "stages.distill=null": "stages.distill=null: need settings; a stage is left out with only=[…] or stop=…",
+    "optimizer.lr=nan": "optimizer.lr: Invalid learning rate: nan; give another value",
     "callbacks.progress.first_seconds=x": "callbacks.progress.first_seconds=x: need a number, e.g. first_seconds=20.0",
     "callbacks.progress.every_seconds=null": "callbacks.progress.every_seconds=null: need a number, e.g. every_seconds",
     "stages.prune.steps=0": "stages.prune.steps=0: need at least 1",

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -77,13 +78,26 @@ def check(context: Context, training: Training, precision: Any) -> list[str]:
     accumulation(training.global_batch, training.micro_batch, context.world)
     if context.config["logger"] is not None:
         instantiate(context.config["logger"])
-    try:
+    with _refusing("callbacks"):
         callbacks_of(context)
-        training.schedule(training.optimizer([torch.nn.Parameter(torch.zeros(1))]), 10)
-    except (TypeError, ValueError, KeyError, IndexError, AttributeError, OverflowError) as problem:
-        raise Refusal(f"stages.{context.stage}.training or callbacks: {str(problem).splitlines()[0]}") from None
+    with _refusing(f"stages.{context.stage}.training.optimizer"):
+        optimizer = training.optimizer([torch.nn.Parameter(torch.zeros(1))])
+    with _refusing(f"stages.{context.stage}.training.schedule"):
+        training.schedule(optimizer, 10)
     checkpoints.check(context)
     return _warnings(context, training)
+
+
+@contextmanager
+def _refusing(node: str) -> Iterator[None]:
+    """What a class says of its settings, with the key where torch's optimizers name the value in words."""
+    words = {"learning rate": ".lr", "beta": ".betas", "epsilon": ".eps", "weight_decay": ".weight_decay"}
+    try:
+        yield
+    except (TypeError, ValueError, KeyError, IndexError, AttributeError, OverflowError) as problem:
+        said = (str(problem) or type(problem).__name__).splitlines()[0]
+        key = next((key for word, key in words.items() if word in said), "")
+        raise Refusal(f"{node}{key}: {said}; give another value") from None
 
 
 def _warnings(context: Context, training: Training) -> list[str]:
