@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,15 @@ _CONFIG_BYTES, _INDEX_BYTES = 1 << 24, 1 << 27  # the largest index published ho
 _BESIDE = (GENERATION, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _WIDTHS = ("hidden_size", "n_embd", "vocab_size")  # each is a dimension of some tensor, in packed formats too
+# Short lists: elsewhere 0 and -1 may mean none (experts, sliding windows, layers that share their keys).
+_SIZES = (
+    *_DEPTHS,
+    *_WIDTHS,
+    *("num_attention_heads", "num_key_value_heads", "num_heads", "n_head", "n_heads", "head_dim", "d_model"),
+    *("max_position_embeddings", "n_positions", "word_embed_proj_dim"),
+)
+_SIZES_OR_NONE = ("intermediate_size", "moe_intermediate_size", "shared_intermediate_size", "ffn_dim", "n_inner")
+_ROTARY_BASES = ("rope_theta", "rotary_emb_base", "rope_local_base_freq", "global_rope_theta", "local_rope_theta")
 
 
 def check_folder(path: str, role: str, weights: bool = True) -> None:
@@ -47,9 +58,14 @@ def check_files(folder: Path, told: str, weights: bool = True) -> None:
             raise Refusal(f"{told}: an adapter without its model; merge it into one, and give that folder")
         raise Refusal(f"{told}: no config.json in it; give a folder AutoModelForCausalLM can open")
     config = _json(folder / "config.json", _CONFIG_BYTES, told)
+    _check_numbers(config, told)
+    _check_ends(config, config, "config.json", told)
     for name in _BESIDE:
         if (folder / name).exists():
-            _check_token_ids(_json(folder / name, _CONFIG_BYTES, told), name, told)
+            held = _json(folder / name, _CONFIG_BYTES, told)
+            _check_token_ids(held, name, told)
+            if name == GENERATION:
+                _check_ends(held, config, name, told)
     if not weights:
         return
     if (folder / ADAPTER).is_file():  # transformers would open it too, pickled or not
@@ -77,6 +93,67 @@ def _check_token_ids(held: dict[str, Any], file: str, told: str) -> None:
                 f"{told}: {name}={value!r} in {file} is no number of a token; give a whole number, a list of them or "
                 f"null"
             )
+
+
+def _check_ends(held: dict[str, Any], config: dict[str, Any], file: str, told: str) -> None:
+    """Refuse first and last tokens that the vocabulary does not have: a model would never stop.
+
+    -1 says none, as published models have it. A family's own default passes too: it stays in the config of every model
+    of it with a shorter vocabulary, where nobody set another.
+    """
+    texts = config.get("text_config")
+    known = [each.get("vocab_size") for each in (config, texts) if isinstance(each, dict)]
+    end = max((size for size in known if isinstance(size, int)), default=math.inf)
+    for name in ("bos_token_id", "eos_token_id"):
+        value = held.get(name)
+        for each in value if isinstance(value, list) else [value]:
+            if isinstance(each, int) and each != -1 and not 0 <= each < end and each not in _usual(config, name):
+                has = "are not negative" if end == math.inf else f"are 0 to {end - 1} by vocab_size={end}"
+                raise Refusal(f"{told}: {name}={each} in {file} is no token of the model: they {has}; give its own")
+
+
+def _usual(config: dict[str, Any], name: str) -> list[Any]:
+    """What the model's family has under that name where nothing is set."""
+    from transformers import CONFIG_MAPPING
+
+    try:
+        value = getattr(CONFIG_MAPPING[config["model_type"]](), name, None)
+    except Exception:  # an unknown family, or one without defaults
+        return []
+    return value if isinstance(value, list) else [value]
+
+
+def _check_numbers(config: dict[str, Any], told: str) -> None:
+    """Refuse numbers that no model has: some only show as tracebacks, or as NaN long after."""
+    for where, name, value in _numbers(config):
+        need = None
+        if value != value:  # NaN; math.isnan fails at whole numbers that no float holds
+            need = "a number"
+        elif "dropout" in name or name.endswith("pdrop"):
+            need = None if 0 <= value <= 1 else "a probability from 0 to 1"
+        elif name in _ROTARY_BASES:
+            need = None if 0 < value < math.inf else "a finite number above 0"
+        elif where in (name, f"text_config.{name}") and name in (*_SIZES, *_SIZES_OR_NONE):
+            least = 1 if name in _SIZES else 0
+            need = None if isinstance(value, int) and value >= least else f"a whole number of {least} or more"
+        if need:
+            raise Refusal(f"{told}: {where}={value} in config.json; need {need}, take the model's own config.json")
+
+
+def _numbers(config: dict[str, Any]) -> Iterator[tuple[str, str, int | float]]:
+    """(where it stands, its own name, value) of every number; items of a list have the list's name.
+
+    In a loop, since a config may be nested deeper than functions may.
+    """
+    waiting: list[tuple[str, str, Any]] = [("", "", config)]
+    while waiting:
+        where, name, value = waiting.pop()
+        if isinstance(value, dict):
+            waiting += [(f"{where}.{key}" if where else key, key, held) for key, held in reversed(value.items())]
+        elif isinstance(value, list):
+            waiting += [(f"{where}[{place}]", name, held) for place, held in reversed([*enumerate(value)])]
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            yield where, name, value
 
 
 def part_names(folder: Path, told: str) -> list[str]:

@@ -115,6 +115,9 @@ def check_split(model: Any, vocabulary: int, packed: bool) -> None:
     with torch.no_grad():
         expected = model(input_ids=ids, position_ids=positions, use_cache=False).logits
         hidden = hidden_states(model, ids, positions)
+        for what, values in (("last hidden state", hidden), ("logits", expected)):
+            if not values.isfinite().all():
+                raise Refusal(_not_finite(model, what))
         got = through_head(model, hidden, lambda h: head_of(model).logits(h[0].to(expected.dtype), expected.dtype))[
             None
         ]
@@ -141,6 +144,8 @@ def crossing(model: Any, vocabulary: int) -> str | None:
     positions = torch.arange(9, device=device)[None]
     restarted = torch.cat([positions[:, :4], positions[:, :5]], dim=1)
     together = hidden_states(model, ids, restarted)[:, 4:]
+    if not together.isfinite().all():  # NaN differs from itself, and would pass for a leak
+        return _not_finite(model, "last hidden state")
     others = ids.clone()
     others[:, :4] = (ids[:, :4] + vocabulary // 2).remainder(vocabulary).flip(1)
     leak = (hidden_states(model, others, restarted)[:, 4:] - together).abs().max()
@@ -156,6 +161,13 @@ def crossing(model: Any, vocabulary: int) -> str | None:
             f"data.packing=false"
         )
     return None
+
+
+def _not_finite(model: Any, what: str) -> str:
+    return (
+        f"{type(model).__name__}: NaN or infinity in its {what}; its weights or the numbers in its config are damaged, "
+        f"or too large for its precision; take the model's own files, or a wider precision"
+    )
 
 
 def _close(got: Tensor, expected: Tensor) -> bool:

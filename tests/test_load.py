@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, Gemma2Config
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, Gemma2Config
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from models.errors import Refusal
+from models.folder import check_folder
 from models.formats.checkpoint import names
 from models.load import check_model, load_model, save_model
 from pipeline.data.tokenizer import load_tokenizer
@@ -300,6 +302,83 @@ def test_a_config_that_fits_no_weights_is_refused_before_anything_is_made(
 ) -> None:
     change_config(folder, **values)
     assert said in checked(folder)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"num_attention_heads": -8}, "num_attention_heads=-8 in config.json; need a whole number of 1 or more"),
+        ({"intermediate_size": -172}, "intermediate_size=-172 in config.json; need a whole number of 0 or more"),
+        ({"vocab_size": -512}, "vocab_size=-512 in config.json; need a whole number of 1 or more"),
+        ({"hidden_size": 64.5}, "hidden_size=64.5 in config.json; need a whole number of 1 or more"),
+        ({"text_config": {"head_dim": 0}}, "text_config.head_dim=0 in config.json; need a whole number of 1 or more"),
+        ({"attention_dropout": 2.0}, "attention_dropout=2.0 in config.json; need a probability from 0 to 1"),
+        ({"embd_pdrop": -0.1}, "embd_pdrop=-0.1 in config.json; need a probability from 0 to 1"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps=nan in config.json; need a number"),
+        ({"a": [{"b": [1, float("nan")]}]}, "a[0].b[1]=nan in config.json; need a number"),
+        ({"rope_theta": 0}, "rope_theta=0 in config.json; need a finite number above 0"),
+        (
+            {"rope_parameters": {"rope_theta": float("nan"), "rope_type": "default"}},
+            "rope_parameters.rope_theta=nan in config.json; need a number",
+        ),
+        (
+            {"rope_parameters": {"full_attention": {"rope_theta": float("inf")}}},
+            "rope_parameters.full_attention.rope_theta=inf in config.json; need a finite number above 0",
+        ),
+    ],
+)
+def test_numbers_in_a_config_that_no_model_has_are_named(values: dict[str, Any], said: str, folder: Path) -> None:
+    change_config(folder, **values)
+    for each in (checked(folder), refusal_of(folder)):
+        assert said in each
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"time_step_limit": [0.0, float("inf")]},  # as Mamba's are published
+        {"num_local_experts": 0, "sliding_window": -1, "attention_dropout": 1, "use_dropout": False},
+        {"pad_token_id": 61, "bos_token_id": -1, "large": 10**400},
+    ],
+)
+def test_numbers_that_published_configs_hold_pass(values: dict[str, Any], folder: Path) -> None:
+    change_config(folder, **values)
+    check_folder(str(folder), "teacher")
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"eos_token_id": 61}, "eos_token_id=61 in {file} is no token of the model: they are 0 to 60 by vocab_size=61"),
+        ({"eos_token_id": [2, 99999]}, "eos_token_id=99999 in {file} is no token of the model"),
+        ({"bos_token_id": -5}, "bos_token_id=-5 in {file} is no token of the model"),
+    ],
+)
+def test_first_and_last_tokens_are_of_the_vocabulary(
+    file: str, values: dict[str, Any], said: str, folder: Path
+) -> None:
+    path = folder / file
+    path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | values))
+    for each in (checked(folder), refusal_of(folder)):
+        assert said.format(file=file) in each
+
+
+def test_every_familys_own_config_passes_the_door(tmp_path: Path) -> None:
+    """Truth: what transformers itself has as the numbers of each causal language model, some ends beyond the vocabulary
+    among them; and a short vocabulary, as models made for tests have."""
+    seen = 0
+    for family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        try:
+            config = CONFIG_MAPPING[family]()
+        except Exception:  # a family without defaults
+            continue
+        held = json.loads(config.to_json_string(use_diff=False))
+        for values in (held, held | ({"vocab_size": 61} if "vocab_size" in held else {})):
+            (tmp_path / "config.json").write_text(json.dumps(values))
+            check_folder(str(tmp_path), family, weights=False)
+        seen += 1
+    assert seen > 100
 
 
 @pytest.mark.parametrize(

@@ -542,6 +542,22 @@ def test_hybrids_of_published_sizes_are_asked_by_a_small_model(family: str, valu
         check_apart(AutoConfig.for_model(family, **values), "student")
 
 
+def test_numbers_that_are_not_finite_are_no_leak() -> None:
+    """NaN differs from itself."""
+    config = AutoConfig.for_model("llama", **SMALL, **APART["llama"], rms_norm_eps=float("nan"))
+    said = r"LlamaForCausalLM: NaN or infinity in its last hidden state"
+    with pytest.raises(Refusal, match=f"^student: {said}"):
+        check_apart(config, "student")
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for packed in (False, True):
+        with pytest.raises(Refusal, match=said):
+            check_split(model, VOCABULARY, packed)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SMALL, **APART["llama"])).eval()
+    torch.nn.init.constant_(model.lm_head.weight[3], float("inf"))
+    with pytest.raises(Refusal, match="NaN or infinity in its logits"):
+        check_split(model, VOCABULARY, packed=False)
+
+
 def test_experts_whose_batches_differ_in_size_are_no_leak() -> None:
     config = AutoConfig.for_model(
         "qwen3_moe", **SMALL, num_key_value_heads=2, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32
