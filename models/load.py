@@ -29,10 +29,8 @@ def load_config(path: str, role: str = "model", trust_remote_code: bool = False)
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as problem:  # a family's own reading of odd values raises whatever it likes
-        raise Refusal(
-            f"{named(path, role)}: its config does not open: {first_line(problem)} "
-            f"(give a folder, or a hub id that can be reached)"
-        ) from None
+        remedy = "take the model's own" if Path(path).is_dir() else "give a folder, or a hub id that can be reached"
+        raise Refusal(f"{named(path, role)}: its config does not open: {first_line(problem)}; {remedy}") from None
     if not hasattr(config, "vocab_size") or not hasattr(config, "num_hidden_layers"):
         raise Refusal(
             f"{named(path, role)}: {type(config).__name__} joins several models; give the text model alone, as a folder"

@@ -178,5 +178,7 @@ def _saved(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def first_line(problem: Exception) -> str:
-    lines = str(problem).strip().splitlines()
+    lines = [line.strip() for line in str(problem).strip().splitlines()]
+    if len(lines) > 1 and lines[0].endswith(":"):  # what it announces is in the next
+        return f"{lines[0]} {lines[1]}"
     return lines[0] if lines else type(problem).__name__
