@@ -101,7 +101,9 @@ def verdict_of(config: dict[str, Any], job: dict[str, Any], busy: set[str]) -> s
         for role in sorted(others - made_here)
     ]
     if changed and config["resume"]["mode"] != "overwrite":
-        raise Refusal(_differs(run_dir, name, changed, steps_of(work) if started else []))
+        end = _end_of(told)
+        steps = [step for step in steps_of(work) if end is None or step < end] if started else []
+        raise Refusal(_differs(run_dir, name, changed, steps))
     return "redo" if changed or stale or others else "skip"
 
 
@@ -146,6 +148,11 @@ def turn_of(config: dict[str, Any], started: dict[str, Any], told: dict[str, Any
             f"resume.from_step={step}: {others[0]} cannot change between two checkpoints, the learning rate, its "
             f"schedule, weight decay, clipping and length can; give the old value, or begin anew with resume=overwrite"
         )
+    end = _end_of(told)
+    if end is not None and step >= end:
+        raise Refusal(
+            f"resume.from_step={step}: training ends at max_steps={end}; give a step before it, or a larger max_steps"
+        )
     work = Path(config["run_dir"]) / "work" / started["stage"]
     if step not in (steps := steps_of(work)):
         there = f"the checkpoints are of {', '.join(map(str, steps))}" if steps else "there is no checkpoint yet"
@@ -154,6 +161,12 @@ def turn_of(config: dict[str, Any], started: dict[str, Any], told: dict[str, Any
         raise Refusal(f"resume.from_step={step}: that checkpoint is damaged ({problem}); give another of {steps}")
     _check_skipped(skipped, work)
     return {"step": step, "changed": [[*change] for change in changed], "skipped": skipped}
+
+
+def _end_of(told: dict[str, Any]) -> int | None:
+    """The step that training ends at, at the latest, where its settings say so."""
+    end: int | None = (told.get("training") or {}).get("max_steps")
+    return end
 
 
 def _check_skipped(skipped: list[int], work: Path) -> None:

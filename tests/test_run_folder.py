@@ -358,6 +358,10 @@ def _turned(run_dir: Path, told: dict[str, Any], **resume: Any) -> Any:
 LOWER = {**BEGUN, "training": {"optimizer": {"lr": 0.1}, "max_steps": 9}}
 
 
+def _ends_at(step: int) -> dict[str, Any]:
+    return {**BEGUN, "training": {"optimizer": {"lr": 1.0}, "max_steps": step}}
+
+
 def test_an_unfinished_stage_goes_back_to_a_checkpoint_with_other_values_of_its_training(tmp_path: Path) -> None:
     _left_at(tmp_path, 4, 8)
     assert _turned(tmp_path, BEGUN) == ("resume", None)
@@ -386,6 +390,10 @@ def test_a_turn_that_was_taken_is_gone_on_in_and_not_taken_twice(tmp_path: Path)
     ("told", "resume", "message"),
     [
         (LOWER, {}, "add resume.from_step=8 to go on with them from there, resume=overwrite to redo it"),
+        (_ends_at(6), {}, "add resume.from_step=4 to go on with them from there"),
+        (_ends_at(4), {}, "max_steps: 9 → 4); add resume=overwrite to redo it"),
+        (_ends_at(6), {"from_step": 8}, "resume.from_step=8: training ends at max_steps=6; give a step before it, or"),
+        (_ends_at(8), {"from_step": 8}, "resume.from_step=8: training ends at max_steps=8; give a step before it, or"),
         (LOWER, {"from_step": 5}, "distill has none of that step; the checkpoints are of 4, 8"),
         ({**BEGUN, "objective": {"alpha": 0.3}}, {"from_step": 4}, "objective.alpha cannot change between"),
         ({**BEGUN, "objective": {"alpha": 0.3}}, {}, "add resume=overwrite to redo it"),
