@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +60,17 @@ class Order(Sampler[MicroBatch]):
         return np.concatenate(
             [self._permutation(int(e))[wanted[wanted // count == e] % count] for e in np.unique(wanted // count)]
         )
+
+    def read_between(self, numbers: Collection[int], first_step: int, end_step: int) -> set[int]:
+        """Of the sequences `numbers` those that the optimizer steps from `first_step` up to `end_step` read."""
+        count, found = len(self.supervised), set[int]()
+        begin, end = first_step * self.global_batch, end_step * self.global_batch
+        for epoch in range(begin // count, -(-end // count)):
+            read = self._permutation(epoch)[max(0, begin - epoch * count) : end - epoch * count]
+            found |= {*np.intersect1d(read, list(numbers)).tolist()}
+            if len(found) == len(set(numbers)):
+                break
+        return found
 
     def step_length(self, step: int) -> int:
         return int(self.lengths[self.step_sequences(step)].sum())

@@ -73,8 +73,13 @@ def _of_training(name: str, manifest: Json) -> list[str]:
     told = [f"{name}: {manifest['doubt']}."] if manifest.get("doubt") else []
     for turn in manifest.get("turns") or []:
         changes = [f"{key} {plain(old)} → {plain(new)}" for key, old, new in turn["changed"]]
-        if turn["skipped"]:
-            changes.append(f"without the sequences {', '.join(map(str, turn['skipped']))}")
+        not_read = turn.get("not_read", [])
+        if left_out := [str(number) for number in turn["skipped"] if number not in not_read]:
+            changes.append(f"without the sequences {', '.join(left_out)}")
+        if not_read:
+            changes.append(
+                f"the sequences {', '.join(map(str, not_read))} were to be left out, but are not read from there on"
+            )
         told.append(f"{name} was taken up at step {turn['step']} with changes: {'; '.join(changes) or 'none'}.")
     return told
 

@@ -54,6 +54,7 @@ def fit(context: Context, recipe: Recipe) -> Fitted:
     student = Student.read(prepared.start, recipe, context.seed, attention)
     training = recipe.training
     steps = sequences.steps(max_steps=training.max_steps, max_tokens=training.max_tokens, epochs=training.epochs)
+    _tell_not_read(context, sequences, steps)
     opening = _opening(context, recipe, prepared, tokenizer, attention)
     rollouts = _rollouts(context, recipe, sequences, student, tokenizer)
     checkpoint = Path(prepared.checkpoint) if prepared.checkpoint else None
@@ -81,6 +82,22 @@ def _sequences(context: Context, recipe: Recipe, prepared: Prepared, tokenizer: 
         workers=training.workers,
         skipped=context.skipped,
     )
+
+
+def _tell_not_read(context: Context, sequences: PackedSequences, steps: int) -> None:
+    """Say of each turn which of its skipped sequences are not read from its step on, here and in the manifest: that
+    they were left out changed nothing."""
+    order = sequences.order()
+    for turn in context.turns:
+        if not (idle := sorted({*turn["skipped"]} - order.read_between(turn["skipped"], turn["step"], steps))):
+            continue
+        turn["not_read"] = idle
+        if context.rank == 0:
+            print(
+                f"{context.stage}: resume.skip_sequences={idle}: not read from step {turn['step']} to the end at step "
+                f"{steps}, so that leaving them out changes nothing",
+                flush=True,
+            )
 
 
 def _opening(context: Context, recipe: Recipe, prepared: Prepared, tokenizer: Any, attention: str | None) -> Opening:

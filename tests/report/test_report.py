@@ -14,6 +14,7 @@ from rich.console import Console
 
 from models.errors import Refusal
 from pipeline.report import chart, units
+from pipeline.report.page import _of_training
 from pipeline.report.report import write_report
 from pipeline.report.terminal import table
 
@@ -614,3 +615,11 @@ def test_what_the_length_limit_took_stands_in_the_report_once_for_those_that_rea
     page = (tmp_path / "report.md").read_text()
     assert page.count(lost) == 1
     assert f"record, distill: train: {lost}." in page
+
+
+def test_a_sequence_that_is_not_read_again_is_not_said_to_be_left_out() -> None:
+    turn = {"step": 12, "changed": [], "skipped": [7, 253], "not_read": [253]}
+    assert _of_training("distill", {"turns": [turn]}) == [
+        "distill was taken up at step 12 with changes: without the sequences 7; the sequences 253 were to be left out, "
+        "but are not read from there on."
+    ]

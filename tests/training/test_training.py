@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import threading
 from dataclasses import replace
@@ -21,8 +22,10 @@ from models.errors import NotFinite, Refusal
 from models.heads import check_split, hidden_states
 from models.training import checkpoint
 from models.training.saved import checkpoints, damage, read_head
+from pipeline.context import Context
 from pipeline.data.batch import collate
 from pipeline.data.loader import Order, PackedSequences, accumulation, in_turn
+from pipeline.training.fit import _tell_not_read
 from tests import fitting
 from tests.fitting import LENGTH, VOCABULARY, Scenario, fit, on_ranks, on_two_ranks, rows, said_of_torn, write_models
 
@@ -666,6 +669,30 @@ def test_a_skipped_sequence_is_blank_from_its_step_on_and_counts_for_nothing() -
         assert mine.sequences == [-1 if number == gone and step >= 1 else number for number in theirs.sequences]
         assert mine.step_tokens == theirs.step_tokens - (supervised[gone] if whole else 0)
         assert mine.tokens_of_step == theirs.tokens_of_step - (lengths[gone] if whole else 0)
+
+
+@pytest.mark.parametrize(("first", "end"), [(0, 1), (2, 5), (4, 6), (5, 5), (3, 40)])
+def test_which_sequences_are_still_read_is_what_the_order_itself_goes_through(first: int, end: int) -> None:
+    counts = np.ones(20, dtype=np.int64)
+    order = Order(counts, counts, seed=3, global_batch=4, micro_batch=4, rank=0, world=1, first_step=first)
+    read = {number for micro in itertools.islice(order, end - first) for number in micro.sequences}
+    assert order.read_between(range(20), first, end) == read
+    assert order.read_between([7, 9], first, end) == read & {7, 9}
+
+
+def test_skipped_sequences_that_are_not_read_again_are_told_and_noted(capsys: pytest.CaptureFixture[str]) -> None:
+    data = PackedSequences(rows(20), None, seed=0, global_batch=4, micro_batch=4, pad_token=0, length=None)
+    early, late = (int(data.order().step_sequences(step)[0]) for step in (1, 4))
+    context = Context({"run_dir": "run"}, "distill", turns=[{"step": 3, "changed": [], "skipped": [early, late]}])
+    _tell_not_read(context, data, 5)
+    assert context.turns[0]["not_read"] == [early]
+    assert capsys.readouterr().out == (
+        f"distill: resume.skip_sequences=[{early}]: not read from step 3 to the end at step 5, so that leaving them "
+        f"out changes nothing\n"
+    )
+    context.turns[0].pop("not_read")
+    _tell_not_read(context, data, 10)  # of the second epoch, all
+    assert "not_read" not in context.turns[0]
 
 
 def test_validation_shows_every_row_once_and_keeps_ranks_together() -> None:
