@@ -37,8 +37,9 @@ class Heartbeat:
     """Writes `<folder>/rank-00001.json` and reads those of the others, until it is stopped.
 
     `silent_seconds`: after so long without progress a rank is named, once for each time. `timeout_seconds`: after so
-    long this process ends, and with it the job; as long as any rank gets on, the job does. `progress` is counted up, by
-    one with each `unit`, from outside.
+    long this process ends, and with it the job; as long as any rank gets on, the job does. Of the two, the shorter time
+    is that of the names, so that a job never ends without one. `progress` is counted up, by one with each `unit`, from
+    outside.
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class Heartbeat:
         unit: str = "micro-batch",
     ) -> None:
         self.stage, self.folder, self.rank, self.world = stage, folder, rank, world
-        self.silent_seconds, self.timeout_seconds = silent_seconds, timeout_seconds
+        self.silent_seconds, self.timeout_seconds = min(silent_seconds, timeout_seconds), timeout_seconds
         self.unit, self.progress = unit, 0
         self.step: int | None = None  # of the training; None where there are no steps
         self._main = threading.main_thread().ident

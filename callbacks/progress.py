@@ -17,7 +17,7 @@ class Progress(pl.Callback):
     Reads the module's `step_metrics` (loss, tokens_per_second) and `validation_metrics` (validation_loss), as
     MetricsFile does. Where stdout is no terminal a plain line is printed every `every_fraction` of the steps or
     `every_seconds`, whichever comes first, and at the end; the first after `first_seconds`, and the next ones each
-    after twice the time, until that is `every_seconds`. A validation stands in the first line after it alone. The
+    after twice the time, until that is `every_seconds`. Figures stand in the first line after them alone. The
     trainer needs `enable_progress_bar=False`.
     """
 
@@ -69,6 +69,8 @@ class Progress(pl.Callback):
         if not trainer.is_global_zero:
             return
         metrics: dict[str, float] = module.step_metrics or {}
+        if not self._bar and metrics.get("step", trainer.global_step) <= self._printed_step:
+            metrics = {}  # told
         if "loss" in metrics:
             self._numbers["loss"] = f"loss {metrics['loss']:.3f}"
         if "tokens_per_second" in metrics:
@@ -126,7 +128,7 @@ class Progress(pl.Callback):
         self._printed, self._printed_step = time.monotonic(), self._step
         of = f"/{trainer.max_steps} ({100 * self._step // trainer.max_steps} %)" if trainer.max_steps > 0 else ""
         self._print(f"{self.stage}: step {self._step}{of}  {self._text(trainer)}")
-        self._numbers.pop("validation", None)  # told
+        self._numbers.clear()  # told: without newer ones the next line has none, or they would pass for its step's
 
     def _text(self, trainer: pl.Trainer) -> str:
         parts = [self._numbers[key] for key in ("loss", "validation", "speed") if key in self._numbers]

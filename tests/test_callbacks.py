@@ -643,6 +643,17 @@ def test_a_validation_stands_in_one_line(tmp_path):
     assert len(said) == len(set(said)) == 12
 
 
+def test_figures_of_a_step_stand_in_one_line(tmp_path):
+    console = Console(file=io.StringIO(), width=100, color_system=None)
+    progress = Progress("distill", console=console, every_fraction=1 / 8)
+    fit(tmp_path, 24, progress, log_every=10)
+    said = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    found = {line.split()[2]: line.partition("loss ")[2][:5] for line in said if "loss" in line}
+    assert found == {"12/24": "0.100", "21/24": "0.050"}  # of steps 10 and 20
+    assert {line.split()[2] for line in said if "tokens/s" in line} == found.keys()
+    assert len(said) == 8
+
+
 def test_restarted_stage_shows_its_right_step(tmp_path):
     show(tmp_path, 20)
     assert [line.split("  ")[0] for line in show(tmp_path, 40, resume=True).splitlines()] == [

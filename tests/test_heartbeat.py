@@ -27,7 +27,8 @@ def waits_for_the_others(heart):
 folder, rank, world, busy = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "busy"
 apart = sys.argv[4] == "apart"
 words = ("record", "batch") if apart else ("distill", "micro-batch")
-heart = Heartbeat(words[0], folder, rank, world, silent_seconds=0.6, timeout_seconds=2.4, unit=words[1])
+silent = 60 if sys.argv[4] == "silent" else 0.6
+heart = Heartbeat(words[0], folder, rank, world, silent_seconds=silent, timeout_seconds=2.4, unit=words[1])
 heart.start()
 for _ in range(40 if apart else 0):
     heart.progress += 1
@@ -82,6 +83,17 @@ def test_ranks_that_wait_for_each_other_say_where_they_are(tmp_path: Path) -> No
     told = [process.communicate(timeout=30)[1] for process in ranks]
     assert [process.returncode for process in ranks] == [1, 1]
     assert re.search(r"it is in step 4 at <string>:[78] \(waits_for_the_others\)", told[0])
+
+
+def test_a_job_ends_after_its_time_where_ranks_would_be_named_later(tmp_path: Path) -> None:
+    ranks = [_start(tmp_path, rank, 2, "silent") for rank in range(2)]
+    _wait_for(tmp_path / "rank-00001.json")
+    begin = time.monotonic()
+    told = [process.communicate(timeout=90)[1] for process in ranks]
+    assert [process.returncode for process in ranks] == [1, 1]
+    assert 2 < time.monotonic() - begin < 20  # 2.4 s, on a busy machine
+    assert re.match(r"distill: rank 0 .* has not finished a micro-batch for \d s; it is in step 4", told[0])
+    assert re.search(r"\nerror: distill: no progress for \d s \(strategy.timeout_minutes\)", told[0])
 
 
 def test_a_rank_that_is_gone_is_named_while_another_gets_on_and_the_job_ends_when_none_does(tmp_path: Path) -> None:

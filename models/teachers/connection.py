@@ -27,7 +27,11 @@ log = logging.getLogger(__name__)
 
 
 class Unanswered(Exception):
-    """A request that failed in a way that may pass, more often than `retries` allows."""
+    """A request that failed in a way that may pass, more often than `retries` allows; `late`: its time ran out."""
+
+    def __init__(self, reason: str, late: bool = False) -> None:
+        super().__init__(reason)
+        self.late = late
 
 
 class Rejected(Exception):
@@ -77,15 +81,16 @@ class Connection:
     def request(self, url: str, body: dict[str, Any] | None = None) -> Any:
         """The JSON answer to a GET, or to a POST of `body`. Raises Unanswered, Rejected."""
         tries = self.retries + 1
-        reason = "stopped"
+        reason, late = "stopped", False
         for attempt in range(tries):
             if self.stopped.is_set():
                 break
-            asked_to_wait = 0.0
+            asked_to_wait, late = 0.0, False
             try:
                 with self.deadline.of(self.timeout_seconds):
                     response = self._exchange("GET" if body is None else "POST", url, body)
             except httpx.TimeoutException:
+                late = True
                 reason = f"no answer within teacher.endpoint.timeout_seconds={self.timeout_seconds:g}"
             except httpx.RequestError as problem:
                 reason = str(problem) or type(problem).__name__
@@ -111,7 +116,7 @@ class Connection:
                 log.warning("teacher.endpoint.url=%s: %s; trying again in %.0f s", self.url, reason, pause)
             if self.stopped.wait(pause):
                 break
-        raise Unanswered(reason)
+        raise Unanswered(reason, late)
 
     def _exchange(self, method: str, url: str, body: dict[str, Any] | None) -> httpx.Response:
         """A response that is read, of `answer_mb` at most. What is sent compressed counts as it is decompressed."""

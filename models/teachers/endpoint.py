@@ -104,8 +104,11 @@ class Endpoint:
                 server.rows(FIRST_TOKENS)
             return found
         except Unanswered as problem:
+            said = f"({problem})"
+            if problem.late and brief < self.timeout_seconds:  # not the user's setting
+                said = f"within the {brief:g} s that the check gives it"
             raise Refusal(
-                f"teacher.endpoint.url={self.url}: no answer ({problem}); start the server or correct the address"
+                f"teacher.endpoint.url={self.url}: no answer {said}; start the server or correct the address"
             ) from None
         finally:
             server.connection.close()

@@ -31,6 +31,9 @@ log = logging.getLogger(__name__)
 # Root mean square error of log-probabilities from float32, as a share of bfloat16's: of float32 in another order about
 # 1e-4, of float16 and TF32, with three more bits, about 1/8, of bfloat16 in another order about 1.
 SHARES = {"float32": 1 / 64, "float16": 1 / 2, "bfloat16": 4.0}
+# Beyond both it is another model: of the same weights in 4 bits the error was 20 to 40 times bfloat16's, 0.2 to 0.4
+# nats; of other weights 130 times and more, 2 nats and more.
+OTHER_SHARE, OTHER_NATS = 20.0, 1.0
 SPACINGS = {"bfloat16": 2.0**-8, "float16": 2.0**-11}  # between neighbours, of logits of 0.5 and more
 Told = tuple[Tensor, Tensor]  # of a piece: ids Int64[T-1, K], log-probabilities Float32[T-1, K]; as Endpoint.score
 
@@ -47,8 +50,13 @@ class Precision:
         return asdict(self)
 
     def check(self, claimed: str, url: str) -> None:
-        """Refuse a claim that the proof contradicts. What is further off than bfloat16 is recorded where no more than
-        that is claimed."""
+        """Refuse a claim that the proof contradicts, and another model whatever is claimed. What is further off than
+        bfloat16, but may have fewer bits, is recorded where no more than that is claimed."""
+        if self._is_other:
+            raise Refusal(
+                f"teacher.endpoint.url={url}: it serves another model than that at teacher.path, further off than "
+                f"any dtype{self._off}; serve what lies at teacher.path, or give the path of what is served"
+            )
         if self.dtype is not None and SHARES[self.dtype] > SHARES[claimed]:
             raise Refusal(
                 f"teacher.dtype={claimed}: the server at {url} computes in {self.dtype}{self._off}; start it with "
@@ -63,6 +71,12 @@ class Precision:
                 f"teacher.dtype=bfloat16 to record it as it is"
             )
         log.warning("%s; is it the model at teacher.path? It is recorded as it is", told)
+
+    @property
+    def _is_other(self) -> bool:
+        if self.error is None or self.error_of_bfloat16 is None:
+            return False
+        return self.error > max(OTHER_SHARE * self.error_of_bfloat16, OTHER_NATS)
 
     @property
     def _off(self) -> str:

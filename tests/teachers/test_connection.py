@@ -141,9 +141,13 @@ def test_a_redirect_is_told_and_not_followed_and_what_it_holds_is_not_said(
 def test_it_is_asked_once_in_a_short_time_before_a_run(serving: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(models.teachers.endpoint, "REACH_SECONDS", 0.3)
     server, endpoint = serving(dripping(HEAD), retries=6, timeout_seconds=120)
-    with pytest.raises(Refusal, match=r"no answer \(no answer within .*\); start the server or correct the address"):
+    with pytest.raises(
+        Refusal, match=r": no answer within the 0\.3 s that the check gives it; start the server or cor"
+    ):
         endpoint.reach(scores=True)
     assert server.asked == 1
+    with pytest.raises(Refusal, match=r": no answer \(no answer within teacher\.endpoint\.timeout_seconds=0\.2\); sta"):
+        replace(endpoint, timeout_seconds=0.2).reach(scores=True)
 
 
 def test_a_model_that_the_server_does_not_list_is_refused_with_those_it_does(serving: Any) -> None:

@@ -35,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 PIECES = [[random.Random(seed).randrange(V) for _ in range(24)] for seed in range(6)]
 
 
-def answers(folder: Path, dtype: str) -> list[Any]:
+def answers(folder: Path | str, dtype: str) -> list[Any]:
     """As the server of tests/serving.py gives them, through JSON."""
     served = Model(str(folder), K, dtype)
     told = []
@@ -83,10 +83,34 @@ def test_without_weights_the_spacing_of_rounded_logits_tells_it(dtype: str, seen
         found.check("float32", "http://host/v1")  # nothing contradicts it, and the record says that nothing is proved
 
 
-def test_another_model_is_refused_unless_no_more_than_bfloat16_is_claimed(
-    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_another_model_is_refused_whatever_is_claimed(folder: Path, tmp_path: Path) -> None:
+    other = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        for weight in other.parameters():
+            weight.copy_(weight.flatten()[torch.randperm(weight.numel())].view_as(weight))
+    other.save_pretrained(tmp_path / "other")
+    found = by_own_forward(
+        PIECES, answers(tmp_path / "other", "float32"), str(folder), tmp_path / "aside", "cpu", False
+    )
+    for claimed in ("float32", "float16", "bfloat16"):
+        with pytest.raises(Refusal, match=r"serves another model than that at teacher\.path.* by \d.* nats") as refused:
+            found.check(claimed, "http://host/v1")
+        assert "dtype=" not in str(refused.value)
+
+
+@pytest.mark.parametrize("bits", [6, 4])
+def test_the_model_in_fewer_bits_is_refused_unless_no_more_than_bfloat16_is_claimed(
+    bits: int, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    told = [(ids.flip(1), values) for ids, values in answers(folder, "float32")]
+    rounded = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        for weight in rounded.model.layers.parameters():
+            if weight.ndim == 2:
+                groups = weight.view(-1, 32)
+                scale = groups.abs().amax(1, keepdim=True) / (2 ** (bits - 1) - 1)
+                groups.copy_((groups / scale).round() * scale)
+    rounded.save_pretrained(tmp_path / "rounded")
+    told = answers(tmp_path / "rounded", "float32")
     found = by_own_forward(PIECES, told, str(folder), tmp_path / "aside", "cpu", False)
     assert found.dtype is None
     with pytest.raises(Refusal, match=r"further off than bfloat16 \(.*so it has fewer bits or another model"):
