@@ -35,7 +35,7 @@ def check(spec: dict[str, Any], scratch: Path | None = None) -> dict[str, Any]:
         with in_words_of(Context(config, name)):
             made[name] = build(config, name)
     for name in ("callbacks", "logger", "strategy", "launch"):
-        check_kinds(config[name], name)
+        check_kinds(config.get(name), name)
     problems = Problems()
     with refusing("launch"):
         launcher = instantiate(config["launch"])

@@ -388,10 +388,12 @@ def test_the_identity_of_a_stage_knows_its_models_by_what_they_hold_and_not_by_w
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from pipeline.check import check
+    from pipeline.data.tokenizer import train_tokenizer
 
     shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 8, "num_attention_heads": 2}
     for place in ("here", "there"):
-        LlamaForCausalLM(LlamaConfig(vocab_size=50, **shape)).save_pretrained(tmp_path / place)  # type: ignore[arg-type]
+        train_tokenizer(["a few words"], 257, tmp_path / place)
+        LlamaForCausalLM(LlamaConfig(vocab_size=257, **shape)).save_pretrained(tmp_path / place)  # type: ignore[arg-type]
 
     def plan(place: str) -> dict[str, Any]:
         config = composed(
@@ -765,7 +767,7 @@ def test_a_student_larger_than_its_teacher_is_warned_of() -> None:
     from pipeline.check import check
 
     plan = check({"config": quickstart("student.shape.hidden_size=256"), "stages": ["pretrain", "distill"]})["plan"]
-    assert "is larger than its teacher" in plan[1]["warnings"][0]
+    assert any("is larger than its teacher" in line for line in plan[1]["warnings"])
 
 
 def test_a_warm_up_longer_than_the_stage_is_warned_of() -> None:
