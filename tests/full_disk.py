@@ -34,7 +34,7 @@ class FullDisk:
             self._shared = mmap.mmap(file.fileno(), 0)
 
     def refuse(self, pattern: str, code: int = errno.ENOSPC, every: bool = False) -> None:
-        """From now on: the first call that fits `pattern`, such as "write /work/*", and with `every` each one after
+        """From now on: the first call that fits `pattern`, such as "write *.json", and with `every` each one after
         it. An empty pattern refuses none. What was called before is forgotten."""
         words = [text.encode().ljust(_NAME, b"\0") for text in (pattern, str(self.under))]
         self._shared[:_HEAD] = struct.pack("4q", 0, 0, every, code) + b"".join(words)

@@ -101,6 +101,15 @@ def answers_of(result: dict[str, Any]) -> list[tuple[list[int], list[int]]]:
     return told
 
 
+def dense_divergence(student: Any, teacher: Any, prompt: list[int], ids: list[int]) -> float:
+    """Forward KL at temperature 2, summed over the tokens that were written."""
+    with torch.no_grad():
+        logits, taught = (
+            m(input_ids=torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1] / 2 for m in (student, teacher)
+        )
+    return F.kl_div(F.log_softmax(logits, -1), F.log_softmax(taught, -1), log_target=True, reduction="sum").item()
+
+
 def test_the_loss_is_the_dense_formula_over_the_generated_tokens(folder: Path) -> None:
     result = fit(Scenario("dense", steps=1, on_policy={**ALWAYS, "replay_capacity": 8}), folder)
     student, teacher = (AutoModelForCausalLM.from_pretrained(folder / n) for n in ("student-False-0.0", "teacher"))
@@ -108,12 +117,7 @@ def test_the_loss_is_the_dense_formula_over_the_generated_tokens(folder: Path) -
     told = answers_of(result)
     assert len(told) == 8
     for prompt, ids in told:
-        with torch.no_grad():
-            logits, taught = (
-                m(input_ids=torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1] / 2
-                for m in (student, teacher)
-            )
-        total += F.kl_div(F.log_softmax(logits, -1), F.log_softmax(taught, -1), log_target=True, reduction="sum").item()
+        total += dense_divergence(student, teacher, prompt, ids)
         count, length = count + len(ids), length + len(prompt) + len(ids)
     first = result["metrics"][0]
     assert first["forward_kl"] == pytest.approx(4 * total / count, rel=1e-5)
@@ -147,12 +151,7 @@ def test_a_skipped_prompt_takes_no_part_and_the_others_are_as_without_it(
         assert kept == ([] if number in gone else ids)
         if number in gone:
             continue
-        with torch.no_grad():
-            logits, taught = (
-                m(input_ids=torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1] / 2
-                for m in (student, teacher)
-            )
-        total += F.kl_div(F.log_softmax(logits, -1), F.log_softmax(taught, -1), log_target=True, reduction="sum").item()
+        total += dense_divergence(student, teacher, prompt, ids)
         count, length = count + len(ids), length + len(prompt) + len(ids)
     first = skipping["metrics"][0]
     assert first["forward_kl"] == pytest.approx(4 * total / count, rel=1e-5)
