@@ -20,7 +20,7 @@ from models.errors import Refusal
 from models.teachers.endpoint import Endpoint
 
 MODELS = json.dumps({"data": [{"id": "tiny", "owned_by": "vllm"}]}).encode()
-HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
+HEAD = b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Type: application/json\r\n"
 
 
 def dripping(first: bytes) -> Callable[[socket.socket, str], None]:
@@ -49,7 +49,7 @@ def bomb(connection: socket.socket, path: str) -> None:
 
 def moved(connection: socket.socket, path: str) -> None:
     where = b"http://me:word@elsewhere.example/v1/models?token=SECRET"
-    connection.sendall(b"HTTP/1.1 307 Moved\r\nLocation: " + where + b"\r\nContent-Length: 0\r\n\r\n")
+    connection.sendall(b"HTTP/1.1 307 Moved\r\nConnection: close\r\nLocation: " + where + b"\r\nContent-Length: 0\r\n\r\n")
 
 
 def two_models(connection: socket.socket, path: str) -> None:
