@@ -58,7 +58,8 @@ def check_files(folder: Path, told: str, weights: bool = True) -> None:
             raise Refusal(f"{told}: an adapter without its model; merge it into one, and give that folder")
         raise Refusal(f"{told}: no config.json in it; give a folder AutoModelForCausalLM can open")
     config = _json(folder / "config.json", _CONFIG_BYTES, told)
-    _check_numbers(config, told)
+    if found := _odd_number(config):
+        raise Refusal(f"{told}: {found[0]} in config.json; need {found[1]}, take the model's own config.json")
     _check_ends(config, config, "config.json", told)
     for name in _BESIDE:
         if (folder / name).exists():
@@ -82,6 +83,14 @@ def check_files(folder: Path, told: str, weights: bool = True) -> None:
     _check_sizes(config, {name: shape for name, (shape, _) in headers.items()}, told)
 
 
+def check_given(config: dict[str, Any], role: str) -> None:
+    """Refuse the same values of a config that lies in no folder yet, since a person gave some of it."""
+    if found := _odd_number(config):
+        raise Refusal(f"{role}.{found[0]}: need {found[1]}")
+    if end := _odd_end(config, config):
+        raise Refusal(f"{role}.{end[0]}: it is no token of the model; they {end[1]}")
+
+
 def _check_token_ids(held: dict[str, Any], file: str, told: str) -> None:
     """Refuse words where the numbers of tokens belong: a model would generate to its limit, or stop anywhere."""
     for name, value in held.items():
@@ -96,7 +105,13 @@ def _check_token_ids(held: dict[str, Any], file: str, told: str) -> None:
 
 
 def _check_ends(held: dict[str, Any], config: dict[str, Any], file: str, told: str) -> None:
-    """Refuse first and last tokens that the vocabulary does not have: a model would never stop.
+    if end := _odd_end(held, config):
+        raise Refusal(f"{told}: {end[0]} in {file} is no token of the model: they {end[1]}; give its own")
+
+
+def _odd_end(held: dict[str, Any], config: dict[str, Any]) -> tuple[str, str] | None:
+    """Of first and last tokens that the vocabulary does not have: a model would never stop. In words, and which ones
+    there are; None where all are tokens.
 
     -1 says none, as published models have it. A family's own default passes too: it stays in the config of every model
     of it with a shorter vocabulary, where nobody set another.
@@ -109,7 +124,8 @@ def _check_ends(held: dict[str, Any], config: dict[str, Any], file: str, told: s
         for each in value if isinstance(value, list) else [value]:
             if isinstance(each, int) and each != -1 and not 0 <= each < end and each not in _usual(config, name):
                 has = "are not negative" if end == math.inf else f"are 0 to {end - 1} by vocab_size={end}"
-                raise Refusal(f"{told}: {name}={each} in {file} is no token of the model: they {has}; give its own")
+                return f"{name}={each}", has
+    return None
 
 
 def _usual(config: dict[str, Any], name: str) -> list[Any]:
@@ -123,8 +139,9 @@ def _usual(config: dict[str, Any], name: str) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def _check_numbers(config: dict[str, Any], told: str) -> None:
-    """Refuse numbers that no model has: some only show as tracebacks, or as NaN long after."""
+def _odd_number(config: dict[str, Any]) -> tuple[str, str] | None:
+    """The first number that no model has, in words, and what is needed: some only show as tracebacks, or as NaN long
+    after."""
     for where, name, value in _numbers(config):
         need = None
         if value != value:  # NaN; math.isnan fails at whole numbers that no float holds
@@ -137,7 +154,8 @@ def _check_numbers(config: dict[str, Any], told: str) -> None:
             least = 1 if name in _SIZES else 0
             need = None if isinstance(value, int) and value >= least else f"a whole number of {least} or more"
         if need:
-            raise Refusal(f"{told}: {where}={value} in config.json; need {need}, take the model's own config.json")
+            return f"{where}={value}", need
+    return None
 
 
 def _numbers(config: dict[str, Any]) -> Iterator[tuple[str, str, int | float]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -20,6 +20,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from models.errors import Refusal
+from models.folder import check_given
 from models.load import empty_model, load_config, load_model, save_model
 from models.representations import projection_widths
 
@@ -89,7 +90,8 @@ class Shape:
         # Some families call the common numbers by names of their own: gpt2's hidden_size is n_embd.
         shape = {base.attribute_map.get(k, k): v for k, v in self.shape.items() if v is not None}
         if unknown := [k for k in shape if k not in values]:
-            close = get_close_matches(unknown[0], values, n=1)
+            inside = [f"{key}.{unknown[0]}" for key, value in values.items() if unknown[0] in _keys(value)]
+            close = inside or get_close_matches(unknown[0], values, n=1)
             raise Refusal(
                 f"student.shape.{unknown[0]}: {type(base).__name__} has no such number"
                 + (f"; did you mean {close[0]}?" if close else "")
@@ -226,7 +228,7 @@ def _reshaped(base: PretrainedConfig, shape: dict[str, Any]) -> tuple[dict[str, 
     what the teacher has, too; a width that the teacher states otherwise stays, and a list is cut, or repeated.
     """
     had = base.to_dict()
-    values, notes = had | shape, []
+    values, notes = {**had, **{key: _merged(had[key], value) for key, value in shape.items()}}, []
     depth, new_depth = base.num_hidden_layers, values[base.attribute_map.get("num_hidden_layers", "num_hidden_layers")]
     listed = [k for k, v in had.items() if re.search("layer|block", k) and isinstance(v, list) and len(v) == depth]
     free = [k for k in ("head_dim", *listed) if k in had and k not in shape]
@@ -247,6 +249,20 @@ def _reshaped(base: PretrainedConfig, shape: dict[str, Any]) -> tuple[dict[str, 
         if "layer" in name and isinstance(value, dict) and value and all(str(key).isdigit() for key in value):
             values[name] = {key: each for key, each in value.items() if int(key) < new_depth}
     return values, notes
+
+
+def _keys(value: Any) -> Collection[str]:
+    return value.keys() if isinstance(value, dict) else ()
+
+
+def _merged(had: Any, given: Any) -> Any:
+    """Of settings inside of a config, as rope_parameters, those that are not given stay the teacher's. Another kind of
+    rope has other numbers: it is taken as it is given."""
+    if not (isinstance(had, dict) and isinstance(given, dict)):
+        return given
+    if given.get("rope_type", had.get("rope_type")) != had.get("rope_type"):
+        return given
+    return had | {key: _merged(had.get(key), value) for key, value in given.items()}
 
 
 # What some families multiply or divide attention's scores by: of a head's width in most of their models, not in all.
@@ -346,7 +362,9 @@ def rebuilt(base: PretrainedConfig, values: dict[str, Any], role: str = "student
 
 
 def made_empty(config: PretrainedConfig, role: str) -> nn.Module:
-    """The model of a config with a person's values, without memory; a Refusal where its family makes none of it."""
+    """The model of a config with a person's values, without memory; a Refusal where its family makes none of it, or
+    where a folder with this config would be refused."""
+    check_given(config.to_dict(), role)
     with _refusing(f"{role}: {type(config).__name__} makes no model of these values"):
         return empty_model(config)
 

@@ -223,6 +223,58 @@ def test_what_a_family_raises_of_a_shape_is_said_in_one_line(shape: dict[str, An
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("shape", "said"),
+    [
+        ({"attention_dropout": 7}, "attention_dropout=7: need a probability from 0 to 1"),
+        ({"eos_token_id": 9999}, "eos_token_id=9999: it is no token of the model; they are 0 to 287 by vocab_size=288"),
+        (
+            {"rope_parameters": {"rope_theta": 0.0}},
+            "rope_parameters.rope_theta=0.0: need a finite number above 0",
+        ),
+        ({"rope_theta": 5e5}, "rope_theta: LlamaConfig has no such number; did you mean rope_parameters.rope_theta?"),
+    ],
+)
+def test_numbers_that_a_folder_of_that_shape_could_not_have_are_refused(
+    shape: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    with pytest.raises(Refusal) as refused:
+        Shape(shape).config(teacher_of("llama", tmp_path))
+    assert str(refused.value) == f"student.shape.{said}"
+
+
+LLAMA_3 = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+
+
+def test_of_settings_inside_of_a_config_those_that_are_not_given_stay_the_teachers(tmp_path: Path) -> None:
+    """A student that lost its teacher's rope scaling reads long texts at other angles, without a word."""
+    teacher = teacher_of("llama", tmp_path / "a", rope_parameters=LLAMA_3)
+    assert Shape({"rope_parameters": {"rope_theta": 1e4}}).config(teacher).rope_parameters == {
+        **LLAMA_3,
+        "rope_theta": 1e4,
+    }
+    assert Shape({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}).config(teacher).rope_parameters == {
+        "rope_type": "default",
+        "rope_theta": 1e4,
+    }
+    kinds = {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    }
+    teacher = teacher_of("gemma3_text", tmp_path / "b", rope_parameters=kinds)
+    shape = Shape({"rope_parameters": {"full_attention": {"factor": 2.0}}})
+    kept = shape.config(teacher).rope_parameters
+    assert kept["full_attention"] == {**kinds["full_attention"], "factor": 2.0}
+    assert kept["sliding_attention"] == kinds["sliding_attention"]
+
+
 def test_kinds_of_layers_that_no_rule_gives_are_cut_repeated_and_told(tmp_path: Path) -> None:
     kinds = ["full_attention", "full_attention", "sliding_attention"] * 2
     teacher = teacher_of("gemma2", tmp_path, layer_types=kinds)

@@ -18,6 +18,7 @@ from models.errors import Refusal
 from models.files import hash_of
 from pipeline.data.answer_files import TEACHERS, columns_of, files_of, prompt_keys, read_answers, records
 from pipeline.data.controls import Controls
+from pipeline.data.frames import controls_of
 from pipeline.data.pairs import Pair, split_pair, write_sequences
 from pipeline.data.readers import parquet
 from pipeline.data.source import DataSource, Prompt, check_reading, with_reading
@@ -150,7 +151,7 @@ class Answers(DataSource):
             "too_long": 0,
         }
         return write_sequences(
-            self._pairs(split, tokenizer, counts, Controls(tokenizer, self.control_tokens)),
+            self._pairs(split, tokenizer, counts, controls_of(tokenizer, self)),
             max_length=self.max_length,
             packed=self.packing,
             folder=folder,
@@ -225,7 +226,7 @@ class Answers(DataSource):
         of a chat template."""
         folder = Path(getattr(self, split) or self.train).expanduser()
         beside = self.as_text and any((folder / name).is_file() for name in FILES)
-        return Controls(load_tokenizer(folder)) if beside else None
+        return controls_of(load_tokenizer(folder)) if beside else None
 
     def _tokens(
         self, row: dict[str, Any], tokenizer: Any, controls: Controls, frames: Controls | None, where: str

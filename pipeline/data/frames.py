@@ -13,8 +13,16 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator
 from itertools import product
+from typing import TYPE_CHECKING
 
+from models.errors import Refusal
+from pipeline.data.bounded import bounded
+from pipeline.data.controls import Controls
 from pipeline.data.rendering import Template
+from pipeline.data.source import DataSource
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _SAID = {"system": "\U0010c000", "user": "\U0010c001", "assistant": "\U0010c002", "tool": "\U0010c003"}
 _ASKERS = (_SAID["system"], _SAID["user"])
@@ -24,6 +32,29 @@ _SHOWN = (
     ("user", "assistant", "tool", "assistant"),
 )
 _OPENING = re.compile(r"<(\w+)>")
+
+
+def controls_of(
+    tokenizer: PreTrainedTokenizerBase, data: DataSource | None = None, template: Template | None = None
+) -> Controls:
+    """The control tokens of what is read with a tokenizer: the special ones, and what a chat template frames a message
+    with.
+
+    `template`: of conversations, which are rendered with it. Of texts, whoever reads them, it is the tokenizer's own;
+    one that cannot be shown anything frames nothing there.
+    """
+    setting, vocabulary = data.control_tokens if data is not None else None, tokenizer.get_added_vocab()
+    own, frames = template is None, set[str]()
+    try:
+        if own and tokenizer.chat_template is not None:
+            template = Template(tokenizer, tokenizer.get_chat_template())
+        if template is not None:
+            with bounded("data" if data is None else data.node):
+                frames = frames_of(template, vocabulary)
+    except (Refusal, ValueError):  # ValueError: it has several templates, and none of them is the default
+        if not own:
+            raise
+    return Controls(tokenizer, setting, frames)
 
 
 def frames_of(template: Template, added: Collection[str]) -> set[str]:

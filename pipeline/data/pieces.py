@@ -24,6 +24,7 @@ from models.targets import IGNORED
 from pipeline.data.alignment import Aligned, Aligner
 from pipeline.data.controls import Controls, Tokens
 from pipeline.data.conversations import Conversation, conversation
+from pipeline.data.frames import controls_of
 from pipeline.data.prepared import SPELLINGS
 from pipeline.data.rendering import teachers_template
 from pipeline.data.source import DataSource
@@ -122,11 +123,11 @@ def text_pieces(
     tokenizer: PreTrainedTokenizerBase, data: DataSource, tally: Found, teacher: Teacher | None
 ) -> PieceMaker:
     begin, end = ends(tokenizer, "the tokenizer")
-    controls = Controls(tokenizer, data.control_tokens)
+    controls = controls_of(tokenizer, data)
     theirs_too = None
     if teacher:
         ends(teacher.tokenizer, "the teacher's tokenizer")
-        theirs_too = Controls(teacher.tokenizer, data.control_tokens)
+        theirs_too = controls_of(teacher.tokenizer, data)
     tally.controls = [controls] if theirs_too is None else [controls, theirs_too]
 
     def make(batch: dict[str, list[Any]], indices: list[int]) -> Pieces:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from pipeline.data.controls import Controls
+from pipeline.data.frames import controls_of
 from pipeline.data.prepared import SPELLINGS, tell
 from pipeline.data.source import DataSource, Prompt
 from pipeline.data.tokenizer import begin_token
@@ -37,7 +37,7 @@ def prompts_of(
 def _texts(
     documents: Any, tokenizer: PreTrainedTokenizerBase, data: DataSource, prompt_tokens: int | None, tally: Counter[str]
 ) -> Iterator[Prompt]:
-    begin, controls = begin_token(tokenizer), Controls(tokenizer, data.control_tokens)
+    begin, controls = begin_token(tokenizer), controls_of(tokenizer, data)
     texts = (document["text"] for document in documents)
     while some := list(islice(texts, _AT_ONCE)):
         for text, (tokens, _) in zip(some, controls.text_tokens(some), strict=True):

@@ -25,6 +25,7 @@ from models.questions import Question
 from pipeline.data.controls import Controls
 from pipeline.data.demonstrations import SELECTIONS, Demonstrations, random_of
 from pipeline.data.examples import Example, Templates
+from pipeline.data.frames import controls_of
 from pipeline.data.pairs import Pair, split_pair, write_sequences
 from pipeline.data.prepared import SPELLINGS, tell
 from pipeline.data.records import records, source_key
@@ -218,7 +219,7 @@ class Task(DataSource):
         """The examples of a split in tokens; those that are left out for their length are counted in `counts`, and in
         `controls` the control tokens that they spell."""
         counts = Counter() if counts is None else counts
-        controls = controls or Controls(tokenizer, self.control_tokens)
+        controls = controls or controls_of(tokenizer, self)
         begin = begin_token(tokenizer)
 
         def ids(text: str) -> list[int]:
@@ -275,7 +276,7 @@ class Task(DataSource):
         if split == "train" and self.too_long == "refuse":
             deque(self.items("test", tokenizer), maxlen=0)  # not when all is trained, and these are to be measured
 
-        controls = Controls(tokenizer, self.control_tokens)
+        controls = controls_of(tokenizer, self)
         counted: dict[str, Any] = {}  # whole when all are read
 
         def pairs() -> Iterator[Pair]:
@@ -311,7 +312,7 @@ class Task(DataSource):
     def prompts(self, split: str, tokenizer: Any, prompt_tokens: int | None, tally: Counter[str]) -> Iterator[Prompt]:
         """What the teacher answers, and what the student will see of it."""
         counts: Counter[str] = Counter()
-        controls = Controls(tokenizer, self.control_tokens)
+        controls = controls_of(tokenizer, self)
         for item in self.items(split, tokenizer, counts, controls):
             yield Prompt(item.example.query, item.prompt, item.teacher_prompts[0])
         tally["left_out_by_task"] += counts["too_long"]

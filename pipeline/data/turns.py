@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from models.errors import Refusal
 from pipeline.data.bounded import bounded
 from pipeline.data.controls import Controls, Tokens
-from pipeline.data.frames import frames_of
+from pipeline.data.frames import controls_of
 from pipeline.data.rendering import Template, template_of
 from pipeline.data.source import DataSource
 
@@ -41,16 +41,9 @@ _CLOSED = re.compile(r".*</think>\s*", re.DOTALL)
 _ONE = [{"role": "user", "content": "x"}]
 
 
-def controls_of(tokenizer: PreTrainedTokenizerBase, template: Template, data: DataSource) -> Controls:
-    """The control tokens in conversations: the special ones, and what the template frames a message with."""
-    also = frames_of(template, tokenizer.get_added_vocab())
-    return Controls(tokenizer, data.control_tokens, also)
-
-
 def turns_of(tokenizer: PreTrainedTokenizerBase, data: DataSource, template: Template | None = None) -> Turns:
     template = template or template_of(tokenizer, data)
-    with bounded(data.node):
-        return Turns(template, controls_of(tokenizer, template, data))
+    return Turns(template, controls_of(tokenizer, data, template))
 
 
 @dataclass(frozen=True)

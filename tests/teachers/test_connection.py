@@ -49,7 +49,9 @@ def bomb(connection: socket.socket, path: str) -> None:
 
 def moved(connection: socket.socket, path: str) -> None:
     where = b"http://me:word@elsewhere.example/v1/models?token=SECRET"
-    connection.sendall(b"HTTP/1.1 307 Moved\r\nConnection: close\r\nLocation: " + where + b"\r\nContent-Length: 0\r\n\r\n")
+    connection.sendall(
+        b"HTTP/1.1 307 Moved\r\nConnection: close\r\nLocation: " + where + b"\r\nContent-Length: 0\r\n\r\n"
+    )
 
 
 def two_models(connection: socket.socket, path: str) -> None:
