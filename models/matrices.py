@@ -66,7 +66,7 @@ def matrices(model: Any) -> list[Matrix]:
     for number, layer in enumerate(decoder_layers(model)):
         for name, module in layer.named_modules(remove_duplicate=False):
             at = f"{root}.{number}.{name}"
-            if "router" in name.split("."):  # JetMoE's is an nn.Linear in a module of this name
+            if "router" in name.split("."):  # JetMoE's and Granite MoE's are an nn.Linear in a module of it
                 continue
             if is_linear(module):
                 found.append(Matrix(number, name, f"{at}.weight", is_transposed(module)))
@@ -79,8 +79,11 @@ def matrices(model: Any) -> list[Matrix]:
     return found
 
 
+_TOLD_SHARE = 0.01  # of a layer's parameters; below it they are a few vectors, as RWKV's factors of time
+
+
 def of_no_kind(model: Any) -> str | None:
-    """In words, the 3-D parameters of the layers that are none of `matrices`, or None where there are none: experts of
+    """In words, the 3-D parameters of the layers that are none of `matrices`, or None where they are few: experts of
     families whose layout transformers does not declare. Kernels of convolutions are meant to be left."""
     layers, root = decoder_layers(model), name_of_layers(model)
     kernels = {id(p) for module in layers.modules() if isinstance(module, _ConvNd) for p in module.parameters()}
@@ -91,14 +94,14 @@ def of_no_kind(model: Any) -> str | None:
         for name, parameter in layers.named_parameters()
         if parameter.dim() == 3 and id(parameter) not in kernels and f"{root}.{name}" not in known
     ]
-    if not left:
+    share = sum(sizes[name] for name in left) / max(1, sum(sizes.values()))
+    if share < _TOLD_SHARE:
         return None
-    share = sum(sizes[name] for name in left) / sum(sizes.values())
     kinds = list(dict.fromkeys(name.partition(".")[2] for name in left))
     named = ", ".join([*kinds[:3], *(["…"] if len(kinds) > 3 else [])])
     return (
         f"{len(left)} parameters with three dimensions ({named}) are left as they are, {share:.0%} of what the layers "
-        f"hold: how {type(model).__name__}'s experts lie is not known"
+        f"hold: how they lie in {type(model).__name__} is not known"
     )
 
 

@@ -180,7 +180,7 @@ class KvHeads:
     def config(self, teacher: str) -> PretrainedConfig:
         base = load_config(teacher, "teacher")
         had = getattr(base, "num_key_value_heads", None)
-        if not isinstance(self.kv_heads, int):
+        if not isinstance(self.kv_heads, int) or isinstance(self.kv_heads, bool):
             raise Refusal(f"student.kv_heads={self.kv_heads}: need a number; 1 is multi-query attention")
         if had is None:
             raise Refusal(f"student.kv_heads={self.kv_heads}: a {base.model_type} config has no number of KV heads")

@@ -75,7 +75,7 @@ def check_kinds(node: Any, where: str) -> None:
     except (ImportError, ValueError):
         return  # Hydra says so, in better words
     if not dataclasses.is_dataclass(built):
-        _check_numbers(built, node, where)
+        _check_arguments(built, node, where)
         return
     for field in dataclasses.fields(built):
         if field.name in node:
@@ -89,14 +89,14 @@ def _check_kind(annotation: str, value: Any, where: str, name: str) -> None:
         if not any(fits(value) for _, fits in plain):
             needed = " or ".join(words for words, _ in plain)
             counted = "; 6B, 900M and 6e9 are understood" if COUNTS.search(name) and isinstance(value, str) else ""
-            raise Refusal(f"{where}.{name}={value}: need {needed}{counted}")
+            raise Refusal(f"{where}.{name}={_shown(value)}: need {needed}{counted}")
     elif all(
         re.fullmatch(r"(?!(Any|Path|Sequence\[.*)$)(\w+\.)*[A-Z]\w*(\[.*)?|None|dict\[.*", kind) for kind in kinds
     ):
-        _check_settings(kinds, value, where, name)
+        check_settings(kinds, value, where, name)
 
 
-def _check_settings(kinds: list[str], value: Any, where: str, name: str) -> None:
+def check_settings(kinds: list[str], value: Any, where: str, name: str) -> None:
     """Of a field that takes an object: it is built of settings, which say by `_target_` of which class."""
     if isinstance(value, dict):
         if "_target_" not in value and not any(kind.startswith(("dict[", "Mapping[")) for kind in kinds):
@@ -113,18 +113,30 @@ def _check_settings(kinds: list[str], value: Any, where: str, name: str) -> None
         )
 
 
-def _check_numbers(built: Any, node: dict[str, Any], where: str) -> None:
-    """Of what is no dataclass, as an optimizer or a callback: a word, or nothing, where its default is a number."""
+def _check_arguments(built: Any, node: dict[str, Any], where: str) -> None:
+    """Of what is no dataclass, as an optimizer or a callback: values that its annotations do not take, where they are
+    plain ones; and a word, or nothing, where its default is a number."""
     try:
         known = inspect.signature(built).parameters
     except (TypeError, ValueError):
         return
     for key, value in node.items():
-        if key not in known or not isinstance(known[key].default, int | float):
+        if key not in known or value == (default := known[key].default):
             continue
-        if isinstance(value, str) or (value is None and "None" not in str(known[key].annotation)):
-            told = "null" if value is None else value
-            raise Refusal(f"{where}.{key}={told}: need a number, e.g. {key}={known[key].default}")
+        annotation = known[key].annotation
+        annotation = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
+        if all(kind is not None for kind in map(_kind, re.split(r" \| (?![^\[]*\])", annotation))):
+            _check_kind(annotation, value, where, key)
+        if not isinstance(value, str | None) or not isinstance(default, int | float):
+            continue
+        if ("None" in annotation or "Optional" in annotation) if value is None else "str" in annotation:
+            continue
+        need = "true or false" if isinstance(default, bool) else f"a number, e.g. {key}={default}"
+        raise Refusal(f"{where}.{key}={_shown(value)}: need {need}")
+
+
+def _shown(value: Any) -> Any:
+    return "null" if value is None else value
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from models.errors import Problems, Refusal
-from pipeline.building import build, check_kinds, refusing
+from pipeline.building import build, check_kinds, check_settings, refusing
 from pipeline.command_line import OF_RANKS
 from pipeline.config import identity
 
@@ -36,6 +36,8 @@ def check(spec: dict[str, Any], scratch: Path | None = None) -> dict[str, Any]:
             made[name] = build(config, name)
     for name in ("callbacks", "logger", "strategy", "launch"):
         check_kinds(config.get(name), name)
+    for name, node in config["callbacks"].items():
+        check_settings(["Callback", "None"], node, "callbacks", name)
     problems = Problems()
     with refusing("launch"):
         launcher = instantiate(config["launch"])
@@ -103,6 +105,10 @@ def _entry(context: Context, stage: Stage) -> dict[str, Any]:
     if not isinstance(seed, int) or seed < 0:
         raise Refusal(f"stages.{name}.seed={seed}: need a whole number of at least 0")
     with in_words_of(context), refusing("config"):
+        if stage.ranks(context) > 1:
+            from pipeline.training.settings import check_callbacks
+
+            check_callbacks(context)
         entry = dataclasses.asdict(stage.check(context))
         if entry["content"] is None:
             entry["content"] = stage.content()

@@ -62,12 +62,11 @@ def arguments(given: Sequence[str]) -> list[str]:
     # beside the other overrides: argparse wants them all in one place
     if not any(word.startswith("+experiment=") for word in words):
         words.insert(at, "+experiment=quickstart")
-    given = [word for word in words if "=" in word and not word.startswith("-")]
-    changed = [word for word in given if (found := _CHOICES_KEY.match(word)) and (CONF / found[1]).is_dir()]
-    if changed:
-        composed = composed_without_values(given)
+    settings = [word for word in words if "=" in word and not word.startswith("-")]
+    if any((found := _CHOICES_KEY.match(word)) and (CONF / found[1]).is_dir() for word in settings):
+        composed = composed_without_values(settings)
         words = [_opened(word, composed) for word in words]
-        words[at:at] = _passed_on(given, composed)
+        words[at:at] = _passed_on(settings, composed)
     if {"-m", "--multirun"} & set(words) and not any(word.startswith("run_dir=") for word in words):
         same = {override.key_or_group for override in _parsed(words) if not override.is_sweep_override()}
         same_keys = ",".join(f'"{key}"' for key in sorted(same | {"run_dir"}))
@@ -281,7 +280,7 @@ def _unfit(word: str, why: str) -> str:
         keys = ", ".join(f"{key}.{name}=…" for name in node)
         return f"{key}={value}: need settings; set its keys one by one: {keys}"
     if OmegaConf.is_list(node):
-        return f"{key}={value}: need a list, e.g. {key}=[{value}]"
+        return f"{key}={value}: need a list, e.g. {key}=[{'' if value == 'null' else value}]"
     return f"{key}={value}: {why.splitlines()[0] if why else 'does not fit'}"
 
 

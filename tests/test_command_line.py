@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 from pathlib import Path
+from typing import Optional
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -16,7 +17,7 @@ from omegaconf import OmegaConf
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from models.errors import Refusal
-from pipeline.building import build
+from pipeline.building import build, check_kinds
 from pipeline.command_line import CONF, arguments, choices
 from pipeline.config import parse
 from pipeline.context import Context
@@ -86,8 +87,17 @@ WRONG = {  # what is typed → what the answer says
     "student.shape=null": "student.shape=null: ",
     "stages.distill=null": "stages.distill=null: need settings; a stage is left out with only=[…] or stop=…",
     "optimizer.lr=nan": "optimizer.lr: Invalid learning rate: nan; give another value",
-    "callbacks.progress.first_seconds=x": "callbacks.progress.first_seconds=x: need a number, e.g. first_seconds=20.0",
-    "callbacks.progress.every_seconds=null": "callbacks.progress.every_seconds=null: need a number, e.g. every_seconds",
+    "callbacks.progress.first_seconds=x": "callbacks.progress.first_seconds=x: need a number",
+    "callbacks.progress.every_seconds=null": "callbacks.progress.every_seconds=null: need a number",
+    "callbacks.watchdog.silent_seconds=null": "callbacks.watchdog.silent_seconds=null: need a number",
+    "callbacks.watchdog.timeout_minutes=-1": "callbacks.watchdog.timeout_minutes=-1: need a number above 0",
+    "+callbacks.mine.x=1": "callbacks.mine: settings without _target_, the class they are of",
+    "+callbacks.mine=5": "callbacks.mine=5: settings are needed, and no number",
+    "optimizer.betas=[0.9]": "stages.pretrain.training.optimizer: list index out of range (of lr=0.004, betas=[0.9]",
+    "resume.skip_sequences=null": "resume.skip_sequences=null: need a list, e.g. resume.skip_sequences=[]",
+    "student.shape.attention_dropout=7": "student.shape.attention_dropout=7: need a probability from 0 to 1",
+    "+stages.pretrain.model.attention_dropout=7.0": "model.attention_dropout=7.0: need a probability from 0 to 1",
+    "student.shape.rope_theta=1e4": "no such number; did you mean rope_parameters.rope_theta?",
     "stages.prune.steps=0": "stages.prune.steps=0: need at least 1",
     "stages.distill.training.max_steps=0": "stages.distill.training.max_steps=0: need a number above 0",
     "+experiment=export_only model.path=m quantizer=awq": "quantizer=awq: no stage of export_only takes it; its stages "
@@ -156,6 +166,32 @@ def test_an_answer_names_the_argument_and_the_spelling_that_works(word: str) -> 
     told = refused(*word.split())
     assert WRONG[word] in told
     assert len(told.splitlines()) == 1
+
+
+def test_a_watchdog_of_ranks_that_do_not_train_is_checked_too(tmp_path: Path, narrow: Path) -> None:
+    told = refused(
+        f"run_dir={tmp_path / 'run'}",
+        f"teacher.path={narrow}",
+        *("teacher=cached", "only=[record]", "strategy=ddp", "trainer.devices=2", "trainer.accelerator=cpu"),
+        "callbacks.watchdog.silent_seconds=-1",
+    )
+    assert told == "callbacks.watchdog.silent_seconds=-1: need a number above 0"
+
+
+class Own:
+    """As a callback of one's own may be annotated."""
+
+    def __init__(self, every: int | str = 10, mode: bool | str = False, least: "Optional[float]" = 0.5) -> None:  # noqa: UP045
+        self.values = [every, mode, least]
+
+
+def test_values_are_held_against_annotations_and_what_these_take_is_let_be() -> None:
+    node = {"_target_": "tests.test_command_line.Own"}
+    for fine in ({"every": "epoch"}, {"mode": "auto"}, {"least": None}, {"every": 3, "mode": True, "least": 1}):
+        check_kinds({**node, **fine}, "callbacks.own")
+    for value, need in ({"every": 1.5}, "a whole number or a word"), ({"least": "x"}, "a number, e.g. least=0.5"):
+        with pytest.raises(Refusal, match=f"need {need}"):
+            check_kinds({**node, **value}, "callbacks.own")
 
 
 @pytest.mark.parametrize("word", ["run_dir=runs/lr=1e-3", "teacher.path=a (b)/c=[1]", "data.train={x"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -78,26 +78,36 @@ def check(context: Context, training: Training, precision: Any) -> list[str]:
     accumulation(training.global_batch, training.micro_batch, context.world)
     if context.config["logger"] is not None:
         instantiate(context.config["logger"])
-    with _refusing("callbacks"):
-        callbacks_of(context)
-    with _refusing(f"stages.{context.stage}.training.optimizer"):
+    check_callbacks(context)
+    given = context.config["stages"][context.stage]["training"]
+    with _refusing(f"stages.{context.stage}.training.optimizer", given["optimizer"]):
         optimizer = training.optimizer([torch.nn.Parameter(torch.zeros(1))])
-    with _refusing(f"stages.{context.stage}.training.schedule"):
+    with _refusing(f"stages.{context.stage}.training.schedule", given["schedule"]):
         training.schedule(optimizer, 10)
     checkpoints.check(context)
     return _warnings(context, training)
 
 
+def check_callbacks(context: Context) -> None:
+    """Of a stage that trains, or of one whose ranks watch each other."""
+    with _refusing("callbacks", {}):
+        callbacks_of(context)
+
+
 @contextmanager
-def _refusing(node: str) -> Iterator[None]:
-    """What a class says of its settings, with the key where torch's optimizers name the value in words."""
+def _refusing(node: str, given: Mapping[str, Any]) -> Iterator[None]:
+    """What a class says of its settings: with the key where torch's optimizers name the value in words, else with all
+    that were given."""
     words = {"learning rate": ".lr", "beta": ".betas", "epsilon": ".eps", "weight_decay": ".weight_decay"}
     try:
         yield
+    except Refusal:
+        raise
     except (TypeError, ValueError, KeyError, IndexError, AttributeError, OverflowError) as problem:
         said = (str(problem) or type(problem).__name__).splitlines()[0]
         key = next((key for word, key in words.items() if word in said), "")
-        raise Refusal(f"{node}{key}: {said}; give another value") from None
+        values = ", ".join(f"{name}={value}" for name, value in given.items() if name[0] != "_") if not key else ""
+        raise Refusal(f"{node}{key}: {said}{f' (of {values})' if values else ''}; give another value") from None
 
 
 def _warnings(context: Context, training: Training) -> list[str]:
