@@ -61,6 +61,14 @@ def _kind(annotation: str) -> tuple[str, Callable[[Any], bool]] | None:
     return _LISTS[held], lambda value: isinstance(value, list) and all(inner[1](each) for each in value)
 
 
+def _kinds_of(annotation: Any) -> list[str]:
+    """What an annotation allows, each without its module: as it is written, or evaluated."""
+    text = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
+    text = re.sub(r"\b(\w+\.)+(?=\w)", "", text)
+    text = re.sub(r"^Optional\[(.*)\]$", r"\1 | None", text)
+    return re.split(r" \| (?![^\[]*\])", text)
+
+
 def check_kinds(node: Any, where: str) -> None:
     """Refuse values of another kind than the fields of what they build, all the way down: before a number is compared,
     or taken for another one much later."""
@@ -79,20 +87,17 @@ def check_kinds(node: Any, where: str) -> None:
         return
     for field in dataclasses.fields(built):
         if field.name in node:
-            _check_kind(str(field.type), node[field.name], where, field.name)
+            _check_kind(_kinds_of(field.type), node[field.name], where, field.name)
 
 
-def _check_kind(annotation: str, value: Any, where: str, name: str) -> None:
-    kinds = re.split(r" \| (?![^\[]*\])", annotation)
+def _check_kind(kinds: list[str], value: Any, where: str, name: str) -> None:
     plain = [kind for kind in map(_kind, kinds) if kind is not None]
     if len(plain) == len(kinds):
         if not any(fits(value) for _, fits in plain):
             needed = " or ".join(words for words, _ in plain)
             counted = "; 6B, 900M and 6e9 are understood" if COUNTS.search(name) and isinstance(value, str) else ""
             raise Refusal(f"{where}.{name}={_shown(value)}: need {needed}{counted}")
-    elif all(
-        re.fullmatch(r"(?!(Any|Path|Sequence\[.*)$)(\w+\.)*[A-Z]\w*(\[.*)?|None|dict\[.*", kind) for kind in kinds
-    ):
+    elif all(re.fullmatch(r"(?!(Any|Path|Sequence\[.*)$)[A-Z]\w*(\[.*)?|None|dict\[.*", kind) for kind in kinds):
         check_settings(kinds, value, where, name)
 
 
@@ -123,13 +128,12 @@ def _check_arguments(built: Any, node: dict[str, Any], where: str) -> None:
     for key, value in node.items():
         if key not in known or value == (default := known[key].default):
             continue
-        annotation = known[key].annotation
-        annotation = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
-        if all(kind is not None for kind in map(_kind, re.split(r" \| (?![^\[]*\])", annotation))):
-            _check_kind(annotation, value, where, key)
+        kinds = _kinds_of(known[key].annotation)
+        if all(map(_kind, kinds)):
+            _check_kind(kinds, value, where, key)
         if not isinstance(value, str | None) or not isinstance(default, int | float):
             continue
-        if ("None" in annotation or "Optional" in annotation) if value is None else "str" in annotation:
+        if ("None" if value is None else "str") in kinds:
             continue
         need = "true or false" if isinstance(default, bool) else f"a number, e.g. {key}={default}"
         raise Refusal(f"{where}.{key}={_shown(value)}: need {need}")

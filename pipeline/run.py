@@ -119,6 +119,8 @@ def _run_stage(config: dict[str, Any], job: dict[str, Any], lock: int, server: p
     run_dir = Path(config["run_dir"])
     work = run_dir / "work" / name
     if job["do"] == "skip":
+        if begun(work) is not None:  # killed between its result and the removal of what that was made of
+            run_folder.clear(run_dir, name)
         console.print(f"[dim]{name}: finished, skipped")
         return
     if job["do"] not in ("resume", "turn"):

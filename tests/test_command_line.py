@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
 import shlex
 import shutil
+import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -181,7 +184,7 @@ def test_a_watchdog_of_ranks_that_do_not_train_is_checked_too(tmp_path: Path, na
 class Own:
     """As a callback of one's own may be annotated."""
 
-    def __init__(self, every: int | str = 10, mode: bool | str = False, least: "Optional[float]" = 0.5) -> None:  # noqa: UP045
+    def __init__(self, every: int | str = 10, mode: bool | str = False, least: Optional[float] = 0.5) -> None:  # noqa: UP045
         self.values = [every, mode, least]
 
 
@@ -189,9 +192,27 @@ def test_values_are_held_against_annotations_and_what_these_take_is_let_be() -> 
     node = {"_target_": "tests.test_command_line.Own"}
     for fine in ({"every": "epoch"}, {"mode": "auto"}, {"least": None}, {"every": 3, "mode": True, "least": 1}):
         check_kinds({**node, **fine}, "callbacks.own")
-    for value, need in ({"every": 1.5}, "a whole number or a word"), ({"least": "x"}, "a number, e.g. least=0.5"):
+    for value, need in ({"every": 1.5}, "a whole number or a word"), ({"least": "x"}, "a number or null"):
         with pytest.raises(Refusal, match=f"need {need}"):
             check_kinds({**node, **value}, "callbacks.own")
+
+
+def test_annotations_that_are_evaluated_say_the_same() -> None:
+    """As in a module without `from __future__ import annotations`."""
+    kinds: dict[str, Any] = {"models": Sequence[str], "share": float, "most": Optional[int], "path": Path}  # noqa: UP045
+    made = dataclasses.make_dataclass("Made", kinds.items())
+    sys.modules[__name__].Made = made
+    node = {"_target_": f"{__name__}.Made"}
+    for fine in ({"models": ["one", "two"]}, {"share": 1}, {"most": None}, {"path": "here"}):
+        check_kinds({**node, **fine}, "stages.own")
+    for value, need in (
+        ({"models": "one"}, "a list"),
+        ({"models": [1]}, "a list"),
+        ({"share": "x"}, "a number"),
+        ({"most": 0.5}, "a whole number or null"),
+    ):
+        with pytest.raises(Refusal, match=f"need {need}"):
+            check_kinds({**node, **value}, "stages.own")
 
 
 @pytest.mark.parametrize("word", ["run_dir=runs/lr=1e-3", "teacher.path=a (b)/c=[1]", "data.train={x"])

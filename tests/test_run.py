@@ -236,20 +236,32 @@ def test_everything_killed_in_the_middle_of_a_step_goes_on_to_the_same_bits(fini
     _same_weights(finished / "distill", run_dir / "distill")
 
 
-def test_a_command_killed_between_two_stages_goes_on_with_the_second(finished: Path, tmp_path: Path) -> None:
+BETWEEN = {
+    # the front door asks for the check, distill, and control: killed as it asks
+    "two stages": "socket.sendmsg socket 3",
+    # the third time, of which one is before the stages and one before distill
+    "a result and the removal of its work": "shutil.rmtree .distill.old 3",
+}
+
+
+@pytest.mark.parametrize("moment", BETWEEN)
+def test_a_command_killed_between_two_stages_goes_on_with_the_second(
+    finished: Path, tmp_path: Path, moment: str
+) -> None:
     run_dir = tmp_path / "killed"
     shutil.copytree(finished / "pretrain", run_dir / "pretrain")
     words = [f"run_dir={run_dir}", *SMALL, "stages=[distill,control]"]
-    third = "socket.sendmsg socket 3"  # the front door asks for the check, distill, and control: killed as it asks
-    killed = train(*words, path=str(ROOT / "tests" / "killing"), RETORT_TEST_KILL=third)
+    killed = train(*words, path=str(ROOT / "tests" / "killing"), RETORT_TEST_KILL=BETWEEN[moment])
     assert killed.returncode == -signal.SIGKILL, killed.stdout + killed.stderr
     _same_weights(finished / "distill", run_dir / "distill")
     assert not (run_dir / "control").exists()
+    assert (run_dir / "work" / "distill").exists() == ("removal" in moment)
     again = train(*words)
     assert again.returncode == 0, again.stdout + again.stderr
     assert "distill: finished, skipped" in again.stdout
     assert "distill: step" not in again.stdout
     _same_weights(finished / "control", run_dir / "control")
+    assert not (run_dir / "work" / "distill").exists()
 
 
 @pytest.mark.slow
