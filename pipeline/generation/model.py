@@ -29,11 +29,11 @@ def answered_here(context: Context, source: Source, request: Request, batch_size
     teacher = _opened(context, source, len(request.tokenizer))
     if isinstance(teacher, torch.nn.Module):
         teacher.to(place)
-    watch(context, teacher)
     open_units = [unit for unit in _units(request, batch_size) if any(key in request.todo for key in unit)]
     made = 0
     with torch.no_grad():
-        teacher.check()
+        teacher.check()  # which reads a sharded one
+        watch(context, teacher)
         # As many batches on every rank: a sharded teacher takes all of them for every forward.
         rounds = -(-len(open_units) // world)
         for round_ in shown(range(rounds), rounds, "generating", rank == 0):

@@ -107,7 +107,6 @@ class Recording:
         teacher = self.teacher.asked_once().open(opening)
         if isinstance(teacher, torch.nn.Module):
             teacher.to(place)
-        watch(context, teacher)
         known, measured = Known(self.shards, self.header), {}
         writer = Writer(self.shards, rank, self.shard_bytes)
 
@@ -126,7 +125,8 @@ class Recording:
                     save_head(self.shards, head)
 
         with torch.no_grad():
-            teacher.check()
+            teacher.check()  # which reads a sharded one
+            watch(context, teacher)
             mine = self.todo[rank::world]
             # As many batches on every rank: a sharded teacher takes all of them for every forward.
             rounds = -(-len(self.todo) // (batch_size * world))

@@ -39,8 +39,8 @@ def join(context: Context) -> torch.device:
 
 def watch(context: Context, model: Any = None, unit: str = "batch") -> None:
     """From here on ranks watch each other (callbacks.watchdog), until `unwatch` or `leave`. Not while a model is read:
-    that may take long, and has no steps. Every forward of `model` is a sign of life, since a batch of long answers
-    takes many. Nothing on one rank."""
+    that may take long, and has no steps. Every forward of `model` (or a teacher, once it has been read) is a sign of
+    life, since a batch of long answers takes many. Nothing on one rank."""
     global _heart
     group = torch.distributed
     if _heart is not None or not group.is_initialized() or group.get_world_size() == 1:
@@ -49,7 +49,8 @@ def watch(context: Context, model: Any = None, unit: str = "batch") -> None:
 
     if (watchdog := watchdog_of(context)) is not None:
         _heart = watchdog.begin(group.get_rank(), group.get_world_size(), unit)
-    for module in model.modules() if isinstance(model, nn.Module) else ():
+    read = model if isinstance(model, nn.Module) else getattr(model, "model", None)  # a sharded teacher is no module
+    for module in () if read is None else read.modules():
         if isinstance(module, nn.Embedding):  # once in every forward, whoever calls it
             module.register_forward_hook(lambda *_: beat())
 
