@@ -12,8 +12,8 @@ from models.errors import Refusal
 
 
 class Watchdog(pl.Callback):
-    """Nothing on one rank. Progress is a micro-batch, of training or of validation; stages that do not train, and what
-    comes after training, `begin` a watch of their own.
+    """Nothing on one rank. Progress is a micro-batch, of training or of validation; nobody is watched before the first.
+    Stages that do not train, and what comes after training, `begin` a watch of their own.
 
     `folder`: of the checkpoints; the files through which ranks watch each other lie beside it.
     """
@@ -26,7 +26,8 @@ class Watchdog(pl.Callback):
         self.silent_seconds, self.timeout_seconds = silent_seconds, 60 * timeout_minutes
         self._heart: Heartbeat | None = None
 
-    def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        # Not on_fit_start: after it the module restores a checkpoint and reads a sharded teacher, which may take long.
         if trainer.world_size > 1:
             if trainer.is_global_zero:
                 self.clear()

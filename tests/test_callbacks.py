@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +26,7 @@ from callbacks import tracking
 from callbacks.checkpoint import Checkpoint
 from callbacks.metrics import MetricsFile
 from callbacks.progress import Progress
+from callbacks.watchdog import Watchdog
 from models.errors import NotFinite, Refusal
 from models.training.checkpoint import Share, restore, write
 from models.training.saved import checkpoints, damage, read_head
@@ -703,3 +705,40 @@ def test_bar_is_taken_down_before_an_error_is_shown(tmp_path):
     with pytest.raises(RuntimeError, match="the disk is full"):
         fit(tmp_path, 2, Progress("distill", console=console), Failing())
     assert console.file.getvalue().rstrip("\n").endswith("\x1b[?25h")  # type: ignore[attr-defined]  # cursor is back
+
+
+def test_ranks_are_watched_in_their_first_micro_batch_and_not_while_models_are_read(tmp_path, monkeypatch, capsys):
+    """As rank 0 of two, of which the other never says anything."""
+    seen: dict[str, bool] = {}
+
+    def watched() -> bool:
+        return any(thread.name == "heartbeat" for thread in threading.enumerate())
+
+    class Reading(Line):
+        def on_fit_start(self) -> None:  # in training: a checkpoint, and a sharded teacher
+            seen["reading"] = watched()
+
+        def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+            seen["training"] = watched()
+            said, until = "", time.monotonic() + 60
+            while "rank 1 has not been heard of" not in said:
+                assert time.monotonic() < until, said
+                time.sleep(0.05)
+                said += capsys.readouterr().err
+            return super().training_step(batch, batch_idx)
+
+    monkeypatch.setattr(pl.Trainer, "world_size", property(lambda _: 2))
+    watchdog = Watchdog("distill", tmp_path / "checkpoints", silent_seconds=0.4, timeout_minutes=60)
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_steps=1,
+        default_root_dir=tmp_path,
+        callbacks=[watchdog],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(Reading(1))
+    assert seen == {"reading": False, "training": True}
+    assert not watched()
