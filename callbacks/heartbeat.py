@@ -21,6 +21,7 @@ from types import FrameType
 from typing import Any
 
 _ASLEEP = 5  # times the beat's length
+_LAST_WORDS = 3  # beats: so much later than the others the one that speaks may find out that none gets on
 _ROOT = str(Path(__file__).resolve().parent.parent)
 
 
@@ -163,6 +164,8 @@ class Heartbeat:
                 file=sys.stderr,
                 flush=True,
             )
+        elif self._over.wait(_LAST_WORDS * self._every):  # torchrun ends all others with the first one
+            return
         for rank in gone:  # one that is stopped does not hear a polite signal
             told = self._seen[rank].told
             if told and told["host"] == socket.gethostname():
@@ -176,10 +179,14 @@ class Heartbeat:
 def _place(frame: FrameType | None) -> str:
     """File, line and function of the innermost frame that is this project's, or of the innermost one."""
     innermost = frame
-    while frame is not None and not frame.f_code.co_filename.startswith(_ROOT):
+    while frame is not None and not _is_own(frame.f_code.co_filename):
         frame = frame.f_back
     frame = frame or innermost
     if frame is None:
         return "an unknown place"
     name = frame.f_code.co_filename.removeprefix(_ROOT + "/")
     return f"{name}:{frame.f_lineno} ({frame.f_code.co_name})"
+
+
+def _is_own(file: str) -> bool:
+    return file.startswith(_ROOT) and "/site-packages/" not in file.removeprefix(_ROOT)  # .venv may lie in it

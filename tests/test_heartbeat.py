@@ -10,10 +10,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.command import ROOT
+from callbacks.heartbeat import _place
+from tests.command import ENVIRONMENT, ROOT
 
 RANK = """
 import sys, time
@@ -127,6 +129,42 @@ def test_a_job_that_was_suspended_as_a_whole_goes_on(tmp_path: Path) -> None:
 def test_ranks_that_get_on_are_let_be(tmp_path: Path) -> None:
     ranks = [_start(tmp_path, rank, 2, "busy") for rank in range(2)]
     assert [(process.communicate(timeout=30)[1], process.returncode) for process in ranks] == [("", 0)] * 2
+
+
+def test_a_library_in_an_environment_inside_the_project_is_not_the_projects_own_place() -> None:
+    library: dict[str, Any] = {}
+    exec(compile("def call(work): return work()", f"{ROOT}/.venv/lib/site-packages/library.py", "exec"), library)
+    assert re.match(r"tests/test_heartbeat.py:\d+ \(test_a_library", library["call"](lambda: _place(sys._getframe(1))))
+
+
+LAUNCHED = """
+import os, sys, time
+from pathlib import Path
+from callbacks.heartbeat import Heartbeat
+
+rank = int(os.environ["RANK"])
+heart = Heartbeat("distill", Path(sys.argv[1]), rank, int(os.environ["WORLD_SIZE"]), 2.0, 4.0)
+heart.start()
+if rank == 2:  # it gets on last, and is the first to know
+    time.sleep(2)
+    heart.progress += 1
+time.sleep(600)
+"""
+
+
+def test_under_torchrun_which_ends_the_others_with_the_first_it_is_said_why_all_the_same(tmp_path: Path) -> None:
+    (tmp_path / "rank.py").write_text(LAUNCHED)
+    launcher = [sys.executable, "-m", "pipeline.torchrun", "--standalone", "--nproc-per-node=4"]
+    done = subprocess.run(
+        [*launcher, str(tmp_path / "rank.py"), str(tmp_path / "ranks")],
+        env={**os.environ, **ENVIRONMENT, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 1
+    (error,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert re.match(r"error: distill: no progress for \d+ s \(strategy.timeout_minutes\), waiting for rank 0", error)
 
 
 @pytest.mark.slow
