@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,9 +61,9 @@ class Context:
     def skipped(self) -> dict[int, int]:
         """Packed sequence → from which step on it is left out."""
         found: dict[int, int] = {}
-        for turn in self.turns:  # a later turn leaves the way that an earlier one took behind its own step
-            found = {number: step for number, step in found.items() if step < turn["step"]}
-            found |= {number: turn["step"] for number in turn["skipped"] if number not in found}
+        for at, turn in enumerate(self.turns):
+            if left_at(self.turns, at) is None:
+                found |= {number: turn["step"] for number in turn["skipped"] if number not in found}
         return found
 
     @property
@@ -184,6 +185,11 @@ class Context:
         """In the check process, of a planned model: the outline of its quantized weights."""
         assert self.plans is not None
         write_json(self.plans / self.stage / PLANNED_QUANTIZED, said)
+
+
+def left_at(turns: Sequence[dict[str, Any]], at: int) -> int | None:
+    """The step of the later turn that left the way which turn `at` took; None where that way was gone to the end."""
+    return next((later["step"] for later in turns[at + 1 :] if later["step"] <= turns[at]["step"]), None)
 
 
 def _experiment_with(stage: str, field: str, beside: str) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pipeline.context import left_at
 from pipeline.report import units
 from pipeline.report.columns import columns_of, notes_on, plain
 from pipeline.report.manifests import Artifact, parents_of
@@ -71,8 +72,13 @@ def _parent(role: str, parent: Json, manifests: dict[str, Json]) -> Json:
 def _of_training(name: str, manifest: Json) -> list[str]:
     """What speaks against it, and where it was taken up from a checkpoint with other values than it was begun with."""
     told = [f"{name}: {manifest['doubt']}."] if manifest.get("doubt") else []
-    for turn in manifest.get("turns") or []:
+    turns = manifest.get("turns") or []
+    for at, turn in enumerate(turns):
         changes = [f"{key} {plain(old)} → {plain(new)}" for key, old, new in turn["changed"]]
+        if (left := left_at(turns, at)) is not None:  # what it left out no longer is
+            changed = f" with changes: {'; '.join(changes)}" if changes else ""
+            told.append(f"{name} was taken up at step {turn['step']}{changed} (left again, for step {left}).")
+            continue
         not_read = turn.get("not_read", [])
         if left_out := [str(number) for number in turn["skipped"] if number not in not_read]:
             changes.append(f"without the sequences {', '.join(left_out)}")

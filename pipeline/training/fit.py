@@ -16,8 +16,9 @@ from models.generation import end_tokens
 from models.load import attention_for, load_config
 from models.teachers.teacher import Opening
 from models.training.language_model import LanguageModel
+from models.training.on_policy import OnPolicy
 from models.training.rollouts import Rollouts, ends_of
-from pipeline.context import Context
+from pipeline.context import Context, left_at
 from pipeline.data.batch import collate, pad_token
 from pipeline.data.loader import PackedSequences, accumulation
 from pipeline.data.token_bytes import vocabulary_pairs
@@ -54,7 +55,7 @@ def fit(context: Context, recipe: Recipe) -> Fitted:
     student = Student.read(prepared.start, recipe, context.seed, attention)
     training = recipe.training
     steps = sequences.steps(max_steps=training.max_steps, max_tokens=training.max_tokens, epochs=training.epochs)
-    _tell_not_read(context, sequences, steps)
+    _tell_not_read(context, sequences, steps, recipe.on_policy)
     opening = _opening(context, recipe, prepared, tokenizer, attention)
     rollouts = _rollouts(context, recipe, sequences, student, tokenizer)
     checkpoint = Path(prepared.checkpoint) if prepared.checkpoint else None
@@ -84,11 +85,15 @@ def _sequences(context: Context, recipe: Recipe, prepared: Prepared, tokenizer: 
     )
 
 
-def _tell_not_read(context: Context, sequences: PackedSequences, steps: int) -> None:
+def _tell_not_read(context: Context, sequences: PackedSequences, steps: int, on_policy: OnPolicy | None) -> None:
     """Say of each turn which of its skipped sequences are not read from its step on, here and in the manifest: that
     they were left out changed nothing."""
+    if on_policy is not None and on_policy.replay_capacity:  # answers to earlier prompts are read once more
+        return
     order = sequences.order()
-    for turn in context.turns:
+    for at, turn in enumerate(context.turns):
+        if left_at(context.turns, at) is not None:
+            continue
         if not (idle := sorted({*turn["skipped"]} - order.read_between(turn["skipped"], turn["step"], steps))):
             continue
         turn["not_read"] = idle

@@ -13,6 +13,7 @@ import pytest
 from rich.console import Console
 
 from models.errors import Refusal
+from pipeline.context import Context
 from pipeline.report import chart, units
 from pipeline.report.page import _of_training
 from pipeline.report.report import write_report
@@ -622,4 +623,15 @@ def test_a_sequence_that_is_not_read_again_is_not_said_to_be_left_out() -> None:
     assert _of_training("distill", {"turns": [turn]}) == [
         "distill was taken up at step 12 with changes: without the sequences 7; the sequences 253 were to be left out, "
         "but are not read from there on."
+    ]
+
+
+def test_a_turn_that_a_later_one_left_is_said_to_be_left_and_its_sequences_are_not_said_to_be_left_out() -> None:
+    left = {"step": 10, "changed": [["training.max_steps", 20, 30]], "skipped": [5]}
+    turns = [left, {"step": 10, "changed": [], "skipped": [6]}, {"step": 6, "changed": [], "skipped": [7]}]
+    assert Context({}, "distill", turns=turns).skipped == {7: 6}  # as it was trained
+    assert _of_training("distill", {"turns": turns}) == [
+        "distill was taken up at step 10 with changes: training.max_steps 20 → 30 (left again, for step 10).",
+        "distill was taken up at step 10 (left again, for step 6).",
+        "distill was taken up at step 6 with changes: without the sequences 7.",
     ]

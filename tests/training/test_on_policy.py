@@ -42,8 +42,10 @@ from models.training.on_policy import OnPolicy
 from models.training.rollouts import Replica, Rollouts, ends_of
 from models.training.saved import checkpoints
 from pipeline.building import build
+from pipeline.context import Context
 from pipeline.data.batch import blank, collate
 from pipeline.data.loader import PackedSequences
+from pipeline.training.fit import _tell_not_read
 from tests.command import SMALL, train
 from tests.fitting import VOCABULARY, Scenario, answer_rows, fit, model, on_two_ranks, rollouts, write_models
 from tests.test_config import quickstart, refused
@@ -189,6 +191,23 @@ def test_an_answer_that_was_kept_is_not_read_again_once_its_example_is_skipped()
             targets = batch["targets"][line]
             assert targets[targets >= 0].tolist() == expected.get(number, [])
         assert batch["step_tokens"] == sum(map(len, expected.values()))
+
+
+def test_a_prompt_that_comes_no_more_is_not_said_to_change_nothing_where_its_answer_is_read_again(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    data = PackedSequences(answer_rows(), None, seed=0, global_batch=8, micro_batch=8, pad_token=0, length=None)
+    rolls = rollouts({**ALWAYS, "replay_capacity": 8, "replay_share": 1.0}, data, torch.nn.Identity)
+    rolls.begin(model(16, 2, seed=1), 0, device=torch.device("cpu"))
+    rolls.begin(torch.nn.Identity(), 1, device=torch.device("cpu"))  # nothing is written any more
+    read = rolls.take({"input_ids": torch.zeros(1), "sequences": [0] * 8}, 0)["sequences"]
+    gone = next(number for number in read if not data.order().read_between([number], 1, 3))
+    turn: dict[str, Any] = {"step": 1, "changed": [], "skipped": [gone]}
+    context = Context({"run_dir": "run"}, "distill", turns=[turn])
+    _tell_not_read(context, data, 3, rolls.values)
+    assert (capsys.readouterr().out, "not_read" in turn) == ("", False)
+    _tell_not_read(context, data, 3, replace(rolls.values, replay_capacity=0))
+    assert turn["not_read"] == [gone]
 
 
 @pytest.mark.parametrize("values", [ALWAYS, MINILLM], ids=["always", "minillm"])

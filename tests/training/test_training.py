@@ -684,15 +684,24 @@ def test_skipped_sequences_that_are_not_read_again_are_told_and_noted(capsys: py
     data = PackedSequences(rows(20), None, seed=0, global_batch=4, micro_batch=4, pad_token=0, length=None)
     early, late = (int(data.order().step_sequences(step)[0]) for step in (1, 4))
     context = Context({"run_dir": "run"}, "distill", turns=[{"step": 3, "changed": [], "skipped": [early, late]}])
-    _tell_not_read(context, data, 5)
+    _tell_not_read(context, data, 5, None)
     assert context.turns[0]["not_read"] == [early]
     assert capsys.readouterr().out == (
         f"distill: resume.skip_sequences=[{early}]: not read from step 3 to the end at step 5, so that leaving them "
         f"out changes nothing\n"
     )
     context.turns[0].pop("not_read")
-    _tell_not_read(context, data, 10)  # of the second epoch, all
+    _tell_not_read(context, data, 10, None)  # of the second epoch, all
     assert "not_read" not in context.turns[0]
+
+
+def test_of_a_turn_that_a_later_one_left_nothing_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    data = PackedSequences(rows(20), None, seed=0, global_batch=4, micro_batch=4, pad_token=0, length=None)
+    first, second = (int(data.order().step_sequences(step)[0]) for step in (0, 1))
+    turns = [{"step": step, "changed": [], "skipped": [number]} for step, number in ((4, second), (2, first))]
+    _tell_not_read(Context({"run_dir": "run"}, "distill", turns=turns), data, 5, None)
+    assert [turn.get("not_read") for turn in turns] == [None, [first]]
+    assert str([second]) not in capsys.readouterr().out
 
 
 def test_validation_shows_every_row_once_and_keeps_ranks_together() -> None:
