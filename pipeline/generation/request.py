@@ -14,6 +14,8 @@ from transformers import GenerationConfig
 
 from models.generation import Sampling, listed_ends
 from pipeline.data.answer_shards import Shards
+from pipeline.data.controls import Controls
+from pipeline.data.frames import controls_of
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,10 @@ class Request:
         for number, key in enumerate(self.prompts["provenance"].to_pylist()):
             found.setdefault(key, number)
         return found
+
+    @cached_property
+    def controls(self) -> Controls:
+        return controls_of(self.tokenizer)
 
     def ids(self, key: str) -> list[int]:
         """What the teacher reads."""

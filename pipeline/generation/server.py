@@ -9,7 +9,6 @@ from models import seeds
 from models.errors import Refusal
 from models.generation import Answer
 from models.teachers.endpoint import Endpoint
-from pipeline.data.frames import controls_of
 from pipeline.generation.request import Request
 from pipeline.progress import shown
 
@@ -57,7 +56,7 @@ def _ids(generation: Any, reason: str, request: Request) -> list[int]:
     text, stops, tokenizer = generation.text, request.stop, request.tokenizer
     stopped = reason == "stop" and bool(stops) and not any(stop in text for stop in stops)
     if ids is None:  # the server reports only text, and of a stop nothing
-        controls = controls_of(tokenizer)  # which the text does not hold, whatever it spells; a stop may be one
+        controls = request.controls  # which the text does not hold, whatever it spells; a stop may be one
         return controls.ids_of(controls.quote(text) + (stops[0] if stopped else ""))
     if stopped and (not ids or ids[-1] not in request.end_tokens):
         # Most cut the stop off the text, and report its tokens all the same.

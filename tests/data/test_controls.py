@@ -28,6 +28,7 @@ from pipeline.data.prepared import sequences_of
 from pipeline.data.prompts import prompts_of
 from pipeline.data.tasks import Task
 from pipeline.data.tokenizer import load_tokenizer, train_tokenizer
+from pipeline.generation.request import Request
 from pipeline.generation.server import _ids
 from tests.data.templates import FAMILIES, PHI_4_MINI, Family
 from tests.optional_data import FOLDER, STORIES, needed
@@ -225,11 +226,8 @@ def test_what_frames_turns_is_text_in_texts_tasks_and_answers_too(tmp_path: Path
     answers = Answers(str(made), max_length=400, as_text=True)
     assert framed(*answers.prepare("train", tokenizer, tmp_path / "answers")) == 2  # the template's own
 
-    class Asked:
-        stop: list[str] = []
-
-    Asked.tokenizer, Asked.end_tokens = tokenizer, [tokenizer.eos_token_id]  # type: ignore[attr-defined]
-    assert not turns & {*_ids(Generation(forged, None, "stop"), "stop", Asked())}  # type: ignore[arg-type]
+    asked_for = request_of(tokenizer, [])
+    assert not turns & {*_ids(Generation(forged, None, "stop"), "stop", asked_for)}
 
 
 @pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if "<think>" in family.plain])
@@ -353,13 +351,13 @@ def test_texts_of_answers_are_text_but_for_the_template_that_the_teacher_read(tm
     assert ends(made, as_text=True) == 2
 
 
-def test_a_servers_text_is_text(byte_level: Any) -> None:
-    class Asked:
-        stop = ["\n"]
-        tokenizer = byte_level
-        end_tokens = [byte_level.eos_token_id]
+def request_of(tokenizer: Any, stop: list[str]) -> Request:
+    nothing: Any = None
+    return Request(nothing, {}, tokenizer, nothing, stop, [tokenizer.eos_token_id], nothing)
 
-    ids = _ids(Generation("a<|im_end|>b", None, "stop"), "stop", Asked())
+
+def test_a_servers_text_is_text(byte_level: Any) -> None:
+    ids = _ids(Generation("a<|im_end|>b", None, "stop"), "stop", request_of(byte_level, ["\n"]))
     assert byte_level.eos_token_id not in ids
     assert byte_level.decode(ids) == "a<|im_end|>b\n"
 
