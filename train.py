@@ -24,6 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from models.errors import Refusal, StageFailed
 from pipeline.command_line import arguments, explain, takers
 from pipeline.config import Config, parse
+from pipeline.notice import notice
 
 failed: list[int] = []  # exit statuses of the runs of a sweep
 os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # so that errors arrive here, to be said in one line
@@ -91,4 +92,5 @@ def front_door() -> None:
 
 
 if __name__ == "__main__":
+    notice.listen()
     sys.exit(_told(front_door))

@@ -5,19 +5,30 @@ from __future__ import annotations
 import threading
 import time
 from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pytorch_lightning as pl
 import torch
 
-from models.errors import NotFinite
+from models.errors import NotFinite, Stopped
 from models.files import remove
 from models.training.checkpoint import FAILED, Share, finish, share, write
 from models.training.saved import checkpoints, step_of
 
 _PATIENCE_SECONDS = 120  # with a write, when training has ended with an error
 _CLOCK_STEPS = 10  # the clock is a collective decision: not at every step
+
+
+class Notice(Protocol):
+    """That the job is about to end: a process that heeds it is let finish its step."""
+
+    status: int  # to end with, 0 where no notice was given
+
+    def heed(self) -> None: ...
+
+    def unheed(self) -> None: ...
 
 
 class Checkpoint(pl.Callback):
@@ -36,15 +47,18 @@ class Checkpoint(pl.Callback):
         every_minutes: float | None,
         keep: int = 2,
         asynchronous: bool = True,
+        notice: Notice | None = None,
     ) -> None:
         self.folder, self.every_steps, self.every_minutes, self.keep = Path(folder), every_steps, every_minutes, keep
-        self.asynchronous = asynchronous
+        self.asynchronous, self.notice = asynchronous, notice
+        self._group: Any = None  # of the ranks, to agree whether notice was given to any
         self._saved_at = time.monotonic()
         self._seen = 0
         self._writing: threading.Thread | None = None
         self._failed: list[BaseException] = []
         self._given_up = threading.Event()
         self._due = False  # after the validation of this step
+        self._ending = 0  # the status to end with after this step
 
     def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if trainer.is_global_zero:  # what a killed run left half written; a part of it would pass for a new one
@@ -58,6 +72,10 @@ class Checkpoint(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self._saved_at, self._seen = time.monotonic(), trainer.global_step
+        if self.notice is not None:
+            if trainer.world_size > 1:  # on the hosts, so that nobody waits for a GPU to say so
+                self._group = torch.distributed.new_group(backend="gloo", timeout=timedelta(days=1))
+            self.notice.heed()
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
         step = trainer.global_step
@@ -71,14 +89,16 @@ class Checkpoint(pl.Callback):
         if not due and self.every_minutes is not None and step % _CLOCK_STEPS == 0:
             late = time.monotonic() - self._saved_at > 60 * self.every_minutes
             due = bool(trainer.strategy.broadcast(late))  # ranks' clocks differ: rank 0 decides
+        self._ending = self._notice_to_any()
+        due = due or self._ending > 0
         self._due = due and _validates(trainer)
         if due and not self._due:
-            self.save(trainer, module, self.asynchronous)
+            self._save_or_end(trainer, module)
 
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if self._due:  # so that the checkpoint has the figures of its own step
             self._due = False
-            self.save(trainer, module, self.asynchronous)
+            self._save_or_end(trainer, module)
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self.save(trainer, module, asynchronous=False)
@@ -89,6 +109,24 @@ class Checkpoint(pl.Callback):
             self._writing.join(_PATIENCE_SECONDS)  # what was saved before the error is worth having
             self._given_up.set()
             self._writing.join()
+
+    def _save_or_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self.save(trainer, module, self.asynchronous and not self._ending)
+        if self._ending:
+            trainer.strategy.barrier()
+            raise Stopped(trainer.global_step, self._ending)
+
+    def on_fit_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if self.notice is not None:
+            self.notice.unheed()
+
+    def _notice_to_any(self) -> int:
+        """The status that all ranks are to end with, or 0. A signal may reach one of them, or each in another step."""
+        if self.notice is None or self._group is None:
+            return 0 if self.notice is None else self.notice.status
+        status = torch.tensor(self.notice.status)
+        torch.distributed.all_reduce(status, torch.distributed.ReduceOp.MAX, group=self._group)
+        return int(status)
 
     def save(self, trainer: pl.Trainer, module: Any, asynchronous: bool) -> None:
         weights = [

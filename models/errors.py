@@ -64,6 +64,16 @@ class StageFailed(RuntimeError):
 
 
 NOT_FINITE = 3  # the exit status of a process that ended with NotFinite
+STOPPED = 75  # that of one that was told to make way and has saved what it had: "try again" (sysexits.h)
+TERMINATED = 143  # likewise by SIGTERM: nobody asked for another try (128 + 15, as shells say it)
+
+
+class Stopped(RuntimeError):
+    """Training has ended before its last step, since notice was given (`status`); its checkpoint is in place."""
+
+    def __init__(self, step: int, status: int) -> None:
+        super().__init__(f"step {step}")
+        self.step, self.status = step, status
 
 
 class NotFinite(RuntimeError):

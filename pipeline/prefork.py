@@ -20,9 +20,11 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn
 
 from pipeline.launch import die_with, environment
+from pipeline.notice import STATUSES, notice
 
 _MESSAGE_BYTES = 1 << 18
 _FDS = 3
@@ -74,12 +76,17 @@ class Server:
         # What differs alone: a message is bounded, and an environment hardly.
         changed = {name: env.get(name) for name in env.keys() | self._env if env.get(name) != self._env.get(name)}
         request = json.dumps({"arguments": [*arguments], "env": changed, "modules": [*modules], "output": output})
+        if not output:
+            notice.heed(self._process.send_signal)
         try:
             socket.send_fds(self._socket, [request.encode()], [*fds])
             answer = self._socket.recv(64)
         except ConnectionError:
             answer = b""
-        return int(answer) if answer else -signal.SIGKILL  # the server itself was killed
+        code = int(answer) if answer else -signal.SIGKILL  # the server itself was killed
+        if code == 0:
+            notice.unheed()
+        return code
 
     def close(self) -> None:
         self._socket.close()
@@ -103,6 +110,14 @@ def serve(fd: int, main: Callable[[Sequence[str]], int]) -> int:
     what a child runs."""
     die_with(os.getppid())
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the children's and the front door's
+    running: list[int] = []
+
+    def hand_on(number: int, frame: FrameType | None) -> None:
+        for child in running:
+            os.kill(child, number)
+
+    for number in STATUSES:  # a notice is the child's; without one it changes nothing here
+        signal.signal(number, hand_on)
     connection = socket.socket(fileno=fd)
     _import(json.loads(connection.recv(_MESSAGE_BYTES) or b"[]"))
     while True:
@@ -116,7 +131,9 @@ def serve(fd: int, main: Callable[[Sequence[str]], int]) -> int:
         if child := os.fork():
             for each in fds:
                 os.close(each)
+            running.append(child)
             _, status = os.waitpid(child, 0)
+            running.clear()
             connection.send(str(os.waitstatus_to_exitcode(status)).encode())
             continue
         connection.close()

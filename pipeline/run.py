@@ -13,20 +13,21 @@ import uuid
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from hydra.utils import instantiate
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from models.errors import NOT_FINITE, Refusal, StageFailed, of_storage
+from models.errors import NOT_FINITE, STOPPED, TERMINATED, Refusal, StageFailed, of_storage
 from pipeline import artifact, prefork, run_folder
 from pipeline.config import selected
 from pipeline.launch import die_with, environment
+from pipeline.notice import notice
 from pipeline.report.report import write_report
 from pipeline.report.terminal import table
-from pipeline.verdicts import BEGUN, after_not_finite, begun, checkpoints_of, jobs_of, parents_of, turn_of
+from pipeline.verdicts import BEGUN, after_not_finite, begun, checkpoints_of, jobs_of, parents_of, steps_of, turn_of
 
 console = Console()
 
@@ -148,7 +149,7 @@ def _run_stage(config: dict[str, Any], job: dict[str, Any], lock: int, server: p
     artifact.write_json(spec, artifact.with_hash(told))
     launcher = instantiate(config["launch"])
     ranks, nodes = entry["ranks"], config["trainer"]["nodes"]
-    begin = time.monotonic()
+    begin, steps = time.monotonic(), steps_of(work)
     modes = [("stage", 1)] if ranks == 1 else [("prepare", 1), ("run", ranks)]
     for mode, count in modes:
         env = environment(max(1, count // nodes), entry["device"])
@@ -159,10 +160,11 @@ def _run_stage(config: dict[str, Any], job: dict[str, Any], lock: int, server: p
             code = server.run([mode, str(spec)], env, [lock], modules=modules)
         else:
             command = launcher.command(["pipeline.worker", mode, str(spec)], ranks=count, nodes=nodes)
-            parent = partial(die_with, os.getpid())
-            code = subprocess.run(command, env=env, pass_fds=[lock], preexec_fn=parent).returncode
+            code = _told_of_notice(command, env, lock)
         if code == 2:  # refused, and told why
             raise StageFailed("", code)
+        if code in (STOPPED, TERMINATED):
+            _end_early(name, work, steps, code)
         if code:
             where = f"{name} ({mode})" if len(modes) > 1 else name
             way_on = "run the same command again to go on from its last checkpoint"
@@ -173,6 +175,29 @@ def _run_stage(config: dict[str, Any], job: dict[str, Any], lock: int, server: p
         raise StageFailed(f"stage {name} ended without its result {run_dir / name}", 1)
     run_folder.clear(run_dir, name)
     console.print(f"[green]{name}[/]: done in {time.monotonic() - begin:.0f} s")
+
+
+def _told_of_notice(command: list[str], env: dict[str, str], lock: int) -> int:
+    """Run a launcher's command, and hand on to it what notice is given of the job's end: srun hands it on to the ranks.
+    Its exit status. Where a stage has finished all the same, the next is not begun."""
+    child = subprocess.Popen(command, env=env, pass_fds=[lock], preexec_fn=partial(die_with, os.getpid()))
+    notice.heed(child.send_signal)
+    if (code := child.wait()) == 0:
+        notice.unheed()
+    return code
+
+
+def _end_early(stage: str, work: Path, before: list[int], code: int) -> NoReturn:
+    """Of a stage that notice was given to. `before`: the steps of its checkpoints when it was started. A job that gains
+    none would be queued again for ever."""
+    if code == STOPPED and before and steps_of(work)[-1:] <= before[-1:]:
+        raise StageFailed(
+            f"stage {stage} was stopped before it got beyond step {before[-1]}, where it was started; give the job a "
+            f"longer time limit, or save more often (trainer.checkpoint.every_steps)",
+            1,
+        )
+    why = "notice was given that the job ends" if code == STOPPED else "it was asked to end (SIGTERM)"
+    raise StageFailed(f"stage {stage} has made way: {why}; the same command goes on", code)
 
 
 def _show(config: dict[str, Any], jobs: list[dict[str, Any]]) -> None:

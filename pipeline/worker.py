@@ -19,9 +19,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from models.errors import NOT_FINITE, NotFinite, Refusal, of_storage
+from models.errors import NOT_FINITE, STOPPED, NotFinite, Refusal, Stopped, of_storage
 from pipeline import artifact
 from pipeline.launch import die_with
+from pipeline.notice import notice
 from pipeline.run_folder import SCRATCH
 
 _OF_SEVERAL = "run"  # the mode of a stage that has several ranks
@@ -35,6 +36,8 @@ def main(arguments: Sequence[str]) -> int:
         from pipeline.prefork import serve
 
         return serve(int(told), main)
+    if mode != "check":
+        notice.listen()
     spec = artifact.checked(json.loads(Path(told).read_text()))
     die_with(os.getppid())
     context = None
@@ -58,6 +61,11 @@ def main(arguments: Sequence[str]) -> int:
         if _tells(mode, spec):
             _refuse(mode, str(problem) if context is None else context.in_its_words(str(problem)))
         return 2
+    except Stopped as stopped:
+        if context is not None and context.rank == 0:
+            why = "notice was given" if stopped.status == STOPPED else "SIGTERM came"
+            print(f"{spec['stage']}: {why}, stopped after step {stopped.step}, its checkpoint is saved", flush=True)
+        return stopped.status
     except NotFinite as problem:
         if _tells(mode, spec):
             print(f"error: {problem}", file=sys.stderr, flush=True)

@@ -22,6 +22,7 @@ import torch
 from models.errors import Refusal, StageFailed
 from pipeline import artifact, prefork, run, run_folder, verdicts
 from pipeline.artifact import content_hash
+from pipeline.verdicts import steps_of
 from tests.command import ROOT, SMALL, start, train, weights
 
 STAGES = ("pretrain", "distill", "control")
@@ -234,6 +235,71 @@ def test_everything_killed_in_the_middle_of_a_step_goes_on_to_the_same_bits(fini
     assert again.returncode == 0, again.stdout + again.stderr
     assert "resume" in again.stdout
     _same_weights(finished / "distill", run_dir / "distill")
+
+
+LONGER = ["stages=[distill]", "stages.distill.training.max_steps=200", "trainer.checkpoint.every_steps=null"]
+
+
+@pytest.mark.parametrize(
+    "ranks",
+    [
+        pytest.param([], id="one rank"),
+        pytest.param(
+            ["strategy=zero2", "trainer.accelerator=cpu", "trainer.devices=2"], id="one of two", marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_a_training_that_is_given_notice_ends_after_its_step_and_goes_on_to_the_same_bits(
+    finished: Path, tmp_path: Path, ranks: list[str]
+) -> None:
+    whole, noticed = tmp_path / "whole", tmp_path / "noticed"
+    for run_dir in (whole, noticed):
+        shutil.copytree(finished / "pretrain", run_dir / "pretrain")
+    words = [*SMALL, *LONGER, *ranks]
+    assert train(f"run_dir={whole}", *words).returncode == 0
+    work, last = noticed / "work" / "distill", 0
+    for number, status in ((signal.SIGUSR1, 75), (signal.SIGTERM, 143), (signal.SIGUSR1, 75)):
+        log = tmp_path / f"log {last}"
+        process = start(f"run_dir={noticed}", *words, log=log)
+        _wait_for(lambda: any(step > last + 2 for step in _steps_told(work)), process)  # noqa: B023
+        os.kill(_last_rank(noticed) if ranks and number == signal.SIGUSR1 else process.pid, number)
+        assert process.wait() == status, log.read_text()
+        steps = steps_of(work)
+        assert f"stopped after step {steps[-1]}, its checkpoint is saved" in log.read_text()
+        assert steps[-1] > last + 2  # and no checkpoint was due
+        last = steps[-1]
+    again = train(f"run_dir={noticed}", *words)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert f"goes on at step {last}/200" in again.stdout
+    _same_weights(whole / "distill", noticed / "distill")
+    assert _metrics(noticed / "distill") == _metrics(whole / "distill")
+
+
+def _steps_told(work: Path) -> list[int]:
+    metrics = work / "metrics.jsonl"
+    lines = metrics.read_text().splitlines()[:-1] if metrics.exists() else []
+    return [json.loads(line)["step"] for line in lines]
+
+
+def _last_rank(run_dir: Path) -> int:
+    """The process of a rank, and not torchrun's, whose command holds that of its ranks."""
+    found = subprocess.run(["pgrep", "-f", f"pipeline.worker run {run_dir}"], capture_output=True, text=True)
+    ranks = [pid for pid in found.stdout.split() if "torchrun" not in Path(f"/proc/{pid}/cmdline").read_text()]
+    return int(ranks[-1])
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "status"),
+    [([], [7], 75), ([], [], 75), ([4, 8], [4, 8], 1), ([4, 8], [8, 9], 75)],
+    ids=["first steps", "no training", "no step", "some steps"],
+)
+def test_a_job_that_gains_no_step_is_not_to_be_queued_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: list[int], after: list[int], status: int
+) -> None:
+    monkeypatch.setattr(run, "steps_of", lambda work: after)
+    with pytest.raises(StageFailed) as ended:
+        run._end_early("distill", tmp_path, before, 75)
+    assert ended.value.code == status
 
 
 BETWEEN = {

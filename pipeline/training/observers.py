@@ -10,6 +10,7 @@ from hydra.utils import instantiate
 
 from pipeline import artifact
 from pipeline.context import Context
+from pipeline.notice import notice
 
 
 def logger_of(context: Context) -> Any:
@@ -28,7 +29,8 @@ def logger_of(context: Context) -> Any:
 
 def callbacks_of(context: Context) -> list[pl.Callback]:
     """The callbacks of the configuration: pipeline/ does not know their classes, and Hydra makes them. Each is given
-    those of three words that its signature has: `stage`, `path` (of the metrics), `folder` (of the checkpoints)."""
+    those of these words that its signature has: `stage`, `path` (of the metrics), `folder` (of the checkpoints),
+    `notice` (that the job is about to end)."""
     return [_made(node, context) for node in context.config["callbacks"].values() if node is not None]
 
 
@@ -41,7 +43,12 @@ def watchdog_of(context: Context) -> Any:
 
 
 def _made(node: Any, context: Context) -> pl.Callback:
-    words = {"stage": context.stage, "path": context.work / artifact.METRICS, "folder": context.work / "checkpoints"}
+    words = {
+        "stage": context.stage,
+        "path": context.work / artifact.METRICS,
+        "folder": context.work / "checkpoints",
+        "notice": notice,
+    }
     make = instantiate(node, _partial_=True)
     wanted = inspect.signature(make.func).parameters
     made: pl.Callback = make(**{name: value for name, value in words.items() if name in wanted})
