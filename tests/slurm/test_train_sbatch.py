@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -105,6 +106,40 @@ def test_a_requeued_job_goes_on_from_its_checkpoint_to_the_same_weights(
     assert weights(tmp_path / "distill") == weights(run_dir / "distill")
 
 
+def test_a_job_that_is_given_notice_saves_and_is_queued_again_until_it_is_done(
+    cluster: Cluster, submit: Callable[..., str], run_dir: Path, tmp_path: Path
+) -> None:
+    """As before its time limit: the batch script gets USR1, twice; no checkpoint was due."""
+    words = [*FLAGSHIP, f"teacher.path={run_dir}/pretrain", "stages=[distill]", "trainer.checkpoint.every_steps=null"]
+    job, work = submit(*words, f"run_dir={tmp_path}"), tmp_path / "work" / "distill"
+    for restarts in (1, 2):
+        before = len(saved(work / "checkpoints"))
+        cluster.wait(job, seconds=300, until=partial(has_learnt, work, 4 * restarts))
+        cluster.command("scancel", "--batch", "--signal=USR1", job)
+        cluster.wait(job, seconds=300, until=partial(has_restarted, cluster, job, restarts))
+        assert len(saved(work / "checkpoints")) == before + 1
+    record = cluster.wait(job, seconds=600)
+    text = log(record)
+    assert record["JobState"] == "COMPLETED", text
+    assert re.findall(r"goes on at step (\d+)/30", text) == re.findall(
+        r"stopped after step (\d+), its checkpoint", text
+    )
+    assert weights(tmp_path / "distill") == weights(run_dir / "distill")
+    assert steps(tmp_path / "distill") == steps(run_dir / "distill")
+
+
+def test_a_cancelled_job_saves_and_is_not_queued_again(
+    cluster: Cluster, submit: Callable[..., str], run_dir: Path, tmp_path: Path
+) -> None:
+    words = [*FLAGSHIP, f"teacher.path={run_dir}/pretrain", "stages=[distill]", "trainer.checkpoint.every_steps=null"]
+    job, work = submit(*words, f"run_dir={tmp_path}"), tmp_path / "work" / "distill"
+    cluster.wait(job, seconds=300, until=partial(has_learnt, work, 4))
+    cluster.command("scancel", job)
+    record = cluster.wait(job, seconds=120)
+    assert (record["JobState"], record["Restarts"]) == ("CANCELLED", "0"), log(record)
+    assert saved(work / "checkpoints")
+
+
 def test_the_allocation_decides_over_ranks_and_their_exit_status_travels_up(cluster: Cluster, tmp_path: Path) -> None:
     """The script's own defaults on two nodes, in a checkout whose train.py only starts ranks, which end with 75."""
     (tmp_path / "train.py").write_text(f"""
@@ -124,13 +159,24 @@ if os.environ["SLURM_PROCID"] == "3":
     time.sleep(1)  # the last to end is still let do so
 sys.exit(75)
 """)
-    job = cluster.submit("--nodes=2", SCRIPT, "seed=3", cwd=tmp_path)
+    never = "--export=ALL,RETORT_MAX_STARTS=0"  # else a job that ends with 75 is queued again
+    job = cluster.submit("--nodes=2", never, SCRIPT, "seed=3", cwd=tmp_path)
     record = cluster.wait(job, seconds=120)
     text = (tmp_path / f"slurm-retort-{job}.log").read_text()
     assert (record["JobState"], record["ExitCode"]) == ("FAILED", "75:0"), text
     assert "{'launch': 'slurm', 'trainer.nodes': '2', 'trainer.devices': '8', 'seed': '3'}" in text
     ranks = {tuple(line.split()[1:]) for line in text.splitlines() if line.startswith("rank ")}
     assert ranks == {(str(rank), str(rank // 8), str(rank % 8), "16", "2", "127.0.0.[1-2]") for rank in range(16)}
+
+
+def has_learnt(work: Path, step: int) -> bool:
+    metrics = work / "metrics.jsonl"
+    lines = metrics.read_text().splitlines()[:-1] if metrics.exists() else []  # the last may be half written
+    return any(json.loads(line)["step"] >= step for line in lines)
+
+
+def has_restarted(cluster: Cluster, job: str, times: int) -> bool:
+    return f"Restarts={times}" in cluster.command("scontrol", "show", "job", job)
 
 
 def saved(folder: Path) -> list[Path]:

@@ -50,7 +50,8 @@ SelectTypeParameters=CR_Core
 SlurmdParameters=config_overrides
 GresTypes=gpu
 SchedulerParameters=sched_interval=1,sched_min_interval=1,batch_sched_delay=0
-KillWait=2
+# between SIGTERM and SIGKILL
+KillWait=15
 ReturnToService=2
 # ranks meet at a port that follows from the job's number: two clusters on one machine should not count alike
 FirstJobId={first}
