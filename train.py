@@ -21,7 +21,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from models.errors import Refusal, StageFailed
+from models.errors import STOPPED, TERMINATED, Refusal, StageFailed
 from pipeline.command_line import arguments, explain, takers
 from pipeline.config import Config, parse
 from pipeline.notice import notice
@@ -35,7 +35,7 @@ ConfigStore.instance().store(name="schema", node=Config)
 def main(composed: DictConfig) -> None:
     # Leaving by SystemExit, because Hydra would put a line of its own before any other error.
     if code := _told(lambda: _run(composed)):
-        if HydraConfig.get().mode is not RunMode.MULTIRUN or code == 130:
+        if HydraConfig.get().mode is not RunMode.MULTIRUN or code in (130, STOPPED, TERMINATED):
             sys.exit(code)
         failed.append(code)  # the other runs of a sweep go on
 
