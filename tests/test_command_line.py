@@ -97,6 +97,7 @@ WRONG = {  # what is typed → what the answer says
     "+callbacks.mine.x=1": "callbacks.mine: settings without _target_, the class they are of",
     "+callbacks.mine=5": "callbacks.mine=5: settings are needed, and no number",
     "optimizer.betas=[0.9]": "stages.pretrain.training.optimizer: list index out of range (of lr=0.004, betas=[0.9]",
+    "+optimizer.weight_decay=0.5": "optimizer.weight_decay=0.5: without effect; set stages.distill.training.",
     "resume.skip_sequences=null": "resume.skip_sequences=null: need a list, e.g. resume.skip_sequences=[]",
     "student.shape.attention_dropout=7": "student.shape.attention_dropout=7: need a probability from 0 to 1",
     "+stages.pretrain.model.attention_dropout=7.0": "model.attention_dropout=7.0: need a probability from 0 to 1",

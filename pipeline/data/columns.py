@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ class Columns:
     messages: str | None  # None: a column `messages` or `conversations`, if there is one
     weight: str | None
 
-    def chosen(self, columns: Iterable[str], where: str) -> tuple[str, bool]:
+    def chosen(self, columns: Collection[str], where: str) -> tuple[str, bool]:
         """The column to read, and whether it holds conversations."""
         for name in [self.messages] if self.messages else ["messages", "conversations"]:
             if name in columns:
@@ -29,7 +29,9 @@ class Columns:
             return self.text, False
         key = "messages_column" if self.messages else "text_column"
         found = ", ".join(columns) or "nothing"
-        raise Refusal(f"{where}: data.{key}={self.messages or self.text} is no column of it; it has {found}")
+        name = next(filter(columns.__contains__, ("conversations", "messages")), "") if self.messages else ""
+        remedy = f"; set data.{key}={name}" if name else ""
+        raise Refusal(f"{where}: data.{key}={self.messages or self.text} is no column of it; it has {found}{remedy}")
 
     def with_weight(self, column: str, columns: Iterable[str], where: str) -> list[str]:
         """The columns to read: the one of text or messages, and the weight's if one is named."""

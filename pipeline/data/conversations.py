@@ -8,6 +8,7 @@ from models.errors import Refusal
 from pipeline.data.columns import weight_of
 
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}  # ShareGPT's names for the usual roles
+_USUAL = ("system", "user", "assistant", "tool")
 
 # Of a message, what is said beside its content; whatever else stands there is taken for a note about it.
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thought")
@@ -31,7 +32,8 @@ Content = str | Conversation  # of a document
 
 
 def conversation(cell: Any, where: str, unanswered: bool = False) -> Conversation:
-    """Messages of role and content, also from ShareGPT's from and value, and a weight where it is not 1.
+    """Messages of role and content, also from ShareGPT's from and value, and a weight where it is not 1: Axolotl's
+    `train: false` is one of 0.
 
     A content in parts, as OpenAI writes it, is their text.
     """
@@ -49,13 +51,18 @@ def conversation(cell: Any, where: str, unanswered: bool = False) -> Conversatio
                 f"{where}: message {number} is not a role and a text content; mend or drop the conversation "
                 "(tool calls and images are not supported)"
             )
-        messages.append({"role": ROLES.get(role, role), "content": content})
-        weight = fields.get("weight")
+        messages.append({"role": _role(role), "content": content})
+        weight = 0 if False in (fields.get("train"), fields.get("training")) else fields.get("weight")
         if weight is not None and weight_of(weight, f"{where}: message {number}") != 1:
             messages[-1]["weight"] = float(weight)
     if messages and not unanswered and all(message["role"] != "assistant" for message in messages):
         raise Refusal(f"{where}: no message is the assistant's, so there is nothing to learn; drop it")
     return messages
+
+
+def _role(written: str) -> str:
+    small = ROLES.get(written.lower(), written.lower())
+    return small if small in _USUAL else written
 
 
 def check_beside(cells: dict[str, Any], where: str) -> None:

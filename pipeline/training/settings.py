@@ -80,6 +80,11 @@ def check(context: Context, training: Training, precision: Any) -> list[str]:
         instantiate(context.config["logger"])
     check_callbacks(context)
     given = context.config["stages"][context.stage]["training"]
+    if "weight_decay" in given["optimizer"]:
+        raise Refusal(
+            f"stages.{context.stage}.training.optimizer.weight_decay={given['optimizer']['weight_decay']}: without "
+            f"effect; set stages.{context.stage}.training.weight_decay, which spares norms and biases"
+        )
     with _refusing(f"stages.{context.stage}.training.optimizer", given["optimizer"]):
         optimizer = training.optimizer([torch.nn.Parameter(torch.zeros(1))])
     with _refusing(f"stages.{context.stage}.training.schedule", given["schedule"]):

@@ -42,6 +42,11 @@ class Strategy(Protocol):
         ...
 
 
+def _patience(timeout_minutes: float) -> timedelta:
+    """Of a process group: the watchdog is to end the job first, after `timeout_minutes`: it names the rank."""
+    return timedelta(minutes=timeout_minutes + 5)
+
+
 @dataclass(frozen=True)
 class Single:
     """One process, no process group."""
@@ -69,7 +74,7 @@ class DDP:
         from pytorch_lightning.strategies import DDPStrategy
 
         return DDPStrategy(
-            timeout=timedelta(minutes=self.timeout_minutes),
+            timeout=_patience(self.timeout_minutes),
             find_unused_parameters=False,
             process_group_backend="gloo" if device == "cpu" else "nccl",
         )
@@ -120,7 +125,7 @@ class ZeRO:
                 "train_micro_batch_size_per_gpu": 1,  # only its throughput timer reads it
             },
             exclude_frozen_parameters=True,  # the teacher belongs in no checkpoint
-            timeout=timedelta(minutes=self.timeout_minutes),
+            timeout=_patience(self.timeout_minutes),
             process_group_backend="gloo" if device == "cpu" else "nccl",
         )
 

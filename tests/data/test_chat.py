@@ -264,6 +264,18 @@ def test_a_sharegpt_file_is_learned_from_like_any_other(tmp_path: Path, tokenize
     assert spoken(tokenizer, rows[0]) == [answer + "<|im_end|>" for answer in answers(SHORT)]
 
 
+def test_roles_are_known_in_capitals_too_and_axolotls_train_is_heeded(tmp_path: Path, tokenizer: Any) -> None:
+    names = {"system": "System", "user": "Human", "assistant": "Assistant"}
+    turns = [{**message, "role": names[message["role"]]} for message in SHORT]
+    rows, _ = rows_of(tmp_path, tokenizer, [turns], CHATML)
+    assert spoken(tokenizer, rows[0]) == [answer + "<|im_end|>" for answer in answers(SHORT)]
+    for field in ("train", "training"):
+        first = next(turn for turn in turns if turn["role"] == "Assistant")
+        told = [{**turn, field: turn is not first} for turn in turns]
+        rows, _ = rows_of(tmp_path, tokenizer, [told], CHATML)
+        assert spoken(tokenizer, rows[0]) == [answer + "<|im_end|>" for answer in answers(SHORT)[1:]]
+
+
 def test_a_conversation_may_begin_with_the_assistant(tmp_path: Path, tokenizer: Any) -> None:
     rows, _ = rows_of(tmp_path, tokenizer, [[turn("assistant", "Hello!"), *SHORT[1:3]]], CHATML)
     assert spoken(tokenizer, rows[0]) == ["Hello!<|im_end|>", answers(SHORT)[0] + "<|im_end|>"]

@@ -371,6 +371,10 @@ def test_a_hub_dataset_that_does_not_load_is_refused_in_one_line(monkeypatch: py
         ({"train": "strings.jsonl"}, "strings.jsonl line 1: holds str where an object is needed"),
         ({"text_column": "body"}, "good.jsonl: data.text_column=body is no column of it; it has id, text"),
         ({"messages_column": "chat"}, "data.messages_column=chat is no column of it; it has id, text"),
+        (
+            {"train": "sharegpt.jsonl", "messages_column": "messages"},
+            "it has conversations; set data.messages_column=conversations",
+        ),
         ({"train": "mixed/big.txt", "messages_column": "chat"}, "big.txt: a .txt file has no column"),
         ({"validation": "chat.jsonl"}, "data.validation=chat.jsonl: text and chat cannot be mixed"),
         ({"max_length": 1}, "data.max_length=1: need 2 tokens or more"),
@@ -391,6 +395,7 @@ def test_what_cannot_be_read_is_refused_before_any_work(
     for name, content in (
         ("good.jsonl", '{"id": 1, "text": "fine"}\n'),
         ("chat.jsonl", json.dumps({"messages": CHAT})),
+        ("sharegpt.jsonl", json.dumps({"conversations": CHAT})),
         ("bad.jsonl", "{'text': 1}\n"),
         ("strings.jsonl", '"text"\n'),
         ("empty.txt", ""),
