@@ -272,7 +272,8 @@ def test_roles_are_known_in_capitals_too_and_axolotls_train_is_heeded(tmp_path: 
     for field in ("train", "training"):
         first = next(turn for turn in turns if turn["role"] == "Assistant")
         told = [{**turn, field: turn is not first} for turn in turns]
-        rows, _ = rows_of(tmp_path, tokenizer, [told], CHATML)
+        (tmp_path / field).mkdir()
+        rows, _ = rows_of(tmp_path / field, tokenizer, [told], CHATML)
         assert spoken(tokenizer, rows[0]) == [answer + "<|im_end|>" for answer in answers(SHORT)[1:]]
 
 
