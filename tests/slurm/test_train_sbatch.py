@@ -71,7 +71,7 @@ print(sum(p.numel() for p in model.parameters()))
 
 def test_the_report_has_a_row_for_teacher_and_student(run_dir: Path) -> None:
     rows = json.loads((run_dir / "report.json").read_text())["rows"]
-    assert [row["stage"] for row in rows] == ["pretrain", "distill"]
+    assert [row["stage"] for row in rows][:2] == ["pretrain", "distill"]
     for row in rows:
         assert 1 < row["perplexity"] < 600  # not worse than guessing among the 512 tokens by much
         assert row["generate_tokens_per_second"] > 0
@@ -100,7 +100,7 @@ def test_a_requeued_job_goes_on_from_its_checkpoint_to_the_same_weights(
     assert "Tasks=2" in step
     assert shards == {0, 1}  # both ranks worked
     first, second = re.split(r"^job \d+, start 1: 2 x 1 ranks", text, flags=re.M)  # the log was appended to
-    assert "goes on" not in first
+    assert "goes on at step" not in first
     assert int(re.findall(r"distill: goes on at step (\d+)/30", second)[0]) >= 4
     assert steps(tmp_path / "distill") == steps(run_dir / "distill")
     assert weights(tmp_path / "distill") == weights(run_dir / "distill")
@@ -112,12 +112,14 @@ def test_a_job_that_is_given_notice_saves_and_is_queued_again_until_it_is_done(
     """As before its time limit: the batch script gets USR1, twice; no checkpoint was due."""
     words = [*FLAGSHIP, f"teacher.path={run_dir}/pretrain", "stages=[distill]", "trainer.checkpoint.every_steps=null"]
     job, work = submit(*words, f"run_dir={tmp_path}"), tmp_path / "work" / "distill"
+    last = 0
     for restarts in (1, 2):
         before = len(saved(work / "checkpoints"))
-        cluster.wait(job, seconds=300, until=partial(has_learnt, work, 4 * restarts))
+        cluster.wait(job, seconds=300, until=partial(has_learnt, work, last + 3))
         cluster.command("scancel", "--batch", "--signal=USR1", job)
         cluster.wait(job, seconds=300, until=partial(has_restarted, cluster, job, restarts))
         assert len(saved(work / "checkpoints")) == before + 1
+        last = int(saved(work / "checkpoints")[-1].name.removeprefix("step-"))
     record = cluster.wait(job, seconds=600)
     text = log(record)
     assert record["JobState"] == "COMPLETED", text
