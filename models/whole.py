@@ -160,8 +160,9 @@ def held_in(tensor: Any) -> Iterator[Tensor]:
         for name in tensor.__tensor_flatten__()[0]:
             yield from held_in(getattr(tensor, name))
         return
-    # SCB, quant_state: bitsandbytes' scales
-    parts, scales = [tensor, getattr(tensor, "SCB", None)], getattr(tensor, "quant_state", None)
+    # SCB, quant_state: bitsandbytes' scales. In 4 bits what is packed may be stored as any type (bnb_4bit_quant_storage)
+    scales = getattr(tensor, "quant_state", None)
+    parts = [getattr(tensor, "SCB", None), *([tensor] if scales is None else [])]
     while scales is not None:
         parts += [scales.absmax, scales.offset]
         scales = scales.state2
