@@ -89,6 +89,10 @@ class Shape:
         values = base.to_dict()
         # Some families call the common numbers by names of their own: gpt2's hidden_size is n_embd.
         shape = {base.attribute_map.get(k, k): v for k, v in self.shape.items() if v is not None}
+        if other := [k for k in shape if k in _NO_SIZES]:
+            raise Refusal(
+                f"student.shape.{other[0]}: it is no number of a shape; leave it out, the student has its own"
+            )
         if unknown := [k for k in shape if k not in values]:
             inside = [f"{key}.{unknown[0]}" for key, value in values.items() if unknown[0] in _keys(value)]
             close = inside or get_close_matches(unknown[0], values, n=1)
@@ -314,6 +318,8 @@ def write_fresh(config: PretrainedConfig, tokenizer: Any, folder: Path, seed: in
 
 
 _MOST_LAYERS = 10_000  # one is made, on the meta device, to count its parameters
+_OF_THE_FILES = ("model_type", "transformers_version", "_name_or_path", "quantization_config")
+_NO_SIZES = (*_OF_THE_FILES, "architectures", "dtype")
 _COUNTS = (
     *("hidden_size", "intermediate_size", "head_dim", "vocab_size", "max_position_embeddings"),
     *("num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
@@ -352,11 +358,7 @@ def check_sizes(values: dict[str, Any], role: str) -> None:
 
 def rebuilt(base: PretrainedConfig, values: dict[str, Any], role: str = "student") -> PretrainedConfig:
     """A config of the same family with these values; a Refusal where it does not take them."""
-    values = {
-        k: v
-        for k, v in copy.deepcopy(values).items()
-        if k not in ("model_type", "transformers_version", "_name_or_path", "quantization_config")
-    }
+    values = {k: v for k, v in copy.deepcopy(values).items() if k not in _OF_THE_FILES}
     with _refusing(f"{role}: {type(base).__name__} refuses this shape"):
         return type(base)(**values)
 

@@ -232,6 +232,14 @@ def test_what_a_family_raises_of_a_shape_is_said_in_one_line(shape: dict[str, An
             {"rope_parameters": {"rope_theta": 0.0}},
             "rope_parameters.rope_theta=0.0: need a finite number above 0",
         ),
+        ({"rms_norm_eps": -1.0}, "rms_norm_eps=-1.0: need a finite number of 0 or more"),
+        (
+            {"rope_parameters": {"rope_type": "linear", "factor": -2.0}},
+            "rope_parameters.factor=-2.0: need a finite number above 0",
+        ),
+        ({"model_type": "gpt2"}, "model_type: it is no number of a shape; leave it out, the student has its own"),
+        ({"architectures": ["x"]}, "architectures: it is no number of a shape; leave it out, the student has its own"),
+        ({"dtype": "float16"}, "dtype: it is no number of a shape; leave it out, the student has its own"),
         ({"rope_theta": 5e5}, "rope_theta: LlamaConfig has no such number; did you mean rope_parameters.rope_theta?"),
     ],
 )
