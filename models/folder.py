@@ -29,7 +29,17 @@ _SIZES = (
     *("max_position_embeddings", "n_positions", "word_embed_proj_dim"),
 )
 _SIZES_OR_NONE = ("intermediate_size", "moe_intermediate_size", "shared_intermediate_size", "ffn_dim", "n_inner")
+_PLAIN = ("F64", "F32", "F16", "BF16")
+# Of each of them every model holds some tensor that is not plain. Others may not: bitnet's are packed as they are read.
+_NEVER_PLAIN = (
+    *("aqlm", "auto-round", "awq", "bitsandbytes_4bit", "bitsandbytes_8bit", "eetq", "fbgemm_fp8", "fp8", "gptq"),
+    *("mxfp4", "spqr", "vptq"),
+)
 _ROTARY_BASES = ("rope_theta", "rotary_emb_base", "rope_local_base_freq", "global_rope_theta", "local_rope_theta")
+_ROTARY_FACTORS = (  # inside of rope_parameters, or of rope_scaling, its older name
+    *("factor", "attention_factor", "low_freq_factor", "high_freq_factor", "short_factor", "long_factor"),
+    "original_max_position_embeddings",
+)
 
 
 def check_folder(path: str, role: str, weights: bool = True) -> None:
@@ -142,7 +152,8 @@ def _usual(config: dict[str, Any], name: str) -> list[Any]:
 def _odd_number(config: dict[str, Any]) -> tuple[str, str] | None:
     """The first number that no model has, in words, and what is needed: some only show as tracebacks, or as NaN long
     after."""
-    for where, name, value in _numbers(config):
+    lowest: dict[str, int | float] = {}  # of llama3's factors, which are divided by how far they are apart
+    for where, name, value in sorted(_numbers(config), key=lambda each: each[1] == "high_freq_factor"):
         need = None
         if value != value:  # NaN; math.isnan fails at whole numbers that no float holds
             need = "a number"
@@ -150,6 +161,14 @@ def _odd_number(config: dict[str, Any]) -> tuple[str, str] | None:
             need = None if 0 <= value <= 1 else "a probability from 0 to 1"
         elif name in _ROTARY_BASES:
             need = None if 0 < value < math.inf else "a finite number above 0"
+        elif name in _ROTARY_FACTORS and re.search(r"rope_(parameters|scaling)\.", where):
+            need = None if 0 < value < math.inf else "a finite number above 0"
+            if name == "low_freq_factor":
+                lowest[where.replace("low_freq", "high_freq")] = value
+            elif where in lowest and value <= lowest[where]:
+                need = f"a number above low_freq_factor={lowest[where]}"
+        elif re.search(r"(^|_)(eps|epsilon)$", name):
+            need = None if 0 <= value < math.inf else "a finite number of 0 or more"
         elif where in (name, f"text_config.{name}") and name in (*_SIZES, *_SIZES_OR_NONE):
             least = 1 if name in _SIZES else 0
             need = None if isinstance(value, int) and value >= least else f"a whole number of {least} or more"
@@ -255,19 +274,57 @@ def _same(folder: Path, parts: tuple[str, str], name: str) -> bool:
 
 
 def _check_types(config: dict[str, Any], headers: dict[str, tuple[list[int], str]], told: str) -> None:
-    """Refuse weights in 8 bits and fewer, or whole numbers, of which the config does not say how they are meant: they
-    would be taken as they are, without their scales."""
-    if config.get("quantization_config") or config.get("compression_config"):  # the older name
-        return
+    """Refuse weights in 8 bits and fewer, or whole numbers, of which nothing says how they are meant: they would be
+    taken as they are, without their scales. And plain weights under a config that says they are packed."""
+    method = _packing(config, told)
+    if method in _NEVER_PLAIN and all(kind in _PLAIN for _, kind in headers.values()):
+        raise Refusal(
+            f"{told}: quantization_config in config.json says {method}, and none of its tensors is packed; remove "
+            f"quantization_config from config.json, or give the weights it was saved with"
+        )
+    scaled = {name.rpartition(".")[0] for name in headers if not name.endswith((".weight", ".bias"))}
     for name, (shape, kind) in headers.items():
-        last = name.rpartition(".")[2]
+        module, _, last = name.rpartition(".")
         whole = not kind.startswith(("F", "BF"))
         few = re.match(r"F[468](_|$)", kind)
-        if few or (whole and (last == "weight" or (last == "bias" and len(shape) == 1))):
+        if method is not None:
+            if (few or whole) and last == "weight" and not {module, name} & scaled:
+                raise Refusal(
+                    f"{told}: {name} holds {kind}, and no scale lies beside it as {method} needs it; give the model in "
+                    f"bfloat16, float16 or float32, or all the tensors it was quantized to"
+                )
+        elif few or (whole and (last == "weight" or (last == "bias" and len(shape) == 1))):
             raise Refusal(
                 f"{told}: {name} holds {kind}, and config.json has no quantization_config that says how to read it; "
                 f"give the model in bfloat16, float16 or float32, or the config.json it was quantized with"
             )
+
+
+def _packing(config: dict[str, Any], told: str) -> str | None:
+    """transformers' name of how the weights are packed, None where they are not. One that it does not know is refused:
+    it would skip it, and take packed numbers for weights."""
+    from transformers import __version__
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+
+    held = config.get("quantization_config")
+    if held is None:
+        if config.get("compression_config"):
+            raise Refusal(
+                f"{told}: compression_config in config.json is an older name, which transformers {__version__} does "
+                f"not read; call it quantization_config, with quant_method=compressed-tensors in it"
+            )
+        return None
+    held = held if isinstance(held, dict) else {}
+    bits = next((bits for bits in ("4bit", "8bit") if held.get(f"load_in_{bits}")), None)
+    method = f"bitsandbytes_{bits}" if bits else held.get("quant_method")
+    if isinstance(method, str) and method in AUTO_QUANTIZATION_CONFIG_MAPPING and method in AUTO_QUANTIZER_MAPPING:
+        return method
+    without = " without load_in_4bit or load_in_8bit" if method == "bitsandbytes" else ""
+    raise Refusal(
+        f"{told}: quantization_config in config.json has quant_method={method!r}{without}, of which transformers "
+        f"{__version__} knows no reading; give the model in bfloat16, float16 or float32, or the config.json it was "
+        f"quantized with"
+    )
 
 
 def _check_sizes(config: dict[str, Any], shapes: dict[str, list[int]], told: str) -> None:

@@ -121,10 +121,15 @@ def check_weights(path: str, role: str, config: PretrainedConfig) -> None:
 def _check_names(folder: str, config: PretrainedConfig, told: str) -> None:
     """As transformers itself finds them, with tensors that have no values: families rename and merge them on their way
     in."""
-    if getattr(config, "quantization_config", None) or type(config).__module__.startswith("transformers_modules."):
+    if type(config).__module__.startswith("transformers_modules."):
         return
-    with unsharded(), whole(told, "its config makes no causal language model"):
-        kind: Any = type(empty_model(config))
+    with unsharded(), whole(told, what := "its config makes no causal language model"):
+        try:
+            kind: Any = type(empty_model(config))
+        except RuntimeError as problem:  # of numbers that do not fit each other, as longrope's lists
+            raise Refusal(f"{told}: {what}: {first_line(problem)}; take the model's own config.json") from None
+        if getattr(config, "quantization_config", None):
+            return
         shapes = shapes_of(Path(folder), told)
         tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
         _, report = kind.from_pretrained(

@@ -325,6 +325,27 @@ def test_a_config_that_fits_no_weights_is_refused_before_anything_is_made(
             {"rope_parameters": {"full_attention": {"rope_theta": float("inf")}}},
             "rope_parameters.full_attention.rope_theta=inf in config.json; need a finite number above 0",
         ),
+        ({"rms_norm_eps": -1.0}, "rms_norm_eps=-1.0 in config.json; need a finite number of 0 or more"),
+        ({"layer_norm_epsilon": -1e-5}, "layer_norm_epsilon=-1e-05 in config.json; need a finite number of 0 or more"),
+        *(
+            ({"rope_parameters": {"rope_type": kind, **values}}, f"rope_parameters.{said} in config.json; need {need}")
+            for kind, values, said, need in (
+                ("linear", {"factor": -2.0}, "factor=-2.0", "a finite number above 0"),
+                ("linear", {"factor": 0.0}, "factor=0.0", "a finite number above 0"),
+                ("dynamic", {"factor": -4}, "factor=-4", "a finite number above 0"),
+                ("yarn", {"attention_factor": -1}, "attention_factor=-1", "a finite number above 0"),
+                ("longrope", {"long_factor": [1.0, 0]}, "long_factor[1]=0", "a finite number above 0"),
+                ("yarn", {"original_max_position_embeddings": 0}, "original_max_position_embeddings=0", "a finite"),
+                (
+                    "llama3",
+                    {"high_freq_factor": 1.0, "low_freq_factor": 4.0},
+                    "high_freq_factor=1.0",
+                    "a number above low_freq_factor=4.0",
+                ),
+                ("llama3", {"high_freq_factor": -1.0}, "high_freq_factor=-1.0", "a finite number above 0"),
+            )
+        ),
+        ({"rope_scaling": {"type": "linear", "factor": -2}}, "rope_scaling.factor=-2 in config.json; need a finite"),
     ],
 )
 def test_numbers_in_a_config_that_no_model_has_are_named(values: dict[str, Any], said: str, folder: Path) -> None:
@@ -338,6 +359,8 @@ def test_numbers_in_a_config_that_no_model_has_are_named(values: dict[str, Any],
     [
         {"time_step_limit": [0.0, float("inf")]},  # as Mamba's are published
         {"num_local_experts": 0, "sliding_window": -1, "attention_dropout": 1, "use_dropout": False},
+        {"layer_norm_eps": 0, "num_steps": -1, "time_step": {"factor": -1}},
+        {"rope_scaling": {"rope_type": "llama3", "high_freq_factor": 4.0, "low_freq_factor": 1.0, "factor": 8}},
         {"pad_token_id": 61, "bos_token_id": -1, "large": 10**400},
     ],
 )
@@ -522,6 +545,106 @@ def test_weights_in_few_bits_of_which_the_config_says_nothing_are_refused(
     change(folder, lambda state: state.update({DOWN: (state[DOWN] * 100).to(dtype)}))
     for said in (refusal_of(folder), checked(folder)):
         assert f"{DOWN} holds {told}, and config.json has no quantization_config" in said
+
+
+def in_few_bits(dtype: torch.dtype) -> Callable[[dict[str, torch.Tensor]], Any]:
+    return lambda state: state.update({DOWN: (state[DOWN] * 50).to(dtype)})
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"quantization_config": {"quant_method": "foo"}}, "quant_method='foo', of which transformers "),
+        ({"quantization_config": {"quant_method": "modelopt", "bits": 8}}, "quant_method='modelopt', of which"),
+        ({"quantization_config": {"quant_method": ["gptq"]}}, "quant_method=['gptq'], of which"),
+        ({"quantization_config": {"bits": 8}}, "quant_method=None, of which"),
+        ({"quantization_config": {}}, "quant_method=None, of which"),
+        ({"quantization_config": "gptq"}, "quant_method=None, of which"),
+        (
+            {"quantization_config": {"quant_method": "bitsandbytes"}},
+            "quant_method='bitsandbytes' without load_in_4bit or load_in_8bit, of which",
+        ),
+        ({"compression_config": {"quant_method": "compressed-tensors"}}, "call it quantization_config"),
+    ],
+)
+def test_weights_packed_in_a_way_that_transformers_does_not_know_are_refused(
+    values: dict[str, Any], said: str, dtype: torch.dtype, folder: Path
+) -> None:
+    """It would warn, and take the packed numbers for weights."""
+    change(folder, in_few_bits(dtype))
+    change_config(folder, **values)
+    assert said in checked(folder)
+    assert checked(folder) == refusal_of(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize(
+    "values",
+    [{"quant_method": "fp8"}, {"quant_method": "compressed-tensors", "config_groups": {}, "ignore": ["re:.*"]}],
+)
+def test_packed_weights_without_their_scales_are_refused(
+    values: dict[str, Any], dtype: torch.dtype, folder: Path
+) -> None:
+    change(folder, in_few_bits(dtype))
+    change_config(folder, quantization_config=values)
+    for said in (refusal_of(folder), checked(folder)):
+        assert f"{DOWN} holds {'I8' if dtype == torch.int8 else 'F8_E4M3'}, and no scale lies beside it" in said
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes_4bit"),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "bitsandbytes_8bit"),
+        ({"quant_method": "fp8"}, "fp8"),
+        ({"quant_method": "gptq", "bits": 4}, "gptq"),
+        ({"quant_method": "awq", "bits": 4}, "awq"),
+    ],
+)
+def test_plain_weights_under_a_config_that_says_they_are_packed_are_refused(
+    values: dict[str, Any], said: str, folder: Path
+) -> None:
+    change_config(folder, quantization_config=values)
+    for each in (refusal_of(folder), checked(folder)):
+        assert f"says {said}, and none of its tensors is packed; remove quantization_config" in each
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        {"load_in_8bit": True},
+        {"load_in_4bit": True},
+        {"load_in_4bit": True, "bnb_4bit_use_double_quant": True, "bnb_4bit_quant_storage": "bfloat16"},
+    ],
+)
+def test_a_model_that_bitsandbytes_packed_opens_with_what_it_computed(
+    words: dict[str, Any], folder: Path, tmp_path: Path
+) -> None:
+    from transformers import BitsAndBytesConfig
+
+    packing = BitsAndBytesConfig(**words, bnb_4bit_compute_dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=packing, dtype=torch.float32)
+    model.save_pretrained(tmp_path / "packed")
+    check_model(str(tmp_path / "packed"), "teacher")
+    found = opened(tmp_path / "packed")
+    with torch.no_grad():
+        assert torch.equal(found(tokens()).logits, model(tokens()).logits)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_lists_of_a_rope_that_do_not_fit_its_width_are_refused_in_one_line(packed: bool, folder: Path) -> None:
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 32}
+    lists = {"short_factor": [1.0] * 3, "long_factor": [1.0] * 3}  # of heads that are 8 wide: 4 each
+    change_config(folder, rope_parameters=rope | lists)
+    if packed:
+        change_config(folder, quantization_config={"quant_method": "torchao", "quant_type": "int8_weight_only"})
+    said = checked(folder)
+    assert "its config makes no causal language model: " in said
+    assert "\n" not in said
+    fitting = {name: [1.0] * 4 for name in lists}
+    change_config(folder, rope_parameters=rope | fitting)
+    check_model(str(folder), "teacher")
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])

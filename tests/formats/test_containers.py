@@ -28,7 +28,7 @@ from models.formats.gguf import Gguf
 from models.formats.gptq import GPTQ
 from models.formats.huggingface import HuggingFace
 from models.formats.torchao import TorchAO
-from models.load import empty_model, load_config, parameter_count
+from models.load import check_model, empty_model, load_config, parameter_count
 from models.measure import Speed
 from models.quantization.scheme import Activations, WeightScheme
 from models.quantization.stored import open_quantized, read_quantized
@@ -104,6 +104,7 @@ def test_every_container_gives_back_the_very_values_of_the_schemes_it_holds(
     source, form = models(scheme), ALL[name]
     form.check(plan_of(source, SCHEMES[scheme]))
     runtime = form.open(written(form, source, tmp_path / name), "cpu")
+    check_model(str(tmp_path / name), "teacher")
     for matrix, made in read_quantized(source / "quantized.safetensors").matrices.items():
         assert torch.equal(runtime.weight(matrix), made.dequantized()), matrix
     want = HuggingFace().open(source, "cpu").logits(ROWS[0][None])

@@ -242,7 +242,7 @@ def test_a_model_that_is_packed_already_is_refused(teacher: Path, tmp_path: Path
     folder = tmp_path / "packed"
     shutil.copytree(teacher, folder)
     config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    config["quantization_config"] = {"quant_method": "compressed-tensors", "config_groups": {}}
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(Refusal, match="its weights are packed; give the model it was made of"):
         check({"config": EXPERIMENT.composed(tmp_path, f"model.path={folder}"), "stages": ["quantize"]})
