@@ -160,7 +160,7 @@ def held_in(tensor: Any) -> Iterator[Tensor]:
         for name in tensor.__tensor_flatten__()[0]:
             yield from held_in(getattr(tensor, name))
         return
-    # SCB, quant_state: bitsandbytes' scales. In 4 bits what is packed may be stored as any type (bnb_4bit_quant_storage)
+    # SCB, quant_state: bitsandbytes' scales. What it packs in 4 bits may be stored as any type, bfloat16 too.
     scales = getattr(tensor, "quant_state", None)
     parts = [getattr(tensor, "SCB", None), *([tensor] if scales is None else [])]
     while scales is not None:
