@@ -67,7 +67,9 @@ class Checkpoint(pl.Callback):
             if (restored := getattr(module, "checkpoint", None)) is not None:
                 for passed_over in checkpoints(self.folder):  # damaged: they are not among those that are kept
                     if step_of(passed_over) > step_of(restored):
-                        passed_over.rename(self.folder / f"damaged-{passed_over.name}")
+                        damaged = self.folder / f"damaged-{passed_over.name}"
+                        remove(damaged)  # of that step again, when it was trained anew
+                        passed_over.rename(damaged)
         trainer.strategy.barrier()
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:

@@ -20,6 +20,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from models.files import remove
+
 _ASLEEP = 5  # times the beat's length
 _LAST_WORDS = 3  # beats: so much later than the others the one that speaks may find out that none gets on
 _ROOT = str(Path(__file__).resolve().parent.parent)
@@ -108,6 +110,7 @@ class Heartbeat:
             "pid": os.getpid(),
         }
         aside = self._path(self.rank).with_suffix(".partial")
+        remove(aside)  # a link would be followed
         aside.write_text(json.dumps(told))
         os.replace(aside, self._path(self.rank))
 

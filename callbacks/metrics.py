@@ -2,13 +2,14 @@
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.trainer.states import TrainerFn
+
+from models.files import write_text
 
 Line = dict[str, Any]
 
@@ -44,9 +45,7 @@ class MetricsFile(pl.Callback):
             return
         lines = [line for line in _read(self.path) if line["step"] <= trainer.global_step]
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        aside = self.path.with_name(f".{self.path.name}.aside")
-        aside.write_text("".join(map(_text, lines)), encoding="utf-8")
-        os.replace(aside, self.path)
+        write_text(self.path, "".join(map(_text, lines)))
         self._last = {False: -1, True: -1}
         for line in lines:
             self._last[_is_validation(line)] = line["step"]
@@ -79,7 +78,7 @@ def _is_validation(line: Line) -> bool:
 def _read(path: Path) -> list[Line]:
     """The lines of `path`, without what a kill tore and what was changed to something else."""
     lines = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
         try:
             line = json.loads(text)
         except (ValueError, RecursionError):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from models.errors import Refusal
+from models.files import write_text
 
 if TYPE_CHECKING:
     from pytorch_lightning.loggers import Logger
@@ -107,5 +108,5 @@ def _identity(folder: Path, name: str, restart: int) -> str:
     if restart and path.exists():
         return path.read_text().strip()
     identity = f"{re.sub(r'[^A-Za-z0-9_-]+', '-', name)[:48]}-{secrets.token_hex(4)}"
-    path.write_text(identity + "\n")
+    write_text(path, identity + "\n")
     return identity

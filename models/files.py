@@ -1,18 +1,21 @@
 """Files that are whole under their name, and known to be what was written. Imports nothing heavy.
 
 A file or folder is written under another name, synced, and renamed last: whoever is killed in between leaves the old
-one, the new one, or none.
+one, the new one, or none. That other name is ours: what lies there is removed first, since whoever writes to a link
+writes to what it leads to.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import shutil
+import stat
 import zlib
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,15 +32,20 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def publish(aside: Path, path: Path) -> None:
-    """Give a file that was written aside its name."""
-    sync(aside)
-    os.replace(aside, path)
+@contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """A name to write a file under; at the end of the block it gets its own. Of a write that fails nothing is left."""
+    aside = path.with_name(f".{path.name}.partial")
+    remove(aside)
+    try:
+        yield aside
+        sync(aside)
+        os.replace(aside, path)
+    except BaseException:
+        with suppress(OSError):
+            aside.unlink()
+        raise
     sync(path.parent)
-
-
-def aside_of(path: Path) -> Path:
-    return path.with_name(f".{path.name}.partial")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -46,15 +54,22 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """A reader never sees half a file, and where the file system refuses the write no half of it is left."""
-    aside = aside_of(path)
-    try:
+    with written_aside(path) as aside:
         aside.write_text(text, encoding="utf-8")
-        sync(aside)
-        os.replace(aside, path)
-    except OSError:
-        with suppress(OSError):
-            aside.unlink()
-        raise
+
+
+def read_text(path: Path) -> str:
+    """Raises OSError where there is no ordinary file: of a FIFO nobody could tell when it will be written to."""
+    with open(path, encoding="utf-8", opener=_open_ordinary) as file:
+        return file.read()
+
+
+def _open_ordinary(path: str, flags: int) -> int:
+    handle = os.open(path, flags | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(errno.EINVAL, "it is no ordinary file", path)
+    return handle
 
 
 def remove(path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from accelerate.hooks import remove_hook_from_module
 from torch import Tensor
 
+from models.files import remove
 from models.load import empty_model, load_config, load_model
 from models.matrices import name_of_layers
 from models.representations import decoder_layers
@@ -33,7 +33,7 @@ def load_offloaded(path: str, aside: Path, *, device: str, dtype: torch.dtype, t
     to the folder `aside`, one at a time.
     """
     # Written over, what is still mapped of an earlier reading would change under its reader.
-    shutil.rmtree(aside, ignore_errors=True)
+    remove(aside)
     empty = empty_model(load_config(path, trust_remote_code=trust_remote_code))
     layers = name_of_layers(empty)
     named = [*empty.state_dict(), *(name for name, _ in empty.named_buffers())]

@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal, get_args
 
 from models.errors import Refusal
-from models.files import hash_of, remove, sync
+from models.files import hash_of, read_text, remove, sync
 from models.files import write_json as write_json  # callers take it from here
 
 # What an artifact is, as `kind` in its manifest; pipeline/stages/stage.py says what each holds.
@@ -75,7 +75,7 @@ def publish(folder: Path, build: Callable[[Path], None], manifest: dict[str, Any
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = folder.parent / f".{folder.name}{_PARTIAL}"
-    shutil.rmtree(aside, ignore_errors=True)
+    remove(aside)
     aside.mkdir()
     try:
         build(aside)
@@ -112,7 +112,7 @@ def publish(folder: Path, build: Callable[[Path], None], manifest: dict[str, Any
 def look(folder: Path) -> Found:
     """Whether a finished artifact stands at `folder`. Its hashes are left to `altered`."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = json.loads(read_text(folder / MANIFEST))
         manifest = checked(manifest)
         problem = _malformed(manifest)
     except (FileNotFoundError, NotADirectoryError):
@@ -260,7 +260,7 @@ def _remembered(cache: Path | None) -> dict[str, Any]:
 
 def _remembered_json(path: Path) -> dict[str, Any]:
     try:
-        known = json.loads(path.read_text())
+        known = json.loads(read_text(path))
     except (OSError, ValueError, RecursionError):
         return {}
     return known if isinstance(known, dict) else {}

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from models.errors import Refusal
+from models.files import read_text
 from models.training.saved import checkpoints, damage, step_of
 from pipeline import artifact, run_folder
 from pipeline.config import differences, fingerprint
@@ -175,7 +176,7 @@ def _check_skipped(skipped: list[int], work: Path) -> None:
         return
     path = work / artifact.PREPARED
     try:
-        count = int(json.loads(path.read_text(encoding="utf-8"))["statistics"]["train"]["sequences"])
+        count = int(json.loads(read_text(path))["statistics"]["train"]["sequences"])
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         raise Refusal(
             f"resume.skip_sequences={skipped}: {path} does not say how many sequences there are; restore it, or leave "
@@ -223,7 +224,7 @@ def begun(work: Path) -> dict[str, Any] | None:
     """What a stage that was begun in `work` has written of itself, or None where none was."""
     path = work / BEGUN
     try:
-        found: dict[str, Any] = artifact.checked(json.loads(path.read_text(encoding="utf-8")))
+        found: dict[str, Any] = artifact.checked(json.loads(read_text(path)))
         if not {"identity", "parents", "restart", "attempt"} <= found.keys():
             raise ValueError
         return found

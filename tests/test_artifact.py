@@ -161,6 +161,32 @@ def test_json_is_written_aside_and_never_in_place(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "a.json").read_text()) == {"a": 2}
 
 
+@pytest.mark.parametrize("make", [Path.symlink_to, os.link], ids=["a link", "a second name"])
+def test_what_lies_where_a_file_is_written_aside_is_not_followed(tmp_path: Path, make: Any) -> None:
+    (tmp_path / "thesis").write_text("mine")
+    make(*((tmp_path / ".x.json.partial", tmp_path / "thesis")[:: 1 if make is Path.symlink_to else -1]))
+    artifact.write_json(tmp_path / "x.json", [1])
+    assert (tmp_path / "thesis").read_text() == "mine"
+    assert not (tmp_path / "x.json").is_symlink()
+    assert json.loads((tmp_path / "x.json").read_text()) == [1]
+    assert {path.name for path in tmp_path.iterdir()} == {"thesis", "x.json"}
+
+
+def test_json_is_written_where_a_fifo_lies(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / ".x.json.partial")
+    os.mkfifo(tmp_path / "x.json")
+    artifact.write_json(tmp_path / "x.json", [1])
+    assert json.loads((tmp_path / "x.json").read_text()) == [1]
+
+
+def test_a_folder_is_not_built_in_what_a_link_leads_to(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / ".distill.partial").symlink_to(tmp_path / "mine")
+    artifact.publish(tmp_path / "distill", _build, HEAD)
+    assert not list((tmp_path / "mine").iterdir())
+    assert artifact.look(tmp_path / "distill").state == "complete"
+
+
 def test_json_is_replaced_whole(tmp_path: Path) -> None:
     artifact.write_json(tmp_path / "a.json", {"a": 1})
     artifact.write_json(tmp_path / "a.json", {"a": 2})
@@ -185,7 +211,8 @@ def test_killed_between_two_stages_the_finished_one_is_skipped(tmp_path: Path, a
 def test_where_hashes_cannot_be_remembered_the_files_are_read_and_nothing_is_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """/dev/full refuses every write with "no space left on device"."""
+    """/dev/full refuses every write with "no space left on device"; links to it are let lie."""
+    monkeypatch.setattr("models.files.remove", lambda path: None)
     monkeypatch.setattr(artifact, "_SETTLED_NS", 0)  # a file that has just been written is remembered, too
     artifact.publish(tmp_path / "distill", _build, HEAD)
     cache = tmp_path / "hashes.json"

@@ -208,6 +208,15 @@ def test_a_loss_that_is_no_number_is_null_and_the_line_stays_json(tmp_path):
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": null, "tokens": 0}\n'
 
 
+def test_a_link_beside_the_metrics_file_is_not_followed(tmp_path):
+    (tmp_path / "mine").write_text("mine")
+    for name in (".metrics.jsonl.partial", ".metrics.jsonl.aside", "metrics.jsonl"):
+        (tmp_path / name).symlink_to(tmp_path / "mine")
+    fit(tmp_path, 2, MetricsFile(tmp_path / "metrics.jsonl"))
+    assert (tmp_path / "mine").read_text() == "mine"
+    assert [line["step"] for line in lines(tmp_path / "metrics.jsonl")] == [1, 2]
+
+
 def test_other_ranks_write_nothing(tmp_path):
     class Rank(pl.Callback):
         def setup(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
@@ -360,6 +369,25 @@ def test_damaged_checkpoints_that_were_passed_over_are_not_counted_among_those_k
     fit(tmp_path, 3, Checkpoint(tmp_path / "checkpoints", every_steps=1, every_minutes=None), resume=True)
     found = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert found == ["damaged-step-00000004", "step-00000002", "step-00000003"]
+
+
+def test_a_checkpoint_of_the_same_step_may_be_damaged_again(tmp_path):
+    folder = fit_with_checkpoints(tmp_path, 4)
+    for content in (b"first", b"second"):
+        (folder / "step-00000004" / "rank-00000.safetensors").write_bytes(content)
+        shutil.rmtree(tmp_path / "left")
+        shutil.copytree(folder / "step-00000002", tmp_path / "left" / "step-00000002")
+        fit(tmp_path, 4, Checkpoint(folder, every_steps=2, every_minutes=None), resume=True)
+        assert [damage(path) for path in checkpoints(folder)] == [None, None]
+    assert (folder / "damaged-step-00000004" / "rank-00000.safetensors").read_bytes() == b"second"
+
+
+def test_a_checkpoint_is_not_written_into_what_a_link_leads_to(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / ".step-00000002.partial").symlink_to(tmp_path / "mine")
+    assert steps_of(fit_with_checkpoints(tmp_path, 2)) == [2]
+    assert not list((tmp_path / "mine").iterdir())
 
 
 def test_a_copy_under_another_name_is_neither_a_checkpoint_nor_removed(tmp_path):

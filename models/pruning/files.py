@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from models.errors import Refusal
-from models.files import aside_of, checksum, publish
+from models.files import checksum, written_aside
 from models.pruning.groups import Anatomy
 from models.pruning.importance import Statistics
 from models.pruning.plan import Scores
@@ -139,5 +139,5 @@ def read_partial_scores(path: Path, fingerprint: str) -> tuple[Statistics, int]:
 def write_partial_scores(path: Path, statistics: Statistics, fingerprint: str, batches: int) -> None:
     """The statistics of the batches so far."""
     told = {"of": fingerprint, "batches": str(batches), "checksum": checksum(str(batches).encode(), statistics)}
-    save_file(statistics, aside_of(path), metadata=told)
-    publish(aside_of(path), path)
+    with written_aside(path) as aside:
+        save_file(statistics, aside, metadata=told)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from models.dtypes import DTYPE_OF, name_of
 from models.errors import Refusal
-from models.files import aside_of, publish
+from models.files import written_aside
 from models.teachers.encodings.encoding import Payload
 
 
@@ -147,5 +147,5 @@ def _bytes_of(tensor: Tensor) -> np.ndarray:
 
 def save_whole(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
     """Under its name a file is whole."""
-    save_file(tensors, aside_of(path), metadata=metadata)
-    publish(aside_of(path), path)
+    with written_aside(path) as aside:
+        save_file(tensors, aside, metadata=metadata)

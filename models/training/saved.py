@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from models.files import hash_of
+from models.files import hash_of, read_text
 
 HEAD = "checkpoint.json"
 _NAME = re.compile(r"step-([0-9]{8}|[1-9][0-9]{8,})")
@@ -49,7 +49,7 @@ def _damage(checkpoint: Path, entry: Mapping[str, Any]) -> str | None:
 
 def read_head(checkpoint: Path) -> dict[str, Any]:
     """step, ranks, zero_stage, so_far, and the files by name, bytes and sha256. It carries its own hash."""
-    head: dict[str, Any] = json.loads((checkpoint / HEAD).read_text())
+    head: dict[str, Any] = json.loads(read_text(checkpoint / HEAD))
     if head.pop("sha256") != hash_of(head):
         raise ValueError(f"{checkpoint / HEAD} was changed since it was written")
     return head

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from models.errors import Refusal
-from models.files import aside_of, publish
+from models.files import written_aside
 from models.generation import Answer
 
 _FLUSH_SECONDS = 300.0
@@ -116,8 +116,6 @@ def in_parts(rows: Iterable[dict[str, Any]], size: int) -> Iterator[list[dict[st
 
 def write_whole(path: Path, schema: pa.Schema, rows: Iterable[dict[str, Any]]) -> None:
     """Aside, synced, renamed: under its name a file is whole."""
-    aside = aside_of(path)
-    with pq.ParquetWriter(aside, schema, write_page_checksum=True) as writer:
+    with written_aside(path) as aside, pq.ParquetWriter(aside, schema, write_page_checksum=True) as writer:
         for some in in_parts(rows, AT_ONCE):
             writer.write_table(pa.Table.from_pylist(some, schema))
-    publish(aside, path)

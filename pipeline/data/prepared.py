@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from models.files import remove
 from pipeline import artifact
 from pipeline.data.source import PARSE, DataSource
 
@@ -83,9 +84,9 @@ def once(folder: Path, build: Callable[[Path], None]) -> tuple[Dataset, dict[str
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f".{folder.name}.lock")):
         if not _whole(folder):
-            shutil.rmtree(folder, ignore_errors=True)
+            remove(folder)
             aside = folder.with_name(f".{folder.name}.partial")
-            shutil.rmtree(aside, ignore_errors=True)
+            remove(aside)
             aside.mkdir()
             build(aside)
             artifact.seal(aside / "sequences")

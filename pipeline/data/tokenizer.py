@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Iterable
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from models.errors import Refusal
-from models.files import hash_of
+from models.files import hash_of, remove
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -72,9 +71,9 @@ def train_tokenizer(
         clean_up_tokenization_spaces=False,  # decoding gives back the very text
     )
     aside = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
+    remove(aside)
     tokenizer.save_pretrained(aside)
-    shutil.rmtree(folder, ignore_errors=True)
+    remove(folder)
     os.rename(aside, folder)
     return tokenizer
 

@@ -18,6 +18,7 @@ from hydra.utils import instantiate
 from torch import Tensor
 
 from models.errors import Problems, Refusal
+from models.files import remove
 from models.formats.certificate import Tolerances
 from models.formats.checkpoint import dtype_of
 from models.formats.container import check_installed
@@ -224,7 +225,7 @@ def _whole(context: Context, name: str) -> bool:
     if not folder.exists() or artifact.sealed(folder):
         return folder.exists()
     print(f"{context.stage}: {folder} was changed since it was written; it is made again", flush=True)
-    shutil.rmtree(folder)
+    remove(folder)
     return False
 
 

@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from models.errors import Refusal
 from models.experts import LEAST_TOKENS, check_experts_read
+from models.files import written_aside
 from models.layerwise import Turn, in_turn
 from models.load import DTYPES, parameter_count, save_model
 from models.matrices import Matrix, check_modules, chosen
@@ -198,7 +199,8 @@ class Quantize(Stage):
                 )
                 weight_OI.copy_(made[str(matrix)].dequantized().to(weight_OI))
             input_scales = self._input_scales(context, turn, taken)
-            QuantizedWeights(self.scheme, made, input_scales).write(path)
+            with written_aside(path) as aside:
+                QuantizedWeights(self.scheme, made, input_scales).write(aside)
             finished.keep(turn, path)
         if self.scheme.activations is None:
             return []

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from models.files import remove
 from models.formats.certificate import Tolerances, certify, refer
 from models.formats.checkpoint import add_tokenizer
 from models.formats.format import Finished, Format, Written
@@ -50,7 +51,7 @@ class Exporter:
         """The folder work/NAME, certified. Raises Refusal where the certificate fails, and leaves no folder then."""
         begin, context = time.monotonic(), self.context
         aside = context.work / f".{name}.partial"
-        shutil.rmtree(aside, ignore_errors=True)
+        remove(aside)
         aside.mkdir()
         try:
             finished = self._finished()
@@ -115,7 +116,7 @@ class Exporter:
         context = self.context
         folder = context.work / (".references" + re.sub(r"\W+", "-", repr(activations)))
         if not artifact.sealed(folder):
-            shutil.rmtree(folder, ignore_errors=True)
+            remove(folder)
             folder.mkdir()
             words = (str(self.folder), self.quantized, self.dtype, self.samples, folder, context.device, activations)
             killed = f"{context.stage}: the model itself {_KILLED.format(stage=context.stage)}"

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from models.errors import Problems, Refusal
 from models.experts import LEAST_TOKENS
-from models.files import aside_of, publish
+from models.files import written_aside
 from models.layerwise import Turn
 from models.load import DTYPES, empty_model, parameter_count
 from models.matrices import Matrix, name_of_layers, of_no_kind
@@ -132,8 +132,8 @@ class FinishedLayers:
         path, name = self._path(turn.number), f"{name_of_layers(self.model)}.{turn.number}"
         tensors = {own: each.detach().contiguous() for own, each in turn.layer.named_parameters(prefix=name)}
         routed = {f"{name}.{place}": tokens for place, tokens in turn.routed.items()}
-        save_file(tensors, aside_of(path), metadata={"routed": json.dumps(routed)})
-        publish(aside_of(path), path)
+        with written_aside(path) as aside:
+            save_file(tensors, aside, metadata={"routed": json.dumps(routed)})
         told = {each.name: artifact.content_hash(each) for each in (path, *beside)}
         artifact.write_json(path.with_suffix(".json"), told)  # last: with it the layer counts as done
 

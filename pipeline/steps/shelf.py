@@ -11,6 +11,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from models.files import written_aside
 from pipeline.context import Context
 
 
@@ -37,4 +38,5 @@ def link(source: Path, target: Path) -> None:
     try:
         os.link(source, target)
     except OSError:  # a file system without hard links
-        shutil.copy(source, target)
+        with written_aside(target) as aside:
+            shutil.copy(source, aside)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from models.errors import Refusal
+from models.files import remove
 from pipeline import artifact
 from pipeline.context import Context
 from pipeline.data.pairs import common_prefix
@@ -69,10 +69,10 @@ def prepare(
     start = context.work / "start"
     if start.exists() and not artifact.sealed(start):
         print(f"{context.stage}: {start} was changed since it was written; it is made again", flush=True)
-        shutil.rmtree(start)
+        remove(start)
     if not start.exists():
         aside = context.work / ".start.partial"
-        shutil.rmtree(aside, ignore_errors=True)
+        remove(aside)
         write_start(aside)
         artifact.seal(aside)
         os.rename(aside, start)

@@ -248,10 +248,11 @@ def test_same_folder_gives_the_same_bytes_and_leaves_nothing_else_behind(run):
     assert sorted(first) == ["report.html", "report.json", "report.md"]
 
 
-def test_a_report_that_cannot_be_written_leaves_the_old_one_and_nothing_else(run):
+def test_a_report_that_cannot_be_written_leaves_the_old_one_and_nothing_else(run, monkeypatch):
     write_report(run)
     before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
     (run / ".report.md.partial").symlink_to("/dev/full")
+    monkeypatch.setattr("models.files.remove", lambda path: None)  # or the link would go
     with pytest.raises(OSError, match="No space left on device"):
         write_report(run)
     assert {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
