@@ -1,14 +1,17 @@
 """A run folder: whose it is, what stands in it, and one command at a time.
 
 Retort removes and renames only what it made. It knows its folders by a marker, and of what they hold the names of the
-run's stages; everything else is let be, or refused. Loads no torch.
+run's stages, and `.NAME.partial` and `.NAME.old` beside each, which are its own whatever they hold; everything else is
+let be, or refused. Loads no torch.
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
+import re
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Iterator
@@ -23,6 +26,8 @@ MARKER = "retort.json"
 _LOCK = ".lock"
 _MADE = {"config.json", "report.json", "report.md", "report.html", "work", "logs"}  # by runs; a marker is beside them
 SCRATCH = "retort-check-"  # how what commands leave in the temporary folder begins
+_RANDOM = "[a-z0-9_]{8}"  # how Python's tempfile ends a name
+_SCRATCH_HOLDS = re.compile(rf"spec\.json|\.spec\.json\.partial|tmp{_RANDOM}")  # a configuration; plans
 _YOUNG_SECONDS = 60
 _OWN = {MARKER, f".{MARKER}.partial", _LOCK}
 
@@ -54,7 +59,8 @@ def claimed(run_dir: Path) -> Iterator[int]:
     """
     check_ours(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
-    with open(run_dir / _LOCK, "w") as handle:
+    handle = _opened(run_dir / _LOCK)
+    try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -65,7 +71,18 @@ def claimed(run_dir: Path) -> Iterator[int]:
             pass  # some cluster file systems have no locks
         if not (run_dir / MARKER).exists():
             artifact.write_json(run_dir / MARKER, {"run_folder_of": "retort"})
-        yield handle.fileno()
+        yield handle
+    finally:
+        os.close(handle)
+
+
+def _opened(lock: Path) -> int:
+    """Made where it is not there, and not emptied. No link is followed: it might lead to somebody's file."""
+    with suppress(FileNotFoundError):
+        if not stat.S_ISREG(mode := lock.lstat().st_mode):
+            what = "a link" if stat.S_ISLNK(mode) else "a folder" if stat.S_ISDIR(mode) else "no ordinary file"
+            raise Refusal(f"{lock} is {what}, which Retort did not make; remove it")
+    return os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
 
 
 def check_whole(config: dict[str, Any]) -> None:
@@ -127,8 +144,11 @@ def scratch() -> Iterator[Path]:
     """A temporary folder for what need not outlive the command. Those that killed commands left are removed."""
     root = Path(tempfile.gettempdir())
     for left in root.glob(f"{SCRATCH}*"):
+        if not re.fullmatch(SCRATCH + _RANDOM, left.name):
+            continue
         with suppress(OSError), _locked(left):  # whoever works in it holds the lock
-            if time.time() - left.stat().st_mtime > _YOUNG_SECONDS:  # or is about to take it
+            old = time.time() - left.stat().st_mtime > _YOUNG_SECONDS  # or is about to take it
+            if old and all(_SCRATCH_HOLDS.fullmatch(name) for name in os.listdir(left)):
                 shutil.rmtree(left)
     with tempfile.TemporaryDirectory(prefix=SCRATCH) as made, _locked(Path(made)):
         yield Path(made)
@@ -137,7 +157,7 @@ def scratch() -> Iterator[Path]:
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Raises OSError where somebody else holds the folder."""
-    handle = os.open(folder, os.O_RDONLY)
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield

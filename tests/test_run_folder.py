@@ -9,6 +9,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,6 +90,13 @@ def _edit_manifest(path: Path, rehash: bool = True, **changes: Any) -> None:
     path.write_text(json.dumps(artifact.with_hash(changed) if rehash else {**json.loads(path.read_text()), **changes}))
 
 
+def _fifo(path: Path) -> None:
+    """Nobody will write to it: whoever reads it waits for ever."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+
+
 def _to_scratch(folder: Path) -> None:
     elsewhere = folder.parent.parent / "scratch"
     shutil.move(folder, elsewhere)
@@ -161,6 +169,13 @@ CASES = [
     Case("a begun stage's `stage.json` is cut short", lambda r: _begun(r, '{"identity"'), "how the stage was begun"),
     Case("a begun stage's `stage.json` is `[]`", lambda r: _begun(r, "[]"), "how the stage was begun"),
     Case("a begun stage's `stage.json` is gone", lambda r: _begun(r, None), "and no stage.json", overwrites=True),
+    Case(
+        "a begun stage's `stage.json` is a FIFO",
+        lambda r: _fifo(r / "work/distill/stage.json"),
+        "it is no ordinary file",
+    ),
+    Case("its manifest is a FIFO", lambda r: _fifo(r / "distill/manifest.json"), "it is no ordinary file"),
+    Case("the remembered hashes are a FIFO", lambda r: _fifo(r / "work/hashes.json")),
     Case("the folder was moved", lambda r: r.rename(r.parent / "moved"), moved=True),
     Case("its clock is set back ten years", lambda r: [os.utime(p, (4e8, 4e8)) for p in r.rglob("*")]),
     Case("its marker is gone, and artifacts alone are left", lambda r: [(r / "retort.json").unlink()]),
@@ -500,6 +515,36 @@ def test_a_second_command_is_kept_out(tmp_path: Path) -> None:
     assert f"| {told} | refused: “…{told}…” |" in DOCS.read_text()
 
 
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (lambda lock: lock.symlink_to(lock.parent / "thesis"), "is a link"),
+        (lambda lock: lock.symlink_to("/nowhere"), "is a link"),
+        (lambda lock: lock.mkdir(), "is a folder"),
+        (os.mkfifo, "is no ordinary file"),
+    ],
+    ids=["link", "link to nowhere", "folder", "FIFO"],
+)
+def test_a_lock_that_is_no_file_is_refused_and_what_it_leads_to_stays(
+    tmp_path: Path, make: Callable[[Path], object], told: str
+) -> None:
+    (tmp_path / "retort.json").touch()
+    (tmp_path / "thesis").write_text("mine")
+    make(tmp_path / ".lock")
+    with pytest.raises(Refusal, match=rf"/\.lock {told}, .*; remove it$"), run_folder.claimed(tmp_path):
+        pass
+    assert (tmp_path / "thesis").read_text() == "mine"
+    assert "| its `.lock` is a link, a folder or a FIFO | refused: “….lock is…” |" in DOCS.read_text()
+
+
+def test_a_second_name_of_ones_own_file_that_lies_there_as_the_lock_is_not_emptied(tmp_path: Path) -> None:
+    (tmp_path / "retort.json").touch()
+    (tmp_path / "thesis").write_text("mine")
+    os.link(tmp_path / "thesis", tmp_path / ".lock")
+    with run_folder.claimed(tmp_path):
+        assert (tmp_path / "thesis").read_text() == "mine"
+
+
 @pytest.mark.parametrize("name", ["report.md", "report.html", "report.json", "config.json"])
 def test_a_report_of_ones_own_keeps_a_folder_from_becoming_a_run_folder(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("mine")
@@ -587,8 +632,9 @@ def test_what_killed_checks_left_in_the_temporary_folder_is_swept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    left = tmp_path / "retort-check-left"
-    left.mkdir()
+    left = Path(tempfile.mkdtemp(prefix="retort-check-"))
+    (left / "spec.json").touch()
+    Path(tempfile.mkdtemp(dir=left), "plan").mkdir()
     os.utime(left, (0, 0))
     with run_folder.scratch() as mine:
         assert not left.exists()
@@ -597,6 +643,22 @@ def test_what_killed_checks_left_in_the_temporary_folder_is_swept(
             assert mine.exists()
             assert other != mine
     assert not list(tmp_path.iterdir())
+
+
+def test_other_things_of_such_a_name_in_the_temporary_folder_are_let_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    for name in ("retort-check-thesis", "retort-check-mythesis"):  # the second as long as ours are
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "thesis.tex").write_text("mine")
+        os.utime(tmp_path / name, (0, 0))
+    os.mkfifo(tmp_path / "retort-check-afifo_78")
+    (tmp_path / "retort-check-alink_78").symlink_to(tmp_path / "retort-check-mythesis")
+    before = _contents(tmp_path)
+    with run_folder.scratch():
+        pass
+    assert _contents(tmp_path) == before
 
 
 def _contents(folder: Path) -> dict[str, bytes | None]:
