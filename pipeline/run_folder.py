@@ -27,6 +27,9 @@ _LOCK = ".lock"
 _MADE = {"config.json", "report.json", "report.md", "report.html", "work", "logs"}  # by runs; a marker is beside them
 SCRATCH = "retort-check-"  # how what commands leave in the temporary folder begins
 _RANDOM = "[a-z0-9_]{8}"  # how Python's tempfile ends a name
+_SCRATCH_NAME = re.compile(
+    rf"{SCRATCH}({_RANDOM}|[0-9a-f]{{32}}-\d+)"
+)  # the latter: that a rank has told why it failed
 _SCRATCH_HOLDS = re.compile(rf"spec\.json|\.spec\.json\.partial|tmp{_RANDOM}")  # a configuration; plans
 _YOUNG_SECONDS = 60
 _OWN = {MARKER, f".{MARKER}.partial", _LOCK}
@@ -144,7 +147,7 @@ def scratch() -> Iterator[Path]:
     """A temporary folder for what need not outlive the command. Those that killed commands left are removed."""
     root = Path(tempfile.gettempdir())
     for left in root.glob(f"{SCRATCH}*"):
-        if not re.fullmatch(SCRATCH + _RANDOM, left.name):
+        if not _SCRATCH_NAME.fullmatch(left.name):
             continue
         with suppress(OSError), _locked(left):  # whoever works in it holds the lock
             old = time.time() - left.stat().st_mtime > _YOUNG_SECONDS  # or is about to take it

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from models.files import hash_of
 from pipeline import artifact, run_folder, verdicts
 from pipeline.context import Context
 from pipeline.training.checkpoints import choose
+from pipeline.worker import _tells
 from tests.command import ROOT
 
 RESUME = {"mode": "continue", "from_step": None, "skip_sequences": []}
@@ -643,6 +645,18 @@ def test_what_killed_checks_left_in_the_temporary_folder_is_swept(
             assert mine.exists()
             assert other != mine
     assert not list(tmp_path.iterdir())
+
+
+def test_what_a_rank_left_there_to_say_that_it_has_told_is_swept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    assert _tells("run", {"attempt": uuid.uuid4().hex, "restart": 3})
+    (left,) = tmp_path.iterdir()
+    os.utime(left, (0, 0))
+    with run_folder.scratch():
+        assert not left.exists()
 
 
 def test_other_things_of_such_a_name_in_the_temporary_folder_are_let_be(
