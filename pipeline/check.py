@@ -36,7 +36,7 @@ def check(spec: dict[str, Any], scratch: Path | None = None) -> dict[str, Any]:
             made[name] = build(config, name)
     for name in ("callbacks", "logger", "strategy", "launch"):
         check_kinds(config.get(name), name)
-    for name, node in config["callbacks"].items():
+    for name, node in (config.get("callbacks") or {}).items():
         check_settings(["Callback", "None"], node, "callbacks", name)
     problems = Problems()
     with refusing("launch"):
