@@ -219,7 +219,7 @@ def test_ggmls_blocks_are_copied(family: str, tmp_path: Path) -> None:
     if family == "llama":
         with reading_blocks(model, 256):
             near = differences(runtime.logits(tokens()), truth(model, tokens()))
-        assert near[0] < 3e-5
+        assert near[1] < 1e-5  # 3e-2 with plain activations; on some CPUs one of them is rounded to the other side
 
 
 @pytest.mark.parametrize("kind", ["q4_0", "q4_1", "q5_0", "q5_1", "q8_0"])
