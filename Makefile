@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 OLDEST := .venv-oldest
 BIN := $(VENV)/bin
+RUN ?= runs/quickstart
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 COVERED ?= tests
 ROOMS ?= models pipeline callbacks
 DEFAULT := -n auto --dist loadfile --no-loadscope-reorder -m "not slow and not gpu and not slurm"
 
-.PHONY: demo help setup test unit test-slow test-gpu test-slurm test-oldest coverage lint docs clean
+.PHONY: demo help rehearse status setup test unit test-slow test-gpu test-slurm test-oldest coverage lint docs clean
 
 ##@ Run
 
@@ -25,6 +26,12 @@ help:  ## this page
 	@echo "  $(BIN)/python train.py dry_run=true"
 	@echo "  $(BIN)/python train.py +experiment=demo/prune_recover"
 	@echo "  $(BIN)/python train.py +experiment=quantize_only model.path=FOLDER data.train=TEXT quantizer=gptq scheme=w4a16_g128"
+
+rehearse: setup  ## the flagship's chain in small on a throw-away Slurm of this machine: submitted, preempted, finished
+	$(BIN)/python -m tests.slurm.rehearse runs/rehearsal
+
+status: setup  ## what has become of a run: make status RUN=FOLDER
+	@$(BIN)/python train.py status run_dir=$(RUN)
 
 ##@ Prepare
 

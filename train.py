@@ -3,6 +3,7 @@
 python train.py                                   the quickstart, offline
 python train.py +experiment=distill_7b_to_1b      the production run
 python train.py +experiment=… dry_run=true        the plan: what would be run, checked
+python train.py status run_dir=FOLDER             what has become of a run; `cancel` ends its jobs
 python train.py --help                            experiments, choices, examples
 """
 
@@ -22,11 +23,12 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from models.errors import STOPPED, TERMINATED, Refusal, StageFailed
-from pipeline.command_line import arguments, explain, takers
+from pipeline.command_line import arguments, explain, settings, takers
 from pipeline.config import Config, parse
 from pipeline.notice import notice
 
 failed: list[int] = []  # exit statuses of the runs of a sweep
+submitting: list[Any] = []  # runs that are to be submitted: of a sweep together
 os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # so that errors arrive here, to be said in one line
 ConfigStore.instance().store(name="schema", node=Config)
 
@@ -44,7 +46,8 @@ def _run(composed: DictConfig) -> None:
     config, typed = configuration(composed)
     from pipeline.run import run  # rich and the report: not for `--cfg job`
 
-    run(config, typed)
+    if (jobs := run(config, typed, settings(sys.argv[1:], HydraConfig.get().overrides.task))) is not None:
+        submitting.append(jobs)
 
 
 def configuration(composed: DictConfig) -> tuple[dict[str, Any], dict[str, list[str]]]:
@@ -80,6 +83,11 @@ def front_door() -> None:
 
         print(page())
         return
+    if sys.argv[1:2] in (["status"], ["cancel"]):
+        from pipeline.status import command
+
+        command(sys.argv[1:])
+        return
     sys.argv[1:] = arguments(sys.argv[1:])
     try:
         main()
@@ -87,6 +95,10 @@ def front_door() -> None:
         if "Config group override" not in str(problem):  # as of `logger=null`, where Hydra raises no error of its own
             raise
         raise Refusal(f"{problem}; name one of the files in conf/") from None
+    if submitting:
+        from pipeline.run import submit
+
+        submit(submitting)
     if failed:
         raise StageFailed(f"{len(failed)} of the runs of this sweep did not finish; see above", failed[0])
 

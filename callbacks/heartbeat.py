@@ -20,8 +20,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from models.files import remove
+from models.files import remove, write_json
 
+ENDED = "ended.json"  # which rank a job was ended for
 _ASLEEP = 5  # times the beat's length
 _LAST_WORDS = 3  # beats: so much later than the others the one that speaks may find out that none gets on
 _ROOT = str(Path(__file__).resolve().parent.parent)
@@ -73,7 +74,7 @@ class Heartbeat:
     @staticmethod
     def clear(folder: Path) -> None:
         """Of an earlier start; by one rank, before any starts: the processes that it names may be others by now."""
-        for path in folder.glob("rank-*.json"):
+        for path in (*folder.glob("rank-*.json"), folder / ENDED):
             path.unlink(missing_ok=True)
 
     def stop(self) -> None:
@@ -161,9 +162,10 @@ class Heartbeat:
     def _end(self, behind: list[int], gone: list[int], seconds: float, speaks: bool) -> None:
         if speaks:
             names = ", ".join(map(str, behind))
+            why = f"no progress for {seconds:.0f} s (strategy.timeout_minutes), waiting for rank {names}"
+            self._note(why, behind[0])
             print(
-                f"error: {self.stage}: no progress for {seconds:.0f} s (strategy.timeout_minutes), waiting for rank "
-                f"{names}; the job ends, and the same command goes on with what is left to do",
+                f"error: {self.stage}: {why}; the job ends, and the same command goes on with what is left to do",
                 file=sys.stderr,
                 flush=True,
             )
@@ -177,6 +179,13 @@ class Heartbeat:
                 except OSError:
                     continue
         os._exit(1)
+
+    def _note(self, message: str, rank: int) -> None:
+        """Beside the ranks' files, for who looks for the reason afterwards: of the rank that was waited for."""
+        told = self._seen[rank].told
+        who = {"rank": rank, "host": told.get("host"), "pid": told.get("pid"), "where": told.get("at")}
+        with suppress(OSError):
+            write_json(self.folder / ENDED, {"message": message, **who, "time": time.time()})
 
 
 def _place(frame: FrameType | None) -> str:

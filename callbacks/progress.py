@@ -1,6 +1,11 @@
 """How a training stage shows its progress: a bar on a terminal, a line now and then in a log."""
 
+import json
+import math
+import os
 import time
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -9,6 +14,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bar
 from rich.table import Column
+
+from models.files import remove
+
+_FILE_SECONDS = 10
 
 
 class Progress(pl.Callback):
@@ -19,6 +28,9 @@ class Progress(pl.Callback):
     `every_seconds`, whichever comes first, and at the end; the first after `first_seconds`, and the next ones each
     after twice the time, until that is `every_seconds`. Figures stand in the first line after them alone. The
     trainer needs `enable_progress_bar=False`.
+
+    Whatever is shown also stands in progress.json beside `folder` (of the checkpoints), not much older than
+    `_FILE_SECONDS`, for who asks from elsewhere.
     """
 
     def __init__(
@@ -28,8 +40,12 @@ class Progress(pl.Callback):
         every_seconds: float = 300.0,
         first_seconds: float = 20.0,
         console: Console | None = None,
+        folder: str | Path | None = None,
     ) -> None:
         self.stage = stage
+        self._file = None if folder is None else Path(folder).parent / "progress.json"
+        self._written = 0.0
+        self._told: dict[str, float] = {}
         self.every_fraction = every_fraction
         self.every_seconds = every_seconds
         self.first_seconds = first_seconds
@@ -69,6 +85,7 @@ class Progress(pl.Callback):
         if not trainer.is_global_zero:
             return
         metrics: dict[str, float] = module.step_metrics or {}
+        self._told |= {key: metrics[key] for key in ("loss", "tokens_per_second") if key in metrics}
         if not self._bar and metrics.get("step", trainer.global_step) <= self._printed_step:
             metrics = {}  # told
         if "loss" in metrics:
@@ -88,10 +105,13 @@ class Progress(pl.Callback):
             return
         if "validation_loss" in module.validation_metrics:
             self._numbers["validation"] = f"validation {module.validation_metrics['validation_loss']:.3f}"
+            self._told["validation_loss"] = module.validation_metrics["validation_loss"]
         if self._bar:
             self._bar.update(self._bar.task_ids[0], description=self.stage, numbers=self._text(trainer))
 
     def on_train_end(self, trainer: pl.Trainer, module: Any) -> None:
+        if trainer.is_global_zero:
+            self._write(trainer)
         if (
             trainer.is_global_zero
             and not self._bar
@@ -101,6 +121,8 @@ class Progress(pl.Callback):
         self._stop()
 
     def on_exception(self, trainer: pl.Trainer, module: Any, exception: BaseException) -> None:
+        if trainer.is_global_zero:
+            self._write(trainer)
         self._stop()  # or the bar would draw over the message
 
     def _stop(self) -> None:
@@ -115,6 +137,8 @@ class Progress(pl.Callback):
         now = time.monotonic()
         if self._started is None:
             self._started = self._step, now  # after the first step: compiling and warming up predict nothing
+        if now - self._written >= _FILE_SECONDS:
+            self._write(trainer)
         if self._bar:
             self._bar.update(self._bar.task_ids[0], completed=self._step, numbers=self._text(trainer))
         elif self._step == trainer.max_steps:
@@ -132,12 +156,33 @@ class Progress(pl.Callback):
 
     def _text(self, trainer: pl.Trainer) -> str:
         parts = [self._numbers[key] for key in ("loss", "validation", "speed") if key in self._numbers]
-        first, since = self._started or (self._step, 0.0)
-        if self._step > first and trainer.max_steps > self._step:
-            left = (trainer.max_steps - self._step) * (time.monotonic() - since) / (self._step - first)
+        if (left := self._seconds_left(trainer)) is not None:
             minutes, seconds = divmod(round(left), 60)
             parts.append(f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d} left")
         return "  ".join(parts)
+
+    def _seconds_left(self, trainer: pl.Trainer) -> float | None:
+        first, since = self._started or (self._step, 0.0)
+        if self._step <= first or trainer.max_steps <= self._step:
+            return None
+        return (trainer.max_steps - self._step) * (time.monotonic() - since) / (self._step - first)
+
+    def _write(self, trainer: pl.Trainer) -> None:
+        self._written = time.monotonic()
+        if self._file is None:
+            return
+        told = {
+            "step": self._step,
+            "steps": trainer.max_steps if trainer.max_steps > 0 else None,
+            **{key: value if math.isfinite(value) else None for key, value in self._told.items()},
+            "seconds_left": self._seconds_left(trainer),
+            "time": time.time(),
+        }
+        aside = self._file.with_suffix(".partial")
+        with suppress(OSError):  # a full disk is told where it matters; nobody waits for a sync, and the next is soon
+            remove(aside)  # a link would be followed
+            aside.write_text(json.dumps(told))
+            os.replace(aside, self._file)
 
     def _print(self, line: str) -> None:
         # soft_wrap: a log has no width, a line stays a line

@@ -16,6 +16,7 @@ from models.errors import Problems, Refusal
 from pipeline.building import build, check_kinds, check_settings, refusing
 from pipeline.command_line import OF_RANKS
 from pipeline.config import identity
+from pipeline.resources import Resources, check_names, of_preparing, of_stage
 
 if TYPE_CHECKING:
     from pipeline.context import Context
@@ -48,9 +49,12 @@ def check(spec: dict[str, Any], scratch: Path | None = None) -> dict[str, Any]:
         _check_taken(config, typed)
     if not made:
         raise Refusal("there is no stage to run")
+    with problems:
+        needs = _needs(config, made) if launcher.submits else {}
+    problems.tell()
     with tempfile.TemporaryDirectory(dir=scratch) as plans:
         with problems:
-            plan = _checked(config, made, Path(plans))
+            plan = _checked(config, made, needs, Path(plans))
         problems.tell()
         shown = _shown(config, made, Path(plans)) if config["show_data"] else []
     plan[0]["warnings"] += _on_one_rank(config, typed, made)
@@ -74,7 +78,40 @@ def _shown(config: dict[str, Any], made: dict[str, Stage], plans: Path) -> list[
     raise Refusal(f"show_data={rows}: no stage of this run trains on text; set it to 0")
 
 
-def _checked(config: dict[str, Any], made: dict[str, Stage], plans: Path) -> list[dict[str, Any]]:
+def _needs(config: dict[str, Any], made: dict[str, Stage]) -> dict[str, dict[str, Resources | None]]:
+    """Of each stage that is to be submitted, what its job asks for (`run`), and the one before it (`prepare`)."""
+    from pipeline.context import Context
+
+    told, found = config["launch"]["resources"], {}
+    check_names(told, config["order"])
+    two = {**config, "trainer": {**config["trainer"], "devices": 2}}
+    for name, stage in made.items():
+        parallel = stage.ranks(Context(two, name)) > 1
+        run = of_stage(told, name, config, parallel=parallel)
+        several = run.nodes * run.ranks_per_node > 1
+        found[name] = {"run": run, "prepare": of_preparing(told, name, config) if several else None}
+    return found
+
+
+def _placed(config: dict[str, Any], needs: dict[str, Resources | None] | None) -> tuple[dict[str, Any], str | None]:
+    """The configuration of a stage that runs elsewhere as it will be there, and on what."""
+    if needs is None:
+        return config, "cpu" if config["prepare_only"] else None
+    run = needs["run"]
+    assert run is not None
+    trainer = {**config["trainer"], "nodes": run.nodes, "devices": run.ranks_per_node}
+    if config["trainer"]["accelerator"] not in ("auto", "cpu") and not run.gpus_per_node:
+        raise Refusal(
+            f"trainer.accelerator={config['trainer']['accelerator']}: launch.resources asks for no GPU; use auto"
+        )
+    if config["trainer"]["accelerator"] == "cpu" and run.gpus_per_node:
+        raise Refusal("trainer.accelerator=cpu: launch.resources asks for GPUs; set gpus_per_node=0 there, or use auto")
+    return {**config, "trainer": trainer}, "cuda" if run.gpus_per_node else "cpu"
+
+
+def _checked(
+    config: dict[str, Any], made: dict[str, Stage], needs: dict[str, dict[str, Resources | None]], plans: Path
+) -> list[dict[str, Any]]:
     """What each stage plans. One cause in several stages is told once, and a stage that reads what another one would
     have made, had that not been refused, is not checked."""
     from pipeline.context import Context
@@ -82,13 +119,14 @@ def _checked(config: dict[str, Any], made: dict[str, Stage], plans: Path) -> lis
     plan, names, told, unknown = [], list(made), Problems(), set[str]()
     subjects: dict[str, str] = {}  # of problems → the stage that has told of it
     for name, stage in made.items():
-        context = Context(config, name, plans=plans, planned=names[: names.index(name)])
         problems = Problems()
         with problems:
+            there, place = _placed(config, needs.get(name))
+            context = Context(there, name, plans=plans, planned=names[: names.index(name)], place=place)
             if unknown and unknown & {context.produced_by(path) for path in stage.parents(context).values()}:
                 unknown.add(name)
                 continue
-            plan.append(_entry(context, stage))
+            plan.append(_entry(context, stage) | {"needs": _plain(needs.get(name, {}))})
         if problems.lines and not (plans / name).exists():
             unknown.add(name)
         for line in problems.lines:
@@ -97,6 +135,10 @@ def _checked(config: dict[str, Any], made: dict[str, Stage], plans: Path) -> lis
                 told.add(line)
     told.tell()
     return plan
+
+
+def _plain(needs: dict[str, Resources | None]) -> dict[str, Any]:
+    return {part: None if each is None else dataclasses.asdict(each) for part, each in needs.items()}
 
 
 def _entry(context: Context, stage: Stage) -> dict[str, Any]:

@@ -75,6 +75,18 @@ def arguments(given: Sequence[str]) -> list[str]:
     return words
 
 
+def settings(given: Sequence[str], overrides: Sequence[str]) -> list[str]:
+    """The words that compose one run of this command line again; `overrides`: its own, as Hydra has them."""
+    places = ("--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd")
+    flags = [
+        each
+        for word, value in itertools.pairwise([*given, ""])
+        if word.partition("=")[0] in places
+        for each in ([word] if "=" in word else [word, value])
+    ]
+    return [*flags, *overrides]
+
+
 def _parsed(words: Sequence[str]) -> list[Override]:
     return OverridesParser.create().parse_overrides([word for word in words if "=" in word and word[0] != "-"])
 
@@ -85,6 +97,7 @@ def _word(word: str) -> str:
     word = re.sub(r"^stages=(?=\[|\w)", "only=", word)
     word = re.sub(r"^resume=(?=\w+$)", "resume.mode=", word)
     word = re.sub(r"^(only|force|resume\.skip_sequences)=(?!null$)([^\[].*)$", r"\1=[\2]", word)
+    word = re.sub(r"^(?=launch\.resources\.)", "++", word)  # a stage need not be listed there
     word = re.sub(r"(?<==)~(?=/|$)|(?<=[\[,])~(?=/)", lambda _: os.path.expanduser("~"), word)
     group, equals, value = word.partition("=")
     if equals and not value:

@@ -73,6 +73,7 @@ class Config:
     force: list[str] = field(default_factory=list)  # redo these although they are finished
     resume: Resume = field(default_factory=Resume)
     dry_run: bool = False  # show the plan and stop
+    prepare_only: bool = False  # of each stage what one process does before its ranks start: text and first weights
     show_data: int = 0  # show so many sequences of the first stage that trains, with what is learnt of them, and stop
     sized_for: list[float] | None = None  # parameters of the models that an experiment's settings are made for
     stages: dict[str, Any] = MISSING

@@ -33,6 +33,7 @@ class Context:
     )  # where it was taken up with other values (pipeline/run.py)
     plans: Path | None = None  # check process only: a folder of configs of models to be made
     planned: list[str] = field(default_factory=list)  # check process only: stages that will have run before this one
+    place: str | None = None  # check process only: what the stage will run on, where that is elsewhere: cuda or cpu
 
     @property
     def run_dir(self) -> Path:
@@ -78,6 +79,8 @@ class Context:
         wanted = self.config["trainer"]["accelerator"].replace("gpu", "cuda")  # Lightning's word for it
         if wanted not in ("auto", "cpu", "cuda"):
             raise Refusal(f"trainer.accelerator={wanted}: need auto, cpu or cuda")
+        if self.place is not None:
+            return self.place
         if wanted == "cuda" and not torch.cuda.is_available():
             raise Refusal(
                 "trainer.accelerator=cuda: PyTorch sees no CUDA device here; use trainer.accelerator=cpu, or a "

@@ -21,7 +21,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from models.errors import NOT_FINITE, STOPPED, TERMINATED, Refusal, StageFailed, of_storage
-from pipeline import artifact, prefork, run_folder
+from pipeline import artifact, logs, prefork, run_folder, submission
+from pipeline.building import refusing
 from pipeline.config import selected
 from pipeline.launch import die_with, environment
 from pipeline.notice import notice
@@ -32,40 +33,96 @@ from pipeline.verdicts import BEGUN, after_not_finite, begun, checkpoints_of, jo
 console = Console()
 
 
-def run(config: dict[str, Any], typed: Mapping[str, Sequence[str]]) -> None:
-    """`typed`: each choice on the command line, with the stages that take it."""
+def run(config: dict[str, Any], typed: Mapping[str, Sequence[str]], words: Sequence[str]) -> submission.Run | None:
+    """`typed`: each choice on the command line, with the stages that take it; `words`: all of its settings. What is to
+    be submitted, where the launcher does that."""
     run_dir = Path(config["run_dir"]).absolute()
     config = {**config, "run_dir": str(run_dir)} if config["run_dir"] == str(run_dir) else _rooted(config, run_dir)
+    config = _on_nodes(config)
     try:
         run_folder.check_ours(run_dir)
         with prefork.server(config, selected(config)) as server:
             spec = {"config": config, "stages": selected(config), "typed": typed}
-            _walk(config, run_dir, server, _check(spec, server))
+            return _walk(config, words, server, _check(spec, server))
     except OSError as problem:
         if (line := of_storage(problem, run_dir)) is None:
             raise
         raise Refusal(line) from None
 
 
-def _walk(config: dict[str, Any], run_dir: Path, server: prefork.Server | None, answer: dict[str, Any]) -> None:
+def _walk(
+    config: dict[str, Any], words: Sequence[str], server: prefork.Server | None, answer: dict[str, Any]
+) -> submission.Run | None:
     plan = {entry["stage"]: entry for entry in answer["plan"]}
+    run_dir, submits = Path(config["run_dir"]), instantiate(config["launch"]).submits
     if config["dry_run"] or config["show_data"]:
-        _show(config, jobs_of(config, plan))
+        jobs = jobs_of(config, plan)
+        _show(config, jobs)
         for line in answer["shown"]:
             console.print(line, markup=False, highlight=False, soft_wrap=True)
+        if submits and not config["show_data"]:
+            return submission.planned(config, jobs, words)
         asked = f"show_data={config['show_data']}" if config["show_data"] else "dry_run=true"
         console.print(f"{asked}: nothing was started", highlight=False)
-        return
+        return None
     with run_folder.claimed(run_dir) as lock:
         artifact.sweep(run_dir, config["stages"])
         jobs = jobs_of(config, plan)
         _show(config, jobs)
+        if submits:
+            return submission.planned(config, jobs, words)
         artifact.write_json(run_dir / "config.json", config)
+        if config["only"] is None or not (run_dir / run_folder.PLANNED).exists():
+            run_folder.note_plan(run_dir, [*plan])
         for job in jobs:
             _run_stage(config, job, lock, server)
+        if config["prepare_only"]:
+            return None
         report = write_report(run_dir)
     _print_whole(table(report))
     console.print(f"report: {run_dir / 'report.html'}", markup=False)
+    return None
+
+
+def submit(runs: Sequence[submission.Run]) -> None:
+    """Submit what `run` has returned, of a sweep together; or show the scripts, where that was asked for."""
+    runs = [each for each in runs if each.jobs] or [*runs]
+    if not runs[0].jobs:
+        console.print("everything is finished, nothing was submitted; the report is report.html in the run folder")
+        return
+    folders = ", ".join(str(each.folder) for each in runs)
+    if runs[0].config["dry_run"]:
+        for job, text in submission.scripts(runs):
+            console.print(f"# ----- {job.name}.sbatch", markup=False, highlight=False)
+            console.print(text, markup=False, highlight=False, soft_wrap=True)
+        console.print("dry_run=true: nothing was submitted", highlight=False)
+        return
+    shown = Table(title=escape(f"submitted for {folders}"), title_justify="left")
+    for column in ("stage", "job", "asks for", "log"):
+        shown.add_column(column)
+    for each in submission.submit(runs):
+        name = each["stage"] if each["part"] == "run" else f"{each['stage']}.{each['part']}"
+        shown.add_row(name, each["job"], each["needs"], escape(each["log"]))
+    _print_whole(shown)
+    for submitted in runs:
+        for told in (
+            f"look:   python train.py status run_dir={submitted.folder}",
+            f"cancel: python train.py cancel run_dir={submitted.folder}",
+        ):
+            console.print(told, markup=False, highlight=False, soft_wrap=True)
+
+
+def _on_nodes(config: dict[str, Any]) -> dict[str, Any]:
+    """With as many nodes as the launcher makes use of; what is wrong with the values is left to the check."""
+    trainer = config["trainer"]
+    training = [config["stages"][name].get("training") or {} for name in selected(config)]
+    shares = [(each.get("global_batch"), each.get("micro_batch")) for each in training if "global_batch" in each]
+    with refusing("launch"):
+        nodes = instantiate(config["launch"]).nodes(trainer["nodes"], trainer["devices"], shares)
+    if nodes == trainer["nodes"]:
+        return config
+    console.print(f"{nodes} of {trainer['nodes']} nodes are used: those can share out the micro-batches of every step")
+    return {**config, "trainer": {**trainer, "nodes": nodes}}
 
 
 def _rooted(config: dict[str, Any], run_dir: Path) -> dict[str, Any]:
@@ -124,6 +181,9 @@ def _run_stage(config: dict[str, Any], job: dict[str, Any], lock: int, server: p
             run_folder.clear(run_dir, name)
         console.print(f"[dim]{name}: finished, skipped")
         return
+    if config["prepare_only"] and (waits := _still_to_make(run_dir, entry)):
+        console.print(f"{name}: not prepared, as it reads what {waits} still has to make")
+        return
     if job["do"] not in ("resume", "turn"):
         run_folder.clear(run_dir, name)
     before = begun(work) or {"restart": -1, "attempt": uuid.uuid4().hex}
@@ -148,11 +208,15 @@ def _run_stage(config: dict[str, Any], job: dict[str, Any], lock: int, server: p
     }
     artifact.write_json(spec, artifact.with_hash(told))
     launcher = instantiate(config["launch"])
+    kept, ended = logs.next_start(run_dir, name), work / "ranks" / "ended.json"
+    ended.unlink(missing_ok=True)
     ranks, nodes = entry["ranks"], config["trainer"]["nodes"]
     begin, steps = time.monotonic(), steps_of(work)
     modes = [("stage", 1)] if ranks == 1 else [("prepare", 1), ("run", ranks)]
+    if config["prepare_only"]:
+        modes = [("prepare", 1)]
     for mode, count in modes:
-        env = environment(max(1, count // nodes), entry["device"])
+        env = environment(max(1, count // nodes), entry["device"]) | launcher.variables | {logs.VARIABLE: str(kept)}
         # The lock goes along: as long as any process of the stage lives, no other command may work here.
         if server is not None and count == 1 and launcher.on_this_machine:
             # Whoever saves a model asks whether it is DeepSpeed's (accelerate, extract_model_from_parallel).
@@ -161,6 +225,8 @@ def _run_stage(config: dict[str, Any], job: dict[str, Any], lock: int, server: p
         else:
             command = launcher.command(["pipeline.worker", mode, str(spec)], ranks=count, nodes=nodes)
             code = _told_of_notice(command, env, lock)
+        if code and code not in (STOPPED, TERMINATED):
+            logs.collect(kept, name, code, ended)
         if code == 2:  # refused, and told why
             raise StageFailed("", code)
         if code in (STOPPED, TERMINATED):
@@ -171,10 +237,19 @@ def _run_stage(config: dict[str, Any], job: dict[str, Any], lock: int, server: p
             if code == NOT_FINITE:
                 way_on = after_not_finite(config, name)
             raise StageFailed(f"stage {where} failed with exit status {code}; {way_on}", code)
+    if config["prepare_only"]:
+        console.print(f"[green]{name}[/]: prepared in {time.monotonic() - begin:.0f} s")
+        return
     if artifact.read_manifest(run_dir / name) is None:
         raise StageFailed(f"stage {name} ended without its result {run_dir / name}", 1)
     run_folder.clear(run_dir, name)
     console.print(f"[green]{name}[/]: done in {time.monotonic() - begin:.0f} s")
+
+
+def _still_to_make(run_dir: Path, entry: dict[str, Any]) -> str:
+    """The stage of this run whose artifact another one reads, and which has not made it; "" where there is none."""
+    folders = [Path(path) for path in entry["parents"].values() if Path(path).parent == run_dir]
+    return next((each.name for each in folders if artifact.read_manifest(each) is None), "")
 
 
 def _told_of_notice(command: list[str], env: dict[str, str], lock: int) -> int:

@@ -14,7 +14,7 @@ import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,17 @@ from models.errors import Refusal
 from pipeline import artifact
 
 MARKER = "retort.json"
-_LOCK = ".lock"
-_MADE = {"config.json", "report.json", "report.md", "report.html", "work", "logs"}  # by runs; a marker is beside them
+PLANNED = "work/plan.json"  # the stages of the last whole plan
+LOCK = ".lock"
+_MADE = {
+    "config.json",
+    "report.json",
+    "report.md",
+    "report.html",
+    "work",
+    "logs",
+    "jobs",
+}  # by runs; a marker is beside them
 SCRATCH = "retort-check-"  # how what commands leave in the temporary folder begins
 _RANDOM = "[a-z0-9_]{8}"  # how Python's tempfile ends a name
 _SCRATCH_NAME = re.compile(
@@ -32,7 +41,7 @@ _SCRATCH_NAME = re.compile(
 )  # the latter: that a rank has told why it failed
 _SCRATCH_HOLDS = re.compile(rf"spec\.json|\.spec\.json\.partial|tmp{_RANDOM}")  # a configuration; plans
 _YOUNG_SECONDS = 60
-_OWN = {MARKER, f".{MARKER}.partial", _LOCK}
+_OWN = {MARKER, f".{MARKER}.partial", LOCK}
 
 
 def check_ours(run_dir: Path) -> None:
@@ -62,7 +71,7 @@ def claimed(run_dir: Path) -> Iterator[int]:
     """
     check_ours(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
-    handle = _opened(run_dir / _LOCK)
+    handle = _opened(run_dir / LOCK)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -120,6 +129,12 @@ def check_unchanged(folder: Path, found: artifact.Found, run_dir: Path, remedy: 
         problem = f"{names[0]}{more} {what}"
     if problem:
         raise Refusal(f"{folder} is damaged: {problem}; restore it, or {remedy}")
+
+
+def note_plan(run_dir: Path, stages: Sequence[str]) -> None:
+    """For who asks what is still to do."""
+    (run_dir / "work").mkdir(exist_ok=True)
+    artifact.write_json(run_dir / PLANNED, {"stages": [*stages]})
 
 
 def clear(run_dir: Path, stage: str) -> None:

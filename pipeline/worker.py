@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from models.errors import NOT_FINITE, STOPPED, NotFinite, Refusal, Stopped, of_storage
-from pipeline import artifact
+from pipeline import artifact, logs
 from pipeline.launch import die_with
 from pipeline.notice import notice
 from pipeline.run_folder import SCRATCH
@@ -40,6 +40,9 @@ def main(arguments: Sequence[str]) -> int:
         notice.listen()
     spec = artifact.checked(json.loads(Path(told).read_text()))
     die_with(os.getppid())
+    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) if mode == _OF_SEVERAL else 0
+    if mode != "check":
+        logs.keep(rank)
     context = None
     try:
         if mode == "check":
@@ -58,8 +61,11 @@ def main(arguments: Sequence[str]) -> int:
             stage.run(context)
         return 0
     except Refusal as problem:
+        refusal = str(problem) if context is None else context.in_its_words(str(problem))
+        if mode != "check":
+            logs.failed(spec["stage"], rank, 2, refusal, problem)
         if _tells(mode, spec):
-            _refuse(mode, str(problem) if context is None else context.in_its_words(str(problem)))
+            _refuse(mode, refusal)
         return 2
     except Stopped as stopped:
         if context is not None and context.rank == 0:
@@ -67,11 +73,15 @@ def main(arguments: Sequence[str]) -> int:
             print(f"{spec['stage']}: {why}, stopped after step {stopped.step}, its checkpoint is saved", flush=True)
         return stopped.status
     except NotFinite as problem:
+        logs.failed(spec["stage"], rank, NOT_FINITE, str(problem), problem)
         if _tells(mode, spec):
             print(f"error: {problem}", file=sys.stderr, flush=True)
         return NOT_FINITE
     except Exception as problem:
         line = of_storage(problem, Path(spec["config"]["run_dir"]))
+        if mode != "check":
+            said = line or f"{type(problem).__name__}: {problem}"
+            logs.failed(spec["stage"], rank, 1 if line is None else 2, said, problem)
         if _tells(mode, spec, knows=line is not None):
             if line is None:
                 raise

@@ -554,7 +554,6 @@ MISTAKES = {
     "teacher=served teacher.endpoint.url=nonsense divergence.temperature=1.0": ["nonsense"],
     "teacher=served teacher.endpoint.url=http://localhost:1/v1": ["temperature=2", "forward_kl to 1"],
     "teacher=served": ["teacher.endpoint.url is not set"],
-    "launch=slurm": ["launch=slurm: this is no Slurm allocation", "sbatch slurm/train.sbatch", "salloc"],
     "teacher=served teacher.endpoint.url=http://localhost:1/v1 encoding=hidden_states": [
         "encoding=hidden_states: a server gives the best k"
     ],
@@ -680,10 +679,14 @@ def test_a_key_in_any_address_is_refused_without_saying_it(word: str, key: str) 
 def test_a_plan_for_a_cluster_is_made_anywhere_and_a_run_where_srun_can_be_called(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     assert unrefused("dry_run=true", "launch=slurm")
-    monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert refused("launch=slurm") == "launch=slurm: there is no srun on the PATH; add Slurm's programs to it"
+    told = "launch=slurm: there is no sbatch on the PATH; call it where Slurm's programs are, or leave launch=slurm out"
+    assert refused("launch=slurm") == told
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    told = "launch=slurm: there is no srun on the PATH; call it where Slurm's programs are, or leave launch=slurm out"
+    assert refused("launch=slurm") == told
     (tmp_path / "srun").touch(0o700)
     assert unrefused("launch=slurm")
 

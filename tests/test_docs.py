@@ -79,6 +79,8 @@ def of_train(words: list[str]) -> list[str] | None:
     """The arguments of `train.py`, of a command that runs it."""
     if words[0] == "sbatch":
         return ["launch=slurm", "trainer.nodes=1", "trainer.devices=8", *words[words.index("slurm/train.sbatch") + 1 :]]
+    if words[2:3] in (["status"], ["cancel"]):  # tests/test_submission.py
+        return None
     return words[2:] if Path(words[0]).name == "python" and words[1:2] == ["train.py"] else None
 
 
@@ -119,6 +121,8 @@ def test_the_command_for_an_own_teacher_composes_to_what_it_says() -> None:
 def test_every_other_command_names_what_is_there(name: str, words: list[str]) -> None:
     if words[0] == "make":
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.M), words
+    elif words[2:3] in (["status"], ["cancel"]):
+        assert words[3].startswith("run_dir=")
     elif Path(words[0]).name == "python" and words[1].endswith(".py"):
         script = (ROOT / words[1]).read_text()
         for option in (word.partition("=")[0] for word in words[2:] if word.startswith("--")):

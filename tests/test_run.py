@@ -10,6 +10,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -406,6 +407,14 @@ def test_a_training_that_ended_with_nan_is_told_another_way_on_than_the_same_com
     assert re.search(r"step \d+: the (loss|gradient's norm) is nan on sequences \[\d+", found), found
     assert "stage pretrain failed with exit status 3; the same command would end alike, and no checkpoint" in told
     assert "run it again with a lower stages.pretrain.training.optimizer.lr= (it is 1e+30)" in told
+    kept = tmp_path / "run" / "logs" / "pretrain" / "start-0"
+    assert found in (kept / "rank-00000.log").read_text()
+    error = json.loads((kept / "error.json").read_text())
+    assert (error["stage"], error["rank"], error["status"], error["host"]) == ("pretrain", 0, 3, socket.gethostname())
+    assert error["message"] in found
+    assert re.match(r"(callbacks|models|pipeline)/[\w/]+\.py:\d+ in \w+$", error["where"])
+    status = train("status", f"run_dir={tmp_path / 'run'}").stdout
+    assert f"pretrain failed on rank 0 ({socket.gethostname()}), at {error['where']}: {error['message']}" in status
     assert train(*words).returncode == 0
 
 

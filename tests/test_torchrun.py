@@ -9,13 +9,14 @@ import sys
 from pathlib import Path
 from uuid import uuid4
 
+from pipeline import logs
 from tests.command import ENVIRONMENT, ROOT, train
 
 
-def ranks(*words: str) -> subprocess.CompletedProcess[str]:
+def ranks(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "pipeline.torchrun", "--standalone", "--nproc-per-node=2", *words],
-        env={**os.environ, **ENVIRONMENT, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, **ENVIRONMENT, "PYTHONPATH": str(ROOT), **environment},
         capture_output=True,
         text=True,
         timeout=300,
@@ -53,7 +54,45 @@ def test_what_all_ranks_refuse_is_told_once(tmp_path: Path) -> None:
     }
     spec = tmp_path / "spec.json"
     spec.write_text(json.dumps({"config": config, "stage": "distill", "attempt": uuid4().hex, "restart": 0}))
-    done = ranks("-m", "pipeline.worker", "run", str(spec))
+    done = ranks("-m", "pipeline.worker", "run", str(spec), RETORT_LOGS=str(tmp_path))
     assert done.returncode == 2, done.stderr
     (error,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert "no_such" in error
+    told = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("rank-*.error.json"))]
+    assert [each["rank"] for each in told] == [0, 1]  # each keeps its own reason
+    assert all(f"error: {each['message']}" == error for each in told)
+    kept = [path.read_text() for path in sorted(tmp_path.glob("rank-*.log"))]
+    assert sorted(error in text for text in kept) == [False, True]
+
+
+def test_of_several_reasons_that_of_the_rank_that_failed_first_is_the_stages(tmp_path: Path) -> None:
+    ended = tmp_path / "ended.json"
+    for rank, at in ((0, 30.0), (1, 10.0)):
+        logs.tell({"rank": rank, "message": f"by {rank}", "time": at}, f"rank-{rank:05d}.error.json", str(tmp_path))
+    logs.collect(tmp_path, "distill", 1, ended)
+    assert json.loads((tmp_path / "error.json").read_text())["message"] == "by 1"
+    ended.write_text(json.dumps({"rank": 7, "message": "waited for", "time": 5.0}))  # the watchdog was earlier
+    logs.collect(tmp_path, "distill", 1, ended)
+    assert json.loads((tmp_path / "error.json").read_text())["rank"] == 7
+
+
+def test_where_no_rank_said_why_the_command_says_how_it_ended(tmp_path: Path) -> None:
+    logs.collect(tmp_path, "distill", -9, tmp_path / "ended.json")
+    told = json.loads((tmp_path / "error.json").read_text())
+    assert (told["stage"], told["message"]) == ("distill", "ended with signal 9, unsaid why")
+
+
+def test_what_a_rank_says_is_kept_up_to_the_moment_at_which_it_is_killed(tmp_path: Path) -> None:
+    program = (
+        "from pipeline import logs\nlogs.keep(3)\nprint('said'); import os, sys; print('aside', file=sys.stderr)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program + "os.kill(os.getpid(), 11)"],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "RETORT_LOGS": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    kept = (tmp_path / "rank-00003.log").read_text()
+    assert kept.startswith("said\naside\n")
+    assert "Segmentation fault" in kept  # Python's own account of a crash below it
+    assert "aside" in done.stderr

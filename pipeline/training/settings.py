@@ -70,8 +70,7 @@ def check(context: Context, training: Training, precision: Any) -> list[str]:
     launcher = instantiate(context.config["launch"])
     if trainer["nodes"] > 1 and not launcher.several_nodes:
         raise Refusal(
-            f"trainer.nodes={trainer['nodes']}: several nodes need launch=slurm inside an allocation; "
-            f"slurm/train.sbatch does both"
+            f"trainer.nodes={trainer['nodes']}: several nodes need launch=slurm, on a login node or in an allocation"
         )
     _check_attention(trainer["attention"])
     _check_devices(context, precision)
@@ -152,10 +151,11 @@ def _check_devices(context: Context, precision: Any) -> None:
     """What these devices can compute in, and how many processes the strategy runs on them."""
     if precision not in SAVED:
         raise Refusal(f"trainer.precision={precision}: need {' or '.join(SAVED)}")
+    here = context.place is None
     device = context.device
-    if precision == "bf16-mixed" and device == "cuda" and not torch.cuda.is_bf16_supported():
+    if here and precision == "bf16-mixed" and device == "cuda" and not torch.cuda.is_bf16_supported():
         raise Refusal(f"trainer.precision=bf16-mixed: {torch.cuda.get_device_name()} has no bf16; use 32-true")
-    if device == "cuda" and context.devices > torch.cuda.device_count() and "SLURM_JOB_ID" not in os.environ:
+    if here and device == "cuda" and context.devices > torch.cuda.device_count() and "SLURM_JOB_ID" not in os.environ:
         raise Refusal(f"trainer.devices={context.devices}: this machine has {torch.cuda.device_count()} GPUs")
     if not context.strategy.several_ranks and context.world > 1:
         raise Refusal(

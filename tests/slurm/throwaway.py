@@ -55,7 +55,11 @@ KillWait=15
 ReturnToService=2
 # ranks meet at a port that follows from the job's number: two clusters on one machine should not count alike
 FirstJobId={first}
-PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+# jobs of `urgent` take the nodes of those of `all`, which get SIGTERM, and are queued again
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=60
+PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
 NodeName=DEFAULT CPUs=64 RealMemory=64000 Gres=gpu:{gpus}
 """
 
@@ -68,6 +72,7 @@ def missing() -> list[str]:
 @dataclass(frozen=True)
 class Cluster:
     env: dict[str, str]
+    start_node: Callable[[str], None] = lambda name: None  # its slurmd, again
 
     def command(self, *words: str, cwd: Path | None = None) -> str:
         done = subprocess.run(words, env=self.env, cwd=cwd, capture_output=True, text=True, timeout=60)
@@ -102,7 +107,7 @@ def cluster(home: Path) -> Iterator[Cluster]:
     _configure(home)
     env = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "SBATCH", "SRUN"))}
     env |= {"PATH": _PATH, "SLURM_CONF": str(home / "slurm.conf")}
-    made = Cluster(env)
+    made = Cluster(env, lambda name: start("slurmd", "-D", "-N", name))
     daemons: list[subprocess.Popen[bytes]] = []
 
     def start(*words: str) -> None:
@@ -182,5 +187,7 @@ def _configure(home: Path) -> None:
 
 
 def _states(env: dict[str, str]) -> list[str]:
-    shown = subprocess.run(["sinfo", "--noheader", "--Node", "--format=%T"], env=env, capture_output=True, text=True)
+    shown = subprocess.run(
+        ["sinfo", "--noheader", "--Node", "--partition=all", "--format=%T"], env=env, capture_output=True, text=True
+    )
     return shown.stdout.split()

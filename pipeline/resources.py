@@ -1,0 +1,111 @@
+"""What the jobs of a run ask a cluster for: nodes, ranks, GPUs, cores, memory, time. Loads no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from hydra.utils import instantiate
+
+from models.errors import Refusal
+from pipeline.config import nearest
+
+_DEFAULTS = ("parallel", "single", "prepare")
+_RANKS_PER_NODE = 8  # where neither launch.resources nor trainer.devices says how many
+
+
+@dataclass(frozen=True)
+class Resources:
+    """Of one job."""
+
+    nodes: int
+    ranks_per_node: int
+    gpus_per_node: int
+    cpus_per_rank: int
+    memory: str  # of a node, as sbatch's --mem
+    time: str  # as sbatch's --time
+    partition: str | None = None
+    options: list[str] = field(default_factory=list)  # further options of sbatch
+
+    @property
+    def words(self) -> list[str]:
+        """Options of sbatch."""
+        said = [
+            f"--nodes={self.nodes}",
+            f"--ntasks-per-node={self.ranks_per_node}",
+            f"--gpus-per-node={self.gpus_per_node}",  # not --gpus-per-task: a rank sees its node's, and takes its own
+            f"--cpus-per-task={self.cpus_per_rank}",
+            f"--mem={self.memory}",
+            f"--time={self.time}",
+        ]
+        return said + ([f"--partition={self.partition}"] if self.partition else []) + self.options
+
+    @property
+    def told(self) -> str:
+        """For a person."""
+        per_node = f"{self.gpus_per_node} GPUs" if self.gpus_per_node else f"{self.ranks_per_node} × CPU"
+        return f"{self.nodes} × {per_node}"
+
+
+_NAMES = [each.name for each in fields(Resources)]
+_WHOLE = ("nodes", "ranks_per_node", "gpus_per_node", "cpus_per_rank")
+
+
+def check_names(told: dict[str, Any], stages: Collection[str]) -> None:
+    """Refuse entries of launch.resources that no stage reads."""
+    for name, entry in told.items():
+        if name not in _DEFAULTS and name not in stages:
+            raise Refusal(f"launch.resources.{name}: no stage of this run{nearest(name, [*_DEFAULTS, *stages])}")
+        if entry is None and name == "prepare":
+            continue
+        if not isinstance(entry, dict):
+            raise Refusal(f"launch.resources.{name}={entry}: need settings; set {', '.join(_NAMES)} one by one")
+        known = _NAMES if name in _DEFAULTS else [*_NAMES, "prepare"]
+        for key in entry:
+            if key not in known:
+                raise Refusal(f"launch.resources.{name}.{key}: unknown{nearest(key, known)}")
+
+
+def of_stage(told: dict[str, Any], stage: str, config: dict[str, Any], *, parallel: bool) -> Resources:
+    """Of the job that runs `stage`. `told`: launch.resources; `parallel`: it runs on all ranks that there are."""
+    kind = "parallel" if parallel else "single"
+    own = {key: value for key, value in (told.get(stage) or {}).items() if key != "prepare"}
+    if not parallel and (own.get("nodes", 1), own.get("ranks_per_node", 1)) != (1, 1):
+        key = "nodes" if own.get("nodes", 1) != 1 else "ranks_per_node"
+        raise Refusal(f"launch.resources.{stage}.{key}={own[key]}: this stage is one process; leave it out")
+    return _made({**told[kind], **own}, stage, config)
+
+
+def of_preparing(told: dict[str, Any], stage: str, config: dict[str, Any]) -> Resources | None:
+    """Of the job that does before a parallel stage what one process does; None where the stage's own job does it."""
+    own = (told.get(stage) or {}).get("prepare", {})
+    if told["prepare"] is None or own is None:
+        return None
+    if not isinstance(own, dict) or (unknown := [key for key in own if key not in _NAMES]):
+        at = "" if not isinstance(own, dict) else f".{unknown[0]}"
+        raise Refusal(f"launch.resources.{stage}.prepare{at}: need settings of {', '.join(_NAMES)}, or null")
+    return _made({**told["prepare"], **own}, f"{stage}.prepare", config)
+
+
+def _made(settings: dict[str, Any], where: str, config: dict[str, Any]) -> Resources:
+    said = dict(settings)
+    if said["ranks_per_node"] == "auto":
+        said["ranks_per_node"] = _RANKS_PER_NODE if instantiate(config["strategy"]).several_ranks else 1
+    if said["gpus_per_node"] == "auto":
+        said["gpus_per_node"] = 0 if config["trainer"]["accelerator"] == "cpu" else said["ranks_per_node"]
+    for key in _WHOLE:
+        least = 0 if key == "gpus_per_node" else 1
+        if not isinstance(said[key], int) or isinstance(said[key], bool) or said[key] < least:
+            raise Refusal(f"launch.resources.{where}.{key}={said[key]}: need a whole number of at least {least}")
+    gpus, ranks = said["gpus_per_node"], said["ranks_per_node"]
+    if gpus and gpus != ranks:
+        raise Refusal(
+            f"launch.resources.{where}.gpus_per_node={gpus}: a rank takes one GPU, and ranks_per_node is {ranks}; give "
+            f"the same number, or gpus_per_node=0"
+        )
+    for key in ("memory", "time"):
+        if not isinstance(said[key], str | int) or isinstance(said[key], bool) or not str(said[key]).strip():
+            raise Refusal(f"launch.resources.{where}.{key}={said[key]}: need a text, as sbatch takes it")
+        said[key] = str(said[key])
+    return Resources(**said)
