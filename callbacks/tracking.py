@@ -7,8 +7,11 @@ and return a Tracker, which the stage's process calls on rank zero. Logs lie in 
 CSV, TensorBoard and W&B offline start empty at every restart; MetricsFile then passes them the steps before it.
 """
 
+import os
 import re
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -23,6 +26,10 @@ MODES = ("auto", "online", "offline")
 
 
 class Tracker(Protocol):
+    """A tracker may also have, each by these names: `finished(…, path, manifest)`, called like the tracker itself when
+    a stage of any kind is done, with its folder and what manifest.json says; `ended(problem)`, when it ended otherwise;
+    `closed(run_name, folder, config, report)`, when all are done, with what report.json holds."""
+
     def __call__(self, *, stage: str, run_name: str, folder: Path, config: dict[str, Any], restart: int) -> "Logger":
         """`config` is the resolved configuration, `restart` how often this stage was started before."""
 
@@ -56,8 +63,8 @@ def tensorboard() -> Tracker:
     return make
 
 
-def wandb(*, project: str, entity: str | None = None, mode: str = "auto", tags: tuple[str, ...] = ()) -> Tracker:
-    """One W&B run for each stage: group = the run's name, job type = the stage.
+def wandb(*, project: str, entity: str | None = None, mode: str = "auto", tags: tuple[str, ...] = ()) -> "Wandb":
+    """One W&B run for each stage: group = the run's name, job type = the stage; the report's has job type report.
 
     `auto` is online where W&B finds an account (WANDB_API_KEY, netrc, settings) and its server answers, else offline.
     WANDB_MODE=offline overrides every mode. `wandb sync` uploads an offline run later.
@@ -65,26 +72,71 @@ def wandb(*, project: str, entity: str | None = None, mode: str = "auto", tags: 
     _need("wandb")
     if mode not in MODES:
         raise Refusal(f"logger.mode={mode}: need {', '.join(MODES)}")
+    return Wandb(mode, {"project": project, "entity": entity, "tags": list(tags)})
 
-    def make(*, stage: str, run_name: str, folder: Path, config: dict[str, Any], restart: int) -> "Logger":
-        from callbacks.wandb_run import WandbRun
+
+class Wandb:
+    """What is logged of a stage that trains, and what all stages leave: see Tracker."""
+
+    def __init__(self, mode: str, settings: dict[str, Any]) -> None:
+        self.mode, self.settings = mode, settings
+
+    def __call__(self, *, stage: str, run_name: str, folder: Path, config: dict[str, Any], restart: int) -> "Logger":
+        from callbacks.wandb_logger import WandbRun
+
+        run = self._start(stage, run_name, folder, config, restart)
+        return WandbRun(run, project=self.settings["project"], folder=str(folder))
+
+    def finished(
+        self,
+        *,
+        stage: str,
+        run_name: str,
+        folder: Path,
+        config: dict[str, Any],
+        restart: int,
+        path: Path,
+        manifest: dict[str, Any],
+    ) -> None:
+        from callbacks import wandb_run
+
+        with _told_alone(f"{stage} is done, and not all of it is logged"):
+            run = wandb_run.opened() or self._start(stage, run_name, folder, config, restart)
+            wandb_run.log_result(run, run_name, stage, path, manifest)
+        wandb_run.end()
+
+    def ended(self, problem: BaseException) -> None:
+        from callbacks import wandb_run
+
+        wandb_run.end(problem)
+
+    def closed(self, *, run_name: str, folder: Path, config: dict[str, Any], report: dict[str, Any]) -> None:
+        from callbacks import wandb_run
+
+        before = max(int((folder / "wandb-id").exists()), len(list((folder / "wandb").glob("offline-run-*"))))
+        with _told_alone("the report's table is not logged"):
+            run = self._start("report", run_name, folder, config, before)
+            wandb_run.log_table(run, report["rows"], report["comparisons"])
+        wandb_run.end()
+
+    def _start(self, job: str, run_name: str, folder: Path, config: dict[str, Any], restart: int) -> Any:
+        from callbacks import wandb_run
 
         folder.mkdir(parents=True, exist_ok=True)
-        return WandbRun(
-            identity=_identity(folder, f"{run_name}-{stage}", restart),
-            mode=mode,
-            restart=restart,
-            project=project,
-            entity=entity,
-            group=run_name,
-            job_type=stage,
-            name=f"{run_name}-{stage}",
-            tags=list(tags),
-            config=config,
-            dir=str(folder),
-        )
+        name = f"{run_name}-{job}"
+        of_sweep = job == "report" and "WANDB_SWEEP_ID" in os.environ
+        settings = {"group": run_name, "job_type": job, "name": name, "config": config, "dir": str(folder)}
+        identity = None if of_sweep else _identity(folder, name, restart)
+        return wandb_run.start(identity, self.mode, restart, {**self.settings, **settings})
 
-    return make
+
+@contextmanager
+def _told_alone(what: str) -> Iterator[None]:
+    """What is finished stays finished, whatever the tracker says to it."""
+    try:
+        yield
+    except Exception as problem:
+        print(f"W&B: {what}: {(str(problem) or type(problem).__name__).splitlines()[0]}", flush=True)
 
 
 def _need(package: str) -> None:

@@ -28,6 +28,7 @@ from pipeline.launch import die_with, environment
 from pipeline.notice import notice
 from pipeline.report.report import write_report
 from pipeline.report.terminal import table
+from pipeline.tracked import closed
 from pipeline.verdicts import BEGUN, after_not_finite, begun, checkpoints_of, jobs_of, parents_of, steps_of, turn_of
 
 console = Console()
@@ -79,6 +80,8 @@ def _walk(
         if config["prepare_only"]:
             return None
         report = write_report(run_dir)
+        if any(job["do"] != "skip" for job in jobs) or not (run_dir / "logs" / "report").exists():
+            closed(config, report)
     _print_whole(table(report))
     console.print(f"report: {run_dir / 'report.html'}", markup=False)
     return None

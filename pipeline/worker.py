@@ -52,13 +52,15 @@ def main(arguments: Sequence[str]) -> int:
             return 0
         from pipeline.building import build
         from pipeline.context import Context
+        from pipeline.tracked import tracked
 
         context = Context(**spec)
         stage = build(context.config, context.stage)
         if mode in ("prepare", "stage"):
             stage.prepare(context)
         if mode in ("run", "stage"):
-            stage.run(context)
+            with tracked(context):
+                stage.run(context)
         return 0
     except Refusal as problem:
         refusal = str(problem) if context is None else context.in_its_words(str(problem))

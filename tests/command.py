@@ -86,3 +86,9 @@ def weights(folder: Path) -> dict[str, object]:
     from safetensors.torch import load_file
 
     return load_file(folder / "model.safetensors")
+
+
+def unclocked(line: dict[str, Any]) -> dict[str, Any]:
+    """A line of metrics.jsonl without what a clock decides, or the machine."""
+    clocked = ("seconds", "tokens_per_second", "tflops_per_rank", "mfu", "memory_gb")
+    return {name: value for name, value in line.items() if not name.startswith(clocked)}

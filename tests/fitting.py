@@ -31,6 +31,7 @@ from models.sharding import gather_state, load_sharded, zero3
 from models.teachers.online import Online
 from models.teachers.sharded import Sharded
 from models.teachers.teacher import Opening
+from models.training.costs import Arithmetic, Forward
 from models.training.language_model import LanguageModel
 from models.training.on_policy import OnPolicy
 from models.training.rollouts import Rollouts
@@ -260,6 +261,11 @@ def fit(scenario: Scenario, folder: Path) -> dict[str, Any]:
         log_every_steps=1,
         activation_checkpointing=scenario.activation_checkpointing,
         configs=(load_config(str(student)), load_config(str(teacher))),
+        arithmetic=Arithmetic(
+            Forward.of(load_config(str(student))),  # type: ignore[arg-type]
+            False,
+            Forward.of(load_config(str(teacher))) if scenario.taught else None,
+        ),
         on_policy=rollouts(scenario.on_policy, data, load_student) if scenario.on_policy else None,
         checkpoint=checkpoints(folder / "saved" / (scenario.resume_from or scenario.name))[0]
         if scenario.resume

@@ -29,6 +29,7 @@ NAMES = [page.relative_to(ROOT).as_posix() for page in PAGES]
 # first words of commands that are other people's
 THEIRS = {
     "vllm",
+    "wandb",
     "llama-server",
     "python3",
     "hf",

@@ -24,7 +24,7 @@ from models.errors import Refusal, StageFailed
 from pipeline import artifact, prefork, run, run_folder, verdicts
 from pipeline.artifact import content_hash
 from pipeline.verdicts import steps_of
-from tests.command import ROOT, SMALL, start, train, weights
+from tests.command import ROOT, SMALL, start, train, unclocked, weights
 
 STAGES = ("pretrain", "distill", "control")
 
@@ -595,7 +595,7 @@ def _same_weights(one: Path, other: Path) -> None:
 def _metrics(folder: Path) -> list[dict[str, float]]:
     """Without what a clock decides."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")} for line in lines]
+    return [unclocked(line) for line in lines]
 
 
 def _wait_for(condition: object, process: subprocess.Popen[str], seconds: float = 120) -> None:

@@ -16,6 +16,7 @@ from pipeline.data.tokenizer import train_tokenizer
 from tests.command import ROOT, train
 from tests.teachers.test_endpoint import Served
 from tests.test_docs import TOPICS, save_little
+from tests.test_wandb import history_of, records_of
 
 CHATS = [
     {"messages": [{"role": "user", "content": text[:60]}, {"role": "assistant", "content": text[60:160] or "yes"}]}
@@ -79,7 +80,21 @@ def test_a_student_of_some_layers_on_chat_data_under_zero2_with_wandb(things: di
     more = ["trainer.devices=2", *short("distill"), "only=[distill]"]  # of GPUs all are taken without saying so
     run = granted(LAYERS, things, tmp_path / "run", *more)
     assert config_of(run / "distill")["num_hidden_layers"] == 1
-    assert list((run / "logs" / "distill").rglob("*.wandb"))
+    said = {
+        stage: records_of(next((run / "logs" / stage / "wandb").glob("offline-*"))) for stage in ("distill", "report")
+    }
+    started = [next(record["run"] for record in records if record["type"] == "run") for records in said.values()]
+    assert [(each["run_group"], each["job_type"]) for each in started] == [
+        ("distill-run", "distill"), ("distill-run", "report"),
+    ]  # fmt: skip
+    row = history_of(said["distill"])[0]
+    assert {"loss", "cross_entropy", "forward_kl", "teacher_gap", "top1_agreement", "grad_norm", "tokens_per_second",
+            "tflops_per_rank", "memory_gb/rank_0", "memory_gb/rank_1"} <= row.keys()  # fmt: skip
+    artifacts = [record["artifact"] for record in said["distill"] if record["type"] == "artifact"]
+    assert {(each["type"], each.get("use_after_commit", False)) for each in artifacts} == {
+        ("dataset", True), ("model", True), ("model", False),
+    }  # fmt: skip
+    assert "distill/parameters" in history_of(said["report"])[0]
 
 
 def test_a_model_within_a_budget_of_parameters(things: dict[str, str], tmp_path: Path) -> None:

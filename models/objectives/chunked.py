@@ -200,7 +200,8 @@ class _Chunked(torch.autograd.Function):
         ctx.mark_non_differentiable(*sums)
         total = torch.zeros((), dtype=wide, device=hidden_NH.device)
         for (factor, _), part in zip(work.objective.terms, sums, strict=True):
-            total = total + factor * part
+            if factor:  # 0 · ∞ is no number
+                total = total + factor * part
         return (total, *sums)
 
     @staticmethod

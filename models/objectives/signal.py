@@ -118,6 +118,10 @@ class _TopKLook:
         """All is there."""
 
     def add(self, term: Any, block: Block, tokens: slice) -> Tensor:
+        if hasattr(term, "add_top"):
+            likeliest_N1 = self.logits_NK[tokens].argmax(-1, keepdim=True)
+            top_n: Tensor = term.add_top(block, self.ids_NK[tokens].gather(1, likeliest_N1).squeeze(1))
+            return top_n
         tail_N = None
         if self.tails:
             if term.temperature not in self.tails:

@@ -17,11 +17,13 @@ from models.errors import NotFinite
 from models.heads import check_split, head_of, hidden_states, through_head
 from models.objectives.chunked import objective_sum
 from models.objectives.cross_entropy import CrossEntropy
+from models.objectives.nearness import with_nearness
 from models.objectives.representation import Wanted
 from models.objectives.signal import Signal
 from models.objectives.term import Objective, needs_teacher
 from models.teachers.teacher import Teacher, capturing
 from models.training.checkpoint import restore
+from models.training.costs import Arithmetic, peak_memory_gb, peak_of
 
 if TYPE_CHECKING:
     from models.quantization.aware import Rounding
@@ -61,9 +63,10 @@ class LanguageModel(pl.LightningModule):
         on_policy: Rollouts | None = None,
         rounding: Rounding | None = None,
         checkpoint: Path | None = None,
+        arithmetic: Arithmetic | None = None,
     ) -> None:
         """`configs`: student's and teacher's, where the objective compares layers. The two after it: of the engine.
-        `checkpoint`: where training goes on from."""
+        `checkpoint`: where training goes on from. `arithmetic`: None where it is not known."""
         super().__init__()
         self.load_student, self.load_teacher = load_student, load_teacher
         self.objective, self.optimizer, self.schedule = objective, optimizer, schedule
@@ -72,6 +75,7 @@ class LanguageModel(pl.LightningModule):
         self.seed, self.log_every_steps, self.activation_checkpointing = seed, log_every_steps, activation_checkpointing
         self.configs, self.memory_bytes, self.compiled = configs, memory_bytes, compiled
         self.on_policy, self.rounding, self.checkpoint = on_policy, rounding, checkpoint
+        self.arithmetic = arithmetic
         self.student: Any = None
         self.teacher: Any = None
         self.comparisons = nn.ModuleDict()  # of layers, with what they learn: in checkpoints, and not in the result
@@ -81,6 +85,7 @@ class LanguageModel(pl.LightningModule):
         self.seconds_spent = 0.0  # training time, over restarts
         self.gradient_norm: Tensor | float | None = None
         self._sums: dict[str, Tensor] = {}
+        self._operations: Tensor | float = 0.0  # of this rank, since the last step that was logged
         self._sequences: list[int] = []  # of the step so far, on this rank
         self._validation_sums: Tensor | None = None
 
@@ -114,6 +119,7 @@ class LanguageModel(pl.LightningModule):
     def on_train_start(self) -> None:
         self._started = time.monotonic() - self.seconds_spent
         self._marked = (self.tokens_seen, self.seconds_spent)
+        self._peak = peak_of(self.device, str(self.trainer.precision))
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         # Not in the step itself: there ZeRO-3 may be gathering ahead for the forward.
@@ -137,7 +143,7 @@ class LanguageModel(pl.LightningModule):
         torch.manual_seed(seeds.mixed(self.seed, step, micro, self.global_rank))
         self.step_metrics = None
         self._sequences = [*([] if micro == 0 else self._sequences), *batch["sequences"]]
-        total, parts = self._objective(objective, batch, summed)
+        total, parts = self._objective(objective, batch, summed, told=self._logs(step + 1))
         if not torch.isfinite(total):
             raise NotFinite(
                 f"step {step}: the loss is {total.item()} on sequences {batch['sequences']} "
@@ -147,12 +153,19 @@ class LanguageModel(pl.LightningModule):
         for name, part in {"loss": total.detach(), **parts}.items():
             self._sums[name] = self._sums.get(name, 0) + part / batch["step_tokens"]
         self.tokens_seen += batch["tokens_of_step"] if micro == accumulation - 1 else 0
+        if self.arithmetic is not None:
+            self._operations = self._operations + self.arithmetic.of(batch)
         # Lightning divides by the accumulation, and ranks are averaged: undo both, then divide once.
         return total * (accumulation * self.trainer.world_size / batch["step_tokens"])
 
     def _objective(
-        self, objective: Objective, batch: dict[str, Any], summed: Callable[..., Any] = objective_sum
+        self,
+        objective: Objective,
+        batch: dict[str, Any],
+        summed: Callable[..., Any] = objective_sum,
+        told: bool = False,
     ) -> tuple[Tensor, dict[str, Tensor]]:
+        """`told`: with how near the student is to its teacher."""
         wanted = Wanted()
         for comparison in objective.representations:
             assert self.configs is not None
@@ -165,7 +178,7 @@ class LanguageModel(pl.LightningModule):
 
         def engine(hidden: Tensor, signal: Signal | None = None) -> tuple[Tensor, dict[str, Tensor]]:
             result: tuple[Tensor, dict[str, Tensor]] = summed(
-                objective,
+                with_nearness(objective, signal) if told and summed is objective_sum else objective,
                 hidden,
                 head_of(self.student),
                 targets,
@@ -230,20 +243,34 @@ class LanguageModel(pl.LightningModule):
         self._check_gradient(norm, step - 1)
         sums, self._sums = self._sums, {}
         self.seconds_spent = time.monotonic() - self._started
-        if step % self.log_every_steps and step not in (1, self.max_steps):
+        if not self._logs(step):
             return
-        values = self.trainer.strategy.reduce(torch.stack(list(sums.values())).detach().float(), reduce_op="sum")
+        world, rank = self.trainer.world_size, self.trainer.global_rank
+        memory = [peak_memory_gb(self.device) if other == rank else 0.0 for other in range(world)]
+        costs = torch.tensor(memory, device=self.device), torch.as_tensor(self._operations, device=self.device).view(1)
+        parts = torch.stack(list(sums.values())).detach()
+        values = self.trainer.strategy.reduce(torch.cat([parts.float(), *(c.float() for c in costs)]), reduce_op="sum")
+        (*of_parts, operations), self._operations = values.tolist(), 0.0
         (tokens_before, seconds_before), self._marked = self._marked, (self.tokens_seen, self.seconds_spent)
+        seconds = self.seconds_spent - seconds_before
         self.step_metrics = {
             "step": step,
-            **dict(zip(sums, values.tolist(), strict=True)),
+            **dict(zip([*sums, *(f"memory_gb/rank_{other}" for other in range(world))], of_parts, strict=True)),
             "learning_rate": self.trainer.optimizers[0].param_groups[0]["lr"],
             **({} if norm is None else {"grad_norm": float(norm)}),
             "tokens": self.tokens_seen,
-            "tokens_per_second": (self.tokens_seen - tokens_before) / (self.seconds_spent - seconds_before),
+            "tokens_per_second": (self.tokens_seen - tokens_before) / seconds,
+            **({"tflops_per_rank": operations / seconds / world / 1e12} if self.arithmetic is not None else {}),
+            **(
+                {"mfu": operations / seconds / world / self._peak} if self.arithmetic is not None and self._peak else {}
+            ),
             "seconds": self.seconds_spent,
             **({} if self.on_policy is None else self.on_policy.metrics(step)),
         }
+
+    def _logs(self, step: int) -> bool:
+        """Whether the step of this number, from 1 on, leaves its metrics."""
+        return step % self.log_every_steps == 0 or step in (1, self.max_steps)
 
     def on_validation_epoch_start(self) -> None:
         self._validation_sums = torch.zeros(2, dtype=torch.float64)

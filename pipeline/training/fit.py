@@ -14,7 +14,9 @@ import torch
 
 from models.generation import end_tokens
 from models.load import attention_for, load_config
+from models.objectives.term import needs_teacher
 from models.teachers.teacher import Opening
+from models.training.costs import Arithmetic, Forward
 from models.training.language_model import LanguageModel
 from models.training.on_policy import OnPolicy
 from models.training.rollouts import Rollouts, ends_of
@@ -138,6 +140,19 @@ def _rollouts(
     )
 
 
+def _arithmetic(recipe: Recipe, student: Student, opening: Opening) -> Arithmetic | None:
+    """None where it cannot be told from the batches: of text that the student writes, of a shared prompt that is read
+    once, and of a teacher whose code is its own."""
+    teacher, asked = recipe.teacher, None
+    here = teacher is not None and needs_teacher(recipe.objective) and teacher.runs_here and not teacher.needs_record
+    if recipe.on_policy is not None or opening.prefix or (here and teacher is not None and teacher.trust_remote_code):
+        return None
+    trained = Forward.of(student.config)
+    if teacher is not None and here and (asked := Forward.of(load_config(teacher.path, "teacher"))) is None:
+        return None
+    return None if trained is None else Arithmetic(trained, recipe.lora is not None, asked)
+
+
 def _module(
     context: Context,
     recipe: Recipe,
@@ -172,6 +187,7 @@ def _module(
         on_policy=rollouts,
         rounding=student.rounding,
         checkpoint=checkpoint,
+        arithmetic=_arithmetic(recipe, student, opening),
     )
 
 

@@ -11,20 +11,13 @@ from hydra.utils import instantiate
 from pipeline import artifact
 from pipeline.context import Context
 from pipeline.notice import notice
+from pipeline.tracked import of_stage, tracker_of
 
 
 def logger_of(context: Context) -> Any:
     """What `Trainer(logger=…)` takes; only rank 0 logs."""
-    if context.config["logger"] is None or context.rank != 0:
-        return False
-    make = instantiate(context.config["logger"])
-    return make(
-        stage=context.stage,
-        run_name=context.config["name"],
-        folder=context.run_dir / "logs" / context.stage,
-        config=context.config,
-        restart=context.restart,
-    )
+    tracker = tracker_of(context.config) if context.rank == 0 else None
+    return False if tracker is None else tracker(**of_stage(context))
 
 
 def callbacks_of(context: Context) -> list[pl.Callback]:

@@ -89,12 +89,29 @@ def two_ranks(folder: Path) -> dict[str, dict[str, Any]]:
     return on_two_ranks(TWO_RANKS, folder)
 
 
-def assert_same(one: dict[str, Any], other: dict[str, Any], tolerance: float = TOLERANCE, first: int = 0) -> None:
+def operations(metrics: list[dict[str, float]]) -> list[float]:
+    """Of all ranks in each step but the first, as the rates say."""
+    ranks = sum(name.startswith("memory_gb/rank_") for name in metrics[0])
+    return [
+        ranks * step["tflops_per_rank"] * (step["tokens"] - before["tokens"]) / step["tokens_per_second"]
+        for before, step in itertools.pairwise(metrics)
+    ]
+
+
+def assert_same(
+    one: dict[str, Any], other: dict[str, Any], tolerance: float = TOLERANCE, first: int = 0, costs: bool = True
+) -> None:
+    """`costs`: also what it took, which padded vocabularies add to."""
     for mine, theirs in zip(one["metrics"][first:], other["metrics"], strict=True):
         assert mine["step"] == theirs["step"]
         assert mine["tokens"] == theirs["tokens"]
         for name in ("loss", "cross_entropy", "forward_kl", "grad_norm", "learning_rate"):
             assert mine[name] == pytest.approx(theirs[name], rel=tolerance, abs=tolerance), (mine["step"], name)
+        if "teacher_gap" in mine:  # not of a horizon that is long
+            assert mine["teacher_gap"] == pytest.approx(theirs["teacher_gap"], rel=tolerance, abs=tolerance)
+            assert mine["top1_agreement"] == pytest.approx(theirs["top1_agreement"], abs=0.02)  # ties may fall
+    if costs:
+        assert operations(one["metrics"][first:]) == pytest.approx(operations(other["metrics"]), rel=1e-5)
     assert one["state"].keys() == other["state"].keys()
     for name, tensor in one["state"].items():
         torch.testing.assert_close(tensor, other["state"][name], rtol=0, atol=tolerance, msg=name)
@@ -142,6 +159,22 @@ def test_a_sharded_teacher_in_one_process_is_the_online_one(folder: Path, refere
     scenarios = [Scenario(f"alone-{offload}", sharded=True, offload=offload) for offload in ("none", "cpu")]
     for result in on_ranks(1, scenarios, folder).values():
         assert_same(result, reference)
+
+
+def test_a_step_says_how_near_the_student_is_and_what_it_cost(
+    folder: Path, reference: Any, two_ranks: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU, of which nobody knows the peak, without MFU."""
+    last = reference["metrics"][-1]
+    assert {"teacher_gap", "top1_agreement", "tflops_per_rank", "grad_norm", "tokens_per_second"} <= last.keys()
+    assert 0 <= last["top1_agreement"] <= 1
+    assert "mfu" not in last
+    assert 0.05 < last["memory_gb/rank_0"] < 100
+    assert {"memory_gb/rank_0", "memory_gb/rank_1"} <= two_ranks["ddp"]["metrics"][-1].keys()
+    assert min(two_ranks["ddp"]["metrics"][-1][f"memory_gb/rank_{rank}"] for rank in (0, 1)) > 0.05
+    monkeypatch.setattr("models.training.language_model.peak_of", lambda *_: 2e12)
+    step = fit(Scenario("known", steps=2), folder)["metrics"][-1]
+    assert step["mfu"] == pytest.approx(step["tflops_per_rank"] / 2)
 
 
 @pytest.fixture(scope="module")
@@ -355,10 +388,10 @@ def test_a_padded_vocabulary_teaches_the_same(folder: Path, reference: Any) -> N
         model.resize_token_embeddings(VOCABULARY + 7, mean_resizing=False)
         model.lm_head.weight.data[VOCABULARY:] += 3  # loud, if anybody listened
         model.save_pretrained(folder / name)
-    assert_same(fit(Scenario("padded", teacher="teacher-padded"), folder), reference)
+    assert_same(fit(Scenario("padded", teacher="teacher-padded"), folder), reference, costs=False)
     both = fit(Scenario("both", teacher="teacher-padded", student="student-padded"), folder)
     both["state"] = {n: t[:VOCABULARY] if len(t) == VOCABULARY + 7 else t for n, t in both["state"].items()}
-    assert_same(both, reference)
+    assert_same(both, reference, costs=False)
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_names_step_and_rows(folder: Path) -> None:
