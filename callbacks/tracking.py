@@ -28,7 +28,8 @@ MODES = ("auto", "online", "offline")
 class Tracker(Protocol):
     """A tracker may also have, each by these names: `finished(…, path, manifest)`, called like the tracker itself when
     a stage of any kind is done, with its folder and what manifest.json says; `ended(problem)`, when it ended otherwise;
-    `closed(run_name, folder, config, report)`, when all are done, with what report.json holds."""
+    `closed(run_name, folder, config, report)`, when all are done, with what report.json holds; `reachable()`, which
+    logs nothing."""
 
     def __call__(self, *, stage: str, run_name: str, folder: Path, config: dict[str, Any], restart: int) -> "Logger":
         """`config` is the resolved configuration, `restart` how often this stage was started before."""
@@ -118,6 +119,12 @@ class Wandb:
             run = self._start("report", run_name, folder, config, before)
             wandb_run.log_table(run, report["rows"], report["comparisons"])
         wandb_run.end()
+
+    def reachable(self) -> tuple[bool, str]:
+        """Whether runs will arrive at the server as they are asked to, and in words; nothing is logged."""
+        from callbacks import wandb_run
+
+        return wandb_run.reachable(self.mode)
 
     def _start(self, job: str, run_name: str, folder: Path, config: dict[str, Any], restart: int) -> Any:
         from callbacks import wandb_run

@@ -48,6 +48,18 @@ def _no_account(mode: str) -> str | None:
     return "no account found (wandb login)"
 
 
+def reachable(mode: str) -> tuple[bool, str]:
+    """Whether the server takes this account's key, where one is to be asked."""
+    wandb.setup(settings=wandb.Settings(silent=True, console="off"))
+    try:
+        if (reason := _no_account(mode)) is not None:
+            return "no account" not in reason, f"W&B offline: {reason}"
+        wandb.login(prompt=False, verify=True, relogin=True)
+    except (Refusal, wandb.errors.Error, OSError) as problem:
+        return False, _first_line(problem)
+    return True, "W&B answers, and takes the key"
+
+
 def _online(identity: str | None, mode: str, settings: dict[str, Any]) -> "wandb.Run | str":
     """The run, or why there is none."""
     try:

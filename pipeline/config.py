@@ -75,6 +75,7 @@ class Config:
     dry_run: bool = False  # show the plan and stop
     prepare_only: bool = False  # of each stage what one process does before its ranks start: text and first weights
     show_data: int = 0  # show so many sequences of the first stage that trains, with what is learnt of them, and stop
+    doctor: bool = False  # run what trains for two steps on some of its text, check it from inside, and stop
     sized_for: list[float] | None = None  # parameters of the models that an experiment's settings are made for
     stages: dict[str, Any] = MISSING
     data: Any = None

@@ -66,6 +66,11 @@ def _walk(
         asked = f"show_data={config['show_data']}" if config["show_data"] else "dry_run=true"
         console.print(f"{asked}: nothing was started", highlight=False)
         return None
+    if config["doctor"]:
+        from pipeline.doctor.walk import examine
+
+        examine(config, plan, console)
+        return None
     with run_folder.claimed(run_dir) as lock:
         artifact.sweep(run_dir, config["stages"])
         jobs = jobs_of(config, plan)

@@ -55,7 +55,11 @@ def main(arguments: Sequence[str]) -> int:
         from pipeline.tracked import tracked
 
         context = Context(**spec)
-        stage = build(context.config, context.stage)
+        stage: Any = build(context.config, context.stage)
+        if context.config.get("doctor"):
+            from pipeline.doctor.examined import Examined
+
+            stage = Examined(stage, context)
         if mode in ("prepare", "stage"):
             stage.prepare(context)
         if mode in ("run", "stage"):
