@@ -18,7 +18,7 @@ _ROWS = 2000  # among which one of two documents is looked for
 
 @torch.no_grad()
 def documents_are_apart(probed: Probed) -> Finding:
-    """Other tokens in the first document of a packed row change nothing of the ones behind it, in either model."""
+    """Other tokens in the first document of a packed sequence change nothing of the ones behind it, in either model."""
     name = "document isolation"
     if not probed.module.packed:
         return skipped(name, "a row holds one document (data.packing=false)")

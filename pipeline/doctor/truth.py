@@ -1,6 +1,6 @@
 """The loss by its definition: whole logits in float64, a document at a time, with no padding and no packing.
 
-What training reports goes through chunks, packed rows, micro-batches and ranks; nothing of that is used here.
+What training reports goes through chunks, packed sequences, micro-batches and ranks; nothing of that is used here.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Document:
 
 
 def documents(row: dict[str, Any]) -> Iterator[Document]:
-    """Of a packed row, those with anything to learn."""
+    """Of a packed sequence, those with anything to learn."""
     begins = [at for at, position in enumerate(row["position_ids"]) if position == 0]
     weights = row.get("weights") or [1.0] * len(row["input_ids"])
     for a, b in zip(begins, [*begins[1:], len(row["input_ids"])], strict=True):
