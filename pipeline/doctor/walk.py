@@ -32,6 +32,11 @@ def examine(config: dict[str, Any], plan: dict[str, dict[str, Any]], console: Co
     run_dir = Path(config["run_dir"])
     if not any("training" in config["stages"][name] for name in plan):
         raise Refusal(f"doctor=true: none of {', '.join(plan)} trains; leave it out")
+    if instantiate(config["launch"]).submits:
+        raise Refusal(
+            "doctor=true, launch=slurm: this is no Slurm allocation, and its ranks would have no nodes; call it inside "
+            "`salloc`, or submit it with `sbatch slurm/train.sbatch … doctor=true`"
+        )
     with run_folder.claimed(run_dir) as lock:
         scratch = run_dir / FOLDER
         remove(scratch)
@@ -78,7 +83,7 @@ def _examined(config: dict[str, Any], entry: dict[str, Any], scratch: Path, lock
     ranks = entry["ranks"]
     for mode, count in [("stage", 1)] if ranks == 1 else [("prepare", 1), ("run", ranks)]:
         command = launcher.command(["pipeline.worker", mode, str(spec)], ranks=count, nodes=nodes)
-        env = environment(max(1, count // nodes), entry["device"])
+        env = environment(max(1, count // nodes), entry["device"]) | launcher.variables
         child = subprocess.Popen(command, env=env, pass_fds=[lock], preexec_fn=partial(die_with, os.getpid()))
         if code := child.wait():
             return [

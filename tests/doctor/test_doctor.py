@@ -455,7 +455,8 @@ def test_a_check_that_failed_ends_the_command_with_its_name(
 ) -> None:
     found = [Finding("space", "ok", "10 GB"), Finding("shift", verdict, "3 of 4 [bold]", "mend it")]
     monkeypatch.setattr(walk, "_examined", lambda *_: found)
-    config = {"run_dir": str(tmp_path / "run"), "stages": {"distill": {"training": {}}, "evaluate": {}}}
+    stages: dict[str, Any] = {"distill": {"training": {}}, "evaluate": {}}
+    config = {"run_dir": str(tmp_path / "run"), "stages": stages, "launch": {"_target_": "pipeline.launch.Local"}}
     console = Console(record=True, width=120)
     plan: dict[str, Any] = {"distill": {}, "evaluate": {}}
     if verdict == "failed":
@@ -467,6 +468,9 @@ def test_a_check_that_failed_ends_the_command_with_its_name(
     assert not (tmp_path / "run" / walk.FOLDER).exists()
     with pytest.raises(Refusal, match="doctor=true: none of evaluate trains"):
         walk.examine(config, {"evaluate": {}}, console)
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    with pytest.raises(Refusal, match=r"this is no Slurm allocation.*salloc"):
+        walk.examine({**config, "launch": {"_target_": "pipeline.launch.Slurm"}}, plan, console)
 
 
 def test_a_stage_whose_teacher_is_still_to_be_made_is_told_of(tmp_path: Path) -> None:
