@@ -9,7 +9,7 @@ COVERED ?= tests
 ROOMS ?= models pipeline callbacks
 DEFAULT := -n auto --dist loadfile --no-loadscope-reorder -m "not slow and not gpu and not slurm"
 
-.PHONY: demo help rehearse status setup test unit test-slow test-gpu test-slurm test-oldest coverage lint docs clean
+.PHONY: demo help rehearse status setup test unit test-slow test-gpu test-slurm verify test-oldest coverage lint docs clean
 
 ##@ Run
 
@@ -64,6 +64,9 @@ test-gpu: setup  ## the tests that need a CUDA device
 
 test-slurm: setup  ## on a throw-away Slurm with two pretended nodes (Debian: slurmctld slurmd slurm-client munge)
 	$(BIN)/python -m pytest -m "slurm"
+
+verify: setup  ## every stage that trains under every strategy: what two ranks learn is what one process learns
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.parity
 
 test-oldest: $(OLDEST)/ready  ## a short test on the lowest versions that pyproject.toml allows, in an environment of their own
 	@echo "==> running a short test on the oldest allowed versions: about 4 minutes on 2 cores"
