@@ -57,8 +57,7 @@ def _requeue(up: Cluster, run_dir: Path, job: str) -> None:
 
 def _node_down(up: Cluster, run_dir: Path, job: str) -> None:
     up.command("scontrol", "update", f"NodeName={NODES[1]}", "State=DOWN", "Reason=test")
-    time.sleep(5)
-    up.command("scontrol", "update", f"NodeName={NODES[1]}", "State=RESUME")
+    time.sleep(5)  # it comes back by itself, as soon as its slurmd says that it is there
 
 
 def _kill_rank(up: Cluster, run_dir: Path, job: str) -> None:

@@ -51,7 +51,8 @@ def test_a_job_that_lost_a_node_goes_on_with_the_other(cluster: Cluster, tmp_pat
     assert submit(cluster, tmp_path, *words).returncode == 0
     job = str(status(cluster, tmp_path)["pretrain"]["job"])
     until(lambda: kept_steps(tmp_path) >= 7, tmp_path)
-    cluster.command("scontrol", "update", f"NodeName={NODES[1]}", "State=DOWN", "Reason=test")
+    for state in ("DOWN", "DRAIN"):  # the latter, lest it come back by itself
+        cluster.command("scontrol", "update", f"NodeName={NODES[1]}", f"State={state}", "Reason=test")
     try:
         until(lambda: finished(tmp_path), tmp_path)
     finally:
