@@ -308,11 +308,11 @@ def test_status_tells_of_every_stage_by_files_and_by_slurm(slurm: Path) -> None:
     assert "7/20" in table
     assert "PENDING (Dependency)" in table
     (slurm / "squeue").write_text("")
-    error = {"stage": "distill", "rank": 3, "host": "n2", "where": "models/x.py:7 in f", "message": "no", "time": 1.0}
+    error = {"stage": "distill", "rank": 3, "host": "n2", "where": "models/load.py:7 in f", "message": "no", "time": 1.0}
     (run_dir / "logs" / "distill" / "start-0").mkdir(parents=True)
     (run_dir / "logs" / "distill" / "start-0" / "error.json").write_text(json.dumps(error))
     table = train("status", f"run_dir={run_dir}").stdout
-    assert "distill failed on rank 3 (n2), at models/x.py:7 in f: no" in table
+    assert "distill failed on rank 3 (n2), at models/load.py:7 in f: no" in table
 
 
 def test_cancel_ends_what_waits_before_what_runs(slurm: Path) -> None:
