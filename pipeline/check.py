@@ -42,6 +42,9 @@ def check(spec: dict[str, Any], scratch: Path | None = None) -> dict[str, Any]:
     problems = Problems()
     with refusing("launch"):
         launcher = instantiate(config["launch"])
+    if config["forecast"]["show"]:
+        with tempfile.TemporaryDirectory(dir=scratch) as plans:
+            return {"plan": [], "shown": [], "forecast": _forecast(config, made, Path(plans))}
     if not config["dry_run"]:  # a plan can be made anywhere
         with problems:
             launcher.check()
@@ -59,6 +62,29 @@ def check(spec: dict[str, Any], scratch: Path | None = None) -> dict[str, Any]:
         shown = _shown(config, made, Path(plans)) if config["show_data"] else []
     plan[0]["warnings"] += _on_one_rank(config, typed, made)
     return {"plan": plan, "shown": shown}
+
+
+def _forecast(config: dict[str, Any], made: dict[str, Stage], plans: Path) -> list[dict[str, Any]]:
+    """A row for each stage. One that cannot be traced says so, and the others go on."""
+    from pipeline.context import Context
+    from pipeline.forecast.forecast import forecast_of
+
+    rows, names = [], list(made)
+    for name, stage in made.items():
+        context = Context(config, name, plans=plans, planned=names[: names.index(name)])
+        with in_words_of(context), refusing("config"):
+            workload = stage.workload(context)
+            row = {"stage": name, "notes": ["nothing that a GPU has to hold, or done by another program"]}
+            if workload is not None:
+                try:
+                    row = forecast_of(context, workload)
+                except Refusal:
+                    raise
+                except Exception as problem:  # whatever a family's code says of tensors without values
+                    said = (str(problem) or type(problem).__name__).splitlines()[0]
+                    row = {"stage": name, "notes": [f"its model cannot be traced without weights: {said}"]}
+        rows.append(row)
+    return rows
 
 
 def _shown(config: dict[str, Any], made: dict[str, Stage], plans: Path) -> list[str]:

@@ -96,6 +96,7 @@ def _word(word: str) -> str:
         raise Refusal(f"{word}: write +{word} (an experiment is added to the configuration)")
     word = re.sub(r"^stages=(?=\[|\w)", "only=", word)
     word = re.sub(r"^resume=(?=\w+$)", "resume.mode=", word)
+    word = re.sub(r"^forecast=(?=(true|false)$)", "forecast.show=", word)
     word = re.sub(r"^(only|force|resume\.skip_sequences)=(?!null$)([^\[].*)$", r"\1=[\2]", word)
     word = re.sub(r"^(?=launch\.resources\.)", "++", word)  # a stage need not be listed there
     word = re.sub(r"(?<==)~(?=/|$)|(?<=[\[,])~(?=/)", lambda _: os.path.expanduser("~"), word)

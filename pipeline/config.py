@@ -62,6 +62,19 @@ class Resume:
 
 
 @dataclass
+class Forecast:
+    """What a run would take elsewhere; `forecast=true` sets `show`."""
+
+    show: bool = False  # tell, start nothing
+    gpu: str = "h100"  # a100-40gb | a100 | h100 | h200 | b200 | l40s | rtx4090 | mi300x; or cpu, for memory alone
+    gpus: int | None = None  # how many; null: trainer.devices × trainer.nodes
+    gpus_per_node: int = 8  # for host memory
+    efficiency: float = 0.4  # share of the GPU's peak that a run reaches (MFU); Llama 3 reached 0.38 to 0.43
+    usable_memory: float = 0.9  # share of the GPU's memory; the rest is CUDA's, NCCL's and lost between tensors
+    json: bool = False  # the same as JSON on one line
+
+
+@dataclass
 class Config:
     name: str = MISSING
     run_dir: str = MISSING
@@ -74,6 +87,7 @@ class Config:
     resume: Resume = field(default_factory=Resume)
     dry_run: bool = False  # show the plan and stop
     prepare_only: bool = False  # of each stage what one process does before its ranks start: text and first weights
+    forecast: Forecast = field(default_factory=Forecast)
     show_data: int = 0  # show so many sequences of the first stage that trains, with what is learnt of them, and stop
     doctor: bool = False  # run what trains for two steps on some of its text, check it from inside, and stop
     sized_for: list[float] | None = None  # parameters of the models that an experiment's settings are made for

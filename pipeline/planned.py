@@ -15,6 +15,7 @@ from models.quantization.stored import Outline, read_outline
 from models.teachers.teacher import Source
 from pipeline import artifact
 from pipeline.context import Context
+from pipeline.data.source import DataSource, check_source
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.stages.stage import contract_of
 
@@ -36,6 +37,25 @@ def config_of(
         if weights:
             check_weights(path, role, config)
     return config
+
+
+def architecture_of(context: Context, path: str, role: str, *, setting: str, trust_remote_code: bool = False) -> Any:
+    """As `config_of`, where neither weights nor a tokenizer need be there: for a forecast."""
+    made_here = context.produced_by(path)
+    if not made_here:
+        check_folder(path, role, weights=False)
+    elif context.config_folder(path) == path and not context.finished(path):
+        raise needs_stage(context, made_here, setting)
+    return load_config(context.config_folder(path), role, trust_remote_code)
+
+
+def text_bytes(context: Context, data: DataSource) -> int | None:
+    """Of the training text, where its files are there to be asked."""
+    try:
+        told = check_source(context, data).get("train") or {}
+    except (Refusal, OSError):
+        return None
+    return told.get("bytes")
 
 
 def config_to_change(context: Context, model: str, trust_remote_code: bool) -> Any:

@@ -51,9 +51,24 @@ def run(config: dict[str, Any], typed: Mapping[str, Sequence[str]], words: Seque
         raise Refusal(line) from None
 
 
+def _forecast(config: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    from pipeline.forecast.shown import lines, table
+
+    if config["forecast"]["json"]:
+        print(json.dumps({"forecast": config["forecast"], "stages": rows}))
+        return
+    _print_whole(table(config, rows))
+    for line in lines(config, rows):
+        console.print(line, markup=False, highlight=False, soft_wrap=not console.is_terminal)
+    console.print("forecast=true: nothing was started", highlight=False)
+
+
 def _walk(
     config: dict[str, Any], words: Sequence[str], server: prefork.Server | None, answer: dict[str, Any]
 ) -> submission.Run | None:
+    if config["forecast"]["show"]:
+        _forecast(config, answer["forecast"])
+        return None
     plan = {entry["stage"]: entry for entry in answer["plan"]}
     run_dir, submits = Path(config["run_dir"]), instantiate(config["launch"]).submits
     if config["dry_run"] or config["show_data"]:
@@ -152,7 +167,7 @@ def _rooted(config: dict[str, Any], run_dir: Path) -> dict[str, Any]:
 
 def _check(spec: dict[str, Any], server: prefork.Server | None) -> dict[str, Any]:
     """All that can be refused is refused by one process, before the first stage starts."""
-    if not console.is_terminal:  # where no spinner is seen, that it takes seconds is said
+    if not console.is_terminal and not spec["config"]["forecast"]["json"]:  # where no spinner is seen, that it takes seconds is said
         console.print("checking")
         console.file.flush()
     with (

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, cast
@@ -33,6 +34,19 @@ _BUDGET = {"cpu": 96 * 2**20, "cuda": 1024 * 2**20}
 _CHUNK_TOKENS = 128  # and at least these, however large the vocabulary
 # Logits of one block, on which the terms work: small enough for a CPU's caches, large enough to fill a GPU.
 _BLOCK_BYTES = {"cpu": 2 * 2**20, "cuda": 32 * 2**20}
+
+_forecast_of: str | None = None  # the kind of device whose budgets are taken, whatever the tensors are on
+
+
+@contextmanager
+def as_on(kind: str) -> Iterator[None]:
+    """In it the engine takes the buffers that it would take on a device of this kind, cpu or cuda: for a forecast."""
+    global _forecast_of
+    before, _forecast_of = _forecast_of, kind
+    try:
+        yield
+    finally:
+        _forecast_of = before
 
 
 def objective_sum(
@@ -153,7 +167,7 @@ class _Chunked(torch.autograd.Function):
         grad_hidden_NH, grad_weight, grad_bias, grad_low_Nr, grad_up = gradients
         differentiate = any(wanted)
         sums = [hidden_NH.new_zeros((), dtype=wide) for _ in work.objective.terms]
-        kind = device if device in _BUDGET else "cuda"
+        kind = _forecast_of or (device if device in _BUDGET else "cuda")
         rows = work.chunk_tokens or _chunk_tokens(work, kind, N, V, narrow=low != wide)
         block_rows = max(1, _BLOCK_BYTES[kind] // (4 * V))
         student_RV: Tensor | None = None

@@ -24,7 +24,8 @@ from pipeline.data.rendering import template_of
 from pipeline.data.source import DataSource, check_source, source_key
 from pipeline.data.token_bytes import vocabulary_pairs
 from pipeline.data.tokenizer import first_difference, load_tokenizer
-from pipeline.planned import needs_stage, outline_of, teacher_config
+from pipeline.forecast.workload import Trains
+from pipeline.planned import architecture_of, needs_stage, outline_of, teacher_config, text_bytes
 from pipeline.stages.stage import Makes, Reading, Stage
 from pipeline.stages.stage import Plan as StagePlan
 from pipeline.training import settings
@@ -127,6 +128,26 @@ class Distill(Stage):
                 )
         tokenizer, students = self._tokenizers()
         return self.data, students or tokenizer, tokenizer if students and self.align else None
+
+    def workload(self, context: Context) -> Trains:
+        given, trusted = self.teacher.path, self.teacher.trust_remote_code
+        teacher = architecture_of(context, given, "teacher", setting="teacher.path", trust_remote_code=trusted)
+        start = self.student
+        if start.path:
+            setting = f"{context.setting(context.stage, 'student')}.path"
+            architecture_of(context, start.path, "student", setting=setting)
+            start = replace(start, path=context.config_folder(start.path))  # type: ignore[type-var]
+        student = start.config(context.config_folder(given))
+        self._plan(context, student)
+        return Trains(
+            recipe=self._recipe,
+            student=student,
+            teacher=teacher,
+            fresh=not start.path,
+            start=start.path,
+            made_here=context.produced_by(given) is not None,
+            text_bytes=text_bytes(context, self.data),
+        )
 
     def prepare(self, context: Context) -> None:
         tokenizer, students = self._tokenizers()

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from models.errors import Refusal
 from models.formats.format import Format
-from models.load import DTYPES, check_model
+from models.load import DTYPES, check_model, empty_model, load_config, parameter_count
 from models.measure import Speed, measure_export, measure_folder
 from models.questions import PER
 from models.student import Start
@@ -24,6 +24,7 @@ from pipeline.context import Context
 from pipeline.data.batch import collate, pad_token
 from pipeline.data.prepared import sequences_of
 from pipeline.data.source import DataSource, check_source, source_key
+from pipeline.forecast.workload import Reads
 from pipeline.data.tasks import Task
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.stages.stage import Makes, Stage
@@ -119,6 +120,15 @@ class Evaluate(Stage):
         self._check_task(context, parents)
         models = len(parents) + len(exports)
         return StagePlan(model=f"{models} model{'s' if models > 1 else ''}", data=corpus)
+
+    def workload(self, context: Context) -> Reads | None:
+        """Of the largest model that is measured, on as much text as is not known before it is read."""
+        configs = [load_config(context.config_folder(path)) for path in self._models(context).values()]
+        if not configs:
+            return None
+        largest = max(configs, key=lambda config: parameter_count(empty_model(config)))
+        rows, length = self.batch_size, self.data.max_length
+        return Reads(model=largest, dtype=self.dtype, rows=rows, length=length, tokens=None, several=False)
 
     def _setting(self, context: Context, path: str) -> str:
         """The setting that names this model, for messages."""

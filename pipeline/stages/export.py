@@ -33,7 +33,8 @@ from pipeline.data.batch import collate, pad_token
 from pipeline.data.prepared import sequences_of
 from pipeline.data.rendering import tokenizer_of
 from pipeline.data.source import DataSource, check_source, source_key
-from pipeline.planned import config_to_change, outline_of
+from pipeline.forecast.workload import Reads
+from pipeline.planned import architecture_of, config_to_change, outline_of
 from pipeline.progress import shown
 from pipeline.stages.stage import Makes, Stage
 from pipeline.stages.stage import Plan as StagePlan
@@ -131,6 +132,12 @@ class Export(Stage):
             until=", ".join(self._formats),
             commits={"model": getattr(plan.config, "_commit_hash", None)},
         )
+
+    def workload(self, context: Context) -> Reads:
+        setting = context.setting(context.stage, "model")
+        config = architecture_of(context, self.model, "model", setting=setting)
+        dtype, tokens = self.dtype or dtype_of(config), self.samples * self.length
+        return Reads(model=config, dtype=dtype, rows=1, length=self.length, tokens=tokens, several=False)
 
     def _plan(self, context: Context) -> Plan:
         """What is known of the model without its weights, in the check or later."""

@@ -26,7 +26,8 @@ from pipeline.generation.model import answered_here
 from pipeline.generation.prompts import Chosen, keys_of, read_prompts, write_prompts
 from pipeline.generation.request import Request, end_tokens
 from pipeline.generation.server import answered_by_server
-from pipeline.planned import teacher_config
+from pipeline.forecast.workload import Writes
+from pipeline.planned import architecture_of, teacher_config
 from pipeline.stages.stage import Makes, Stage
 from pipeline.stages.stage import Plan as StagePlan
 from pipeline.steps.serving import check_server
@@ -114,6 +115,24 @@ class Generate(Stage):
             warnings=check_server(context, self.teacher, scores=False),
             teacher=f"{self.teacher.path} ({parameter_count(empty_model(config)):,})",
             commits={"teacher": getattr(config, "_commit_hash", None)},
+        )
+
+    def workload(self, context: Context) -> Writes | None:
+        given, trusted = self.teacher, self.teacher.trust_remote_code
+        config = architecture_of(context, given.path, "teacher", setting="teacher.path", trust_remote_code=trusted)
+        context.plan_model(config)
+        if not given.runs_here:
+            return None
+        longest = self.data.max_length if self.prompt_tokens is None else self.prompt_tokens
+        room = self._room(config)
+        return Writes(
+            model=config,
+            dtype=given.dtype,
+            rows=self.batch_size,
+            prompt=longest if room is None else max(1, min(longest, room)),
+            new=self.sampling.max_new_tokens,
+            answers=None,
+            sharded=hasattr(given.asked_once(), "offload"),
         )
 
     def _check_prompts(self, context: Context, chat: bool) -> None:

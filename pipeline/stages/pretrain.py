@@ -20,6 +20,8 @@ from pipeline.data.source import DataSource, check_source, source_key
 from pipeline.data.tokenizer import load_tokenizer, train_tokenizer
 from pipeline.stages.stage import Makes, Reading, Stage
 from pipeline.stages.stage import Plan as StagePlan
+from pipeline.forecast.workload import Trains
+from pipeline.planned import text_bytes
 from pipeline.training import settings
 from pipeline.training.prepare import prepare
 from pipeline.training.recipe import Recipe
@@ -79,6 +81,12 @@ class Pretrain(Stage):
             warnings=warnings,
         )
 
+    def workload(self, context: Context) -> Trains:
+        path = self.tokenizer.path
+        config = self._config(len(load_tokenizer(path)) if path else self.tokenizer.vocab_size)
+        context.plan_model(config)
+        return Trains(recipe=self._recipe, student=config, text_bytes=text_bytes(context, self.data))
+
     def reading(self, context: Context, scratch: Path) -> Reading:
         return self.data, self._tokenizer(scratch), None
 
@@ -108,8 +116,11 @@ class Pretrain(Stage):
         prepare(context, self.data, tokenizer, start)
 
     def run(self, context: Context) -> None:
-        recipe = Recipe(objective=CrossEntropy(), data=self.data, training=self.training, precision=self.precision)
-        train(context, recipe)
+        train(context, self._recipe)
+
+    @property
+    def _recipe(self) -> Recipe:
+        return Recipe(objective=CrossEntropy(), data=self.data, training=self.training, precision=self.precision)
 
     def _config(self, vocabulary: int) -> Any:
         values = dict(self.model)

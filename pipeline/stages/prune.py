@@ -29,7 +29,8 @@ from pipeline.context import Context
 from pipeline.data.calibration import Calibration
 from pipeline.data.rendering import tokenizer_of
 from pipeline.data.source import DataSource, check_source, source_key
-from pipeline.planned import config_to_change, multiple_for_later_stages
+from pipeline.forecast.workload import Reads
+from pipeline.planned import architecture_of, config_to_change, multiple_for_later_stages
 from pipeline.stages.stage import Makes, Stage
 from pipeline.stages.stage import Plan as StagePlan
 from pipeline.steps.scoring import CalibrationText, Scoring, prepare_text
@@ -156,6 +157,36 @@ class Prune(Stage):
             commits={"model": getattr(config, "_commit_hash", None)},
         )
 
+    def workload(self, context: Context) -> Reads | None:
+        setting = context.setting(context.stage, "model")
+        trusted = self.trust_remote_code
+        config = architecture_of(context, self.model, "model", setting=setting, trust_remote_code=trusted)
+        whole = empty_model(config)
+        anatomy = anatomy_of(whole)
+        shapes = Shapes.of_model(whole, anatomy)
+        kept = self._as_if_scored(context, config, shapes) if self.plan is None else read_plan(Path(self.plan), anatomy)[0]
+        context.plan_model(smaller_config(config, anatomy, kept)[0])
+        if not self._reads:
+            return None
+        calibration = self.calibration
+        return Reads(
+            model=config,
+            dtype=self.dtype,
+            rows=calibration.batch_size,
+            length=calibration.length,
+            tokens=calibration.samples * calibration.length,
+            backward=getattr(self.importance, "needs_gradients", False),
+            sharded=context.strategy.shards_parameters,
+            times=self.steps,
+        )
+
+    def _as_if_scored(self, context: Context, config: Any, shapes: Shapes) -> Kept:
+        """What is kept where every group's units are worth as much as another's."""
+        scores = {group.name: np.arange(group.units, dtype=float) for group in shapes.anatomy.groups.values()}
+        choose(shapes, scores, self._wish(context))
+        kept, _ = feasible(config, shapes, scores, replace(self._wish(context), ranking="layer"))
+        return kept
+
     def _kept(self, context: Context, config: Any, corpus: dict[str, Any], shapes: Shapes) -> Kept:
         """In the check, as if all scores were known: what cannot be met or expressed is refused before a weight is
         read. How units of several groups compare is not known, so that later stages are checked with every group's own
@@ -168,9 +199,7 @@ class Prune(Stage):
             scoring.check(self.importance, shapes.anatomy, self.kinds)
             self._scoring(context).check(self._files)
         with problems:
-            scores = {group.name: np.arange(group.units, dtype=float) for group in shapes.anatomy.groups.values()}
-            choose(shapes, scores, self._wish(context))
-            kept, _ = feasible(config, shapes, scores, replace(self._wish(context), ranking="layer"))
+            kept = self._as_if_scored(context, config, shapes)
         if problems.lines and not self._automatic:  # later stages tell what they refuse of the whole model
             context.plan_model(config)
         problems.tell()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -32,6 +33,7 @@ from pipeline import artifact
 from pipeline.context import Context
 from pipeline.data.calibration import Calibration
 from pipeline.data.source import DataSource, source_key
+from pipeline.forecast.workload import Reads
 from pipeline.planned import outline_of
 from pipeline.progress import shown
 from pipeline.stages.stage import Makes, Stage
@@ -93,6 +95,16 @@ class Quantize(Stage):
                 f"stages.{context.stage}.model={self.model}: its weights are quantized already; give the "
                 f"model it was made of"
             )
+        with self._planning(context) as fits:
+            return self.layer_by_layer.check(context, fits)
+
+    def workload(self, context: Context) -> Reads | None:
+        with self._planning(context) as fits:
+            return self.layer_by_layer.workload(context, fits)
+
+    @contextmanager
+    def _planning(self, context: Context) -> Iterator[Callable[[Any], None]]:
+        """What looks at the model whose matrices are quantized, and plans them for later stages."""
         taken: dict[str, tuple[int, int]] = {}
 
         def fits(model: Any) -> None:
@@ -103,7 +115,7 @@ class Quantize(Stage):
             self._check_fits(model, mine)
 
         try:
-            return self.layer_by_layer.check(context, fits)
+            yield fits
         finally:
             if taken:  # of a scheme that is refused, too: formats then say whether they take it
                 context.plan_quantized(Outline(taken, self.scheme).as_json())

@@ -22,7 +22,8 @@ from pipeline.data.prepared import sequences_of
 from pipeline.data.rendering import tokenizer_of
 from pipeline.data.source import DataSource, check_source, source_key
 from pipeline.data.tokenizer import load_tokenizer, tokenizer_key
-from pipeline.planned import teacher_config
+from pipeline.forecast.workload import BYTES_OF_TEXT_A_TOKEN, Reads
+from pipeline.planned import architecture_of, teacher_config, text_bytes
 from pipeline.stages.stage import Makes, Stage
 from pipeline.stages.stage import Plan as StagePlan
 from pipeline.steps.recording import Recording, adopt, outstanding
@@ -92,6 +93,21 @@ class Record(Stage):
             warnings=check_server(context, self.teacher, scores=True),
             teacher=f"{self.teacher.path} ({parameter_count(empty_model(config)):,})",
             commits={"teacher": getattr(config, "_commit_hash", None)},
+        )
+
+    def workload(self, context: Context) -> Reads | None:
+        given, trusted = self.teacher, self.teacher.trust_remote_code
+        config = architecture_of(context, given.path, "teacher", setting="teacher.path", trust_remote_code=trusted)
+        if not given.runs_here:
+            return None
+        size = text_bytes(context, self.data)
+        return Reads(
+            model=config,
+            dtype=given.dtype,
+            rows=self.batch_size,
+            length=self.data.max_length,
+            tokens=None if size is None else size // BYTES_OF_TEXT_A_TOKEN,
+            sharded=hasattr(given.asked_once(), "offload"),
         )
 
     def _planned(self, context: Context) -> Path:

@@ -26,6 +26,7 @@ from pipeline import artifact
 from pipeline.context import Context
 from pipeline.data.calibration import Calibration
 from pipeline.data.source import DataSource, source_key
+from pipeline.forecast.workload import Reads
 from pipeline.progress import shown
 from pipeline.stages.stage import Makes, Stage
 from pipeline.stages.stage import Plan as StagePlan
@@ -86,6 +87,9 @@ class Sparsify(Stage):
 
     def check(self, context: Context) -> StagePlan:
         return self.layer_by_layer.check(context, self._chosen)
+
+    def workload(self, context: Context) -> Reads | None:
+        return self.layer_by_layer.workload(context, self._chosen)
 
     def prepare(self, context: Context) -> None:
         """There are no other ranks."""

@@ -36,6 +36,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pipeline.artifact import Makes as Makes  # stages take it from here
 from pipeline.context import Context
 from pipeline.data.source import DataSource
+from pipeline.forecast.workload import Workload as Workload  # stages take it from here
 
 if TYPE_CHECKING:
     from models.formats.format import Format
@@ -100,6 +101,12 @@ class Stage(ABC):
 
         What has to be made for that goes to `scratch`.
         """
+        return None
+
+    def workload(self, context: Context) -> Workload | None:
+        """For `forecast=true`, in the check process and in place of `check`: what it computes, from configurations
+        alone; neither weights nor tokenizers need be there. Of a model that it will make it calls `context.plan_model`.
+        None: what it takes is little, or not known."""
         return None
 
     @abstractmethod

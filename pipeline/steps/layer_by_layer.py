@@ -28,7 +28,8 @@ from pipeline.data.calibration import Calibration
 from pipeline.data.prepared import sequences_of
 from pipeline.data.rendering import tokenizer_of
 from pipeline.data.source import DataSource, check_source
-from pipeline.planned import config_to_change
+from pipeline.forecast.workload import Reads
+from pipeline.planned import architecture_of, config_to_change
 from pipeline.stages.stage import Plan
 
 
@@ -76,6 +77,22 @@ class LayerByLayer:
             until=str(self.calibration) if self.reads else "no text",
             warnings=[left] if (left := of_no_kind(whole)) else [],
             commits={"model": getattr(config, "_commit_hash", None)},
+        )
+
+    def workload(self, context: Context, fits: Callable[[Any], object]) -> Reads | None:
+        """As `check`, from the model's config alone. Each layer reads the text before and after it is changed."""
+        setting, trusted = context.setting(context.stage, "model"), self.trust_remote_code
+        config = architecture_of(context, self.model, "model", setting=setting, trust_remote_code=trusted)
+        fits(empty_model(config))
+        config.dtype = DTYPES[self.dtype]
+        context.plan_model(config)
+        if not self.reads:
+            return None
+        given = self.calibration
+        tokens = given.samples * given.length
+        rows = given.batch_size
+        return Reads(
+            model=config, dtype=self.dtype, rows=rows, length=given.length, tokens=tokens, in_layers=True, several=False, times=2
         )
 
     def open(self, context: Context) -> tuple[Any, Offloaded, list[Tensor]]:

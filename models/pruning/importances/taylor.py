@@ -39,6 +39,7 @@ class Taylor:
     order: str = "mix"
     reduction: str = "sum"
     needs_calibration_data: ClassVar[bool] = True
+    needs_gradients: ClassVar[bool] = True  # told to a forecast
     kinds: ClassVar[tuple[str, ...]] = ("heads", "mlp", "experts", "hidden")
 
     def __post_init__(self) -> None:

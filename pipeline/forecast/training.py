@@ -1,0 +1,141 @@
+"""Memory, time and cost of a stage that trains, and which strategy and micro-batch to choose for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from models.errors import Refusal
+from pipeline.forecast.memory import Held, compute_of, held
+from pipeline.forecast.place import Place
+from pipeline.forecast.traces import Traces, micro_batches
+from pipeline.forecast.workload import BYTES_OF_TEXT_A_TOKEN, Trains
+from pipeline.training.strategy import DDP, Single, Strategy, ZeRO
+
+STRATEGIES: dict[str, Strategy] = {  # from the fastest on, as conf/strategy has them
+    "single": Single(),
+    "ddp": DDP(),
+    "zero1": ZeRO(stage=1),
+    "zero2": ZeRO(stage=2),
+    "zero3": ZeRO(stage=3),
+    "zero3_offload": ZeRO(stage=3, offload_optimizer=True, offload_parameters=True),
+}
+_MOST_GPUS = 65_536
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A way to run the stage, and what a rank then holds."""
+
+    strategy: str
+    micro_batch: int
+    gpus: int
+    held: Held
+
+
+@dataclass
+class Training:
+    trains: Trains
+    traces: Traces
+    place: Place
+    strategy: Strategy  # as it is configured
+    name: str  # of that strategy
+
+    def held(self, strategy: Strategy, micro_batch: int, gpus: int | None = None) -> Held:
+        gpus = gpus or self.place.gpus
+        recipe = self.trains.recipe
+        compute = compute_of(strategy, recipe.precision)
+        step = self.traces.step(compute, micro_batch)
+        accumulates = recipe.training.global_batch > micro_batch * gpus
+        made = held(
+            strategy, step, self.traces.teacher(compute), ranks=gpus, accumulates=accumulates, cuda=self.place.cuda
+        )
+        packed = self.traces.saved_by_packing() // (2 if compute == "bfloat16" else 1)
+        return Held({**made.device, "parameters": made.device["parameters"] - packed}, made.host)
+
+    @property
+    def configured(self) -> Held:
+        return self.held(self.strategy, self.trains.recipe.training.micro_batch)
+
+    def fits(self, made: Held) -> bool:
+        per_node = min(self.place.gpus, self.place.gpus_per_node)
+        host = self.place.host_bytes
+        return made.total <= self.place.usable_bytes and (host is None or made.host * per_node <= host)
+
+    def largest(self, strategy: Strategy, gpus: int | None = None) -> int | None:
+        """The largest micro-batch that fits and divides an optimizer step; None where not even one sequence does."""
+        found = None
+        for micro_batch in micro_batches(self.trains.recipe.training.global_batch, gpus or self.place.gpus):
+            if not self.fits(self.held(strategy, micro_batch, gpus)):
+                break
+            found = micro_batch
+        return found
+
+    def choices(self) -> Iterator[tuple[str, Strategy]]:
+        """What can run on so many GPUs, from the fastest on; the configured one with its own numbers."""
+        packed = self.traces.beside and self.trains.recipe.teacher.packed_weights  # type: ignore[union-attr]
+        for name, strategy in STRATEGIES.items():
+            if strategy.several_ranks != (self.place.gpus > 1) and name != "zero3_offload":
+                continue
+            if packed and isinstance(strategy, ZeRO) and strategy.stage == 3:
+                continue
+            yield name, self.strategy if name == self.name else strategy
+
+    def best(self) -> Fit | None:
+        """The fastest strategy with which the configured micro-batch fits, else one that takes a smaller one."""
+        wanted = self.trains.recipe.training.micro_batch
+        smaller = None
+        for name, strategy in self.choices():
+            if self.fits(made := self.held(strategy, wanted)):
+                return Fit(name, wanted, self.place.gpus, made)
+            if smaller is None and (most := self.largest(strategy)):
+                smaller = Fit(name, most, self.place.gpus, self.held(strategy, most))
+        return smaller
+
+    def more_gpus(self) -> Fit | None:
+        """The least doubling of the GPUs on which one sequence at a time fits under ZeRO-3."""
+        gpus, strategy = 2 * self.place.gpus, STRATEGIES["zero3"]
+        while gpus <= _MOST_GPUS:
+            if self.fits(made := self.held(strategy, 1, gpus)):
+                return Fit("zero3", 1, gpus, made)
+            gpus *= 2
+        return None
+
+    @property
+    def flops_per_token(self) -> float:
+        """Of all that a micro-batch computes: both models, the loss and what is computed again."""
+        recipe = self.trains.recipe
+        step = self.traces.step(compute_of(self.strategy, recipe.precision), recipe.training.micro_batch)
+        return sum(step.flops.values()) / (recipe.training.micro_batch * recipe.data.max_length)
+
+    @property
+    def flops_without_teacher(self) -> float:
+        """The same of plain training, with hard labels."""
+        from models.tracing.step import TEACHER
+
+        recipe = self.trains.recipe
+        step = self.traces.step(compute_of(self.strategy, recipe.precision), recipe.training.micro_batch)
+        own = sum(count for label, count in step.flops.items() if label != TEACHER)
+        return own / (recipe.training.micro_batch * recipe.data.max_length)
+
+    @property
+    def tokens(self) -> int | None:
+        """That are trained on, at most."""
+        training, length = self.trains.recipe.training, self.trains.recipe.data.max_length
+        limits = [] if training.max_tokens is None else [training.max_tokens]
+        if training.max_steps is not None:
+            limits.append(training.max_steps * training.global_batch * length)
+        if training.epochs is not None and self.trains.text_bytes is not None:
+            limits.append(int(training.epochs * self.trains.text_bytes / BYTES_OF_TEXT_A_TOKEN))
+        return min(limits, default=None)
+
+
+def strategy_name(config: dict[str, Any], strategy: Strategy) -> str:
+    """That of conf/strategy, as far as the configuration is one of them."""
+    if isinstance(strategy, ZeRO):
+        return f"zero{strategy.stage}" + ("_offload" if strategy.offload_optimizer else "")
+    for name, known in STRATEGIES.items():
+        if type(known) is type(strategy):
+            return name
+    raise Refusal(f"strategy={config['_target_']}: forecast=true knows {', '.join(STRATEGIES)}")
