@@ -12,7 +12,7 @@ from models.load import empty_model
 from models.representations import decoder_layers
 from models.tracing.step import TEACHER, Step
 
-_SHALLOW = (2, 3)
+_SHALLOW = (1, 2)
 
 
 def equal_layers(config: Any) -> bool:
@@ -66,7 +66,6 @@ def deepened(trace: Callable[[int], Step], student: float, teacher: float) -> St
         teacher_bytes=grown(first.teacher_bytes, second.teacher_bytes, teacher),
         forward=held(first.forward, second.forward),
         backward=held(first.backward, second.backward),
-        fresh=held(first.fresh, second.fresh),
         optimizer_bytes=grown(first.optimizer_bytes, second.optimizer_bytes, student),
         optimizer_extra=grown(first.optimizer_extra, second.optimizer_extra, student),
         flops=Counter(

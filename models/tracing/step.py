@@ -65,8 +65,8 @@ class Step:
     teacher: int  # parameters
     teacher_bytes: int
     forward: Counter[str]
-    backward: Counter[str]  # onto gradients that are there: a further micro-batch of a step
-    fresh: Counter[str]  # backward of the first micro-batch, with the gradients that come to be
+    backward: Counter[str]  # with the gradients that come to be, where it does not add to some that are there
+    accumulates: bool
     optimizer_bytes: int  # its state
     optimizer_extra: int  # what a step holds beside it
     largest_module: int  # parameters of the student's largest one that has some of its own: what ZeRO-3 gathers at once
@@ -88,10 +88,11 @@ def made(config: Any, dtype: torch.dtype, attention: str | None = None) -> Any:
     )
 
 
-def trace(work: Work, compute: str, kind: str) -> Step:
-    """`compute`: of COMPUTES. `kind`: cpu or cuda, whose buffers the loss engine takes."""
+def trace(work: Work, compute: str, kind: str, accumulates: bool = True) -> Step:
+    """`compute`: of COMPUTES. `kind`: cpu or cuda, whose buffers the loss engine takes. `accumulates`: the backward adds to
+    gradients that are there; without, they come to be in it."""
     low = torch.bfloat16
-    with pretended(), chunked.as_on(kind):
+    with pretended(), chunked.as_on(kind), Live() as live:
         student = work.student()
         beside = None if work.teacher is None else work.teacher()
         if compute == "bfloat16":
@@ -99,8 +100,7 @@ def trace(work: Work, compute: str, kind: str) -> Step:
             _cast(beside, low)
         module = _module(work, student, beside)
         autocast = partial(torch.autocast, "cpu", dtype=low) if compute == "autocast" else nullcontext
-        with Live() as live:
-            return _traced(module, student, beside, work, live, kind, autocast)
+        return _traced(module, beside, work, live, kind, autocast, accumulates)
 
 
 def _cast(model: Any, dtype: torch.dtype) -> None:
@@ -146,8 +146,10 @@ def _module(work: Work, student: Any, beside: Any) -> LanguageModel:
     return module
 
 
-def _traced(module: LanguageModel, student: Any, beside: Any, work: Work, live: Live, kind: str, autocast: Any) -> Step:
-    trained = module.trained()
+def _traced(
+    module: LanguageModel, beside: Any, work: Work, live: Live, kind: str, autocast: Any, accumulates: bool
+) -> Step:
+    student, trained = module.student, module.trained()
     own = [*student.parameters(), *student.buffers(), *module.comparisons.parameters()]
     live.hold([] if beside is None else [*beside.parameters(), *beside.buffers()], TEACHER_WEIGHTS)
     live.hold(own, WEIGHTS)
@@ -155,10 +157,13 @@ def _traced(module: LanguageModel, student: Any, beside: Any, work: Work, live: 
     head = student.get_output_embeddings()  # the loss engine runs as its forward
     head.register_forward_pre_hook(lambda *_: setattr(live, "label", ENGINE))
     head.register_forward_hook(lambda *_: setattr(live, "label", ACTIVATIONS))
-    forward, fresh = _pass(module, work, live, autocast)
+    live.flops.clear()
+    if accumulates:
+        for parameter in trained:
+            parameter.grad = torch.empty_like(parameter)
+            live.hold([parameter.grad], GRADIENTS)
+    forward, backward = _pass(module, work, live, autocast)
     flops = Counter(live.flops)
-    live.hold([p.grad for p in trained if p.grad is not None], GRADIENTS)
-    _, backward = _pass(module, work, live, autocast)
     optimizer, extra = _optimizer(module, live, kind)
     return Step(
         trained=sum(p.numel() for p in trained),
@@ -170,7 +175,7 @@ def _traced(module: LanguageModel, student: Any, beside: Any, work: Work, live: 
         teacher_bytes=teacher_weights,
         forward=_beyond(forward),
         backward=_beyond(backward),
-        fresh=_beyond(fresh),
+        accumulates=accumulates,
         optimizer_bytes=optimizer,
         optimizer_extra=extra,
         largest_module=_largest(student),

@@ -7,6 +7,7 @@ from typing import Any
 
 from models.load import DTYPES, empty_model, parameter_count
 from models.tracing.reading import read, write
+from models.tracing.step import ENGINE
 from pipeline.context import Context
 from pipeline.forecast.memory import PARTS, Held
 from pipeline.forecast.payoff import verdict
@@ -49,6 +50,7 @@ def _trains(context: Context, trains: Trains, place: Place) -> Json:
         "micro_batch": training.micro_batch,
         "gpus": place.gpus,
         **_memory(held, place),
+        "loss_bytes": stage.step.forward[ENGINE],
         "host_bytes": held.host + _loading(stage, place),
         **_disk(trains, parameters, stage.tokens, trainer["checkpoint"]["keep"]),
         **_time(stage.tokens, stage.flops_per_token, place, trains.recipe.precision),

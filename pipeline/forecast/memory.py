@@ -65,7 +65,7 @@ def held(
         sharding = _sharded if strategy.stage == 3 else _partitioned
         made = sharding(strategy, step, ranks, accumulates, cuda)
     elif isinstance(strategy, Single | DDP):
-        made = _whole(step, accumulates, reduces=isinstance(strategy, DDP))
+        made = _whole(step, reduces=isinstance(strategy, DDP))
     else:
         raise Refusal(f"strategy={type(strategy).__name__}: forecast=true knows single, ddp and zero1 to zero3")
     return _with_teacher(made, teacher, ranks, sharded=isinstance(strategy, ZeRO) and strategy.stage == 3)
@@ -80,11 +80,11 @@ def _with_teacher(made: Held, teacher: TeacherHeld, ranks: int, sharded: bool) -
     return Held({**made.device, "teacher": made.device.get("teacher", 0) + whole}, host)
 
 
-def _whole(step: Step, accumulates: bool, reduces: bool) -> Held:
+def _whole(step: Step, reduces: bool) -> Held:
     """Every rank holds all of it. DDP keeps a second copy of the gradients, in the buckets that it sums over ranks."""
     gradients = step.trained_bytes
     moments = [(gradients, step.forward), (gradients, Counter({OPTIMIZER: step.optimizer_extra}))]
-    moments.append((gradients, step.backward) if accumulates else (0, step.fresh))
+    moments.append((gradients if step.accumulates else 0, step.backward))
     return _fullest(
         {"parameters": step.weight_bytes, "optimizer": step.optimizer_bytes},
         [(of_gradients, gradients if reduces else 0, work) for of_gradients, work in moments],
@@ -111,8 +111,6 @@ def _partitioned(strategy: ZeRO, step: Step, ranks: int, accumulates: bool, cuda
         (sums + of_share, bucket, Counter[str]()),  # all gradients are there, and the share is made of them
         (2 * of_share, 0, Counter({OPTIMIZER: step.optimizer_extra // ranks})),
     ]
-    if not accumulates and whole_sums and not low:
-        moments[1] = (0, bucket, step.fresh)
     return _fullest({"parameters": step.weight_bytes, "optimizer": states}, moments)
 
 

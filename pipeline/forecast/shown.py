@@ -13,8 +13,7 @@ from pipeline.report.units import duration, si, size
 
 Json = dict[str, Any]
 
-_MEMORY = (*(f"{part}_bytes" for part in PARTS), "kv_cache_bytes")
-_COLUMNS = ("device", *PARTS, "kv_cache", "host", "checkpoints", "data", "tokens", "FLOPs", "tokens/s", "time", "GPU-hours")
+_MEMORY = (*(f"{part}_bytes" for part in PARTS), "kv_cache_bytes")  # at the fullest moment
 
 
 def table(config: Json, rows: list[Json]) -> Table:
@@ -49,6 +48,7 @@ def _cells(rows: list[Json]) -> list[tuple[str, list[str]]]:
         ("micro-batch", of("micro_batch", str)),
         (f"memory of a GPU{limit}", [f"{size(row['device_bytes'])}{'' if row['fits'] else ' !'}" for row in rows]),
         *((f"  {name.removesuffix('_bytes').replace('_', ' ')}", of(name, size)) for name in _MEMORY),
+        ("loss engine at work", of("loss_bytes", size)),
         ("largest micro-batch", of("largest_micro_batch", str)),
         ("choose", of("choose", lambda it: f"{it['strategy']}, {it['micro_batch']}")),
         ("host memory of a rank", of("host_bytes", size)),

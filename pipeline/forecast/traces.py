@@ -31,15 +31,15 @@ class Traces:
     kind: str  # cpu or cuda
     memory_bytes: int | None = None  # of the loss engine
     recorded: int = RECORDED
-    _steps: dict[tuple[str, int], Step] = field(default_factory=dict)
+    _steps: dict[tuple[str, int, bool], Step] = field(default_factory=dict)
 
-    def step(self, compute: str, rows: int) -> Step:
+    def step(self, compute: str, rows: int, accumulates: bool = True) -> Step:
         """`compute`: of models.tracing.step.COMPUTES; `rows`: the micro-batch."""
         given = self.trains.recipe.training.micro_batch
         if rows == given:
-            return self._at(compute, rows)
+            return self._at(compute, rows, accumulates)
         least, most = (1, given) if rows < given else (given, _WIDER * given)
-        two = [self._at(compute, least), self._at(compute, most)]
+        two = [self._at(compute, least, accumulates), self._at(compute, most, accumulates)]
         by = (rows - least) / (most - least)
         return deepened(two.__getitem__, by, by)
 
@@ -70,23 +70,24 @@ class Traces:
             return 0
         return round((4 - _NF4_BYTES) * _linear_weights(empty_model(self.trains.student)))
 
-    def _at(self, compute: str, rows: int) -> Step:
-        if (compute, rows) not in self._steps:
-            self._steps[compute, rows] = self._traced(compute, rows)
-        return self._steps[compute, rows]
+    def _at(self, compute: str, rows: int, accumulates: bool) -> Step:
+        key = (compute, rows, accumulates)
+        if key not in self._steps:
+            self._steps[key] = self._traced(compute, rows, accumulates)
+        return self._steps[key]
 
-    def _traced(self, compute: str, rows: int) -> Step:
+    def _traced(self, compute: str, rows: int, accumulates: bool) -> Step:
         student, teacher = self.trains.student, self.trains.teacher if self.beside else None
         compared = bool(self.trains.recipe.objective.representations)  # by the numbers of their layers
         of_student = None if compared else depths(student)
         of_teacher = None if compared or teacher is None else depths(teacher)
         if of_student is None and of_teacher is None:
-            return trace(self._work(rows, student, teacher), compute, self.kind)
+            return trace(self._work(rows, student, teacher), compute, self.kind, accumulates)
 
         def at(number: int) -> Step:
             small = student if of_student is None else shallow(student, of_student[number])
             beside = teacher if of_teacher is None else shallow(teacher, of_teacher[number])
-            return trace(self._work(rows, small, beside), compute, self.kind)
+            return trace(self._work(rows, small, beside), compute, self.kind, accumulates)
 
         return deepened(at, _lacking(student, of_student), _lacking(teacher, of_teacher))
 

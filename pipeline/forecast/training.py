@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from models.errors import Refusal
+from models.tracing.step import TEACHER, Step
 from pipeline.forecast.memory import Held, compute_of, held
 from pipeline.forecast.place import Place
 from pipeline.forecast.traces import Traces, micro_batches
@@ -46,8 +47,9 @@ class Training:
         gpus = gpus or self.place.gpus
         recipe = self.trains.recipe
         compute = compute_of(strategy, recipe.precision)
-        step = self.traces.step(compute, micro_batch)
         accumulates = recipe.training.global_batch > micro_batch * gpus
+        # DeepSpeed takes every gradient away as it comes to be.
+        step = self.traces.step(compute, micro_batch, accumulates or isinstance(strategy, ZeRO))
         made = held(
             strategy, step, self.traces.teacher(compute), ranks=gpus, accumulates=accumulates, cuda=self.place.cuda
         )
@@ -103,21 +105,27 @@ class Training:
         return None
 
     @property
+    def step(self) -> Step:
+        """As it is configured."""
+        recipe = self.trains.recipe
+        accumulates = recipe.training.global_batch > recipe.training.micro_batch * self.place.gpus
+        compute = compute_of(self.strategy, recipe.precision)
+        return self.traces.step(
+            compute, recipe.training.micro_batch, accumulates or isinstance(self.strategy, ZeRO)
+        )
+
+    @property
     def flops_per_token(self) -> float:
         """Of all that a micro-batch computes: both models, the loss and what is computed again."""
-        recipe = self.trains.recipe
-        step = self.traces.step(compute_of(self.strategy, recipe.precision), recipe.training.micro_batch)
-        return sum(step.flops.values()) / (recipe.training.micro_batch * recipe.data.max_length)
+        return self._a_token(sum(self.step.flops.values()))
 
     @property
     def flops_without_teacher(self) -> float:
-        """The same of plain training, with hard labels."""
-        from models.tracing.step import TEACHER
+        """The same without the teacher's body: plain training takes as much, or a little less in the loss."""
+        return self._a_token(sum(count for label, count in self.step.flops.items() if label != TEACHER))
 
-        recipe = self.trains.recipe
-        step = self.traces.step(compute_of(self.strategy, recipe.precision), recipe.training.micro_batch)
-        own = sum(count for label, count in step.flops.items() if label != TEACHER)
-        return own / (recipe.training.micro_batch * recipe.data.max_length)
+    def _a_token(self, flops: int) -> float:
+        return flops / (self.trains.recipe.training.micro_batch * self.trains.recipe.data.max_length)
 
     @property
     def tokens(self) -> int | None:
