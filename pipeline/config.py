@@ -197,6 +197,9 @@ def parse(composed: Any) -> dict[str, Any]:
         raise Refusal(
             "resume.skip_sequences is for an unfinished stage; add resume.from_step=STEP, from where they are left out"
         )
+    for name, value in config["forecast"].items():
+        if not config["forecast"]["show"] and value != getattr(Forecast, name):
+            raise Refusal(f"forecast.{name}={value}: it says where a forecast is of; add forecast=true")
     if config["show_data"] < 0:
         raise Refusal(f"show_data={config['show_data']}: need a number of sequences to show, or 0 for none")
     for option in ("start", "stop"):

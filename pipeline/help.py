@@ -38,6 +38,7 @@ def page() -> str:
             *(line for group, lines in groups.items() for line in (f"  {_ADDED.get(group, group)}=", *lines)),
             "",
             "Which stages run: only=[a,b] start=a stop=b force=[a]; dry_run=true shows the plan and stops;",
+            "forecast=true forecast.gpu=h100 forecast.gpus=64 tells memory, time and cost without weights, and stops;",
             "show_data=3 shows 3 sequences as they enter training, with what is learnt of them marked, and stops;",
             "prepare_only=true stops before a stage's ranks would start: its text and first weights are ready then;",
             "doctor=true runs two steps of what trains, checks loss, gradient, text and ranks from inside, and stops;",

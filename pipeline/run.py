@@ -167,7 +167,9 @@ def _rooted(config: dict[str, Any], run_dir: Path) -> dict[str, Any]:
 
 def _check(spec: dict[str, Any], server: prefork.Server | None) -> dict[str, Any]:
     """All that can be refused is refused by one process, before the first stage starts."""
-    if not console.is_terminal and not spec["config"]["forecast"]["json"]:  # where no spinner is seen, that it takes seconds is said
+    if (
+        not console.is_terminal and not spec["config"]["forecast"]["json"]
+    ):  # where no spinner is seen, that it takes seconds is said
         console.print("checking")
         console.file.flush()
     with (

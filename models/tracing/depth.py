@@ -21,7 +21,9 @@ def equal_layers(config: Any) -> bool:
     if len(set(getattr(text, "layer_types", None) or ["one"])) > 1:
         return False
     kinds = {
-        tuple((name, type(module), *(tuple(p.shape) for p in module.parameters(recurse=False))) for name, module in each)
+        tuple(
+            (name, type(module), *(tuple(p.shape) for p in module.parameters(recurse=False))) for name, module in each
+        )
         for each in (list(layer.named_modules()) for layer in decoder_layers(empty_model(config)))
     }
     return len(kinds) == 1

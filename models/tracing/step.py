@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -76,9 +77,27 @@ class Step:
 @contextmanager
 def pretended() -> Iterator[None]:
     """In it tensors have no values, and models no weights."""
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), FakeTensorMode(), torch.device("cpu"):
+    with (
+        warnings.catch_warnings(),
+        torch.random.fork_rng(devices=[]),
+        mock.patch.object(nn.Module, "_apply", _applied),
+        FakeTensorMode(),
+        torch.device("cpu"),
+    ):
         warnings.simplefilter("ignore")
         yield
+
+
+def _applied(module: nn.Module, function: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    """As nn.Module.to has it, by new parameters: tensors without values cannot be swapped in place."""
+    for child in module.children() if recurse else ():
+        child._apply(function)
+    for name, old in module._parameters.items():
+        if old is not None and (new := function(old.detach())).dtype != old.dtype:
+            module._parameters[name] = nn.Parameter(new, requires_grad=old.requires_grad)
+    for name, buffer in module._buffers.items():
+        module._buffers[name] = None if buffer is None else function(buffer)
+    return module
 
 
 def made(config: Any, dtype: torch.dtype, attention: str | None = None) -> Any:
@@ -89,8 +108,8 @@ def made(config: Any, dtype: torch.dtype, attention: str | None = None) -> Any:
 
 
 def trace(work: Work, compute: str, kind: str, accumulates: bool = True) -> Step:
-    """`compute`: of COMPUTES. `kind`: cpu or cuda, whose buffers the loss engine takes. `accumulates`: the backward adds to
-    gradients that are there; without, they come to be in it."""
+    """`compute`: of COMPUTES. `kind`: cpu or cuda, whose buffers the loss engine takes. `accumulates`: the backward
+    adds to gradients that are there; without, they come to be in it."""
     low = torch.bfloat16
     with pretended(), chunked.as_on(kind), Live() as live:
         student = work.student()

@@ -37,9 +37,7 @@ def _trains(context: Context, trains: Trains, place: Place) -> Json:
     trainer = context.config["trainer"]
     memory_mb = trainer["objective_memory_mb"]
     recorded = (context.config["encoding"] or {}).get("k", RECORDED)
-    traces = Traces(
-        trains, "cuda" if place.cuda else "cpu", None if memory_mb is None else memory_mb * 2**20, recorded
-    )
+    traces = Traces(trains, "cuda" if place.cuda else "cpu", None if memory_mb is None else memory_mb * 2**20, recorded)
     name = strategy_name(context.config["strategy"], context.strategy)
     stage = Training(trains, traces, place, context.strategy, name)
     held, training = stage.configured, trains.recipe.training
@@ -154,7 +152,9 @@ def _reads(reads: Reads, place: Place) -> Json:
 
 def _writes(writes: Writes, place: Place) -> Json:
     made = write(writes.model, DTYPES[writes.dtype], writes.rows, writes.prompt, writes.new)
-    weights = math.ceil(made.weight_bytes / place.gpus) + made.largest_layer_bytes if writes.sharded else made.weight_bytes
+    weights = (
+        math.ceil(made.weight_bytes / place.gpus) + made.largest_layer_bytes if writes.sharded else made.weight_bytes
+    )
     held = Held({"parameters": weights, "activations": made.work, "buffers": made.cache_bytes})
     seconds = _writing_seconds(made, writes.rows, writes.new, place)
     total = None

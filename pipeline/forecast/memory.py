@@ -57,9 +57,7 @@ def compute_of(strategy: Strategy, precision: str) -> str:
     return "bfloat16" if isinstance(strategy, ZeRO) else "autocast"
 
 
-def held(
-    strategy: Strategy, step: Step, teacher: TeacherHeld, *, ranks: int, accumulates: bool, cuda: bool
-) -> Held:
+def held(strategy: Strategy, step: Step, teacher: TeacherHeld, *, ranks: int, accumulates: bool, cuda: bool) -> Held:
     """`step` is traced as `compute_of` says; `accumulates`: an optimizer step has several micro-batches."""
     if isinstance(strategy, ZeRO):
         sharding = _sharded if strategy.stage == 3 else _partitioned

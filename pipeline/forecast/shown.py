@@ -19,7 +19,9 @@ _MEMORY = (*(f"{part}_bytes" for part in PARTS), "kv_cache_bytes")  # at the ful
 def table(config: Json, rows: list[Json]) -> Table:
     """A column for each stage: memory of one rank, then the whole run."""
     said = config["forecast"]
-    made = Table(title=Text(f"{config['name']}, forecast for {_gpus(rows, said)}"), title_justify="left", box=box.SIMPLE_HEAD)
+    made = Table(
+        title=Text(f"{config['name']}, forecast for {_gpus(rows, said)}"), title_justify="left", box=box.SIMPLE_HEAD
+    )
     made.add_column("")
     shown = [row for row in rows if "device_bytes" in row]
     for row in shown:

@@ -110,9 +110,7 @@ class Training:
         recipe = self.trains.recipe
         accumulates = recipe.training.global_batch > recipe.training.micro_batch * self.place.gpus
         compute = compute_of(self.strategy, recipe.precision)
-        return self.traces.step(
-            compute, recipe.training.micro_batch, accumulates or isinstance(self.strategy, ZeRO)
-        )
+        return self.traces.step(compute, recipe.training.micro_batch, accumulates or isinstance(self.strategy, ZeRO))
 
     @property
     def flops_per_token(self) -> float:

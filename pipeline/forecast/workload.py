@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.data.calibration import Calibration
 from pipeline.training.recipe import Recipe
 
 
@@ -35,6 +36,12 @@ class Reads:
     sharded: bool = False  # over the ranks, as ZeRO-3 has it
     several: bool = True  # ranks share the text
     times: int = 1  # it reads all of it so often
+
+    @classmethod
+    def of(cls, model: Any, dtype: str, text: Calibration, **more: Any) -> Reads:
+        """Of calibration text; `more`: further fields."""
+        tokens = text.samples * text.length
+        return cls(model=model, dtype=dtype, rows=text.batch_size, length=text.length, tokens=tokens, **more)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,9 +24,9 @@ from pipeline.context import Context
 from pipeline.data.batch import collate, pad_token
 from pipeline.data.prepared import sequences_of
 from pipeline.data.source import DataSource, check_source, source_key
-from pipeline.forecast.workload import Reads
 from pipeline.data.tasks import Task
 from pipeline.data.tokenizer import load_tokenizer
+from pipeline.forecast.workload import Reads
 from pipeline.stages.stage import Makes, Stage
 from pipeline.stages.stage import Plan as StagePlan
 from pipeline.steps.accuracy import with_accuracy

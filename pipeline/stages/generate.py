@@ -21,12 +21,12 @@ from pipeline.data.filters import Filter, code_key
 from pipeline.data.rendering import tokenizer_of
 from pipeline.data.source import SPLITS, DataSource, check_source, source_key
 from pipeline.data.tokenizer import tokenizer_key
+from pipeline.forecast.workload import Writes
 from pipeline.generation.judged import Judged
 from pipeline.generation.model import answered_here
 from pipeline.generation.prompts import Chosen, keys_of, read_prompts, write_prompts
 from pipeline.generation.request import Request, end_tokens
 from pipeline.generation.server import answered_by_server
-from pipeline.forecast.workload import Writes
 from pipeline.planned import architecture_of, teacher_config
 from pipeline.stages.stage import Makes, Stage
 from pipeline.stages.stage import Plan as StagePlan

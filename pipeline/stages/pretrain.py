@@ -18,10 +18,10 @@ from pipeline import artifact
 from pipeline.context import Context
 from pipeline.data.source import DataSource, check_source, source_key
 from pipeline.data.tokenizer import load_tokenizer, train_tokenizer
-from pipeline.stages.stage import Makes, Reading, Stage
-from pipeline.stages.stage import Plan as StagePlan
 from pipeline.forecast.workload import Trains
 from pipeline.planned import text_bytes
+from pipeline.stages.stage import Makes, Reading, Stage
+from pipeline.stages.stage import Plan as StagePlan
 from pipeline.training import settings
 from pipeline.training.prepare import prepare
 from pipeline.training.recipe import Recipe

@@ -164,21 +164,15 @@ class Prune(Stage):
         whole = empty_model(config)
         anatomy = anatomy_of(whole)
         shapes = Shapes.of_model(whole, anatomy)
-        kept = self._as_if_scored(context, config, shapes) if self.plan is None else read_plan(Path(self.plan), anatomy)[0]
+        kept = (
+            self._as_if_scored(context, config, shapes) if self.plan is None else read_plan(Path(self.plan), anatomy)[0]
+        )
         context.plan_model(smaller_config(config, anatomy, kept)[0])
         if not self._reads:
             return None
-        calibration = self.calibration
-        return Reads(
-            model=config,
-            dtype=self.dtype,
-            rows=calibration.batch_size,
-            length=calibration.length,
-            tokens=calibration.samples * calibration.length,
-            backward=getattr(self.importance, "needs_gradients", False),
-            sharded=context.strategy.shards_parameters,
-            times=self.steps,
-        )
+        gradients = getattr(self.importance, "needs_gradients", False)
+        sharded = context.strategy.shards_parameters
+        return Reads.of(config, self.dtype, self.calibration, backward=gradients, sharded=sharded, times=self.steps)
 
     def _as_if_scored(self, context: Context, config: Any, shapes: Shapes) -> Kept:
         """What is kept where every group's units are worth as much as another's."""

@@ -88,12 +88,7 @@ class LayerByLayer:
         context.plan_model(config)
         if not self.reads:
             return None
-        given = self.calibration
-        tokens = given.samples * given.length
-        rows = given.batch_size
-        return Reads(
-            model=config, dtype=self.dtype, rows=rows, length=given.length, tokens=tokens, in_layers=True, several=False, times=2
-        )
+        return Reads.of(config, self.dtype, self.calibration, in_layers=True, several=False, times=2)
 
     def open(self, context: Context) -> tuple[Any, Offloaded, list[Tensor]]:
         """(tokenizer, model, batches): Int64[B, T] each, none where no text is needed."""

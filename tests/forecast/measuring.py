@@ -27,7 +27,7 @@ def compiled(folder: Path) -> Path:
 
 
 class PeakMemory(pl.Callback):
-    """Writes the most bytes that tensors had at once in a stage's micro-batches from `first` on: OUT-STAGE-RANK.json."""
+    """Writes the most bytes that tensors had at once in a stage's micro-batches from `first` on."""
 
     def __init__(self, stage: str, out: str, first: int) -> None:
         self.file, self.first = f"{out}-{stage}-{os.environ.get('RANK', '0')}.json", first

@@ -26,7 +26,11 @@ _WORDS = [
     *(f"stages.pretrain.model.{name}={value}" for name, value in _WIDTHS.items()),
     *(f"student.shape.{name}={value}" for name, value in _WIDTHS.items()),
     "student.shape.num_attention_heads=4",
-    *(f"stages.{stage}.training.{name}={value}" for stage in ("pretrain", "distill") for name, value in _TRAINING.items()),
+    *(
+        f"stages.{stage}.training.{name}={value}"
+        for stage in ("pretrain", "distill")
+        for name, value in _TRAINING.items()
+    ),
     "trainer.accelerator=cpu",
     "trainer.checkpoint.every_steps=1000",
     "callbacks.watchdog=null",
