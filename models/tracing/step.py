@@ -82,7 +82,6 @@ def pretended() -> Iterator[None]:
         torch.random.fork_rng(devices=[]),
         mock.patch.object(nn.Module, "_apply", _applied),
         FakeTensorMode(),
-        torch.device("cpu"),
     ):
         warnings.simplefilter("ignore")
         yield

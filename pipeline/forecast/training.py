@@ -85,15 +85,18 @@ class Training:
             yield name, self.strategy if name == self.name else strategy
 
     def best(self) -> Fit | None:
-        """The fastest strategy with which the configured micro-batch fits, else one that takes a smaller one."""
-        wanted = self.trains.recipe.training.micro_batch
-        smaller = None
-        for name, strategy in self.choices():
-            if self.fits(made := self.held(strategy, wanted)):
-                return Fit(name, wanted, self.place.gpus, made)
-            if smaller is None and (most := self.largest(strategy)):
-                smaller = Fit(name, most, self.place.gpus, self.held(strategy, most))
-        return smaller
+        """The fastest strategy with which the configured micro-batch fits, else the fastest with a smaller one. What
+        waits in host memory is taken where nothing else fits."""
+        wanted, chosen = self.trains.recipe.training.micro_batch, list(self.choices())
+        fast = [(name, strategy) for name, strategy in chosen if name != "zero3_offload"]
+        for some in (fast, chosen):
+            for name, strategy in some:
+                if self.fits(made := self.held(strategy, wanted)):
+                    return Fit(name, wanted, self.place.gpus, made)
+            for name, strategy in some:
+                if (most := self.largest(strategy)) is not None:
+                    return Fit(name, most, self.place.gpus, self.held(strategy, most))
+        return None
 
     def more_gpus(self) -> Fit | None:
         """The least doubling of the GPUs on which one sequence at a time fits under ZeRO-3."""

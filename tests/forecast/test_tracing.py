@@ -174,7 +174,9 @@ def test_a_deep_model_is_what_two_shallow_ones_say() -> None:
 
 
 def test_a_model_of_unlike_layers_is_traced_whole() -> None:
-    config = AutoConfig.for_model("gemma2", num_hidden_layers=6, layer_types=["sliding_attention", "full_attention"] * 3)
+    config = AutoConfig.for_model(
+        "gemma2", num_hidden_layers=6, layer_types=["sliding_attention", "full_attention"] * 3
+    )
     config.hidden_size, config.intermediate_size, config.vocab_size = 64, 128, VOCABULARY
     assert depths(config) is None
 
