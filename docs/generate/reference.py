@@ -224,7 +224,8 @@ def overview() -> str:
         names = ", ".join(f"`{made.name}`" for made in choices(group))
         lines.append(f"| [{group}]({_link(group)}) | {names} |")
     lines += ["", "## Keys of every run", "", "From `pipeline/config.py` and `conf/config.yaml`.", ""]
-    for name, prefix in (("Config", ""), ("Trainer", "trainer."), ("Checkpoint", "trainer.checkpoint.")):
+    sections = {"Config": "", "Trainer": "trainer.", "Checkpoint": "trainer.checkpoint.", "Forecast": "forecast."}
+    for name, prefix in sections.items():
         doc, fields = constructor(f"pipeline.config.{name}")
         comments = {key.name: key.says for key in choice(CONF / "config.yaml").keys}
         if prefix:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,7 +20,6 @@ from transformers import AutoModelForCausalLM
 from models.heads import head_of, hidden_states, through_head
 from models.load import attention_of
 from models.objectives import chunked
-from models.objectives.chunked import objective_sum
 from models.objectives.representation import Wanted
 from models.objectives.signal import Dense, Signal, TopK
 from models.objectives.term import Objective
@@ -116,7 +115,7 @@ def trace(work: Work, compute: str, kind: str, accumulates: bool = True) -> Step
         if compute == "bfloat16":
             _cast(student, low)
             _cast(beside, low)
-        module = _module(work, student, beside)
+        module = _module(work, student, beside, live)
         autocast = partial(torch.autocast, "cpu", dtype=low) if compute == "autocast" else nullcontext
         return _traced(module, beside, work, live, kind, autocast, accumulates)
 
@@ -135,10 +134,10 @@ def _cast(model: Any, dtype: torch.dtype) -> None:
                 module._buffers[name] = buffer.to(dtype)
 
 
-def _module(work: Work, student: Any, beside: Any) -> LanguageModel:
+def _module(work: Work, student: Any, beside: Any, live: Live) -> LanguageModel:
     teacher: Any = None
     if beside is not None:
-        teacher = _Beside(beside.eval().requires_grad_(False), work)
+        teacher = _Beside(beside.eval().requires_grad_(False), work, live)
     elif work.kept is not None:
         teacher = _Recorded(work)
     module = LanguageModel(
@@ -253,13 +252,12 @@ def _largest(student: Any) -> int:
 class _Beside(nn.Module):
     """A teacher in the student's process, as models.teachers.online has it."""
 
-    def __init__(self, model: Any, work: Work) -> None:
+    def __init__(self, model: Any, work: Work, live: Live) -> None:
         super().__init__()
-        self.model, self.work = model, work
+        self.model, self.work, self.live = model, work, live
 
     def look(self, batch: dict[str, Any], wanted: Wanted) -> Looked:
-        live = _active()
-        with live.labelled(TEACHER):
+        with self.live.labelled(TEACHER):
             shape = batch["input_ids"].shape
             rows, length = self.work.teacher_rows or shape[0], self.work.teacher_length or shape[1]
             if (rows, length) != tuple(shape):
@@ -302,14 +300,3 @@ class _Recorded:
     def check(self) -> None: ...
 
     def close(self) -> None: ...
-
-
-def _active() -> Live:
-    from torch.utils._python_dispatch import _get_current_dispatch_mode
-
-    mode = _get_current_dispatch_mode()
-    assert isinstance(mode, Live)
-    return mode
-
-
-__all__: Sequence[str] = ("COMPUTES", "Step", "Work", "made", "objective_sum", "pretended", "trace")

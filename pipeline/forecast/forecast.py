@@ -16,11 +16,10 @@ from pipeline.forecast.traces import RECORDED, Traces
 from pipeline.forecast.training import Training, strategy_name
 from pipeline.forecast.workload import Reads, Trains, Workload, Writes
 from pipeline.report.units import size
+from pipeline.training.settings import _BYTES_A_PREPARED_TOKEN
 from pipeline.training.strategy import ZeRO
 
 Json = dict[str, Any]
-
-_PREPARED_BYTES = 12  # of a prepared token: its id, target and position
 
 
 def forecast_of(context: Context, workload: Workload) -> Json:
@@ -85,7 +84,7 @@ def _disk(trains: Trains, parameters: int, tokens: int | None, keep: int) -> Jso
     return {
         "checkpoint_bytes": 12 * trained * keep,
         "result_bytes": parameters * trains.recipe.saved.itemsize,
-        "data_bytes": None if tokens is None else _PREPARED_BYTES * tokens,
+        "data_bytes": None if tokens is None else _BYTES_A_PREPARED_TOKEN * tokens,
     }
 
 

@@ -7,6 +7,9 @@ from typing import Any
 
 from pipeline.data.calibration import Calibration
 from pipeline.training.recipe import Recipe
+from pipeline.training.settings import _BYTES_OF_TEXT_A_TOKEN as BYTES_OF_TEXT_A_TOKEN
+
+__all__ = ("BYTES_OF_TEXT_A_TOKEN", "Reads", "Trains", "Workload", "Writes")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +59,5 @@ class Writes:
     answers: int | None  # in all; None: not known before the text is read
     sharded: bool = False
 
-
-BYTES_OF_TEXT_A_TOKEN = 4  # of English, in a vocabulary of 32,000 or more
 
 Workload = Trains | Reads | Writes

@@ -53,7 +53,8 @@ _OF_STRATEGY = {
 
 
 @pytest.mark.parametrize(
-    ("strategy", "checkpointing"), [*((strategy, False) for strategy in _OF_STRATEGY), ("single", True), ("zero3", True)]
+    ("strategy", "checkpointing"),
+    [*((strategy, False) for strategy in _OF_STRATEGY), ("single", True), ("zero3", True)],
 )
 def test_memory_is_forecast_within_a_tenth_of_what_is_measured(
     strategy: str, checkpointing: bool, tmp_path: Path
