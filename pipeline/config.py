@@ -68,7 +68,7 @@ class Forecast:
     show: bool = False  # tell, start nothing
     gpu: str = "h100"  # a100-40gb | a100 | h100 | h200 | b200 | l40s | rtx4090 | mi300x; or cpu, for memory alone
     gpus: int | None = None  # how many; null: trainer.devices × trainer.nodes
-    gpus_per_node: int = 8  # for host memory
+    gpus_per_node: int = 8  # whose ranks share a machine's memory
     efficiency: float = 0.4  # share of the GPU's peak that a run reaches (MFU); Llama 3 reached 0.38 to 0.43
     usable_memory: float = 0.9  # share of the GPU's memory; the rest is CUDA's, NCCL's and lost between tensors
     json: bool = False  # the same as JSON on one line

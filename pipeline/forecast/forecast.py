@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 from models.load import DTYPES, empty_model, parameter_count
@@ -26,10 +27,11 @@ def forecast_of(context: Context, workload: Workload) -> Json:
     """A row: bytes, operations, seconds and GPU-hours of a stage, and `notes` in sentences."""
     place = Place.of(context.config["forecast"], context.world)
     if isinstance(workload, Trains):
-        return {"stage": context.stage, **_trains(context, workload, place)}
-    if isinstance(workload, Reads):
-        return {"stage": context.stage, **_reads(workload, place)}
-    return {"stage": context.stage, **_writes(workload, place)}
+        row = _trains(context, workload, place)
+    else:
+        row = _reads(workload, place) if isinstance(workload, Reads) else _writes(workload, place)
+    on_a_node = min(row["gpus"], place.ranks_of_a_node)
+    return {"stage": context.stage, **row, "node_host_bytes": row["host_bytes"] * on_a_node}
 
 
 def _trains(context: Context, trains: Trains, place: Place) -> Json:
@@ -176,7 +178,7 @@ def _writes(writes: Writes, place: Place) -> Json:
 
 
 def _with(place: Place, gpus: int) -> Place:
-    return Place(place.gpu, gpus, place.gpus_per_node, place.efficiency, place.usable, place.host_bytes)
+    return replace(place, gpus=gpus)
 
 
 def _too_large(held: Held, place: Place, remedy: str) -> str:
@@ -196,6 +198,11 @@ def _notes(context: Context, stage: Training, row: Json) -> list[str]:
             f"global_batch={training.global_batch} cannot be divided over {place.gpus} GPUs in micro-batches of "
             f"{training.micro_batch}: the command would be refused; set "
             f"stages.{context.stage}.training.global_batch to a multiple of {training.micro_batch * place.gpus}"
+        )
+    if place.gpus > 1 and not stage.strategy.several_ranks:
+        notes.append(
+            f"strategy={stage.name} runs one process, and time is told of {place.gpus}: the command would be "
+            f"refused; set strategy=ddp, zero2 or zero3"
         )
     if not row["fits"]:
         notes.append(_what_would(stage, row))

@@ -18,7 +18,6 @@ class Place:
     gpus_per_node: int
     efficiency: float  # share of the peak rate that is reached
     usable: float  # share of the memory that tensors may take
-    host_bytes: int | None = None
 
     @classmethod
     def of(cls, said: dict[str, Any], ranks: int) -> Place:
@@ -31,6 +30,10 @@ class Place:
                 raise Refusal(f"forecast.{name}={said[name]}: need at least 1")
         gpu = None if said["gpu"] == CPU else gpu_of(said["gpu"])
         return cls(gpu, said["gpus"] or ranks, said["gpus_per_node"], said["efficiency"], said["usable_memory"])
+
+    @property
+    def ranks_of_a_node(self) -> int:
+        return min(self.gpus, self.gpus_per_node)
 
     @property
     def cuda(self) -> bool:

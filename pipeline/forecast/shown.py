@@ -54,6 +54,7 @@ def _cells(rows: list[Json]) -> list[tuple[str, list[str]]]:
         ("largest micro-batch", of("largest_micro_batch", str)),
         ("choose", of("choose", lambda it: f"{it['strategy']}, {it['micro_batch']}")),
         ("host memory of a rank", of("host_bytes", size)),
+        ("host memory of a node", of("node_host_bytes", size)),
         ("checkpoints on disk", of("checkpoint_bytes", size)),
         ("result on disk", of("result_bytes", size)),
         ("prepared text on disk", of("data_bytes", size)),

@@ -61,9 +61,7 @@ class Training:
         return self.held(self.strategy, self.trains.recipe.training.micro_batch)
 
     def fits(self, made: Held) -> bool:
-        per_node = min(self.place.gpus, self.place.gpus_per_node)
-        host = self.place.host_bytes
-        return made.total <= self.place.usable_bytes and (host is None or made.host * per_node <= host)
+        return made.total <= self.place.usable_bytes
 
     def largest(self, strategy: Strategy, gpus: int | None = None) -> int | None:
         """The largest micro-batch that fits and divides an optimizer step; None where not even one sequence does."""

@@ -61,7 +61,13 @@ def row(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return forecast(tmp_path, "+experiment=distill_7b_to_1b", *words)["distill"]
 
 
-A100 = ["forecast.show=true", "forecast.gpus=64", "forecast.efficiency=0.5", "forecast.gpu=a100"]
+A100 = [
+    "forecast.show=true",
+    "forecast.gpus=64",
+    "forecast.efficiency=0.5",
+    "forecast.gpu=a100",
+    "forecast.gpus_per_node=4",
+]
 
 
 def test_7b_to_1b_holds_what_zero3_shards(row: dict[str, Any]) -> None:
@@ -88,6 +94,12 @@ def test_operations_are_those_of_both_models_and_the_loss(row: dict[str, Any]) -
     assert row["flops_per_token"] == pytest.approx(student + 2 * (T - HEAD) + 32 * attention, rel=1e-3)
 
 
+def test_a_node_holds_what_its_ranks_hold(row: dict[str, Any]) -> None:
+    """Each reads its share of the start in fp32 and of the teacher in bf16; four of them are on a node here."""
+    assert row["host_bytes"] == pytest.approx((4 * P + 2 * T) / 64, rel=1e-6)
+    assert row["node_host_bytes"] == 4 * row["host_bytes"]
+
+
 def test_time_is_operations_by_the_rate_that_is_assumed(row: dict[str, Any]) -> None:
     assert row["tokens_per_second"] == pytest.approx(64 * 0.5 * 312e12 / row["flops_per_token"])
     assert row["seconds"] == pytest.approx(1e10 / row["tokens_per_second"])
@@ -99,6 +111,7 @@ def test_a_batch_that_cannot_be_divided_is_told(tmp_path: Path) -> None:
     row = forecast(tmp_path, "+experiment=distill_7b_to_1b", *words, "forecast.show=true", "forecast.gpus=512")[
         "distill"
     ]
+    assert not any("runs one process" in note for note in row["notes"])
     assert any("set stages.distill.training.global_batch to a multiple of 1024" in note for note in row["notes"])
 
 
