@@ -30,7 +30,7 @@ LLAMA_2_7B = {
 TINY = LLAMA_2_7B | {
     "hidden_size": 128,
     "intermediate_size": 256,
-    "num_hidden_layers": 4,
+    "num_hidden_layers": 8,
     "num_attention_heads": 4,
     "num_key_value_heads": 4,
     "vocab_size": 512,
