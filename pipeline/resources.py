@@ -28,14 +28,15 @@ class Resources:
     partition: str | None = None
     options: list[str] = field(default_factory=list)  # further options of sbatch
 
-    @property
-    def words(self) -> list[str]:
-        """Options of sbatch."""
+    def words(self, *, elastic: bool) -> list[str]:
+        """Options of sbatch. `elastic`: fewer nodes will do; then a node is one task for sbatch, which would otherwise
+        give as many nodes as tasks on one at the most."""
+        tasks, cores = f"--ntasks-per-node={self.ranks_per_node}", self.cpus_per_rank
         said = [
-            f"--nodes={self.nodes}",
-            f"--ntasks-per-node={self.ranks_per_node}",
+            f"--nodes={'1-' if elastic else ''}{self.nodes}",
+            *([] if elastic else [tasks]),
             f"--gpus-per-node={self.gpus_per_node}",  # not --gpus-per-task: a rank sees its node's, and takes its own
-            f"--cpus-per-task={self.cpus_per_rank}",
+            f"--cpus-per-task={cores * self.ranks_per_node if elastic else cores}",
             f"--mem={self.memory}",
             f"--time={self.time}",
         ]

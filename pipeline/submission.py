@@ -188,9 +188,7 @@ def _script(runs: Sequence[Run], at: int) -> str:
     launch = first.config["launch"]
     site, place = launch.get("site") or {}, str(first.folder.absolute())
     name = f"retort-{first.config['name']}-{hashlib.sha256(place.encode()).hexdigest()[:8]}"
-    asked = list(job.needs.words)
-    if launch.get("elastic") and job.needs.nodes > 1:
-        asked[0] = f"--nodes=1-{job.needs.nodes}"
+    elastic = bool(launch.get("elastic")) and job.needs.nodes > 1
     output = _log(first.folder, job.stage, "%j") if len(runs) == 1 else first.folder / FOLDER / f"{job.name}-%A_%a.log"
     options = [
         f"--job-name={name}",
@@ -203,10 +201,12 @@ def _script(runs: Sequence[Run], at: int) -> str:
         *([f"--account={site['account']}"] if site.get("account") else []),
         *([f"--partition={site['partition']}"] if site.get("partition") else []),
         *(site.get("options") or []),
-        *asked,
+        *job.needs.words(elastic=elastic),
     ]
     head = "".join(f"#SBATCH {_for_sbatch(option)}\n" for option in options)
     setup = "".join(f"{line}\n" for line in site.get("setup") or [])
+    if elastic:  # before 22.05 srun takes its own from that variable
+        setup += f"export RETORT_RANKS_PER_NODE={job.needs.ranks_per_node}\nunset SLURM_CPUS_PER_TASK\n"
     text = _SBATCH.read_text(encoding="utf-8")
     return (
         f"#!/bin/bash\n{head}\n# {job.name} of {place}\n{setup}"

@@ -141,7 +141,10 @@ def test_a_job_script_hands_on_every_word_as_it_was_typed_and_what_the_site_sets
 
 def test_an_elastic_job_may_start_on_fewer_nodes(tmp_path: Path) -> None:
     ((_, text),) = scripts([one_job(tmp_path, [], elastic=True)])
-    assert "--nodes=1-4" in options(text)
+    assert {"--nodes=1-4", "--gpus-per-node=8", "--cpus-per-task=64"} <= {*options(text)}
+    assert "--ntasks-per-node" not in text  # with which Slurm gives fewer nodes than there are
+    done = run_script(text, tmp_path, SLURM_JOB_NUM_NODES="3", SLURM_NTASKS_PER_NODE="")
+    assert "['launch=slurm', 'trainer.nodes=3', 'trainer.devices=8']" in done.stdout
 
 
 @pytest.mark.parametrize(("given", "used"), [(4, 4), (3, 2), (1, 1)])
@@ -308,7 +311,7 @@ def test_status_tells_of_every_stage_by_files_and_by_slurm(slurm: Path) -> None:
     assert "7/20" in table
     assert "PENDING (Dependency)" in table
     (slurm / "squeue").write_text("")
-    error = {"stage": "distill", "rank": 3, "host": "n2", "where": "models/load.py:7 in f", "message": "no", "time": 1.0}
+    error = {"stage": "distill", "rank": 3, "host": "n2", "where": "models/load.py:7 in f", "message": "no", "time": 1}
     (run_dir / "logs" / "distill" / "start-0").mkdir(parents=True)
     (run_dir / "logs" / "distill" / "start-0" / "error.json").write_text(json.dumps(error))
     table = train("status", f"run_dir={run_dir}").stdout

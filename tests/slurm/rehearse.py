@@ -29,7 +29,8 @@ _LONG = [f"stages.{name}.training.max_steps=60" for name in ("pretrain", "distil
 
 def submit(up: Cluster, run_dir: Path, *words: str) -> subprocess.CompletedProcess[str]:
     """`python train.py` on what stands for a login node."""
-    command = [sys.executable, "train.py", *SMALL, f"run_dir={run_dir}", *words]
+    flags = [word for word in words if word.startswith("-")]
+    command = [sys.executable, "train.py", *flags, *SMALL, f"run_dir={run_dir}", *(w for w in words if w not in flags)]
     return subprocess.run(command, cwd=ROOT, env=up.env, capture_output=True, text=True)
 
 

@@ -30,9 +30,9 @@ def test_a_stage_that_fails_ends_those_that_wait_and_status_says_why(cluster: Cl
     until(lambda: status(cluster, tmp_path)["distill"]["state"] == "cancelled", tmp_path)
     rows = status(cluster, tmp_path)
     assert rows["pretrain"]["state"] == "failed"
-    assert "is nan" in rows["pretrain"]["error"]["message"]
+    assert "lower the learning rate" in rows["pretrain"]["error"]["message"]
     assert (rows["pretrain"]["error"]["stage"], rows["pretrain"]["error"]["status"]) == ("pretrain", 3)
-    assert "nan" in Path(rows["pretrain"]["log"]).read_text()
+    assert "lower the learning rate" in Path(rows["pretrain"]["log"]).read_text()
     assert not (tmp_path / "work" / "distill").exists()
 
 
