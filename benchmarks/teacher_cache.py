@@ -190,7 +190,9 @@ def of_teacher(folder: Path, settings: Settings) -> dict[str, Any]:
 
     model = load_model(str(folder / "teacher"), dtype=torch.float32).eval()
     sequences = packed(folder, "epoch", settings)
-    batch = collate([sequences[number] for number in range(min(settings.sequences, len(sequences)))], pad_token=0)
+    batch = collate(
+        [sequences.arrays(number) for number in range(min(settings.sequences, len(sequences)))], pad_token=0
+    )
     with torch.no_grad():
         hidden = hidden_states(model, batch["input_ids"], batch["position_ids"])
         supervised = batch["targets"] >= 0

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -172,9 +172,12 @@ def altered(folder: Path, manifest: dict[str, Any], cache: Path | None = None) -
     return altered(folder, manifest) if changed and cache is not None else changed  # the cache might be what is wrong
 
 
-def seal(folder: Path) -> None:
-    """Write down what a folder of intermediate files holds, so that `sealed` can tell when that changed."""
-    write_json(folder / SEALS, _hashes(folder, None))
+def seal(folder: Path, known: Mapping[str, str] | None = None) -> None:
+    """Write down what a folder of intermediate files holds, so that `sealed` can tell when that changed. `known`: name
+    → sha256 of files that were hashed while they were written."""
+    known = known or {}
+    names = {str(path.relative_to(folder)): path for path in _files(folder)}
+    write_json(folder / SEALS, {name: known.get(name) or _sha256(path) for name, path in names.items()})
 
 
 def sealed(folder: Path) -> bool:

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -40,6 +39,7 @@ from models.training.schedules import cosine
 from pipeline.data.batch import collate
 from pipeline.data.loader import PackedSequences, accumulation
 from pipeline.training import strategy as strategies
+from tests.rows import Rows
 
 VOCABULARY, LENGTH = 61, 24
 
@@ -103,7 +103,7 @@ def model(hidden: int, layers: int, seed: int, tied: bool = False, dropout: floa
     )
 
 
-def rows(count: int = 40, seed: int = 0) -> Dataset:
+def rows(count: int = 40, seed: int = 0) -> Rows:
     """Rows of uneven length with several documents each, and uneven numbers of supervised tokens."""
     generator = torch.Generator().manual_seed(seed)
     made = []
@@ -125,10 +125,10 @@ def rows(count: int = 40, seed: int = 0) -> Dataset:
                 "bytes": 0,
             }
         )
-    return Dataset.from_list(made)
+    return Rows(made)
 
 
-def answer_rows(count: int = 40, seed: int = 0, scrambled: bool = False) -> Dataset:
+def answer_rows(count: int = 40, seed: int = 0, scrambled: bool = False) -> Rows:
     """Rows of a prompt, some of them equal, and an answer that ends with token 0."""
     generator = torch.Generator().manual_seed(seed)
     others = torch.Generator().manual_seed(seed + 1000)
@@ -152,7 +152,7 @@ def answer_rows(count: int = 40, seed: int = 0, scrambled: bool = False) -> Data
                 "bytes": 0,
             }
         )
-    return Dataset.from_list(made)
+    return Rows(made)
 
 
 def rollouts(values: dict[str, Any], data: PackedSequences, load_student: Any) -> Rollouts:
@@ -232,9 +232,7 @@ def fit(scenario: Scenario, folder: Path) -> dict[str, Any]:
     skipped = {int(number): step for number, step in (scenario.skipped or {}).items()}  # JSON has them as text
     answered = answer_rows(scrambled=scenario.scrambled)
     if scenario.replaced is not None:
-        answered = Dataset.from_list(
-            [answer_rows(seed=9)[0] if at == scenario.replaced else row for at, row in enumerate(answered)]
-        )
+        answered = Rows([answer_rows(seed=9)[0] if at == scenario.replaced else row for at, row in enumerate(answered)])
     plain = scenario.answers or scenario.on_policy is not None
     data = PackedSequences(
         answered if plain else rows(),

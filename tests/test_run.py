@@ -23,6 +23,7 @@ import torch
 from models.errors import Refusal, StageFailed
 from pipeline import artifact, prefork, run, run_folder, verdicts
 from pipeline.artifact import content_hash
+from pipeline.data.sequences import Sequences
 from pipeline.verdicts import steps_of
 from tests.command import ROOT, SMALL, start, train, unclocked, weights
 
@@ -82,12 +83,11 @@ def test_the_manifest_tells_where_an_artifact_comes_from(finished: Path) -> None
 
 def test_the_report_is_measured_on_the_folders(finished: Path) -> None:
     """Perplexity again, by the dense formula, document by document."""
-    from datasets import load_from_disk
     from transformers import AutoModelForCausalLM
 
     report = json.loads((finished / "report.json").read_text())
     assert [row["stage"] for row in report["rows"]] == list(STAGES)
-    test = load_from_disk(str(next((finished / "work" / "data").glob("test-*"))))
+    test = Sequences(next((finished / "work" / "data").glob("test-*")))
     for row in report["rows"]:
         model = AutoModelForCausalLM.from_pretrained(row["path"]).double()
         nats, tokens = 0.0, 0

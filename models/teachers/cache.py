@@ -91,7 +91,7 @@ class Cache:
         return self._find(keys) >= 0
 
     def check_holds(self, rows: Any) -> None:
-        """Refuse, before a step is made, prepared rows (a datasets.Dataset) with a piece that is not here."""
+        """Refuse, before a step is made, prepared rows (see pieces.scan) with a piece that is not here."""
         for _, _, keys in scan(rows, self.fingerprint):
             self._found(keys)
 

@@ -55,14 +55,12 @@ def pieces_of(batch: dict[str, Any], fingerprint: bytes) -> list[Piece]:
 def scan(rows: Any, fingerprint: bytes) -> Iterator[tuple[Int[np.ndarray, " P"], Int[np.ndarray, " P"], list[bytes]]]:
     """The pieces of prepared rows that have supervised tokens, some at a time: row numbers, supervised tokens, keys.
 
-    `rows`: a datasets.Dataset. Read as Arrow: as Python lists, ten billion tokens would take half an hour.
+    `rows`: pipeline.data.sequences.Sequences.
     """
-    arrow = rows.with_format("arrow")
     for first in range(0, len(rows), _ROWS_AT_ONCE):
-        table = arrow[first : first + _ROWS_AT_ONCE]
-        columns = [table[name].combine_chunks() for name in ("input_ids", "position_ids", "targets")]
-        ends = np.cumsum(columns[0].value_lengths().to_numpy())
-        pieces = list(_cut([column.flatten().to_numpy() for column in columns], fingerprint))
+        read, lengths = rows.flat(first, first + _ROWS_AT_ONCE)
+        ends = np.cumsum(lengths)
+        pieces = list(_cut([read[name] for name in ("input_ids", "position_ids", "targets")], fingerprint))
         starts = np.array([start for start, *_ in pieces], dtype=np.int64)
         counts = np.array([len(supervised) for _, _, supervised, _ in pieces], dtype=np.int64)
         yield first + np.searchsorted(ends, starts, side="right"), counts, [key for *_, key in pieces]

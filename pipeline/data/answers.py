@@ -22,10 +22,10 @@ from pipeline.data.frames import controls_of
 from pipeline.data.pairs import Pair, split_pair, write_sequences
 from pipeline.data.readers import parquet
 from pipeline.data.source import DataSource, Prompt, check_reading, with_reading
-from pipeline.data.tokenizer import FILES, begin_token, load_tokenizer, tokenizer_key
+from pipeline.data.tokenizer import FILES, begin_token, load_tokenizer, tokenizer_key, vocabulary_of
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from pipeline.data.sequences import Sequences
 
 TOO_LONG = ("refuse", "drop", "truncate")
 
@@ -134,7 +134,7 @@ class Answers(DataSource):
 
     def prepare(
         self, split: str, tokenizer: Any, folder: Path, teacher_tokenizer: Any = None
-    ) -> tuple[Dataset, dict[str, Any]]:
+    ) -> tuple[Sequences, dict[str, Any]]:
         """The answers of a split as sequences. Raises Refusal where they do not fit, or are another tokenizer's."""
         if teacher_tokenizer is not None:
             raise Refusal(
@@ -156,6 +156,7 @@ class Answers(DataSource):
             packed=self.packing,
             folder=folder,
             counts=counts,
+            vocabulary=vocabulary_of(tokenizer),
             draws=self.teacher_prompts,
         )
 

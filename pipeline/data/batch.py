@@ -1,9 +1,9 @@
 """The shape contract between data and training.
 
-A sequence is a dict of equally long lists: input_ids, position_ids (restarting at 0 with every document), targets (the
-next token of the same document, or -100: already shifted, nobody shifts again), and the numbers supervised and bytes. A
-batch is sequences padded to one length. Padding is a document of its own, without targets, so no attention mask is
-needed.
+A sequence is a dict of equally long arrays or lists: input_ids, position_ids (restarting at 0 with every document),
+targets (the next token of the same document, or -100: already shifted, nobody shifts again), and the numbers supervised
+and bytes. A batch is sequences padded to one length. Padding is a document of its own, without targets, so no attention
+mask is needed.
 
 Sequences may also carry weights (one for each target, 0 where there is none), and what a teacher reads instead:
 teacher_input_ids and teacher_position_ids, which have a length of their own; and beside them, of a teacher with a
@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from models.targets import IGNORED
@@ -44,7 +45,7 @@ def collate(
     if "spans" in sequences[0]:
         spans = []
         for number, sequence in enumerate(sequences):
-            places = torch.tensor(sequence["spans"], dtype=torch.long).view(-1, 4)
+            places = torch.from_numpy(np.array(sequence["spans"], dtype=np.int64)).view(-1, 4)
             if side == "left":
                 shifts = [batch[name].shape[1] - len(sequence[name]) for name in ("input_ids", "teacher_input_ids")]
                 places = places + torch.tensor([shifts[0], 0, shifts[1], 0])
@@ -68,12 +69,14 @@ def _padded(
     width = length or max(len(each[next(iter(fillers))]) for each in sequences)
     batch = {}
     for name, filler in fillers.items():
-        lines = []
-        for each in sequences:
-            missing = width - len(each[name])
-            padding = list(range(missing)) if filler is None else [filler] * missing
-            lines.append(padding + list(each[name]) if side == "left" else list(each[name]) + padding)
-        batch[name] = torch.tensor(lines, dtype=torch.float32 if name == "weights" else torch.long)
+        lines = np.full((len(sequences), width), filler or 0, dtype=np.float32 if name == "weights" else np.int64)
+        for line, each in zip(lines, sequences, strict=True):
+            values = np.asarray(each[name])
+            missing = width - len(values)
+            if filler is None:
+                line[slice(missing) if side == "left" else slice(len(values), None)] = np.arange(missing)
+            line[slice(missing, None) if side == "left" else slice(len(values))] = values
+        batch[name] = torch.from_numpy(lines)
     return batch
 
 

@@ -17,13 +17,16 @@ from functools import cached_property
 from itertools import pairwise, zip_longest
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from models.errors import Refusal
 from pipeline.data.prepared import FIRST_SPELLING, SPELLINGS
 from pipeline.data.source import PARSE
 from pipeline.data.token_bytes import special_ids
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+    from numpy.typing import NDArray
+    from tokenizers import Encoding, Tokenizer
     from transformers import PreTrainedTokenizerBase
 
 Tokens = tuple[list[int], list[tuple[int, int]]]  # ids, and where each stands in the text, in characters
@@ -120,6 +123,34 @@ class Controls:
                     self.note(quoted, places[number] if places else f"text {number}")
                     tokens = self._apart(quoted)
             yield tokens
+
+    # The same of many texts at once, as the tokenizer's own encodings
+
+    @cached_property
+    def plain(self) -> bool:
+        """Whether a tokenizer does no more to texts than its tokenizer.json says, so that `encoded` can be asked."""
+        kind = type(self.tokenizer)
+        return self.tokenizer.is_fast and all(
+            method.__module__.startswith("transformers.tokenization_utils")
+            for method in (kind.__call__, getattr(kind, "_encode_plus", kind.__call__))
+        )
+
+    def encoded(self, texts: Sequence[str], placed: bool) -> list[Encoding]:
+        """Of texts as they are, whatever they spell. Without `placed` they do not say where tokens stand."""
+        if not texts:
+            return []
+        self.tokenizer("", add_special_tokens=False, verbose=False)  # takes back truncation and padding of other calls
+        backend = self.tokenizer.backend_tokenizer
+        encode = backend.encode_batch if placed else backend.encode_batch_fast
+        return list(encode(list(texts), add_special_tokens=False))
+
+    def suspects(self, ids: NDArray[Any], counts: NDArray[Any]) -> NDArray[Any]:
+        """The numbers of the texts, of so many tokens each, that may spell a control token."""
+        if self.parses or not self._known:
+            return np.zeros(0, dtype=np.int64)
+        table = np.zeros(max(int(ids.max(initial=0)), *self._known) + 1, dtype=np.bool_)
+        table[list(self._known)] = True
+        return np.unique(np.searchsorted(np.cumsum(counts), np.flatnonzero(table[ids]), side="right"))
 
     def _spells(self, id_: int, text: str, place: tuple[int, int]) -> bool:
         """Whether a token is a control token, and not what stands for characters that the tokenizer does not know."""

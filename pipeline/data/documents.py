@@ -18,29 +18,27 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from models.errors import Refusal
 from models.files import hash_of
-from pipeline.data.columns import Columns, weight_of
-from pipeline.data.conversations import BESIDE, Content, Conversation, check_beside, conversation
+from pipeline.data.columns import Columns
+from pipeline.data.conversations import Conversation
 from pipeline.data.locations import EMBEDDED, Location, locate
 from pipeline.data.readers import (
     SAMPLE_BY,
-    column_names,
     count_documents,
     hub_dataset,
-    json_cells,
-    parquet_cells,
-    text_documents,
 )
+from pipeline.data.reading import Document, embedded_documents, file_documents, hub_documents
 from pipeline.data.rendering import template_file
 from pipeline.data.source import SPLITS, DataSource, Prompt, check_reading, with_reading
-from pipeline.data.stdlib import library_documents, library_files
+from pipeline.data.stdlib import library_files
 from pipeline.data.tables import in_memory, of_one_kind, with_empty
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-_SOON_READ = 2**20  # bytes of files that a check may read to the end
+    from pipeline.data.sequences import Sequences
 
-Document = tuple[str, Content, float]  # where it stands, for messages; what it holds; its weight
+_OF_NO_SEQUENCE = ("validation_sequences", "workers")  # settings that change none
+_SOON_READ = 2**20  # bytes of files that a check may read to the end
 
 
 @dataclass
@@ -72,6 +70,7 @@ class Documents(DataSource):
     holdout: float = 0.05  # share of documents, for each held-out split that is not given
     max_documents: int | None = None  # in each split, the first ones read
     validation_sequences: int | None = None
+    workers: int | None = None  # processes that tokenize; None: one a core
     node: ClassVar[str] = "data"
     compared_by_content: ClassVar[frozenset[str]] = frozenset({*SPLITS, "chat_template"})
 
@@ -117,16 +116,16 @@ class Documents(DataSource):
 
     def prepare(
         self, split: str, tokenizer: Any, folder: Path, teacher_tokenizer: Any = None
-    ) -> tuple[Dataset, dict[str, Any]]:
+    ) -> tuple[Sequences, dict[str, Any]]:
         from pipeline.data import packing  # lazily: a check is to load neither numpy nor torch
+        from pipeline.data.document_parts import DocumentParts
 
-        return packing.prepare(
-            documents(self, split), tokenizer, self, folder=folder, teacher_tokenizer=teacher_tokenizer
-        )
+        parts = DocumentParts(self, split) if self.max_documents is None else documents(self, split)
+        return packing.prepare(parts, tokenizer, self, folder=folder, teacher_tokenizer=teacher_tokenizer)
 
 
 @dataclass
-class _Tally:
+class Tally:
     read: int = 0
     kept: int = 0
     empty: int = 0
@@ -204,19 +203,27 @@ def documents(data: Documents, split: str, unanswered: bool = False) -> Dataset:
     held_out = split != "train" and not data.locations(split)
     given = "train" if held_out else split
     label = f"data.{given}={getattr(data, given)}"
-    tally = _Tally()
+    tally = Tally()
     parts = [_part(data, location, split, tally, unanswered) for location in data.locations(given)]
-    if not tally.kept and held_out and data.holdout:
-        raise NoDocuments(
-            f"{label}: none of its {tally.read} documents falls to {split}; give data.{split}, a larger "
-            "data.holdout (0 does without) or, of a .txt file, data.sample_by=paragraph"
-        )
-    if not tally.kept and not held_out:
-        raise NoDocuments(f"{label}: none of its {tally.read} documents has text for {split}; give another source")
+    check_some(data, split, tally.read, tally.kept)
     parts = of_one_kind([part for part in parts if len(part)] or parts[:1])
     if len({tuple(part.column_names) for part in parts}) > 1:
         raise Refusal(f"{label}: text and chat cannot be mixed; give sources of one kind")
     return with_empty(concatenate_datasets(parts), tally.empty)
+
+
+def check_some(data: Documents, split: str, read: int, kept: int) -> None:
+    """Refuse a split of which nothing is left, of so many documents."""
+    held_out = split != "train" and not data.locations(split)
+    given = "train" if held_out else split
+    label = f"data.{given}={getattr(data, given)}"
+    if not kept and held_out and data.holdout:
+        raise NoDocuments(
+            f"{label}: none of its {read} documents falls to {split}; give data.{split}, a larger "
+            "data.holdout (0 does without) or, of a .txt file, data.sample_by=paragraph"
+        )
+    if not kept and not held_out:
+        raise NoDocuments(f"{label}: none of its {read} documents has text for {split}; give another source")
 
 
 def content_key(data: Documents) -> str:
@@ -226,7 +233,7 @@ def content_key(data: Documents) -> str:
     library and the version of the Python that parses it, a hub dataset by its id, subset, revision and split.
     """
     content = {split: [_source_key(location) for location in data.locations(split)] for split in SPLITS}
-    shape = {key: value for key, value in vars(data).items() if key not in (*SPLITS, "validation_sequences")}
+    shape = {key: value for key, value in vars(data).items() if key not in (*SPLITS, *_OF_NO_SEQUENCE)}
     shape = with_reading(shape)
     if data.chat_template is not None:
         shape["chat_template"] = Path(data.chat_template).expanduser().read_text(encoding="utf-8")
@@ -250,7 +257,7 @@ def _source_key(location: Location) -> list[Any]:
 # Reading
 
 
-def _part(data: Documents, location: Location, split: str, tally: _Tally, unanswered: bool = False) -> Dataset:
+def _part(data: Documents, location: Location, split: str, tally: Tally, unanswered: bool = False) -> Dataset:
     """The documents of one source that belong to the split."""
     from datasets import Value
 
@@ -258,38 +265,28 @@ def _part(data: Documents, location: Location, split: str, tally: _Tally, unansw
     if location.kind == "hub":
         dataset = hub_dataset(location, data.name, data.revision)
         column, chat = data.columns.chosen(dataset.column_names, location.label)
-        columns = data.columns.with_weight(column, dataset.column_names, location.label)
-        also = [name for name in BESIDE if name in dataset.column_names and name not in columns] if chat else []
-        dataset = dataset.select_columns(columns + also)
-        rows = chain.from_iterable(
-            zip(*(batch[name] for name in columns + also), strict=True) for batch in dataset.iter(1000)
-        )
-        read = _documents(((f"{location.label} row {i}", row) for i, row in enumerate(rows)), chat, unanswered, also)
+        read = hub_documents(data, location, dataset, unanswered=unanswered)
         if not chat:
-            indices = [index for index, _, _ in _chosen(data, read, split, tally)]
+            columns = data.columns.with_weight(column, dataset.column_names, location.label)
+            dataset = dataset.select_columns(columns)
+            indices = [int(where.rpartition(" ")[2]) for where, _, _ in chosen(data, read, split, tally)]
             texts = dataset.rename_columns(dict(zip(columns, ("text", "weight"), strict=False)))
             if data.weight_column is not None and texts.features["weight"] != Value("float64"):
                 texts = texts.cast_column("weight", Value("float64"))
             return texts.select(indices)
-    elif location.kind == "stdlib":
-        chat, read = False, (("stdlib", text, 1.0) for text in library_documents())
-    elif location.kind == "ciphers":
-        from pipeline.data import ciphers
-
-        chat, read = False, ((location.name, text, 1.0) for text in ciphers.documents("noisy" in location.name))
+    elif location.kind in EMBEDDED:
+        chat, read = False, embedded_documents(location)
     else:
         chat = data.columns.is_chat(location.files[0])
-        read = chain.from_iterable(_read_file(data, path, chat, unanswered) for path in location.files)
-    values = ((value, weight) for _, value, weight in _chosen(data, read, split, tally))
+        read = chain.from_iterable(file_documents(data, path, chat, unanswered) for path in location.files)
+    values = ((value, weight) for _, value, weight in chosen(data, read, split, tally))
     return in_memory(values, chat, data.weight_column is not None, lambda: tally.digest.hexdigest()[:16])
 
 
-def _chosen(
-    data: Documents, read: Iterable[Document], split: str, tally: _Tally
-) -> Iterator[tuple[int, Content, float]]:
-    """The documents of the split and their weights, with their place in the source; counted and hashed on the way."""
+def chosen(data: Documents, read: Iterable[Document], split: str, tally: Tally) -> Iterator[Document]:
+    """The documents of the split; counted and hashed on the way."""
     every = split != "train" and bool(data.locations(split))
-    for index, (where, value, weight) in enumerate(read):
+    for where, value, weight in read:
         if tally.kept == data.max_documents:
             return
         tally.read += 1
@@ -305,7 +302,7 @@ def _chosen(
             continue
         tally.kept += 1
         tally.digest.update(digest)
-        yield index, value, weight
+        yield where, value, weight
 
 
 def _split_of(data: Documents, digest: bytes) -> str:
@@ -322,35 +319,3 @@ def _unweighted(messages: Conversation) -> str:
     """What the split of a conversation depends on: a copy that only weighs otherwise falls to the same."""
     plain = [{name: value for name, value in message.items() if name != "weight"} for message in messages]
     return json.dumps(plain, ensure_ascii=False, sort_keys=True)
-
-
-def _read_file(data: Documents, path: Path, chat: bool, unanswered: bool = False) -> Iterator[Document]:
-    """The documents of one file."""
-    if path.suffix == ".txt":
-        return ((str(path), text, 1.0) for text in text_documents(path, data.sample_by))
-    found = column_names(path)
-    column, found_chat = data.columns.chosen(found, str(path))
-    if found_chat != chat:
-        raise Refusal(f"{path}: text and chat cannot be mixed, as with the files before it; give one kind")
-    cells = parquet_cells if path.suffix == ".parquet" else json_cells
-    also = [name for name in BESIDE if name != column] if chat else []
-    read = cells(path, data.columns.with_weight(column, found, str(path)), also)
-    return _documents(read, chat, unanswered, also)
-
-
-def _documents(
-    cells: Iterable[tuple[str, tuple[Any, ...]]], chat: bool, unanswered: bool = False, also: Sequence[str] = ()
-) -> Iterator[Document]:
-    """From the cells of the text's or messages' column, of the weight's where there is one, and of those beside."""
-    for where, values in cells:
-        cell, *weights = values[: len(values) - len(also)]
-        check_beside(dict(zip(also, values[len(values) - len(also) :], strict=True)), where)
-        weight = weight_of(weights[0], where) if weights else 1.0
-        if cell is None:
-            yield where, "", weight
-        elif chat:
-            yield where, conversation(cell, where, unanswered), weight
-        elif isinstance(cell, str):
-            yield where, cell, weight
-        else:
-            raise Refusal(f"{where}: holds {type(cell).__name__} {str(cell)[:40]!r} where text is needed")

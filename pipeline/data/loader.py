@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pyarrow.compute as pc
 import pytorch_lightning as pl
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -101,8 +100,7 @@ class _Collated(Dataset[dict[str, Any]]):
         self.sequences, self.pad_token, self.length, self.side = sequences, pad_token, length, side
 
     def __getitem__(self, micro: MicroBatch) -> dict[str, Any]:
-        columns = self.sequences[[number for number in micro.sequences if number != _BLANK]]
-        sequences = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        sequences = [self.sequences.arrays(number) for number in micro.sequences if number != _BLANK]
         sequences += [blank(self.sequences.column_names, self.pad_token)] * (len(micro.sequences) - len(sequences))
         return collate(sequences, pad_token=self.pad_token, length=self.length, side=self.side) | {
             "step_tokens": micro.step_tokens,
@@ -133,13 +131,7 @@ class PackedSequences(pl.LightningDataModule):
         self.train, self.validation = train, validation
         self.seed, self.global_batch, self.micro_batch = seed, global_batch, micro_batch
         self.pad_token, self.length, self.workers, self.side = pad_token, length, workers, side
-        weighted = "weight" in train.column_names
-        self.supervised = np.asarray(
-            train.with_format("numpy")["weight" if weighted else "supervised"][:],
-            dtype=np.float64 if weighted else np.int64,
-        )
-        # from Arrow's offsets: as Python lists, ten billion tokens would take minutes on every rank
-        self.lengths = np.asarray(pc.list_value_length(train.with_format("arrow")["input_ids"][:]), dtype=np.int64)
+        self.supervised, self.lengths = train.counts, train.lengths
 
     def order(self, rank: int = 0, world: int = 1, first_step: int = 0) -> Order:
         return Order(

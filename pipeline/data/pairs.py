@@ -1,6 +1,6 @@
 """Pairs of prompt and answer as sequences: only the answer is learnt, and a teacher may see another prompt before it.
 
-A sequence is as pipeline/data/packing.py says. Where the teacher's prompts are its own, it also has, int32,
+A sequence is as pipeline/data/sequences.py says. Where the teacher's prompts are its own, it also has, int32,
 
     teacher_input_ids      the teacher's prompt and the answer; of several prompts one after another
     teacher_position_ids   from 0 again with every prompt
@@ -13,18 +13,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from models.files import remove
 from models.targets import IGNORED
-from pipeline.data import packing
+from pipeline.data.flat import Columns, Shard, ShardWriter, end_to_end
+from pipeline.data.packing import index
 from pipeline.data.prepared import once
+from pipeline.data.sequences import Sequences
+from pipeline.data.shards import shard_folder
 
-if TYPE_CHECKING:
-    from datasets import Dataset
+_AT_ONCE = 1000  # pieces that are written together
 
 
 @dataclass(frozen=True)
@@ -56,33 +59,35 @@ def write_sequences(
     packed: bool,
     folder: Path,
     counts: dict[str, Any],
+    vocabulary: int,
     draws: int = 0,
-) -> tuple[Dataset, dict[str, Any]]:
+) -> tuple[Sequences, dict[str, Any]]:
     """Sequences of the pairs, memory mapped from `folder`, and their statistics: `counts`, when all pairs were read,
     and what packing counts.
 
-    `draws`: how many prompts of its own a teacher sees for each pair; 0 none. `max_length` is of the student's
-    sequences; a longer pair is a ValueError, as the caller decides what becomes of it.
+    `vocabulary`: a number above every token. `draws`: how many prompts of its own a teacher sees for each pair; 0 none.
+    `max_length` is of the student's sequences; a longer pair is a ValueError, as the caller decides what becomes of it.
     """
     if draws > 1 and packed:
         raise ValueError("sequences of several teacher's prompts are not packed")
 
-    def build(aside: Path) -> None:
-        from datasets import Dataset
-        from datasets.arrow_writer import ArrowWriter
+    columns = Columns(vocabulary, learnt=True, teacher_vocabulary=vocabulary if draws else 0, prompted=bool(draws))
 
-        taught = ["teacher_input_ids", "teacher_position_ids", "teacher_targets"] if draws else []
-        features = packing.features_of("input_ids", "targets", *taught, "supervised", "bytes")
-        path = aside / "pieces.arrow"
-        written = 0
-        with ArrowWriter(features=features, path=str(path)) as writer:
-            for pair in pairs:
-                writer.write(_piece(pair, max_length, draws))
-                written += 1
-            writer.finalize()
-        pieces = Dataset.from_file(str(path)) if written else Dataset.from_dict({n: [] for n in features}, features)
-        with packing.progress(shown=written > 100_000):
-            packing.write_sequences(pieces, aside, max_length=max_length, packing=packed, counted=counts)
+    def build(aside: Path) -> list[Shard]:
+        for path in aside.iterdir():
+            remove(path)
+        writer = ShardWriter(shard_folder(aside, 0), columns)
+        try:
+            some = (_piece(pair, max_length, draws) for pair in pairs)
+            while pieces := list(islice(some, _AT_ONCE)):
+                writer.add(end_to_end({name: [piece[name] for piece in pieces] for name in pieces[0]}))
+            writer.close({})
+        except BaseException:
+            writer.drop()
+            raise
+        made = [Shard.read(shard_folder(aside, 0))]
+        index(aside, made, max_length=max_length, packing=packed, counted=counts)
+        return made
 
     return once(folder, build)
 
@@ -95,7 +100,6 @@ def _piece(pair: Pair, max_length: int, draws: int) -> dict[str, Any]:
     piece: dict[str, Any] = {
         "input_ids": pair.prompt + pair.answer,
         "targets": _targets(pair.prompt, pair.answer),
-        "supervised": len(pair.answer),
         "bytes": pair.text_bytes,
     }
     if draws:
@@ -113,15 +117,6 @@ def _targets(prompt: list[int], answer: list[int]) -> list[int]:
     return [IGNORED] * (len(prompt) - 1) + answer + [IGNORED]
 
 
-def teacher_side(sequences: Dataset) -> Dataset:
-    """Sequences as the teacher reads them: where its prompts are its own, their columns under the usual names."""
-    if "teacher_targets" not in sequences.column_names:
-        return sequences
-    names = ("input_ids", "position_ids", "targets")
-    others = [name for name in sequences.column_names if not name.startswith("teacher_")]
-    return sequences.remove_columns(others).rename_columns({f"teacher_{name}": name for name in names})
-
-
 def common_prefix(sequences: Any, least: int = 16) -> list[int]:
     """The tokens with which the teacher's side of every sequence begins: its keys and values are made only once.
 
@@ -130,25 +125,18 @@ def common_prefix(sequences: Any, least: int = 16) -> list[int]:
     """
     if "teacher_targets" not in sequences.column_names or not len(sequences):
         return []
-    table = sequences.with_format("arrow")
     shared: np.ndarray | None = None
-    for first in range(0, len(sequences), 4096):
-        part = table[first : first + 4096]
-        ids = part["teacher_input_ids"].combine_chunks()
-        offsets = np.concatenate([[0], np.cumsum(ids.value_lengths().to_numpy())])
-        flat = ids.flatten().to_numpy()
-        targets = part["teacher_targets"].combine_chunks().flatten().to_numpy()
-        positions = part["teacher_position_ids"].combine_chunks().flatten().to_numpy()
-        for begin, end in pairwise(offsets):
-            if (positions[begin + 1 : end] == 0).any():  # several texts: nothing stands before the later ones
-                return []
-            asked = int(np.flatnonzero(targets[begin:end] != IGNORED)[0])
-            prompt = flat[begin : begin + asked]
-            if shared is None:
-                shared = prompt
-            length = min(len(shared), len(prompt))
-            differing = np.flatnonzero(shared[:length] != prompt[:length])
-            shared = shared[: differing[0] if len(differing) else length]
-            if len(shared) < least:
-                return []
+    teachers = sequences.teacher_side()
+    for number in range(len(teachers)):
+        read = teachers.arrays(number)
+        if (read["position_ids"][1:] == 0).any():  # several texts: nothing stands before the later ones
+            return []
+        prompt = read["input_ids"][: int(np.flatnonzero(read["targets"] != IGNORED)[0])]
+        if shared is None:
+            shared = prompt
+        length = min(len(shared), len(prompt))
+        differing = np.flatnonzero(shared[:length] != prompt[:length])
+        shared = shared[: differing[0] if len(differing) else length]
+        if len(shared) < least:
+            return []
     return [] if shared is None else [int(token) for token in shared]

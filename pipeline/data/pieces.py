@@ -24,20 +24,22 @@ from models.targets import IGNORED
 from pipeline.data.alignment import Aligned, Aligner
 from pipeline.data.controls import Controls, Tokens
 from pipeline.data.conversations import Conversation, conversation
+from pipeline.data.flat import Pieces, end_to_end
 from pipeline.data.frames import controls_of
-from pipeline.data.prepared import SPELLINGS
+from pipeline.data.parts import Batch
 from pipeline.data.rendering import teachers_template
 from pipeline.data.source import DataSource
 from pipeline.data.tokenizer import ends
 from pipeline.data.turns import Turns, turns_of
+from pipeline.data.windows import target_bytes, windows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Ints = NDArray[np.integer[Any]]
 _Spoken = tuple[str, list[tuple[int, int]], Tokens]  # a text, where in it the assistant speaks, and its tokens
-Pieces = dict[str, list[Any]]  # columns input_ids, targets, supervised, bytes; weights; teacher_input_ids, spans
-PieceMaker = Callable[[dict[str, list[Any]], list[int]], Pieces]
+Lists = dict[str, list[Any]]  # of pieces: input_ids, targets, bytes; weights; teacher_input_ids, spans
+PieceMaker = Callable[[Batch], Pieces]
 
 
 class Found(Counter[str]):
@@ -45,14 +47,9 @@ class Found(Counter[str]):
 
     controls: Sequence[Controls] = ()
 
-    @property
-    def spellings(self) -> dict[str, Any]:
-        """For the statistics: of the tokenizer that found most."""
-        return max((one.statistics() for one in self.controls), key=lambda one: int(one[SPELLINGS]))
 
-
-def no_pieces(data: DataSource, teacher: Teacher | None) -> Pieces:
-    pieces: Pieces = {"input_ids": [], "targets": [], "supervised": [], "bytes": []}
+def _no_pieces(data: DataSource, teacher: Teacher | None) -> Lists:
+    pieces: Lists = {"input_ids": [], "targets": [], "bytes": []}
     if data.weight_column is not None:
         pieces["weights"] = []
     if teacher:
@@ -74,7 +71,7 @@ class Teacher:
         self.tally["long_spans"] += aligned.dropped
         return aligned
 
-    def add_window(self, pieces: Pieces, aligned: Aligned, at: int, length: int, ids: list[int]) -> None:
+    def add_window(self, pieces: Lists, aligned: Aligned, at: int, length: int, ids: list[int]) -> None:
         """Beside the student's window of `length` tokens from `at` on, begin being 0; `ids` are the whole text's."""
         begin, end = ends(self.tokenizer, "the teacher's tokenizer")
         (first, last), spans = aligned.window(at - 1, at - 1 + length)
@@ -91,7 +88,7 @@ class Teacher:
         self._add(pieces, held, spans)
 
     def add_conversation(
-        self, pieces: Pieces, sides: tuple[_Spoken, _Spoken], contents: list[str], inside: NDArray[np.bool_]
+        self, pieces: Lists, sides: tuple[_Spoken, _Spoken], contents: list[str], inside: NDArray[np.bool_]
     ) -> None:
         """Beside the student's first len(inside) tokens, of which those `inside` are supervised where predicted."""
         (_, _, (ours, _)), (_, _, (theirs, _)) = sides
@@ -106,7 +103,7 @@ class Teacher:
             theirs = theirs[: length if alike else max([1, *spans[-1:, 3]])]
         self._add(pieces, theirs, spans - 1)
 
-    def _add(self, pieces: Pieces, ids: list[int], spans: Ints) -> None:
+    def _add(self, pieces: Lists, ids: list[int], spans: Ints) -> None:
         """`spans` as in Aligned, but in places that predict."""
         counts = spans[:, [1, 3]] - spans[:, [0, 2]]
         pieces["teacher_input_ids"].append(ids)
@@ -130,51 +127,50 @@ def text_pieces(
         theirs_too = controls_of(teacher.tokenizer, data)
     tally.controls = [controls] if theirs_too is None else [controls, theirs_too]
 
-    def make(batch: dict[str, list[Any]], indices: list[int]) -> Pieces:
-        pieces = no_pieces(data, teacher)
+    def make(batch: Batch) -> Pieces:
         texts, weights, places = [], [], []
-        given = batch["weight"] if data.weight_column is not None else [1.0] * len(indices)
-        for index, text, weight in zip(indices, batch["text"], given, strict=True):
-            if not text.strip():
+        for place, text, weight in zip(batch.places, batch.contents, batch.weights, strict=True):
+            if not text or text.isspace():
                 tally["empty"] += 1
-            elif not np.float32(weight) > 0:
+            elif data.weight_column is not None and not np.float32(weight) > 0:
                 tally["unsupervised"] += 1
             else:
                 texts.append(text)
                 weights.append(weight)
-                places.append(f"text {index}")
-        read = controls.text_tokens(texts, places)
-        taught = theirs_too.text_tokens(texts, places) if theirs_too else repeat(None, len(texts))
-        for text, weight, ours, theirs in zip(texts, weights, read, taught, strict=True):
-            ids = np.array([begin, *ours[0], end])
-            sizes = target_bytes(text, ours[1])
-            aligned = teacher.aligned(text, ours, theirs) if teacher and theirs else None
-            for at in range(0, len(ids) - 1, data.max_length - 1):
-                window = ids[at : at + data.max_length]
-                pieces["input_ids"].append(window)
-                pieces["targets"].append(np.append(window[1:], IGNORED))
-                pieces["supervised"].append(len(window) - 1)
-                pieces["bytes"].append(sizes[at : at + data.max_length - 1].sum())
-                if data.weight_column is not None:
-                    pieces["weights"].append(np.append(np.full(len(window) - 1, weight), 0))
-                if teacher and theirs and aligned:
-                    teacher.add_window(pieces, aligned, at, len(window), theirs[0])
-        return pieces
+                places.append(place)
+        if theirs_too is None:
+            return windows(texts, weights, places, controls, (begin, end), data)
+        pieces = _no_pieces(data, teacher)
+        both = zip(controls.text_tokens(texts, places), theirs_too.text_tokens(texts, places), strict=True)
+        for text, weight, (ours, theirs) in zip(texts, weights, both, strict=True):
+            assert teacher is not None
+            _add_text(pieces, text, weight, [begin, *ours[0], end], ours, theirs, data, teacher)
+        return end_to_end(pieces)
 
     return make
 
 
-def target_bytes(text: str, offsets: list[tuple[int, int]]) -> Ints:
-    """UTF-8 bytes that each token adds to the text before it; one entry more for what follows the last token.
-
-    A character of several tokens is counted with the first of them, and what no token covers with the next.
-    """
-    ends = np.maximum.accumulate([end for _, end in offsets] + [len(text)])
-    if not text.isascii():
-        codes = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
-        size_of = 1 + (codes > 0x7F) + (codes > 0x7FF) + (codes > 0xFFFF).astype(int)
-        ends = np.concatenate([[0], np.cumsum(size_of)])[ends]
-    return np.diff(ends, prepend=0)
+def _add_text(
+    pieces: Lists,
+    text: str,
+    weight: float,
+    whole: list[int],
+    ours: Tokens,
+    theirs: Tokens,
+    data: DataSource,
+    teacher: Teacher,
+) -> None:
+    """The windows of a text that a teacher reads in tokens of its own."""
+    ids, sizes = np.array(whole), target_bytes(text, ours[1])
+    aligned = teacher.aligned(text, ours, theirs)
+    for at in range(0, len(ids) - 1, data.max_length - 1):
+        window = ids[at : at + data.max_length]
+        pieces["input_ids"].append(window)
+        pieces["targets"].append(np.append(window[1:], IGNORED))
+        pieces["bytes"].append(sizes[at : at + data.max_length - 1].sum())
+        if data.weight_column is not None:
+            pieces["weights"].append(np.append(np.full(len(window) - 1, weight), 0))
+        teacher.add_window(pieces, aligned, at, len(window), theirs[0])
 
 
 # Conversations
@@ -189,14 +185,13 @@ def conversation_pieces(
     if not tokenizer.is_fast:
         raise Refusal("the data are conversations, which need a fast tokenizer (with a tokenizer.json)")
 
-    def make(batch: dict[str, list[Any]], indices: list[int]) -> Pieces:
-        pieces = no_pieces(data, teacher)
-        places = [f"conversation {index}" for index in indices]
-        read = [conversation(messages, where) for messages, where in zip(batch["messages"], places, strict=True)]
-        given = batch["weight"] if data.weight_column is not None else [1.0] * len(read)
+    def make(batch: Batch) -> Pieces:
+        pieces = _no_pieces(data, teacher)
+        places = batch.places
+        read = [conversation(messages, where) for messages, where in zip(batch.contents, places, strict=True)]
         sides = _spoken(turns, read, places)
         taught = _spoken(taught_turns, read, places) if taught_turns else repeat(None, len(read))
-        for messages, where, weight, side, theirs in zip(read, places, given, sides, taught, strict=True):
+        for messages, where, weight, side, theirs in zip(read, places, batch.weights, sides, taught, strict=True):
             text, spans, (tokens, offsets) = side
             ids = np.array(tokens)
             # Inside are the starts before which an odd number of spans' ends lie: [from, to, from, to, ...]
@@ -208,13 +203,11 @@ def conversation_pieces(
             tally["truncated"] += len(ids) > data.max_length
             tally["cut_to_nothing"] += bool(inside[1:].any() and not inside[1 : data.max_length].any())
             ids, inside, sizes = ids[: data.max_length], inside[: data.max_length], sizes[: data.max_length]
-            supervised = int(inside[1:].sum())
-            if not supervised:
+            if not inside[1:].any():
                 tally["unsupervised"] += 1
                 continue
             pieces["input_ids"].append(ids)
             pieces["targets"].append(np.append(np.where(inside[1:], ids[1:], IGNORED), IGNORED))
-            pieces["supervised"].append(supervised)
             pieces["bytes"].append(sizes[1:][inside[1:]].sum())
             if data.weight_column is not None:
                 pieces["weights"].append(np.append(weights[1 : len(ids)], np.float32(0)))
@@ -223,7 +216,7 @@ def conversation_pieces(
                 _check_parts(len(side[1]), len(contents), "the chat template", where)
                 _check_parts(len(theirs[1]), len(contents), "the teacher's chat template", where)
                 teacher.add_conversation(pieces, (side, theirs), contents, inside)
-        return pieces
+        return end_to_end(pieces)
 
     return make
 

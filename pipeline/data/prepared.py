@@ -5,17 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from models.files import remove
+from models.files import remove, sync
 from pipeline import artifact
+from pipeline.data.flat import FORMAT, Shard
+from pipeline.data.sequences import Sequences
 from pipeline.data.source import PARSE, DataSource
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 STATISTICS = "statistics.json"
 CUT = "cut"  # in them, where the limit of the length took something: how much, and the key that changes it, in a line
@@ -24,13 +22,13 @@ SPELLINGS, FIRST_SPELLING = "control_spellings", "first_control_spelling"  # in 
 
 def sequences_of(
     data: DataSource, split: str, tokenizer: Any, root: Path, teacher_tokenizer: Any | None = None
-) -> tuple[Any, dict[str, Any], Path]:
+) -> tuple[Sequences, dict[str, Any], Path]:
     """(packed sequences, statistics, folder) of a split; the folder is named by everything the sequences depend on.
 
     With `teacher_tokenizer` they carry the teacher's tokens and the spans between both (pipeline/data/packing.py). What
     the limit of the length took is in the statistics, in a line, which is printed when they are built.
     """
-    given = [data.content_key(), *_rules(tokenizer)]
+    given = [data.content_key(), FORMAT, *_rules(tokenizer)]
     if teacher_tokenizer is not None:
         given += _rules(teacher_tokenizer)
     folder = root / f"{split}-{hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()[:16]}"
@@ -73,11 +71,11 @@ def _cut(data: DataSource, statistics: dict[str, Any]) -> str | None:
     return "; ".join(told) or None
 
 
-def once(folder: Path, build: Callable[[Path], None]) -> tuple[Dataset, dict[str, Any]]:
-    """The sequences in `folder`, which `build(aside)` writes as aside/sequences where they are not there yet.
+def once(folder: Path, build: Callable[[Path], list[Shard]]) -> tuple[Sequences, dict[str, Any]]:
+    """The sequences in `folder`, which `build(aside)` writes where they are not there yet; it returns their shards.
 
     A folder that holds what was written is only opened. Else it is written aside and renamed; of several processes that
-    ask at once one writes and the others wait.
+    ask at once one writes and the others wait. `aside` may hold shards that a killed run has left.
     """
     from filelock import FileLock
 
@@ -85,14 +83,26 @@ def once(folder: Path, build: Callable[[Path], None]) -> tuple[Dataset, dict[str
     with FileLock(folder.with_name(f".{folder.name}.lock")):
         if not _whole(folder):
             remove(folder)
-            aside = folder.with_name(f".{folder.name}.partial")
-            remove(aside)
-            aside.mkdir()
-            build(aside)
-            artifact.seal(aside / "sequences")
-            os.rename(aside / "sequences", folder)
-            shutil.rmtree(aside)
+            aside = aside_of(folder)
+            made = build(aside)
+            told = {f"{shard.folder.name}/{name}": sha256 for shard in made for name, sha256 in shard.sha256.items()}
+            artifact.seal(aside, told)
+            sync(aside)
+            os.rename(aside, folder)
+            sync(folder.parent)
+            for shard in made:  # what the index was made from
+                for path in (folder / shard.folder.name).glob(".*.bin"):
+                    path.unlink()
     return prepared(folder)
+
+
+def aside_of(folder: Path) -> Path:
+    """Where the shards of what will be `folder` are made."""
+    aside = folder.with_name(f".{folder.name}.partial")
+    if aside.is_symlink() or not aside.is_dir():
+        remove(aside)
+    aside.mkdir(parents=True, exist_ok=True)
+    return aside
 
 
 def _whole(folder: Path) -> bool:
@@ -103,11 +113,9 @@ def _whole(folder: Path) -> bool:
     return False
 
 
-def prepared(folder: Path) -> tuple[Dataset, dict[str, Any]]:
+def prepared(folder: Path) -> tuple[Sequences, dict[str, Any]]:
     """Sequences that `once` wrote, memory mapped, and their statistics."""
-    from datasets import load_from_disk
-
-    return load_from_disk(str(folder)), json.loads((folder / STATISTICS).read_text())
+    return Sequences(folder), json.loads((folder / STATISTICS).read_text())
 
 
 def _rules(tokenizer: Any) -> list[Any]:

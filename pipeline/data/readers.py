@@ -7,8 +7,9 @@ import math
 import mmap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from io import BytesIO, TextIOWrapper
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from models.errors import Refusal
 from pipeline.data.locations import Location
@@ -77,20 +78,26 @@ def parquet(path: Path) -> ParquetFile:
         return file
 
 
-def parquet_rows(path: Path, columns: list[str] | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The rows of a file, each with where it stands; of these columns, or all."""
-    number = 0
+def parquet_rows(
+    path: Path, columns: list[str] | None = None, groups: range | None = None
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows of a file, each with where it stands; of these columns, or all, and of these row groups, or all."""
     with _refusing(path):
-        for batch in parquet(path).iter_batches(1000, columns=columns):
+        file = parquet(path)
+        number = sum(file.metadata.row_group(group).num_rows for group in range(groups.start if groups else 0))
+        for batch in file.iter_batches(1000, columns=columns, row_groups=None if groups is None else list(groups)):
             for row in batch.to_pylist():
                 yield f"{path} row {number}", row
                 number += 1
 
 
-def parquet_cells(path: Path, columns: list[str], also: Sequence[str] = ()) -> Iterator[tuple[str, tuple[Any, ...]]]:
-    """What each row holds in `columns`, and in those of `also` that the file has; in others it holds None."""
+def parquet_cells(
+    path: Path, columns: list[str], also: Sequence[str] = (), part: range | None = None
+) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """What each row holds in `columns`, and in those of `also` that the file has; in others it holds None. `part`: of
+    these row groups."""
     read = [*columns, *(name for name in column_names(path) if name in also and name not in columns)]
-    rows = parquet_rows(path, read)
+    rows = parquet_rows(path, read, part)
     return ((where, tuple(row.get(name) for name in (*columns, *also))) for where, row in rows)
 
 
@@ -110,22 +117,24 @@ def _refusing(path: Path) -> Iterator[None]:
         raise Refusal(f"{path}: not a readable parquet file ({why}); write it again") from error
 
 
-def json_cells(path: Path, columns: list[str], also: Sequence[str] = ()) -> Iterator[tuple[str, tuple[Any, ...]]]:
-    """What each object holds in `columns`, and in those of `also` that it has; in others it holds None."""
-    for where, record in objects(path):
+def json_cells(
+    path: Path, columns: list[str], also: Sequence[str] = (), part: range | None = None
+) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """What each object holds in `columns`, and in those of `also` that it has; in others it holds None. `part`: of
+    these bytes of a file with an object a line."""
+    for where, record in objects(path, part):
         for column in columns:
             if column not in record:
                 raise Refusal(f"{where}: no column {column}, unlike the first object; it has {', '.join(record)}")
         yield where, tuple(record.get(column) for column in (*columns, *also))
 
 
-def objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The objects of a .jsonl or .json file, each with where it stands."""
-    with path.open(encoding="utf-8-sig") as file:
+def objects(path: Path, part: range | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The objects of a .jsonl or .json file, each with where it stands. `part`: of these bytes, whole lines."""
+    with _opened(path, part) as file:
         where = str(path)
         try:
-            array = path.suffix == ".json" and file.read(4096).lstrip().startswith("[")
-            file.seek(0)
+            array = part is None and is_array(path)
             for number, item in enumerate(json.load(file) if array else file, start=1):
                 where = f"{path} {'item' if array else 'line'} {number}"
                 if not array and item.isspace():
@@ -142,6 +151,25 @@ def objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             raise
         except ValueError as error:  # of syntax, or a number of thousands of digits
             raise Refusal(f"{where}: not JSON ({error}); write one object a line, or one array") from error
+
+
+@contextmanager
+def _opened(path: Path, part: range | None) -> Iterator[TextIO]:
+    if part is None:
+        with path.open(encoding="utf-8-sig") as file:
+            yield file
+        return
+    with path.open("rb") as whole:
+        whole.seek(part.start)
+        yield TextIOWrapper(BytesIO(whole.read(len(part))), encoding="utf-8" if part.start else "utf-8-sig")
+
+
+def is_array(path: Path) -> bool:
+    """Whether a .json file is one array, which cannot be read in parts."""
+    if path.suffix != ".json":
+        return False
+    with path.open("rb") as file:
+        return file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
 
 
 def column_names(path: Path) -> list[str]:

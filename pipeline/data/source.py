@@ -53,6 +53,7 @@ class DataSource(ABC):
     weight_column: str | None = None  # set: documents have a column `weight`, what each counts in the loss
     control_tokens: str | None = None  # parse: what texts spell is read as control tokens; None: it is text
     date: str | None = None  # that chat templates are told for today's, YYYY-MM-DD; None: always the same
+    workers: int | None = None  # processes that tokenize; None: one a core
     teacher_max_length: int = 0  # tokens of what a teacher reads, where `teacher_prompts` is above 0
 
     @property

@@ -30,10 +30,10 @@ from pipeline.data.pairs import Pair, split_pair, write_sequences
 from pipeline.data.prepared import SPELLINGS, tell
 from pipeline.data.records import records, source_key
 from pipeline.data.source import DataSource, Prompt, check_reading, with_reading
-from pipeline.data.tokenizer import begin_token
+from pipeline.data.tokenizer import begin_token, vocabulary_of
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from pipeline.data.sequences import Sequences
 
 TOO_LONG = ("refuse", "fewer", "drop")
 
@@ -266,7 +266,7 @@ class Task(DataSource):
 
     def prepare(
         self, split: str, tokenizer: Any, folder: Path, teacher_tokenizer: Any = None
-    ) -> tuple[Dataset, dict[str, Any]]:
+    ) -> tuple[Sequences, dict[str, Any]]:
         if teacher_tokenizer is not None:
             raise Refusal(
                 "data=task: the teacher's and the student's answers are compared token by token, so both need one "
@@ -287,7 +287,13 @@ class Task(DataSource):
 
         draws = self.teacher_prompts
         return write_sequences(
-            pairs(), max_length=self.max_length, packed=self.packing, folder=folder, counts=counted, draws=draws
+            pairs(),
+            max_length=self.max_length,
+            packed=self.packing,
+            folder=folder,
+            counts=counted,
+            vocabulary=vocabulary_of(tokenizer),
+            draws=draws,
         )
 
     def questions(

@@ -181,3 +181,8 @@ def ends(tokenizer: PreTrainedTokenizerBase, whose: str) -> tuple[int, int]:
     if end is None:
         raise Refusal(f"{whose} has no end token, so no text could end; set its eos_token")
     return end if tokenizer.bos_token_id is None else tokenizer.bos_token_id, end
+
+
+def vocabulary_of(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The number above every token."""
+    return int(max(tokenizer.get_vocab().values())) + 1

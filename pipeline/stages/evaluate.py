@@ -227,7 +227,7 @@ class Evaluate(Stage):
             raise Refusal("data.test: no text to measure on; give data.test or a data.holdout above 0")
         batches = [
             collate(
-                [packed[i] for i in range(at, min(at + self.batch_size, len(packed)))],
+                [packed.arrays(i) for i in range(at, min(at + self.batch_size, len(packed)))],
                 pad_token=pad_token(tokenizer),
             )
             for at in range(0, len(packed), self.batch_size)

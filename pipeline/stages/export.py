@@ -217,7 +217,7 @@ class Export(Stage):
             sequences, _, _ = sequences_of(self.data, split, tokenizer, context.data_folder)
             some = False
             for number in range(len(sequences)):
-                batch = collate([sequences[number]], pad_token=pad_token(tokenizer))
+                batch = collate([sequences.arrays(number)], pad_token=pad_token(tokenizer))
                 for ids, _ in documents(batch):
                     if len(ids) > 1:
                         some = True

@@ -17,9 +17,9 @@ from models.teachers.encodings.encoding import Encoding, describe
 from models.teachers.teacher import Source
 from pipeline import artifact
 from pipeline.context import Context
-from pipeline.data.pairs import teacher_side
 from pipeline.data.prepared import sequences_of
 from pipeline.data.rendering import tokenizer_of
+from pipeline.data.sequences import Sequences
 from pipeline.data.source import DataSource, check_source, source_key
 from pipeline.data.tokenizer import load_tokenizer, tokenizer_key
 from pipeline.forecast.workload import BYTES_OF_TEXT_A_TOKEN, Reads
@@ -121,7 +121,7 @@ class Record(Stage):
         tokenizer = tokenizer_of(self.teacher.path, self.data, self.teacher.trust_remote_code)
         context.work.mkdir(parents=True, exist_ok=True)
         sequences, statistics, folder = sequences_of(self.data, "train", tokenizer, context.data_folder)
-        sequences = teacher_side(sequences)
+        sequences = sequences.teacher_side()
         if not len(sequences):
             raise Refusal(f"{context.stage}: no sequence of data.train is left after tokenizing ({statistics})")
         header = self._header(context, tokenizer)
@@ -143,11 +143,9 @@ class Record(Stage):
         )
 
     def run(self, context: Context) -> None:
-        from datasets import load_from_disk
-
         prepared = json.loads((context.work / "prepared.json").read_text())
         tokenizer = load_tokenizer(self.teacher.path, self.teacher.trust_remote_code)
-        sequences = teacher_side(load_from_disk(prepared["sequences"]))
+        sequences = Sequences(prepared["sequences"]).teacher_side()
         shards = Path(prepared["shards"])
         header = read_header(shards)
         begin = time.monotonic()

@@ -90,7 +90,7 @@ class Recording:
 
     teacher: Source
     encoding: Encoding
-    sequences: Any  # a datasets.Dataset
+    sequences: Any  # pipeline.data.sequences.Sequences
     todo: list[int]
     tokenizer: Any
     header: Header
@@ -197,7 +197,7 @@ class Recording:
         return signal.hidden, signal.head.restricted(self.header.vocabulary, signal.hidden.dtype)
 
     def _batch(self, numbers: list[int], place: torch.device) -> dict[str, Any]:
-        batch = collate([self.sequences[number] for number in numbers], pad_token=pad_token(self.tokenizer))
+        batch = collate([self.sequences.arrays(number) for number in numbers], pad_token=pad_token(self.tokenizer))
         return {name: value.to(place) if isinstance(value, Tensor) else value for name, value in batch.items()}
 
 

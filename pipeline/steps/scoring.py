@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import load_from_disk
 from safetensors.numpy import save_file
 from torch import Tensor
 
@@ -26,6 +25,7 @@ from pipeline.context import Context
 from pipeline.data.batch import blank, collate, pad_token
 from pipeline.data.calibration import Calibration
 from pipeline.data.prepared import sequences_of
+from pipeline.data.sequences import Sequences
 from pipeline.data.source import DataSource
 from pipeline.progress import shown
 from pipeline.training.ranks import beat
@@ -68,7 +68,7 @@ class CalibrationText:
         if folder is None:
             return []
         draw = np.random.default_rng([self.seed, *split.encode()])
-        samples = calibration.take(self.context.stage, load_from_disk(folder), draw)
+        samples = calibration.take(self.context.stage, Sequences(folder), draw)
         if not samples:
             raise Refusal(
                 f"{self.context.stage}: no sequence of data.{split} has a token to predict, on which units are scored"

@@ -23,6 +23,7 @@ from models.training.rollouts import Rollouts, ends_of
 from pipeline.context import Context, left_at
 from pipeline.data.batch import collate, pad_token
 from pipeline.data.loader import PackedSequences, accumulation
+from pipeline.data.sequences import Sequences
 from pipeline.data.token_bytes import vocabulary_pairs
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.training.observers import callbacks_of, logger_of
@@ -68,14 +69,12 @@ def fit(context: Context, recipe: Recipe) -> Fitted:
 
 
 def _sequences(context: Context, recipe: Recipe, prepared: Prepared, tokenizer: Any) -> PackedSequences:
-    from datasets import load_from_disk
-
     data, training = recipe.data, recipe.training
-    validation = load_from_disk(prepared.validation) if prepared.validation else None
+    validation = Sequences(prepared.validation) if prepared.validation else None
     if validation is not None and data.validation_sequences is not None and len(validation) > data.validation_sequences:
         validation = validation.select(np.linspace(0, len(validation) - 1, data.validation_sequences, dtype=int))
     return PackedSequences(
-        load_from_disk(prepared.train),
+        Sequences(prepared.train),
         validation,
         seed=context.seed,
         global_batch=training.global_batch,

@@ -133,7 +133,7 @@ def _unchanged(
     float32 and in the dtype that is saved, the plain one as it is `served`. Raises Refusal where it is more than
     float32's rounding."""
     numbers = range(min(_PROOF_SEQUENCES, len(sequences.train)))
-    batch = collate([sequences.train[number] for number in numbers], pad_token=sequences.pad_token)
+    batch = collate([sequences.train.arrays(number) for number in numbers], pad_token=sequences.pad_token)
     words = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "use_cache": False}
     model.eval()
     before = model(**words).logits

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from datasets import load_from_disk
-
 from models.errors import Refusal
 from models.teachers.cache import HEADER, Cache, read_header
 from models.teachers.teacher import SERVED, Source
 from pipeline import artifact
 from pipeline.context import Context
-from pipeline.data.pairs import teacher_side
+from pipeline.data.sequences import Sequences
 from pipeline.data.tokenizer import load_tokenizer, tokenizer_key
 from pipeline.planned import needs_stage
 from pipeline.training.prepare import Prepared
@@ -64,5 +62,5 @@ def check_prepared(context: Context, teacher: Source, path: str) -> None:
             f"teacher.cache={path}: it was recorded of another teacher than {teacher.path}; run the "
             f"stage record on this teacher, or give teacher.path={path} to go by the cache alone"
         )
-    sequences = load_from_disk(Prepared.read(context.work).train)
-    Cache(Path(path)).check_holds(teacher_side(sequences))
+    sequences = Sequences(Prepared.read(context.work).train)
+    Cache(Path(path)).check_holds(sequences.teacher_side())

@@ -1,6 +1,7 @@
 """Texts become rows: nothing lost, nothing twice, nothing predicted across pieces."""
 
 import json
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
@@ -15,11 +16,12 @@ from transformers import ByT5Tokenizer
 
 from models.errors import Refusal
 from models.targets import IGNORED
-from pipeline.data import packing
+from pipeline.data import packing, parts
 from pipeline.data.documents import Documents, documents
 from pipeline.data.packing import best_fit_decreasing, prepare
 from pipeline.data.pieces import target_bytes
 from pipeline.data.prepared import prepared
+from pipeline.data.sequences import Sequences
 from pipeline.data.tables import empty_documents
 from pipeline.data.tokenizer import load_tokenizer, train_tokenizer
 from tests.optional_data import STORIES, needed
@@ -76,15 +78,15 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return trained(tmp_path_factory.mktemp("tokenizer"))
 
 
-def rows_of(tmp: Path, tokenizer: Any, texts: list[str] = TEXTS, **fields: Any) -> tuple[Dataset, dict[str, Any]]:
+def rows_of(tmp: Path, tokenizer: Any, texts: list[str] = TEXTS, **fields: Any) -> tuple[Sequences, dict[str, Any]]:
     return prepare(Dataset.from_dict({"text": texts}), tokenizer, Documents(**fields), folder=tmp / "rows")
 
 
-def pieces_of(rows: Dataset) -> list[Piece]:
+def pieces_of(rows: Iterable[dict[str, Any]]) -> list[Piece]:
     """The rows taken apart again, by their positions alone."""
     pieces = []
-    columns = (rows[:][name] for name in ("input_ids", "position_ids", "targets"))
-    for ids, positions, targets in zip(*columns, strict=True):
+    for row in rows:
+        ids, positions, targets = (row[name] for name in ("input_ids", "position_ids", "targets"))
         begins = [i for i, position in enumerate(positions) if position == 0]
         for begin, end in pairwise([*begins, len(ids)]):
             assert positions[begin:end] == list(range(end - begin))
@@ -172,17 +174,10 @@ def test_supervised_counts_the_targets_of_each_row(tmp_path: Path, plain: Any) -
     assert statistics["packing_efficiency"] == statistics["tokens"] / (64 * len(rows)) > 0.9
 
 
-def test_a_row_is_five_columns_of_int32(tmp_path: Path, plain: Any) -> None:
-    rows, _ = rows_of(tmp_path, plain)
-    kinds = {name: str(field.type) for name, field in zip(rows.column_names, rows.data.schema, strict=True)}
-    listed = dict.fromkeys(("input_ids", "position_ids", "targets"), "list<item: int32>")
-    assert kinds == {**listed, "supervised": "int32", "bytes": "int32"}
-
-
 def test_rows_stand_in_the_order_of_the_documents_they_begin_with(tmp_path: Path, plain: Any) -> None:
     first_of = {pieces: i for i, pieces in enumerate(pieces_of(rows_of(tmp_path / "a", plain, packing=False)[0]))}
     rows, _ = rows_of(tmp_path / "b", plain)
-    firsts = [min(first_of[piece] for piece in pieces_of(Dataset.from_list([row]))) for row in rows]
+    firsts = [min(first_of[piece] for piece in pieces_of([row])) for row in rows]
     assert firsts == sorted(firsts)
 
 
@@ -247,7 +242,9 @@ def test_rows_are_memory_mapped_from_the_folder_and_leave_nothing_elsewhere(
     home = tmp_path / "home"
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", home)
     rows, _ = rows_of(tmp_path, plain)
-    assert [Path(entry["filename"]).parent for entry in rows.cache_files] == [tmp_path / "rows"]
+    held = rows.arrays(0)["input_ids"] if len(rows._pieces(0)[0]) == 1 else rows._shard("input_ids", 0)
+    assert not held.flags.owndata
+    assert rows.folder == tmp_path / "rows"
     assert not home.exists()
     assert [path.name for path in tmp_path.iterdir() if path.name != ".rows.lock"] == ["rows"]
 
@@ -270,7 +267,7 @@ def test_a_failure_leaves_no_folder_behind_that_looks_whole(
     tmp_path: Path, plain: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(packing, "_fill", lambda *_: 1 / 0)
+        patch.setattr(packing, "index", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             rows_of(tmp_path, plain)
     assert not (tmp_path / "rows").exists()
@@ -282,20 +279,20 @@ def test_two_that_ask_at_once_get_rows_written_once(
     tmp_path: Path, plain: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written = []
-    build = packing._build
-    monkeypatch.setattr(packing, "_build", lambda *given: (written.append(1), build(*given)))
+    index = packing.index
+    monkeypatch.setattr(packing, "index", lambda *given, **words: (written.append(1), index(*given, **words)))
     with ThreadPoolExecutor(2) as threads:
         both = list(threads.map(lambda _: rows_of(tmp_path, plain), range(2)))
     assert len(written) == 1
     assert both[0][0][:] == both[1][0][:]
 
 
-@pytest.mark.parametrize(("name", "value"), [("TOKENS_AT_ONCE", 300), ("BYTES_AT_ONCE", 1000)])
+@pytest.mark.parametrize(("name", "value"), [("PART_BYTES", 1500), ("_BATCH_BYTES", 1000), ("_BATCH_DOCUMENTS", 3)])
 def test_rows_made_some_at_a_time_are_the_same_rows(
     tmp_path: Path, plain: Any, monkeypatch: pytest.MonkeyPatch, name: str, value: int
 ) -> None:
     at_once, statistics = rows_of(tmp_path / "at-once", plain)
-    monkeypatch.setattr(packing, name, value)
+    monkeypatch.setattr(parts, name, value)
     in_parts, same = rows_of(tmp_path / "in-parts", plain)
     assert in_parts[:] == at_once[:]
     assert same == statistics

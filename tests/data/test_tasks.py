@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from models.errors import Refusal
-from pipeline.data.pairs import Pair, common_prefix, teacher_side, write_sequences
+from pipeline.data.pairs import Pair, common_prefix, write_sequences
 from pipeline.data.prepared import sequences_of
 from pipeline.data.tasks import Task
 from pipeline.data.tokenizer import train_tokenizer
@@ -169,7 +169,7 @@ def test_the_common_prefix_is_what_fixed_demonstrations_begin_with(tmp_path: Pat
 
 def test_the_teachers_side_has_its_columns_under_the_usual_names(tmp_path: Path, tokenizer: Any) -> None:
     rows, _ = Task(train=towns(tmp_path), shots=2).prepare("train", tokenizer, tmp_path / "rows")
-    side = teacher_side(rows)
+    side = rows.teacher_side()
     assert side["input_ids"][:] == rows["teacher_input_ids"][:]
     assert side["targets"][:] == rows["teacher_targets"][:]
 

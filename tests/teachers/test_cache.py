@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
 from torch import Tensor
 
 from models import seeds
@@ -42,6 +41,7 @@ from models.teachers.recorded import Recorded
 from models.teachers.served import Served
 from models.teachers.shards import Writer
 from models.teachers.teacher import Opening, Source
+from tests.rows import Rows
 
 CPU = torch.device("cpu")
 N, V, H = 13, 41, 12
@@ -295,7 +295,7 @@ def test_pieces_are_the_same_however_they_are_packed_padded_and_ordered() -> Non
     assert [p.key for p in packed] == [p.key for p in reversed(apart)]
     assert [(p.row, p.start, p.stop, p.supervised.tolist()) for p in packed] == [(0, 0, 3, [0, 1]), (0, 5, 7, [5])]
     assert [(p.row, p.start, p.stop, p.supervised.tolist()) for p in apart] == [(0, 0, 2, [0]), (2, 0, 3, [0, 1])]
-    rows = Dataset.from_list(
+    rows = Rows(
         [
             {"input_ids": [5, 6, 7, 1, 2], "position_ids": [0, 1, 2, 0, 1], "targets": [6, 7, -100, -100, -100]},
             {"input_ids": [8, 9], "position_ids": [0, 1], "targets": [9, -100]},
@@ -495,10 +495,12 @@ def test_a_shard_cut_short_at_any_length_is_refused(tmp_path: Path) -> None:
 def test_a_missing_piece_is_refused_with_the_remedy(tmp_path: Path) -> None:
     write(tmp_path / "cache", count=4)
     cache = Cache(tmp_path / "cache")
-    rows = {"input_ids": [[2, 1], [77, 1]], "position_ids": [[0, 1]] * 2, "targets": [[1, -100]] * 2}
+    rows = Rows({"input_ids": ids, "position_ids": [0, 1], "targets": [1, -100]} for ids in ([2, 1], [77, 1]))
     for ask in (
         lambda: cache.read([key(1), key(4)], CPU),
-        lambda: cache.check_holds(Dataset.from_dict(rows)),
+        lambda: cache.check_holds(
+            Rows(dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=True))
+        ),
     ):
         with pytest.raises(
             Refusal, match=r"a piece of the text is not in it \(4 pieces are.*record the teacher's signal"

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -48,6 +47,7 @@ from pipeline.data.loader import PackedSequences
 from pipeline.training.fit import _tell_not_read
 from tests.command import SMALL, train, unclocked
 from tests.fitting import VOCABULARY, Scenario, answer_rows, fit, model, on_two_ranks, rollouts, write_models
+from tests.rows import Rows
 from tests.test_config import quickstart, refused
 
 TOLERANCE = 1e-6  # fp32, 20 steps
@@ -401,12 +401,12 @@ def test_columns_beyond_the_tokenizer_are_never_written(folder: Path, reference:
 # One step, without a trainer
 
 
-def rolls_of(data: Dataset, **values: Any) -> Rollouts:
+def rolls_of(data: Rows, **values: Any) -> Rollouts:
     rows = PackedSequences(data, None, seed=0, global_batch=8, micro_batch=8, pad_token=0, length=None)
     return rollouts({**ALWAYS, **values}, rows, torch.nn.Identity)
 
 
-def begun(data: Dataset, writer: Any = None, **values: Any) -> tuple[Rollouts, dict[str, Any]]:
+def begun(data: Rows, writer: Any = None, **values: Any) -> tuple[Rollouts, dict[str, Any]]:
     rolls = rolls_of(data, **values)
     rolls.begin(model(16, 2, seed=1) if writer is None else writer, 0, device=torch.device("cpu"))
     return rolls, rolls.take({"input_ids": torch.zeros(1), "sequences": [0] * 8}, 0)
@@ -464,9 +464,9 @@ def test_every_row_of_a_step_is_taken_once_where_the_order_would_have_it(world: 
             assert len(taken["input_ids"]) == micro_batch
 
 
-def same_prompts() -> Dataset:
+def same_prompts() -> Rows:
     row = {"input_ids": [7, 8, 0], "position_ids": [0, 1, 2], "targets": [-100, 0, -100], "supervised": 1, "bytes": 0}
-    return Dataset.from_list([row] * 8)
+    return Rows([row] * 8)
 
 
 def test_equal_prompts_get_answers_of_their_own() -> None:
@@ -540,7 +540,7 @@ def test_in_a_skipped_examples_place_stands_the_blank_sequence_of_the_data(promp
 
 def test_plain_text_can_be_given_a_longer_prompt() -> None:
     row = {"input_ids": [9, 1, 2, 3, 4, 0], "position_ids": [*range(6)], "targets": [1, 2, 3, 4, 0, -100]}
-    data = Dataset.from_list([row | {"supervised": 5, "bytes": 0}] * 8)
+    data = Rows([row | {"supervised": 5, "bytes": 0}] * 8)
     for asked, prompt in ((1, [9]), (3, [9, 1, 2]), (50, [9, 1, 2, 3, 4])):
         _, batch = begun(data, prompt_tokens=asked)
         first = (batch["targets"] >= 0).long().argmax(1)
@@ -548,7 +548,7 @@ def test_plain_text_can_be_given_a_longer_prompt() -> None:
         assert batch["input_ids"][:, : len(prompt)].tolist() == [prompt] * 8
 
 
-def with_teachers_prompts(data: Dataset, *before: list[int]) -> Dataset:
+def with_teachers_prompts(data: Rows, *before: list[int]) -> Rows:
     """The same rows, whose teacher reads other tokens before each prompt."""
     columns: dict[str, list[Any]] = {"teacher_input_ids": [], "teacher_position_ids": [], "teacher_targets": []}
     for row in data:
@@ -556,8 +556,7 @@ def with_teachers_prompts(data: Dataset, *before: list[int]) -> Dataset:
         columns["teacher_input_ids"].append([token for part in ids for token in part])
         columns["teacher_position_ids"].append([at for part in ids for at in range(len(part))])
         columns["teacher_targets"].append([t for more in before for t in [-100] * len(more) + row["targets"]])
-    for name, values in columns.items():
-        data = data.add_column(name, values)
+    data = data.with_columns(columns)
     return data
 
 

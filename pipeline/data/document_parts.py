@@ -1,0 +1,149 @@
+"""The documents of a split in parts of some files, of some lines or row groups of a large file, or of some rows."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from models.errors import Refusal
+from pipeline.data import parts
+from pipeline.data.documents import Documents, Tally, check_some, chosen
+from pipeline.data.locations import EMBEDDED, Location
+from pipeline.data.parts import Batch, Parts, batched
+from pipeline.data.readers import hub_dataset, is_array, parquet
+from pipeline.data.reading import Document, embedded_documents, file_documents, hub_documents
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+@dataclass(frozen=True)
+class Extent:
+    """Some of a location: `part` are row groups of a .parquet file, bytes of lines of JSON, or rows of a hub dataset;
+    None is all of it."""
+
+    location: Location
+    size: int  # bytes
+    path: Path | None = None
+    part: range | None = None
+
+
+class DocumentParts(Parts):
+    """`chat` and the rest as Parts says. What is read of the source is its sizes, and where lines end in it."""
+
+    spread = True
+
+    def __init__(self, data: Documents, split: str) -> None:
+        self.data, self.split = data, split
+        given = data.locations(split) or data.locations("train")
+        for location in given:
+            data.columns.check_weighable(location)
+        self._hubs = {
+            location.label: hub_dataset(location, data.name, data.revision)
+            for location in given
+            if location.kind == "hub"
+        }
+        self.chat = self._is_chat(given)
+        self._parts: list[list[Extent]] = [[]]
+        if split != "train" and not data.locations(split) and not data.holdout:
+            given = []  # nothing is held out
+        for extent in chain.from_iterable(map(self._extents, given)):
+            if sum(other.size for other in self._parts[-1]) + extent.size > parts.PART_BYTES and self._parts[-1]:
+                self._parts.append([])
+            self._parts[-1].append(extent)
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    def batches(self, number: int, found: Counter[str]) -> Iterator[Batch]:
+        tally = Tally()
+        read = chain.from_iterable(map(self._documents, self._parts[number]))
+        yield from batched(chosen(self.data, read, self.split, tally), found)
+        found["read"] += tally.read
+        found["empty"] += tally.empty
+
+    def check(self, found: Counter[str]) -> None:
+        check_some(self.data, self.split, found["read"], found["documents"])
+
+    def _is_chat(self, given: list[Location]) -> bool:
+        kinds = set()
+        for location in given:
+            if location.kind in EMBEDDED:
+                kinds.add(False)
+            elif location.kind == "hub":
+                columns = self._hubs[location.label].column_names
+                kinds.add(self.data.columns.chosen(columns, location.label)[1])
+            else:
+                kinds |= {self.data.columns.is_chat(path) for path in location.files}
+            if len(kinds) > 1:
+                raise Refusal(f"{location.label}: text and chat cannot be mixed; give sources of one kind")
+        return kinds == {True}
+
+    def _extents(self, location: Location) -> Iterator[Extent]:
+        if location.kind == "hub":
+            dataset = self._hubs[location.label]
+            rows = max(1, int(parts.PART_BYTES / max(1, _bytes_each(dataset))))
+            for first in range(0, len(dataset), rows):
+                some = range(first, min(len(dataset), first + rows))
+                yield Extent(location, parts.PART_BYTES, part=some)
+        elif location.kind in EMBEDDED:
+            yield Extent(location, 0)
+        for path in location.files:
+            size = path.stat().st_size
+            if path.suffix == ".parquet":
+                yield from (Extent(location, each, path, part) for each, part in _row_groups(path))
+            elif path.suffix == ".txt" or is_array(path) or size <= parts.PART_BYTES:
+                yield Extent(location, size, path)
+            else:
+                yield from (Extent(location, len(part), path, part) for part in _lines(path, size))
+
+    def _documents(self, extent: Extent) -> Iterator[Document]:
+        location = extent.location
+        if location.kind == "hub":
+            return hub_documents(self.data, location, self._hubs[location.label], extent.part)
+        if extent.path is None:
+            return embedded_documents(location)
+        return self._of_file(extent.path, extent.part)
+
+    def _of_file(self, path: Path, part: range | None) -> Iterator[Document]:
+        try:
+            yield from file_documents(self.data, path, self.chat, part=part)
+        except Refusal:
+            if part is None or not part.start or path.suffix == ".parquet":
+                raise
+            # Lines are counted from the part's beginning. Whoever is to mend one needs its number in the file.
+            for _ in file_documents(self.data, path, self.chat, part=range(part.stop)):
+                pass
+            raise
+
+
+def _bytes_each(dataset: Dataset) -> float:
+    return float(dataset.data.nbytes) / max(1, dataset.data.num_rows)
+
+
+def _row_groups(path: Path) -> Iterator[tuple[int, range]]:
+    """Row groups that lie side by side, as many as make a part; and their size in bytes, unpacked."""
+    told: Any = parquet(path).metadata
+    first, size = 0, 0
+    for group in range(told.num_row_groups):
+        more = told.row_group(group).total_byte_size
+        if size and size + more > parts.PART_BYTES:
+            yield size, range(first, group)
+            first, size = group, 0
+        size += more
+    yield size, range(first, told.num_row_groups)
+
+
+def _lines(path: Path, size: int) -> Iterator[range]:
+    """Bytes of whole lines, a part's worth each."""
+    begin = 0
+    with path.open("rb") as file:
+        while begin < size:
+            file.seek(min(size, begin + parts.PART_BYTES) - 1)
+            file.readline()
+            yield range(begin, file.tell())
+            begin = file.tell()

@@ -1,0 +1,39 @@
+"""Packed sequences held in memory, for tests that make up their own: read as pipeline.data.sequences.Sequences is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+
+class Rows(list[dict[str, Any]]):
+    """Dictionaries of lists, each a sequence."""
+
+    @property
+    def column_names(self) -> list[str]:
+        return list(self[0])
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.array([len(row["input_ids"]) for row in self], dtype=np.int64)
+
+    @property
+    def counts(self) -> np.ndarray:
+        return np.array([row["weight"] if "weight" in row else row["supervised"] for row in self])
+
+    def arrays(self, number: int) -> dict[str, Any]:
+        return self[number]
+
+    def flat(self, first: int, stop: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        names = ("input_ids", "position_ids", "targets")
+        return {name: np.concatenate([row[name] for row in self[first:stop]]) for name in names}, self.lengths[
+            first:stop
+        ]
+
+    def select(self, numbers: Sequence[int]) -> Rows:
+        return Rows(self[number] for number in numbers)
+
+    def with_columns(self, columns: dict[str, list[Any]]) -> Rows:
+        return Rows({**row, **{name: columns[name][at] for name in columns}} for at, row in enumerate(self))
