@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from models.errors import Refusal
 from pipeline.data import parts
-from pipeline.data.documents import Documents, Tally, check_some, chosen
+from pipeline.data.columns import Columns
 from pipeline.data.locations import EMBEDDED, Location
 from pipeline.data.parts import Batch, Parts, batched
 from pipeline.data.readers import hub_dataset, is_array, parquet
 from pipeline.data.reading import Document, embedded_documents, file_documents, hub_documents
+from pipeline.data.splits import Split, Tally, chosen
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -37,19 +38,25 @@ class DocumentParts(Parts):
 
     spread = True
 
-    def __init__(self, data: Documents, split: str) -> None:
-        self.data, self.split = data, split
-        given = data.locations(split) or data.locations("train")
+    def __init__(
+        self,
+        split: Split,
+        given: Sequence[Location],
+        columns: Columns,
+        sample_by: str,
+        name: str | None,
+        revision: str | None,
+    ) -> None:
+        """`given`: where the split is read from; the others as of Documents."""
+        self.split, self.columns, self.sample_by = split, columns, sample_by
         for location in given:
-            data.columns.check_weighable(location)
+            columns.check_weighable(location)
         self._hubs = {
-            location.label: hub_dataset(location, data.name, data.revision)
-            for location in given
-            if location.kind == "hub"
+            location.label: hub_dataset(location, name, revision) for location in given if location.kind == "hub"
         }
         self.chat = self._is_chat(given)
         self._parts: list[list[Extent]] = [[]]
-        if split != "train" and not data.locations(split) and not data.holdout:
+        if split.held_out and not split.holdout:
             given = []  # nothing is held out
         for extent in chain.from_iterable(map(self._extents, given)):
             if sum(other.size for other in self._parts[-1]) + extent.size > parts.PART_BYTES and self._parts[-1]:
@@ -62,23 +69,23 @@ class DocumentParts(Parts):
     def batches(self, number: int, found: Counter[str]) -> Iterator[Batch]:
         tally = Tally()
         read = chain.from_iterable(map(self._documents, self._parts[number]))
-        yield from batched(chosen(self.data, read, self.split, tally), found)
+        yield from batched(chosen(self.split, read, tally), found)
         found["read"] += tally.read
         found["empty"] += tally.empty
 
     def check(self, found: Counter[str]) -> None:
-        check_some(self.data, self.split, found["read"], found["documents"])
+        self.split.check_some(found["read"], found["documents"])
 
-    def _is_chat(self, given: list[Location]) -> bool:
+    def _is_chat(self, given: Sequence[Location]) -> bool:
         kinds = set()
         for location in given:
             if location.kind in EMBEDDED:
                 kinds.add(False)
             elif location.kind == "hub":
                 columns = self._hubs[location.label].column_names
-                kinds.add(self.data.columns.chosen(columns, location.label)[1])
+                kinds.add(self.columns.chosen(columns, location.label)[1])
             else:
-                kinds |= {self.data.columns.is_chat(path) for path in location.files}
+                kinds |= {self.columns.is_chat(path) for path in location.files}
             if len(kinds) > 1:
                 raise Refusal(f"{location.label}: text and chat cannot be mixed; give sources of one kind")
         return kinds == {True}
@@ -104,19 +111,19 @@ class DocumentParts(Parts):
     def _documents(self, extent: Extent) -> Iterator[Document]:
         location = extent.location
         if location.kind == "hub":
-            return hub_documents(self.data, location, self._hubs[location.label], extent.part)
+            return hub_documents(self.columns, location, self._hubs[location.label], extent.part)
         if extent.path is None:
             return embedded_documents(location)
         return self._of_file(extent.path, extent.part)
 
     def _of_file(self, path: Path, part: range | None) -> Iterator[Document]:
         try:
-            yield from file_documents(self.data, path, self.chat, part=part)
+            yield from file_documents(self.columns, self.sample_by, path, self.chat, part=part)
         except Refusal:
             if part is None or not part.start or path.suffix == ".parquet":
                 raise
             # Lines are counted from the part's beginning. Whoever is to mend one needs its number in the file.
-            for _ in file_documents(self.data, path, self.chat, part=range(part.stop)):
+            for _ in file_documents(self.columns, self.sample_by, path, self.chat, part=range(part.stop)):
                 pass
             raise
 

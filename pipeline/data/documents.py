@@ -7,11 +7,10 @@ of its content, so neither the order of the input nor a duplicate in it carries 
 from __future__ import annotations
 
 import hashlib
-import json
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -19,16 +18,16 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from models.errors import Refusal
 from models.files import hash_of
 from pipeline.data.columns import Columns
-from pipeline.data.conversations import Conversation
 from pipeline.data.locations import EMBEDDED, Location, locate
 from pipeline.data.readers import (
     SAMPLE_BY,
     count_documents,
     hub_dataset,
 )
-from pipeline.data.reading import Document, embedded_documents, file_documents, hub_documents
+from pipeline.data.reading import embedded_documents, file_documents, hub_documents
 from pipeline.data.rendering import template_file
 from pipeline.data.source import SPLITS, DataSource, Prompt, check_reading, with_reading
+from pipeline.data.splits import NoDocuments, Split, Tally, chosen
 from pipeline.data.stdlib import library_files
 from pipeline.data.tables import in_memory, of_one_kind, with_empty
 
@@ -73,6 +72,7 @@ class Documents(DataSource):
     workers: int | None = None  # processes that tokenize; None: one a core
     node: ClassVar[str] = "data"
     compared_by_content: ClassVar[frozenset[str]] = frozenset({*SPLITS, "chat_template"})
+    immaterial: ClassVar[frozenset[str]] = frozenset({"workers"})
 
     @property
     def columns(self) -> Columns:
@@ -81,6 +81,13 @@ class Documents(DataSource):
     def locations(self, split: str) -> list[Location]:
         """What a split is given as; nothing where it is taken out of train."""
         return locate(split, getattr(self, split))
+
+    def split(self, name: str) -> Split:
+        held_out = name != "train" and not self.locations(name)
+        given = "train" if held_out else name
+        label = f"data.{given}={getattr(self, given)}"
+        own = frozenset(other for other in SPLITS if getattr(self, other))
+        return Split(name, label, held_out, own, self.holdout, self.max_documents)
 
     def check(self, planned: bool = False) -> dict[str, Any]:
         return check(self)
@@ -120,16 +127,13 @@ class Documents(DataSource):
         from pipeline.data import packing  # lazily: a check is to load neither numpy nor torch
         from pipeline.data.document_parts import DocumentParts
 
-        parts = DocumentParts(self, split) if self.max_documents is None else documents(self, split)
+        wanted, given = self.split(split), self.locations(split) or self.locations("train")
+        parts = (
+            DocumentParts(wanted, given, self.columns, self.sample_by, self.name, self.revision)
+            if self.max_documents is None
+            else documents(self, split)
+        )
         return packing.prepare(parts, tokenizer, self, folder=folder, teacher_tokenizer=teacher_tokenizer)
-
-
-@dataclass
-class Tally:
-    read: int = 0
-    kept: int = 0
-    empty: int = 0
-    digest: Any = field(default_factory=hashlib.sha256)  # of the kept documents, in order
 
 
 def check(data: Documents) -> dict[str, Any]:
@@ -184,10 +188,6 @@ def _described(locations: list[Location]) -> dict[str, Any]:
     }
 
 
-class NoDocuments(Refusal):
-    """A split has none. What is wrong with its files is another Refusal."""
-
-
 def documents(data: Documents, split: str, unanswered: bool = False) -> Dataset:
     """The documents of one split in reading order: a dataset with the single column `text` or `messages`.
 
@@ -200,30 +200,17 @@ def documents(data: Documents, split: str, unanswered: bool = False) -> Dataset:
 
     if split not in SPLITS:
         raise ValueError(f"split={split!r}: one of {', '.join(SPLITS)}")
-    held_out = split != "train" and not data.locations(split)
-    given = "train" if held_out else split
-    label = f"data.{given}={getattr(data, given)}"
+    wanted = data.split(split)
     tally = Tally()
-    parts = [_part(data, location, split, tally, unanswered) for location in data.locations(given)]
-    check_some(data, split, tally.read, tally.kept)
+    parts = [
+        _part(data, location, wanted, tally, unanswered)
+        for location in data.locations("train" if wanted.held_out else split)
+    ]
+    wanted.check_some(tally.read, tally.kept)
     parts = of_one_kind([part for part in parts if len(part)] or parts[:1])
     if len({tuple(part.column_names) for part in parts}) > 1:
-        raise Refusal(f"{label}: text and chat cannot be mixed; give sources of one kind")
+        raise Refusal(f"{wanted.label}: text and chat cannot be mixed; give sources of one kind")
     return with_empty(concatenate_datasets(parts), tally.empty)
-
-
-def check_some(data: Documents, split: str, read: int, kept: int) -> None:
-    """Refuse a split of which nothing is left, of so many documents."""
-    held_out = split != "train" and not data.locations(split)
-    given = "train" if held_out else split
-    label = f"data.{given}={getattr(data, given)}"
-    if not kept and held_out and data.holdout:
-        raise NoDocuments(
-            f"{label}: none of its {read} documents falls to {split}; give data.{split}, a larger "
-            "data.holdout (0 does without) or, of a .txt file, data.sample_by=paragraph"
-        )
-    if not kept and not held_out:
-        raise NoDocuments(f"{label}: none of its {read} documents has text for {split}; give another source")
 
 
 def content_key(data: Documents) -> str:
@@ -257,7 +244,7 @@ def _source_key(location: Location) -> list[Any]:
 # Reading
 
 
-def _part(data: Documents, location: Location, split: str, tally: Tally, unanswered: bool = False) -> Dataset:
+def _part(data: Documents, location: Location, split: Split, tally: Tally, unanswered: bool = False) -> Dataset:
     """The documents of one source that belong to the split."""
     from datasets import Value
 
@@ -265,11 +252,11 @@ def _part(data: Documents, location: Location, split: str, tally: Tally, unanswe
     if location.kind == "hub":
         dataset = hub_dataset(location, data.name, data.revision)
         column, chat = data.columns.chosen(dataset.column_names, location.label)
-        read = hub_documents(data, location, dataset, unanswered=unanswered)
+        read = hub_documents(data.columns, location, dataset, unanswered=unanswered)
         if not chat:
             columns = data.columns.with_weight(column, dataset.column_names, location.label)
             dataset = dataset.select_columns(columns)
-            indices = [int(where.rpartition(" ")[2]) for where, _, _ in chosen(data, read, split, tally)]
+            indices = [int(where.rpartition(" ")[2]) for where, _, _ in chosen(split, read, tally)]
             texts = dataset.rename_columns(dict(zip(columns, ("text", "weight"), strict=False)))
             if data.weight_column is not None and texts.features["weight"] != Value("float64"):
                 texts = texts.cast_column("weight", Value("float64"))
@@ -278,44 +265,8 @@ def _part(data: Documents, location: Location, split: str, tally: Tally, unanswe
         chat, read = False, embedded_documents(location)
     else:
         chat = data.columns.is_chat(location.files[0])
-        read = chain.from_iterable(file_documents(data, path, chat, unanswered) for path in location.files)
-    values = ((value, weight) for _, value, weight in chosen(data, read, split, tally))
+        read = chain.from_iterable(
+            file_documents(data.columns, data.sample_by, path, chat, unanswered) for path in location.files
+        )
+    values = ((value, weight) for _, value, weight in chosen(split, read, tally))
     return in_memory(values, chat, data.weight_column is not None, lambda: tally.digest.hexdigest()[:16])
-
-
-def chosen(data: Documents, read: Iterable[Document], split: str, tally: Tally) -> Iterator[Document]:
-    """The documents of the split; counted and hashed on the way."""
-    every = split != "train" and bool(data.locations(split))
-    for where, value, weight in read:
-        if tally.kept == data.max_documents:
-            return
-        tally.read += 1
-        content = value if isinstance(value, str) else _unweighted(value)
-        try:
-            digest = hashlib.sha256(content.encode()).digest()
-        except UnicodeEncodeError as error:
-            raise Refusal(f"{where}: holds half a surrogate pair, which is no text; mend or drop it") from error
-        if not every and _split_of(data, digest) != split:
-            continue
-        if not value or (isinstance(value, str) and value.isspace()):
-            tally.empty += 1
-            continue
-        tally.kept += 1
-        tally.digest.update(digest)
-        yield where, value, weight
-
-
-def _split_of(data: Documents, digest: bytes) -> str:
-    """The split of a document of train: test and validation own fixed ranges of the hash, unless given."""
-    fraction = int.from_bytes(digest[:8], "big") / 2**64
-    if fraction < data.holdout:
-        return "train" if data.test else "test"
-    if fraction < 2 * data.holdout:
-        return "train" if data.validation else "validation"
-    return "train"
-
-
-def _unweighted(messages: Conversation) -> str:
-    """What the split of a conversation depends on: a copy that only weighs otherwise falls to the same."""
-    plain = [{name: value for name, value in message.items() if name != "weight"} for message in messages]
-    return json.dumps(plain, ensure_ascii=False, sort_keys=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from models.errors import Refusal
-from pipeline.data.columns import weight_of
+from pipeline.data.columns import Columns, weight_of
 from pipeline.data.conversations import BESIDE, Content, check_beside, conversation
 from pipeline.data.locations import Location
 from pipeline.data.readers import column_names, json_cells, parquet_cells, text_documents
@@ -17,23 +17,21 @@ from pipeline.data.stdlib import library_documents
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from pipeline.data.documents import Documents
-
 Document = tuple[str, Content, float]  # where it stands, for messages; what it holds; its weight
 
 
 def hub_documents(
-    data: Documents, location: Location, dataset: Dataset, rows: range | None = None, unanswered: bool = False
+    columns: Columns, location: Location, dataset: Dataset, rows: range | None = None, unanswered: bool = False
 ) -> Iterator[Document]:
     """The documents of these rows of a hub dataset, or of all."""
-    column, chat = data.columns.chosen(dataset.column_names, location.label)
-    columns = data.columns.with_weight(column, dataset.column_names, location.label)
-    also = [name for name in BESIDE if name in dataset.column_names and name not in columns] if chat else []
-    dataset = dataset.select_columns(columns + also)
+    column, chat = columns.chosen(dataset.column_names, location.label)
+    names = columns.with_weight(column, dataset.column_names, location.label)
+    also = [name for name in BESIDE if name in dataset.column_names and name not in names] if chat else []
+    dataset = dataset.select_columns(names + also)
     if rows is not None:
         dataset = dataset.select(rows)
     cells = chain.from_iterable(
-        zip(*(batch[name] for name in columns + also), strict=True) for batch in dataset.iter(1000)
+        zip(*(batch[name] for name in names + also), strict=True) for batch in dataset.iter(1000)
     )
     first = rows.start if rows else 0
     return _documents(
@@ -52,19 +50,19 @@ def embedded_documents(location: Location) -> Iterator[Document]:
 
 
 def file_documents(
-    data: Documents, path: Path, chat: bool, unanswered: bool = False, part: range | None = None
+    columns: Columns, sample_by: str, path: Path, chat: bool, unanswered: bool = False, part: range | None = None
 ) -> Iterator[Document]:
     """The documents of one file. `part`: of these row groups of a .parquet file, or bytes of lines of JSON."""
     if path.suffix == ".txt":
-        texts = enumerate(text_documents(path, data.sample_by))
+        texts = enumerate(text_documents(path, sample_by))
         return ((f"{path} document {number}", text, 1.0) for number, text in texts)
     found = column_names(path)
-    column, found_chat = data.columns.chosen(found, str(path))
+    column, found_chat = columns.chosen(found, str(path))
     if found_chat != chat:
         raise Refusal(f"{path}: text and chat cannot be mixed, as with the files before it; give one kind")
     cells = parquet_cells if path.suffix == ".parquet" else json_cells
     also = [name for name in BESIDE if name != column] if chat else []
-    read = cells(path, data.columns.with_weight(column, found, str(path)), also, part)
+    read = cells(path, columns.with_weight(column, found, str(path)), also, part)
     return _documents(read, chat, unanswered, also)
 
 

@@ -65,7 +65,7 @@ def test_the_embedded_corpus_is_much_real_english_each_text_once() -> None:
 
 def test_the_embedded_corpus_is_the_same_in_another_process_without_installed_packages() -> None:
     code = (
-        "import hashlib, json, sys; from pipeline.data.documents import library_documents as d;"
+        "import hashlib, json, sys; from pipeline.data.stdlib import library_documents as d;"
         "print(hashlib.sha256(json.dumps(d()).encode()).hexdigest());"
         "print([m for m in ('turtle', 'tkinter', 'antigravity', 'idlelib') if m in sys.modules])"
     )

@@ -307,5 +307,10 @@ def test_labels_choose_among_choices_and_csv_is_read(tmp_path: Path, tokenizer: 
 def test_pairs_longer_than_a_sequence_are_not_cut_silently(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="3 \\+ 3 tokens"):
         write_sequences(
-            [Pair([1, 2, 3], [4, 5, 6], 3)], max_length=5, packed=False, folder=tmp_path / "rows", counts={}
+            [Pair([1, 2, 3], [4, 5, 6], 3)],
+            max_length=5,
+            packed=False,
+            folder=tmp_path / "rows",
+            counts={},
+            vocabulary=9,
         )
