@@ -131,12 +131,13 @@ def json_cells(
 
 def objects(path: Path, part: range | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
     """The objects of a .jsonl or .json file, each with where it stands. `part`: of these bytes, whole lines."""
+    behind = f" from byte {part.start:,} on" if part is not None and part.start else ""
     with _opened(path, part) as file:
         where = str(path)
         try:
             array = part is None and is_array(path)
             for number, item in enumerate(json.load(file) if array else file, start=1):
-                where = f"{path} {'item' if array else 'line'} {number}"
+                where = f"{path} {'item' if array else 'line'} {number}{behind}"
                 if not array and item.isspace():
                     continue
                 record = item if array else json.loads(item)
