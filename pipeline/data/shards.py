@@ -14,6 +14,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,9 +91,7 @@ class Shards:
     def _in_processes(self, folder: Path, numbers: list[int], workers: int) -> Iterator[int]:
         with (
             _one_thread_each(),
-            ProcessPoolExecutor(
-                workers, get_context("spawn"), initializer=_begin, initargs=(self, folder, os.getpid())
-            ) as pool,
+            ProcessPoolExecutor(workers, _clean_processes(), initializer=_begin, initargs=(self, folder)) as pool,
         ):
             work = {pool.submit(_make, number): number for number in numbers}
             try:
@@ -168,9 +167,17 @@ def _one_thread_each() -> Iterator[None]:
 _work: Callable[[int], None]  # of a process of the pool
 
 
-def _begin(shards: Shards, folder: Path, parent: int) -> None:
+def _clean_processes() -> BaseContext:
+    """Forks of a process that has done nothing but import: this one has threads, and importing takes longer than
+    tokenizing a part where a hundred do it at once."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["torch", "transformers.tokenization_utils_base", "pyarrow", __name__])
+    return context
+
+
+def _begin(shards: Shards, folder: Path) -> None:
     global _work
-    die_with(parent)
+    die_with(os.getppid())  # the process that forked this one, which ends with whoever asked for it
 
     def work(number: int) -> None:
         shards.make_one(folder, number)
