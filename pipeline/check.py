@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from models.errors import Problems, Refusal
+from pipeline import run_folder
 from pipeline.building import build, check_kinds, check_settings, refusing
 from pipeline.command_line import OF_RANKS
-from pipeline.config import identity
+from pipeline.config import identity, share
 from pipeline.resources import Resources, check_names, of_preparing, of_stage
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def check(spec: dict[str, Any], scratch: Path | None = None) -> dict[str, Any]:
         with problems:
             plan = _checked(config, made, needs, Path(plans))
         problems.tell()
-        shown = _shown(config, made, Path(plans)) if config["show_data"] else []
+        shown = _of_text(config, made, Path(plans)) if config["show_data"] or config["prepare_data"] else []
     plan[0]["warnings"] += _on_one_rank(config, typed, made)
     return {"plan": plan, "shown": shown}
 
@@ -87,21 +88,29 @@ def _forecast(config: dict[str, Any], made: dict[str, Stage], plans: Path) -> li
     return rows
 
 
-def _shown(config: dict[str, Any], made: dict[str, Stage], plans: Path) -> list[str]:
-    """Some of the sequences that the first stage which trains reads, in lines."""
+def _of_text(config: dict[str, Any], made: dict[str, Stage], plans: Path) -> list[str]:
+    """Some of the sequences that the first stage which trains reads, or what a job made of them, in lines."""
     from pipeline.context import Context
-    from pipeline.data.shown import shown
 
-    rows = config["show_data"]
+    rows, asked = config["show_data"], share(config["prepare_data"] or "")
     for name, stage in made.items():
         context, said = Context(config, name), io.StringIO()
         with in_words_of(context), contextlib.redirect_stdout(said):
             reading = stage.reading(context, plans / f"{name}-tokenizer")
             if reading is None:
                 continue
-            found = shown(*reading, rows, plans / f"{name}-data", documents=max(200, 50 * rows))
+            if asked is not None:
+                from pipeline.data.shares import prepare_share
+
+                run_folder.mark(context.run_dir)
+                found = prepare_share(*reading, context.data_folder, asked)
+            else:
+                from pipeline.data.shown import shown
+
+                found = shown(*reading, rows, plans / f"{name}-data", documents=max(200, 50 * rows))
         return [*said.getvalue().splitlines(), f"{name}: {found[0]}", *found[1:]]
-    raise Refusal(f"show_data={rows}: no stage of this run trains on text; set it to 0")
+    key, remedy = (f"show_data={rows}", "set it to 0") if asked is None else ("prepare_data", "leave it out")
+    raise Refusal(f"{key}: no stage of this run trains on text; {remedy}")
 
 
 def _needs(config: dict[str, Any], made: dict[str, Stage]) -> dict[str, dict[str, Resources | None]]:

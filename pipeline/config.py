@@ -90,6 +90,7 @@ class Config:
     forecast: Forecast = field(default_factory=Forecast)
     show_data: int = 0  # show so many sequences of the first stage that trains, with what is learnt of them, and stop
     doctor: bool = False  # run what trains for two steps on some of its text, check it from inside, and stop
+    prepare_data: str | None = None  # I/N: prepare a share of the text of the first stage that trains, and stop
     sized_for: list[float] | None = None  # parameters of the models that an experiment's settings are made for
     stages: dict[str, Any] = MISSING
     data: Any = None
@@ -202,6 +203,8 @@ def parse(composed: Any) -> dict[str, Any]:
             raise Refusal(f"forecast.{name}={value}: it says where a forecast is of; add forecast=true")
     if config["show_data"] < 0:
         raise Refusal(f"show_data={config['show_data']}: need a number of sequences to show, or 0 for none")
+    if config["prepare_data"] is not None and share(config["prepare_data"]) is None:
+        raise Refusal(f"prepare_data={config['prepare_data']}: need the job's number and how many there are, as 1/16")
     for option in ("start", "stop"):
         if config[option] is not None and config[option] not in order:
             raise Refusal(f"{option}={config[option]}: no such stage{nearest(config[option], order)}")
@@ -263,6 +266,12 @@ def selected(config: dict[str, Any]) -> list[str]:
 
 def _none_of(target: str) -> Collection[str]:
     return ()
+
+
+def share(given: str) -> tuple[int, int] | None:
+    """A job's number, from 1 on, and how many there are; None where it says neither."""
+    found = re.fullmatch(r"(\d+)/(\d+)", given)
+    return (int(found[1]), int(found[2])) if found and 1 <= int(found[1]) <= int(found[2]) else None
 
 
 def identity(

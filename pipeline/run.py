@@ -71,14 +71,15 @@ def _walk(
         return None
     plan = {entry["stage"]: entry for entry in answer["plan"]}
     run_dir, submits = Path(config["run_dir"]), instantiate(config["launch"]).submits
-    if config["dry_run"] or config["show_data"]:
+    asked = next((f"{key}={config[key]}" for key in ("prepare_data", "show_data") if config[key]), "")
+    if config["dry_run"] or asked:
         jobs = jobs_of(config, plan)
         _show(config, jobs)
         for line in answer["shown"]:
             console.print(line, markup=False, highlight=False, soft_wrap=True)
-        if submits and not config["show_data"]:
+        if submits and not asked:
             return submission.planned(config, jobs, words)
-        asked = f"show_data={config['show_data']}" if config["show_data"] else "dry_run=true"
+        asked = asked or "dry_run=true"
         console.print(f"{asked}: nothing was started", highlight=False)
         return None
     if config["doctor"]:

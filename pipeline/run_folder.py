@@ -8,6 +8,7 @@ let be, or refused. Loads no torch.
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import re
 import shutil
@@ -81,11 +82,17 @@ def claimed(run_dir: Path) -> Iterator[int]:
             ) from None
         except OSError:
             pass  # some cluster file systems have no locks
-        if not (run_dir / MARKER).exists():
-            artifact.write_json(run_dir / MARKER, {"run_folder_of": "retort"})
+        mark(run_dir)
         yield handle
     finally:
         os.close(handle)
+
+
+def mark(run_dir: Path) -> None:
+    """Also of a folder that several jobs begin at once: the marker counts by being there."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with suppress(FileExistsError), (run_dir / MARKER).open("x") as file:
+        file.write(json.dumps({"run_folder_of": "retort"}, indent=2) + "\n")
 
 
 def _opened(lock: Path) -> int:

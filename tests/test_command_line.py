@@ -20,10 +20,14 @@ from omegaconf import OmegaConf
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from models.errors import Refusal
+from pipeline import run_folder
 from pipeline.building import build, check_kinds
 from pipeline.command_line import CONF, arguments, choices
 from pipeline.config import parse
 from pipeline.context import Context
+from pipeline.data import parts
+from pipeline.data.prepared import sequences_of
+from pipeline.data.shards import Shards
 from pipeline.data.tokenizer import train_tokenizer
 from tests.command import train
 from tests.test_config import composed, quickstart, refused, unrefused
@@ -52,6 +56,7 @@ WRONG = {  # what is typed → what the answer says
     "experiment=distill": "write +experiment=distill",
     "--dry-run": "settings are written KEY=VALUE; write dry_run=true",
     "show_data=-1": "show_data=-1: need a number of sequences to show",
+    "prepare_data=0/4": "prepare_data=0/4: need the job's number and how many there are, as 1/16",
     "dry_run=maybe": "dry_run=maybe: need true or false",
     "lr=1e-4": "unknown config key 'lr'; did you mean optimizer.lr?",
     "scheme.bits=4": "unknown config key 'scheme.bits'; did you mean scheme.weights.bits?",
@@ -346,6 +351,30 @@ def test_show_data_marks_what_is_learnt_and_writes_nothing(tmp_path: Path) -> No
     assert "the first is '<|turn|>' in conversation 0" in done.stdout
     assert "show_data=2: nothing was started" in done.stdout
     assert not (tmp_path / "run").exists()
+
+
+def test_jobs_that_share_the_text_out_leave_what_the_run_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipeline.check import check
+    from pipeline.config import selected
+
+    monkeypatch.setattr(parts, "PART_BYTES", 400)
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": f"{n} bottles " * 9}) + "\n" for n in range(40)))
+    words = [f"data.train={tmp_path / 'a.jsonl'}", "data=files", "data.workers=1", f"run_dir={tmp_path / 'run'}"]
+    words += ["only=[pretrain]", "data.max_length=32"]
+    told = []
+    for job in ("2/2", "1/2", "1/2"):
+        config = quickstart(*words, f"prepare_data={job}")
+        told.append(check({"config": config, "stages": selected(config)})["shown"])
+    made = [int(re.search(r"train: (\d+) shards made", " ".join(lines))[1]) for lines in told]  # type: ignore[index]
+    assert made[0] >= made[1] > 3
+    assert made[2] == 0
+    monkeypatch.setattr(Shards, "make_one", None)  # nothing is left to make
+    config = quickstart(*words)
+    stage, context = build(config, "pretrain"), Context(config, "pretrain")
+    data, tokenizer, _ = stage.reading(context, tmp_path / "tokenizer")
+    rows, statistics, _ = sequences_of(data, "train", tokenizer, context.data_folder)
+    assert len(rows) == statistics["sequences"] > 0
+    run_folder.check_ours(tmp_path / "run")
 
 
 def test_what_is_shown_is_what_the_first_stage_that_trains_learns() -> None:

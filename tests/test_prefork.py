@@ -20,7 +20,7 @@ CPU: dict[str, Any] = {"trainer": {"accelerator": "cpu"}, "stages": {}}
 
 
 LEAST: dict[str, Any] = {
-    **{"stages": {}, "order": [], "run_dir": "r", "model": None, "dry_run": True, "show_data": 0},
+    **{"stages": {}, "order": [], "run_dir": "r", "model": None, "dry_run": True, "show_data": 0, "prepare_data": None},
     "launch": {"_target_": "pipeline.launch.Local"},
 }
 

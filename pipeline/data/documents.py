@@ -34,6 +34,7 @@ from pipeline.data.tables import in_memory, of_one_kind, with_empty
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from pipeline.data.parts import Parts
     from pipeline.data.sequences import Sequences
 
 _OF_NO_SEQUENCE = ("validation_sequences", "workers")  # settings that change none
@@ -121,19 +122,23 @@ class Documents(DataSource):
 
         return prompts_of(documents(self, split, unanswered=True), tokenizer, self, prompt_tokens, tally)
 
+    def parts(self, split: str) -> Parts | None:
+        if self.max_documents is not None:  # the first ones, which only whoever reads all of them can count
+            return None
+        from pipeline.data.document_parts import DocumentParts
+
+        given = self.locations(split) or self.locations("train")
+        return DocumentParts(self.split(split), given, self.columns, self.sample_by, self.name, self.revision)
+
     def prepare(
         self, split: str, tokenizer: Any, folder: Path, teacher_tokenizer: Any = None
     ) -> tuple[Sequences, dict[str, Any]]:
         from pipeline.data import packing  # lazily: a check is to load neither numpy nor torch
-        from pipeline.data.document_parts import DocumentParts
 
-        wanted, given = self.split(split), self.locations(split) or self.locations("train")
-        parts = (
-            DocumentParts(wanted, given, self.columns, self.sample_by, self.name, self.revision)
-            if self.max_documents is None
-            else documents(self, split)
-        )
-        return packing.prepare(parts, tokenizer, self, folder=folder, teacher_tokenizer=teacher_tokenizer)
+        def text() -> Parts | Dataset:
+            return self.parts(split) or documents(self, split)
+
+        return packing.prepare(text, tokenizer, self, folder=folder, teacher_tokenizer=teacher_tokenizer)
 
 
 def check(data: Documents) -> dict[str, Any]:

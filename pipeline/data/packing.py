@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def prepare(
-    documents: Dataset | Parts,
+    documents: Dataset | Callable[[], Dataset | Parts],
     tokenizer: PreTrainedTokenizerBase,
     data: DataSource,
     *,
@@ -36,6 +36,7 @@ def prepare(
     teacher_tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> tuple[Sequences, dict[str, Any]]:
     """The sequences of `documents` (a column `text` or `messages`), memory mapped from `folder`; their statistics.
+    Where they are made already, a function that gives the documents is not called.
 
     With data.weight_column the documents also have a column `weight`. A `teacher_tokenizer` aligns the sequences with
     the teacher's tokens (see pipeline/data/sequences.py); statistics then count `spans`, `spanned` (supervised tokens
@@ -45,7 +46,8 @@ def prepare(
     """
 
     def build(aside: Path) -> list[Shard]:
-        parts = documents if isinstance(documents, Parts) else RowParts(documents)
+        given = documents() if callable(documents) else documents
+        parts = given if isinstance(given, Parts) else RowParts(given)
         shards = Shards(parts, tokenizer, data, teacher_tokenizer)
         made = shards.make(aside)
         counted, also = shards.counted(made)

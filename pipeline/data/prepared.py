@@ -28,11 +28,8 @@ def sequences_of(
     With `teacher_tokenizer` they carry the teacher's tokens and the spans between both (pipeline/data/packing.py). What
     the limit of the length took is in the statistics, in a line, which is printed when they are built.
     """
-    given = [data.content_key(), FORMAT, *_rules(tokenizer)]
-    if teacher_tokenizer is not None:
-        given += _rules(teacher_tokenizer)
-    folder = root / f"{split}-{hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()[:16]}"
-    built = not _whole(folder)
+    folder = folder_of(data, split, tokenizer, root, teacher_tokenizer)
+    built = not whole(folder)
     if built:
         sequences, statistics = data.prepare(split, tokenizer, folder, teacher_tokenizer)
         tell(data, statistics)
@@ -43,6 +40,13 @@ def sequences_of(
         if built:
             print(f"{data.node}.{split}: {lost}", flush=True)
     return sequences, statistics, folder
+
+
+def folder_of(data: DataSource, split: str, tokenizer: Any, root: Path, teacher_tokenizer: Any | None) -> Path:
+    given = [data.content_key(), FORMAT, *_rules(tokenizer)]
+    if teacher_tokenizer is not None:
+        given += _rules(teacher_tokenizer)
+    return root / f"{split}-{hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()[:16]}"
 
 
 def tell(data: DataSource, statistics: dict[str, Any]) -> None:
@@ -81,7 +85,7 @@ def once(folder: Path, build: Callable[[Path], list[Shard]]) -> tuple[Sequences,
 
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f".{folder.name}.lock")):
-        if not _whole(folder):
+        if not whole(folder):
             remove(folder)
             aside = aside_of(folder)
             made = build(aside)
@@ -105,7 +109,7 @@ def aside_of(folder: Path) -> Path:
     return aside
 
 
-def _whole(folder: Path) -> bool:
+def whole(folder: Path) -> bool:
     """What was changed since it was written is told, and made again: it follows from the text."""
     if not folder.exists() or artifact.sealed(folder):
         return folder.exists()

@@ -20,10 +20,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from models.errors import Refusal
 from pipeline.context import Context
+
+if TYPE_CHECKING:
+    from pipeline.data.parts import Parts
 
 SPLITS = ("train", "validation", "test")
 PARSE = "parse"  # of control_tokens
@@ -111,6 +114,10 @@ class DataSource(ABC):
     @abstractmethod
     def prompts(self, split: str, tokenizer: Any, prompt_tokens: int | None, tally: Counter[str]) -> Iterator[Prompt]:
         """What a teacher is asked; `prompt_tokens` as in pipeline/data/prompts.py. What is left out is counted."""
+
+    def parts(self, split: str) -> Parts | None:
+        """Text that is prepared part by part, for jobs that share it out; None where it is prepared in one go."""
+        return None
 
     @abstractmethod
     def prepare(

@@ -355,7 +355,7 @@ class Deadly(Parts):
 
 def test_a_process_that_is_killed_is_told_and_leaves_what_is_finished(tmp_path: Path, tokenizer: Any) -> None:
     with pytest.raises(Refusal, match=r"data\.workers=2: a process that tokenizes was killed.*run it again"):
-        prepare(Deadly(), tokenizer, Documents(workers=2), folder=tmp_path / "rows")
+        prepare(Deadly, tokenizer, Documents(workers=2), folder=tmp_path / "rows")
     assert not (tmp_path / "rows").exists()
 
 

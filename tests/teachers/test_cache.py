@@ -498,9 +498,7 @@ def test_a_missing_piece_is_refused_with_the_remedy(tmp_path: Path) -> None:
     rows = Rows({"input_ids": ids, "position_ids": [0, 1], "targets": [1, -100]} for ids in ([2, 1], [77, 1]))
     for ask in (
         lambda: cache.read([key(1), key(4)], CPU),
-        lambda: cache.check_holds(
-            Rows(dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=True))
-        ),
+        lambda: cache.check_holds(rows),
     ):
         with pytest.raises(
             Refusal, match=r"a piece of the text is not in it \(4 pieces are.*record the teacher's signal"
