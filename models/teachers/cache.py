@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from models.errors import Refusal
 from models.files import write_json
 from models.objectives.head import Head
+from models.teachers.cache_index import Index
 from models.teachers.encodings.encoding import Encoding, Payload, open_encoding
 from models.teachers.pieces import scan
 from models.teachers.shards import Shard, checksum_of, save_whole
@@ -65,24 +66,29 @@ def write_header(folder: Path, header: Header) -> None:
 
 
 class Cache:
-    """Opened for reading: the keys of all shards in memory, 28 bytes a piece, and everything else memory mapped."""
+    """Opened for reading: everything is memory mapped. Shards are opened, and what they say of themselves is verified,
+    when they are first read; where no index was written (models/teachers/cache_index.py), all of them at once."""
 
     def __init__(self, folder: Path, header: Header | None = None) -> None:
         self.folder, self.header = folder, header or read_header(folder)
         self.encoding = self.header.open()
         self.fingerprint = self.header.fingerprint
         self.head: Head | None = None
-        self.shards = [Shard(path) for path in sorted(folder.glob("shard-*.safetensors"))]
-        keys_P2 = np.concatenate([np.zeros((0, 2), dtype=np.uint64), *(shard.keys_P2 for shard in self.shards)])
-        sizes = [len(shard.keys_P2) for shard in self.shards]
-        order = np.lexsort((keys_P2[:, 1], keys_P2[:, 0]))
-        self.first_P, self.second_P = (np.ascontiguousarray(keys_P2[order, half]) for half in (0, 1))
-        shard_of = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
-        place = np.concatenate([np.zeros(0, dtype=np.int32), *(np.arange(size, dtype=np.int32) for size in sizes)])
-        self.shard_of, self.place = shard_of[order], place[order]
+        self._paths = shards_of(folder)
+        self._opened: dict[int, Shard] = {}
+        self.index = Index.read(folder, self._paths) or Index.of(self.shards)
+
+    @property
+    def shards(self) -> list[Shard]:
+        return [self._shard(number) for number in range(len(self._paths))]
+
+    def _shard(self, number: int) -> Shard:
+        if number not in self._opened:
+            self._opened[number] = Shard(self._paths[number])
+        return self._opened[number]
 
     def __len__(self) -> int:
-        return len(self.first_P)
+        return len(self.index)
 
     def __contains__(self, key: bytes) -> bool:
         return bool(self.holds([key])[0])
@@ -98,10 +104,10 @@ class Cache:
     def read(self, keys: Sequence[bytes], device: torch.device) -> Payload:
         """The fields of these pieces, end to end."""
         at_P = self._found(keys)
-        places = zip(self.shard_of[at_P].tolist(), self.place[at_P].tolist(), strict=True)
-        pieces = [self.shards[shard].piece(place) for shard, place in places]
+        places = zip(keys, self.index.shard[at_P].tolist(), self.index.place[at_P].tolist(), strict=True)
+        pieces = [self._shard(shard).piece(place, key) for key, shard, place in places]
         payload = {}
-        for number, (name, (dtype, tail)) in enumerate(self.shards[0].kinds.items() if self.shards else ()):
+        for number, (name, (dtype, tail)) in enumerate(self._shard(0).kinds.items() if self._paths else ()):
             parts = [piece[number] for piece in pieces]
             count = sum(map(len, parts))
             # From pinned memory the copy to a GPU goes on beside the student's forward.
@@ -130,7 +136,7 @@ class Cache:
 
     def close(self) -> None:
         """Let go of the files."""
-        self.shards.clear()
+        self._opened.clear()
 
     def _found(self, keys: Sequence[bytes]) -> Int[np.ndarray, " P"]:
         at_P = self._find(keys)
@@ -143,18 +149,17 @@ class Cache:
 
     def _find(self, keys: Sequence[bytes]) -> Int[np.ndarray, " P"]:
         """Where among the sorted keys, or -1."""
-        wanted_P2 = np.frombuffer(b"".join(keys), dtype=np.uint64).reshape(-1, 2)
-        at_P = np.searchsorted(self.first_P, wanted_P2[:, 0])
-        found_P = np.full(len(wanted_P2), -1)
-        open_P = np.arange(len(wanted_P2))
-        while len(open_P := open_P[at_P[open_P] < len(self)]):
-            at, wanted = at_P[open_P], wanted_P2[open_P]
-            open_P, at, wanted = (each[self.first_P[at] == wanted[:, 0]] for each in (open_P, at, wanted))
-            same = self.second_P[at] == wanted[:, 1]
-            found_P[open_P[same]] = at[same]
-            open_P = open_P[~same]  # two keys that are alike in their first half
-            at_P[open_P] += 1
-        return found_P
+        return self.index.find(np.frombuffer(b"".join(keys), dtype=np.uint64).reshape(-1, 2))
+
+
+def shards_of(folder: Path) -> list[Path]:
+    return sorted(folder.glob("shard-*.safetensors"))
+
+
+def write_index(folder: Path) -> None:
+    """Beside the shards of a folder: whoever opens it need not read all of them."""
+    paths = shards_of(folder)
+    Index.of([Shard(path) for path in paths]).write(folder, paths)
 
 
 def save_head(folder: Path, head: Head) -> None:

@@ -100,8 +100,10 @@ class Shard:
             self.fields.append((flat[f"{name}.offsets"].view(np.int64), flat[name].reshape(rows, -1)))
             self.kinds[name] = (DTYPE_OF[dtype], tail)
 
-    def piece(self, place: int) -> list[np.ndarray]:
-        """The rows of each field, as bytes."""
+    def piece(self, place: int, key: bytes | None = None) -> list[np.ndarray]:
+        """The rows of each field, as bytes. `key`: whose piece it is known to be."""
+        if key is not None and (place >= len(self.keys_P2) or self.keys_P2[place].tobytes() != key):
+            raise self._damaged()
         parts = [rows[offsets[place] : offsets[place + 1]] for offsets, rows in self.fields]
         if _checksum(self.keys_P2[place].tobytes(), parts) != self.checksums_P[place]:
             raise self._damaged()

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from models.errors import Refusal
 from models.heads import logit_numbers
 from models.load import empty_model, load_config, parameter_count
-from models.teachers.cache import Cache, Header, read_header, write_header
+from models.teachers.cache import Cache, Header, read_header, write_header, write_index
 from models.teachers.encodings.encoding import Encoding, describe
 from models.teachers.teacher import Source
 from pipeline import artifact
@@ -202,6 +202,7 @@ class Record(Stage):
             for path in sorted(shards.iterdir()):
                 if not path.name.startswith("."):
                     link(path, folder / path.name)
+            write_index(folder)
             tokenizer.save_pretrained(folder)
             load_config(self.teacher.path, "teacher", self.teacher.trust_remote_code).save_pretrained(folder)
 

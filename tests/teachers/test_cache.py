@@ -6,6 +6,7 @@ import json
 import struct
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from models.objectives.signal import Dense, Signal
 from models.objectives.top_k import TopK as TopKDivergence
 from models.objectives.total_variation import TotalVariation
 from models.objectives.universal_logit import UniversalLogit
-from models.teachers.cache import HEAD, HEADER, Cache, Header, save_head, write_header
+from models.teachers.cache import HEAD, HEADER, Cache, Header, save_head, write_header, write_index
 from models.teachers.cached import Cached
 from models.teachers.encodings.encoding import Encoding, Payload, describe
 from models.teachers.encodings.fidelity import fidelity
@@ -39,7 +40,7 @@ from models.teachers.endpoint import Endpoint
 from models.teachers.pieces import key_of, pieces_of, scan
 from models.teachers.recorded import Recorded
 from models.teachers.served import Served
-from models.teachers.shards import Writer
+from models.teachers.shards import Shard, Writer
 from models.teachers.teacher import Opening, Source
 from tests.rows import Rows
 
@@ -381,6 +382,35 @@ def test_pieces_come_back_to_the_bit_in_any_order_from_many_shards(tmp_path: Pat
         "logits": (0, 3),
         "tails": (0, 2),
     }
+
+
+def test_a_cache_with_an_index_opens_without_its_shards_and_reads_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "cache"
+    pieces = write(folder, count=24, shard_bytes=1)
+    write_index(folder)
+    opened = []
+    begin = Shard.__init__
+    monkeypatch.setattr(Shard, "__init__", lambda shard, path: (opened.append(path), begin(shard, path))[1])
+    cache = Cache(folder)
+    assert cache.holds([key(3), key(99), key(0)]).tolist() == [True, False, True]
+    assert opened == []
+    assert not any(values.flags.owndata for values in (cache.index.first, cache.index.second, cache.index.shard))
+    same(cache, pieces)
+    assert len(opened) == len(set(opened)) == 24
+    # Of other shards it is not believed, nor where a shard holds others at the same size.
+    shards = sorted(folder.glob("shard-*"))
+    contents = [path.read_bytes() for path in shards]
+    one, other = next(pair for pair in combinations(range(24), 2) if len({len(contents[at]) for at in pair}) == 1)
+    shards[one].write_bytes(contents[other])
+    shards[other].write_bytes(contents[one])
+    with pytest.raises(Refusal, match=f"{shards[one].name} is damaged|{shards[other].name} is damaged"):
+        same(Cache(folder), pieces)
+    shards[one].unlink()
+    cache = Cache(folder)
+    assert len(cache) < len(pieces)
+    same(cache, {name: payload for name, payload in pieces.items() if name in cache})
 
 
 def test_keys_that_are_alike_in_one_half_are_told_apart(tmp_path: Path) -> None:
