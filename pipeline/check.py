@@ -46,7 +46,7 @@ def check(spec: dict[str, Any], scratch: Path | None = None) -> dict[str, Any]:
     if config["forecast"]["show"]:
         with tempfile.TemporaryDirectory(dir=scratch) as plans:
             return {"plan": [], "shown": [], "forecast": _forecast(config, made, Path(plans))}
-    if not config["dry_run"]:  # a plan can be made anywhere
+    if not config["dry_run"] and not config["prepare_data"]:  # a plan can be made anywhere
         with problems:
             launcher.check()
     with problems:
