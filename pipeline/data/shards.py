@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import os
 import re
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +27,6 @@ from pipeline.data.pieces import Found, Teacher, conversation_pieces, text_piece
 from pipeline.data.prepared import FIRST_SPELLING, SPELLINGS
 from pipeline.data.source import DataSource
 from pipeline.data.tokenizer import vocabulary_of
-from pipeline.launch import die_with
 from pipeline.progress import shown
 
 if TYPE_CHECKING:
@@ -177,12 +177,20 @@ def _clean_processes() -> BaseContext:
 
 def _begin(shards: Shards, folder: Path) -> None:
     global _work
-    die_with(os.getppid())  # the process that forked this one, which ends with whoever asked for it
+    threading.Thread(target=_end_with_parent, daemon=True).start()
 
     def work(number: int) -> None:
         shards.make_one(folder, number)
 
     _work = work
+
+
+def _end_with_parent() -> None:
+    """Nobody must write on, unseen, when whoever asked for it was killed."""
+    asked_by = parent_process()
+    assert asked_by is not None
+    asked_by.join()
+    os._exit(1)
 
 
 def _make(number: int) -> None:

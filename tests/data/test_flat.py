@@ -7,8 +7,12 @@ import json
 import os
 import pickle
 import signal
+import subprocess
+import sys
+import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -31,6 +35,7 @@ from pipeline.data.sequences import Sequences
 from pipeline.data.shards import Shards, shard_folder
 from pipeline.data.tokenizer import train_tokenizer
 from pipeline.data.windows import windows
+from tests.command import ROOT
 
 TEXTS = [
     *sorted({text.strip() for text in topics.values()}, key=len)[:30],
@@ -357,6 +362,39 @@ def test_a_process_that_is_killed_is_told_and_leaves_what_is_finished(tmp_path: 
     with pytest.raises(Refusal, match=r"data\.workers=2: a process that tokenizes was killed.*run it again"):
         prepare(Deadly, tokenizer, Documents(workers=2), folder=tmp_path / "rows")
     assert not (tmp_path / "rows").exists()
+
+
+@dataclass
+class Waiting(Deadly):
+    """Whose parts tell which process reads them, and do not end."""
+
+    folder: str = ""
+
+    def batches(self, number: int, found: Counter[str]) -> Iterator[Batch]:
+        (Path(self.folder) / str(os.getpid())).touch()
+        time.sleep(120)
+        yield Batch(["text"], [1.0], ["here"])
+
+
+@pytest.mark.slow
+def test_processes_end_with_whoever_asked_for_them_however_it_ends(tmp_path: Path, tokenizer: Any) -> None:
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    (tmp_path / "pids").mkdir()
+    code = (
+        "import sys; from pathlib import Path; from pipeline.data.documents import Documents;"
+        "from pipeline.data.packing import prepare; from pipeline.data.tokenizer import load_tokenizer;"
+        "from tests.data.test_flat import Waiting; folder = Path(sys.argv[1]);"
+        "parts = Waiting(folder=str(folder / 'pids'));"
+        "prepare(lambda: parts, load_tokenizer(folder / 'tokenizer'), Documents(workers=2), folder=folder / 'rows')"
+    )
+    asking = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT)
+    while len(pids := [int(path.name) for path in (tmp_path / "pids").iterdir()]) < 2:
+        assert asking.poll() is None
+        time.sleep(0.1)
+    asking.kill()
+    asking.wait()
+    while any(Path(f"/proc/{pid}").exists() for pid in pids):  # else the test's own limit ends it
+        time.sleep(0.1)
 
 
 # Best fit
