@@ -29,8 +29,8 @@ _SBATCH = Path(ROOT) / "slurm" / "train.sbatch"
 _BODY = "set -euo pipefail\n"  # of that script from here on
 # what a job has of its own, and words that concern this command alone
 _DROPPED = (
-    *("run_dir", "only", "start", "stop", "force", "dry_run", "show_data", "prepare_only", "trainer.nodes"),
-    *("trainer.devices", "resume.from_step", "resume.skip_sequences"),
+    *("run_dir", "only", "start", "stop", "force", "dry_run", "show_data", "prepare_only", "prepare_data"),
+    *("trainer.nodes", "trainer.devices", "resume.from_step", "resume.skip_sequences"),
 )
 
 
