@@ -35,5 +35,5 @@ class Rows(list[dict[str, Any]]):
     def select(self, numbers: Sequence[int]) -> Rows:
         return Rows(self[number] for number in numbers)
 
-    def with_columns(self, columns: dict[str, list[Any]]) -> Rows:
-        return Rows({**row, **{name: columns[name][at] for name in columns}} for at, row in enumerate(self))
+    def add_column(self, name: str, values: Sequence[Any]) -> Rows:
+        return Rows({**row, name: value} for row, value in zip(self, values, strict=True))

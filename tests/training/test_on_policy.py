@@ -556,7 +556,8 @@ def with_teachers_prompts(data: Rows, *before: list[int]) -> Rows:
         columns["teacher_input_ids"].append([token for part in ids for token in part])
         columns["teacher_position_ids"].append([at for part in ids for at in range(len(part))])
         columns["teacher_targets"].append([t for more in before for t in [-100] * len(more) + row["targets"]])
-    data = data.with_columns(columns)
+    for name, values in columns.items():
+        data = data.add_column(name, values)
     return data
 
 
