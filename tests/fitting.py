@@ -38,8 +38,8 @@ from models.training.saved import checkpoints
 from models.training.schedules import cosine
 from pipeline.data.batch import collate
 from pipeline.data.loader import PackedSequences, accumulation
+from pipeline.data.rows import Rows
 from pipeline.training import strategy as strategies
-from tests.rows import Rows
 
 VOCABULARY, LENGTH = 61, 24
 

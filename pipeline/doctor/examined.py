@@ -10,6 +10,7 @@ from typing import Any
 from models.errors import Refusal
 from pipeline import artifact
 from pipeline.context import Context
+from pipeline.data.sequences import Sequences
 from pipeline.data.tokenizer import first_difference, load_tokenizer
 from pipeline.doctor import machine, text
 from pipeline.doctor.findings import Finding, finding
@@ -58,10 +59,8 @@ class Examined:
 
     def _of_text(self, context: Context) -> list[Finding]:
         """What needs no model: one process does it."""
-        from datasets import load_from_disk
-
         stage, prepared = self.stage, Prepared.read(context.work)
-        rows = load_from_disk(prepared.train)
+        rows = Sequences(prepared.train)
         started = load_tokenizer(prepared.start)
         teacher = stage.teacher if getattr(stage, "_taught", False) else None
         theirs = None if teacher is None else load_tokenizer(teacher.path, teacher.trust_remote_code)

@@ -7,11 +7,12 @@ import math
 from collections.abc import Sequence
 
 import torch
-from datasets import Dataset
 from torch import Tensor
 
 from models.targets import IGNORED
 from pipeline.data.loader import PackedSequences, accumulation
+from pipeline.data.rows import Rows
+from pipeline.data.sequences import Sequences
 from pipeline.doctor import truth
 from pipeline.doctor.findings import Finding, finding
 from pipeline.doctor.probed import Probed
@@ -22,7 +23,7 @@ _DIVISION = (
 )
 
 
-def uneven(rows: Dataset, numbers: Sequence[int]) -> Dataset:
+def uneven(rows: Sequences | Rows, numbers: Sequence[int]) -> Rows:
     """Those rows, of which every second one learns from a quarter of its targets: a mean of means is another number."""
     found = []
     for place, number in enumerate(numbers):
@@ -36,10 +37,10 @@ def uneven(rows: Dataset, numbers: Sequence[int]) -> Dataset:
                 row["weights"] = [0.0 if at in left_out else weight for at, weight in enumerate(row["weights"])]
                 row["weight"] = sum(row["weights"])
         found.append(row)
-    return Dataset.from_list(found)
+    return Rows(found)
 
 
-def trained_loss(probed: Probed, rows: Dataset, micro_batch: int) -> tuple[dict[str, float], float]:
+def trained_loss(probed: Probed, rows: Sequences | Rows, micro_batch: int) -> tuple[dict[str, float], float]:
     """What a step over `rows` reports, by name, and the loss that its gradient is of, cut into such micro-batches."""
     trainer, module, world = probed.trainer, probed.module, probed.trainer.world_size
     data = PackedSequences(

@@ -42,7 +42,7 @@ from models.teachers.recorded import Recorded
 from models.teachers.served import Served
 from models.teachers.shards import Shard, Writer
 from models.teachers.teacher import Opening, Source
-from tests.rows import Rows
+from pipeline.data.rows import Rows
 
 CPU = torch.device("cpu")
 N, V, H = 13, 41, 12

@@ -44,10 +44,10 @@ from pipeline.building import build
 from pipeline.context import Context
 from pipeline.data.batch import blank, collate
 from pipeline.data.loader import PackedSequences
+from pipeline.data.rows import Rows
 from pipeline.training.fit import _tell_not_read
 from tests.command import SMALL, train, unclocked
 from tests.fitting import VOCABULARY, Scenario, answer_rows, fit, model, on_two_ranks, rollouts, write_models
-from tests.rows import Rows
 from tests.test_config import quickstart, refused
 
 TOLERANCE = 1e-6  # fp32, 20 steps

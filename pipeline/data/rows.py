@@ -1,4 +1,4 @@
-"""Packed sequences held in memory, for tests that make up their own: read as pipeline.data.sequences.Sequences is."""
+"""Packed sequences that are made up, and held in memory; read as pipeline.data.sequences.Sequences is."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+
+from pipeline.data.flat import Array
 
 
 class Rows(list[dict[str, Any]]):
@@ -16,17 +18,17 @@ class Rows(list[dict[str, Any]]):
         return list(self[0])
 
     @property
-    def lengths(self) -> np.ndarray:
+    def lengths(self) -> Array:
         return np.array([len(row["input_ids"]) for row in self], dtype=np.int64)
 
     @property
-    def counts(self) -> np.ndarray:
+    def counts(self) -> Array:
         return np.array([row["weight"] if "weight" in row else row["supervised"] for row in self])
 
     def arrays(self, number: int) -> dict[str, Any]:
         return self[number]
 
-    def flat(self, first: int, stop: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    def flat(self, first: int, stop: int) -> tuple[dict[str, Array], Array]:
         names = ("input_ids", "position_ids", "targets")
         return {name: np.concatenate([row[name] for row in self[first:stop]]) for name in names}, self.lengths[
             first:stop
