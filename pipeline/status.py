@@ -56,7 +56,7 @@ def status(run_dir: Path) -> list[dict[str, Any]]:
     and those that are left by the pace so far; tokens of all ranks a second.
     """
     jobs: dict[str, list[dict[str, str]]] = {}
-    told = submission.submitted(run_dir)
+    told = submission.jobs_of(run_dir)
     for each in told:
         jobs.setdefault(each["stage"], []).append(each)
     alive = submission.states([each["job"] for each in told])
@@ -191,7 +191,7 @@ def _busy(run_dir: Path) -> bool:
 def _cancel(run_dir: Path) -> None:
     """End the jobs of a run that are queued or running: those that train save a checkpoint first."""
     console = Console()
-    alive = submission.states([each["job"] for each in submission.submitted(run_dir)])
+    alive = submission.states([each["job"] for each in submission.jobs_of(run_dir)])
     if alive is None:
         raise Refusal(f"cancel run_dir={run_dir}: Slurm does not answer; try again, or use scancel")
     if not alive:

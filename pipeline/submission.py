@@ -99,7 +99,7 @@ def scripts(runs: Sequence[Run]) -> list[tuple[Job, str]]:
 
 
 def submit(runs: Sequence[Run]) -> list[dict[str, str]]:
-    """Submit one run, or a sweep; what was submitted, a job each. Either all jobs are submitted, or none is left."""
+    """Submit one run, or a sweep; what was submitted, a job of a run each. Either all jobs are submitted, or none is left."""
     made = scripts(runs)
     for run in runs:
         _refuse_busy(run.folder)
@@ -110,6 +110,7 @@ def submit(runs: Sequence[Run]) -> list[dict[str, str]]:
             artifact.write_json(run.folder / "config.json", run.config)
             run_folder.note_plan(run.folder, run.stages)
     told: list[dict[str, str]] = []
+    submitted: list[dict[str, str]] = []
     try:
         for job, text in made:
             path = runs[0].folder / FOLDER / f"{job.name}.sbatch"
@@ -121,15 +122,16 @@ def submit(runs: Sequence[Run]) -> list[dict[str, str]]:
             subprocess.run(["scancel", *(each["job"] for each in told)], capture_output=True)
         raise
     for at, run in enumerate(runs):
-        own = [{**each, "job": f"{each['job']}_{at}"} if len(runs) > 1 else each for each in told]
+        own = [{**each, "job": f"{each['job']}_{at}" if len(runs) > 1 else each["job"]} for each in told]
         for each in own:
             each["log"] = str(_log(run.folder, each["stage"], each["job"]))
+        submitted += own
         now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         artifact.write_json(run.folder / FOLDER / _SUBMITTED, {"submitted": now, "jobs": own})
-    return told
+    return submitted
 
 
-def submitted(run_dir: Path) -> list[dict[str, str]]:
+def jobs_of(run_dir: Path) -> list[dict[str, str]]:
     """The jobs that were submitted last for this run folder, in order; none where none was."""
     try:
         found: list[dict[str, str]] = json.loads(read_text(run_dir / FOLDER / _SUBMITTED))["jobs"]
@@ -160,7 +162,7 @@ def states(jobs: Sequence[str]) -> dict[str, tuple[str, str]] | None:
 
 
 def _refuse_busy(run_dir: Path) -> None:
-    if alive := states([each["job"] for each in submitted(run_dir)]):
+    if alive := states([each["job"] for each in jobs_of(run_dir)]):
         raise Refusal(
             f"run_dir={run_dir}: its jobs {', '.join(alive)} are queued or running; look with `python train.py status "
             f"run_dir={run_dir}`, or end them with `python train.py cancel run_dir={run_dir}` first"
