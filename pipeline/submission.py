@@ -99,7 +99,7 @@ def scripts(runs: Sequence[Run]) -> list[tuple[Job, str]]:
 
 
 def submit(runs: Sequence[Run]) -> list[dict[str, str]]:
-    """Submit one run, or a sweep; what was submitted, a job of a run each. Either all jobs are submitted, or none is left."""
+    """Submit one run, or a sweep; the jobs, run by run. Either all are submitted, or none is left."""
     made = scripts(runs)
     for run in runs:
         _refuse_busy(run.folder)
