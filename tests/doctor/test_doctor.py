@@ -29,6 +29,7 @@ from models.training.language_model import LanguageModel
 from pipeline.building import build
 from pipeline.context import Context
 from pipeline.data.loader import _Collated
+from pipeline.data.rows import Rows
 from pipeline.data.tokenizer import load_tokenizer, train_tokenizer
 from pipeline.doctor import loss, machine, states, text, truth, walk
 from pipeline.doctor.examined import TEXT_FINDINGS, Examined
@@ -196,7 +197,7 @@ def unshifted(patch: pytest.MonkeyPatch) -> None:
     init = loss.PackedSequences.__init__
 
     def planted(self: Any, rows: Any, *words: Any, **named: Any) -> None:
-        shifted = rows.map(lambda row: {"targets": [-100, *row["targets"][:-1]]})
+        shifted = Rows({**row, "targets": [-100, *row["targets"][:-1]]} for row in rows)
         init(self, shifted, *words, **named)
 
     patch.setattr(loss.PackedSequences, "__init__", planted)
