@@ -27,6 +27,7 @@ class Resources:
     time: str  # as sbatch's --time
     partition: str | None = None
     options: list[str] = field(default_factory=list)  # further options of sbatch
+    jobs: int = 1  # of `prepare`: so many, an array, share out the text of a stage that trains before that job
 
     def words(self, *, elastic: bool) -> list[str]:
         """Options of sbatch. `elastic`: fewer nodes will do; then a node is one task for sbatch, which would otherwise
@@ -50,7 +51,8 @@ class Resources:
 
 
 _NAMES = [each.name for each in fields(Resources)]
-_WHOLE = ("nodes", "ranks_per_node", "gpus_per_node", "cpus_per_rank")
+_OF_RANKS = [name for name in _NAMES if name != "jobs"]
+_WHOLE = ("nodes", "ranks_per_node", "gpus_per_node", "cpus_per_rank", "jobs")
 
 
 def check_names(told: dict[str, Any], stages: Collection[str]) -> None:
@@ -62,7 +64,7 @@ def check_names(told: dict[str, Any], stages: Collection[str]) -> None:
             continue
         if not isinstance(entry, dict):
             raise Refusal(f"launch.resources.{name}={entry}: need settings; set {', '.join(_NAMES)} one by one")
-        known = _NAMES if name in _DEFAULTS else [*_NAMES, "prepare"]
+        known = _NAMES if name == "prepare" else _OF_RANKS if name in _DEFAULTS else [*_OF_RANKS, "prepare"]
         for key in entry:
             if key not in known:
                 raise Refusal(f"launch.resources.{name}.{key}: unknown{nearest(key, known)}")
@@ -95,7 +97,7 @@ def _made(settings: dict[str, Any], where: str, config: dict[str, Any]) -> Resou
         said["ranks_per_node"] = _RANKS_PER_NODE if instantiate(config["strategy"]).several_ranks else 1
     if said["gpus_per_node"] == "auto":
         said["gpus_per_node"] = 0 if config["trainer"]["accelerator"] == "cpu" else said["ranks_per_node"]
-    for key in _WHOLE:
+    for key in (key for key in _WHOLE if key in said):
         least = 0 if key == "gpus_per_node" else 1
         if not isinstance(said[key], int) or isinstance(said[key], bool) or said[key] < least:
             raise Refusal(f"launch.resources.{where}.{key}={said[key]}: need a whole number of at least {least}")

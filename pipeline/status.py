@@ -225,7 +225,7 @@ def _show(run_dir: Path, rows: Sequence[dict[str, Any]]) -> None:
         saved = row["checkpoint"]
         cells = [
             row["stage"],
-            row["state"] + (" (prepares)" if row["part"] == "prepare" and row["state"] == "running" else ""),
+            row["state"] + (" (prepares)" if row["part"] in ("prepare", "share") and row["state"] == "running" else ""),
             f"{step}/{row['steps']:,}" if row["steps"] else step,
             "" if row["loss"] is None else f"{row['loss']:.3f}",
             "" if row["tokens_per_second"] is None else f"{row['tokens_per_second']:,.0f}",

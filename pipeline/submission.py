@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +37,13 @@ _DROPPED = (
 @dataclass(frozen=True)
 class Job:
     stage: str
-    part: str  # run, or prepare: what one process does before the ranks of `run`
+    part: str  # run; prepare: what one process does before the ranks of `run`; share: a part of the text, before that
     needs: Resources
     words: list[str]  # of train.py
+
+    @property
+    def tasks(self) -> int:
+        return self.needs.jobs if self.part == "share" else 1
 
     @property
     def name(self) -> str:
@@ -78,7 +82,10 @@ def planned(config: dict[str, Any], verdicts: Sequence[dict[str, Any]], words: S
         run = Resources(**needs["run"])
         if needs["prepare"] is not None:
             ranks = [f"trainer.nodes={run.nodes}", f"trainer.devices={run.ranks_per_node}"]
-            jobs.append(Job(name, "prepare", Resources(**needs["prepare"]), [*said, *ranks, "prepare_only=true"]))
+            before = Resources(**needs["prepare"])
+            if before.jobs > 1 and "training" in config["stages"][name]:
+                jobs.append(Job(name, "share", before, said))
+            jobs.append(Job(name, "prepare", before, [*said, *ranks, "prepare_only=true"]))
         if not config["prepare_only"]:
             jobs.append(Job(name, "run", run, said))
     return Run(config, [each["stage"] for each in verdicts], jobs)
@@ -87,6 +94,8 @@ def planned(config: dict[str, Any], verdicts: Sequence[dict[str, Any]], words: S
 def scripts(runs: Sequence[Run]) -> list[tuple[Job, str]]:
     """The job scripts of one run, or of a sweep: then each is a job array with a task for every run. Raises Refusal for
     a sweep whose runs do not have the same jobs."""
+    if len(runs) > 1:  # an array of arrays there is none: in a sweep one job prepares all of its run
+        runs = [replace(run, jobs=[job for job in run.jobs if job.part != "share"]) for run in runs]
     first = runs[0]
     shapes = [[(job.name, job.needs) for job in run.jobs] for run in runs]
     for run, shape in zip(runs, shapes, strict=True):
@@ -115,7 +124,7 @@ def submit(runs: Sequence[Run]) -> list[dict[str, str]]:
         for job, text in made:
             path = runs[0].folder / FOLDER / f"{job.name}.sbatch"
             write_text(path, text)
-            number = _sbatch(path, told[-1]["job"] if told else None, array=len(runs) > 1)
+            number = _sbatch(path, told[-1]["job"] if told else None, runs=len(runs), tasks=job.tasks)
             told.append({"stage": job.stage, "part": job.part, "job": number, "needs": job.needs.told})
     except BaseException:
         if told:
@@ -153,11 +162,13 @@ def states(jobs: Sequence[str]) -> dict[str, tuple[str, str]] | None:
         return None
     if done.returncode:
         return None
-    found = {}
+    found: dict[str, tuple[str, str]] = {}
     for line in done.stdout.splitlines():
         number, state, reason = line.strip().split("|", 2)
-        if number in jobs:
-            found[number] = state, reason
+        array = number.partition("_")[0]
+        for each in (number, array) if array in jobs else (number,):
+            if each in jobs and found.get(each, ("",))[0] != "RUNNING":  # of an array one task that runs
+                found[each] = state, reason
     return found
 
 
@@ -169,13 +180,12 @@ def _refuse_busy(run_dir: Path) -> None:
         )
 
 
-def _sbatch(path: Path, before: str | None, *, array: bool) -> str:
+def _sbatch(path: Path, before: str | None, *, runs: int, tasks: int) -> str:
     words = ["sbatch", "--parsable", "--kill-on-invalid-dep=yes"]
-    waits = (
-        [] if array else ["singleton"]
-    )  # one job of a run folder at a time, whoever submitted it; tasks are named alike
+    # One job of a run folder at a time, whoever submitted it; but the tasks of an array are named alike.
+    waits = ["singleton"] if runs == tasks == 1 else []
     if before is not None:
-        waits.append(f"{'aftercorr' if array else 'afterok'}:{before}")
+        waits.append(f"{'aftercorr' if runs > 1 else 'afterok'}:{before}")
     if waits:
         words.append(f"--dependency={','.join(waits)}")
     done = subprocess.run([*words, str(path)], capture_output=True, text=True)
@@ -191,7 +201,10 @@ def _script(runs: Sequence[Run], at: int) -> str:
     site, place = launch.get("site") or {}, str(first.folder.absolute())
     name = f"retort-{first.config['name']}-{hashlib.sha256(place.encode()).hexdigest()[:8]}"
     elastic = bool(launch.get("elastic")) and job.needs.nodes > 1
-    output = _log(first.folder, job.stage, "%j") if len(runs) == 1 else first.folder / FOLDER / f"{job.name}-%A_%a.log"
+    number = "%A_%a" if job.tasks > 1 else "%j"
+    output = (
+        _log(first.folder, job.stage, number) if len(runs) == 1 else first.folder / FOLDER / f"{job.name}-%A_%a.log"
+    )
     options = [
         f"--job-name={name}",
         f"--comment=retort:{job.name}",
@@ -200,6 +213,7 @@ def _script(runs: Sequence[Run], at: int) -> str:
         "--requeue",
         "--signal=B:USR1@300",
         *([f"--array=0-{len(runs) - 1}"] if len(runs) > 1 else []),
+        *([f"--array=1-{job.tasks}"] if job.tasks > 1 else []),
         *([f"--account={site['account']}"] if site.get("account") else []),
         *([f"--partition={site['partition']}"] if site.get("partition") else []),
         *(site.get("options") or []),
@@ -221,7 +235,9 @@ def _words(runs: Sequence[Run], at: int) -> str:
     """Lines of bash that set the words of train.py: of a sweep those of the array's task, whose log is then its
     run's."""
     if len(runs) == 1:
-        return f"set -- {shlex.join(runs[0].jobs[at].words)}\n"
+        job = runs[0].jobs[at]
+        share = f' "prepare_data=$SLURM_ARRAY_TASK_ID/{job.tasks}"' if job.tasks > 1 else ""
+        return f"set -- {shlex.join(job.words)}{share}\n"
     lines = ["case $SLURM_ARRAY_TASK_ID in"]
     for task, run in enumerate(runs):
         job = run.jobs[at]

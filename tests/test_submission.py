@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from models.errors import Refusal
-from pipeline import artifact, run_folder
+from pipeline import artifact, run_folder, submission
 from pipeline.launch import Slurm
 from pipeline.resources import Resources
 from pipeline.submission import Job, Run, planned, scripts, submit
@@ -194,6 +194,25 @@ def test_finished_stages_have_no_job_and_what_concerns_one_stage_goes_to_its_job
     assert found.stages == ["pretrain", "distill", "export"]
 
 
+def test_the_text_of_a_stage_that_trains_is_shared_out_by_an_array_of_jobs(tmp_path: Path) -> None:
+    found = needs("launch.resources.distill.prepare.jobs=3", "launch.resources.prune.prepare.jobs=3")
+    config = {"name": "x", "run_dir": str(tmp_path), "force": [], "launch": {}, "prepare_only": False}
+    config |= {"resume": {"from_step": None}, "stages": {"distill": {"training": {}}, "prune": {}}}
+    verdicts = [{"stage": name, "do": "start", "plan": {"needs": found[name]}} for name in ("distill", "prune")]
+    run = planned(config, verdicts, ["+experiment=x"])
+    names = [job.name for job in run.jobs]
+    assert names == ["distill.share", "distill.prepare", "distill", "prune.prepare", "prune"]
+    text = scripts([run])[0][1]
+    assert "--array=1-3" in options(text)
+    assert "prepare_data=2/3" in run_script(text, tmp_path, SLURM_ARRAY_TASK_ID="2").stdout
+    assert [job.name for job, _ in scripts([run, run])] == names[1:]  # in a sweep, which is an array itself
+
+
+@pytest.mark.parametrize("word", ["launch.resources.parallel.jobs=2", "launch.resources.distill.jobs=2"])
+def test_ranks_are_not_shared_out_over_jobs(word: str) -> None:
+    assert f"{word.rpartition('=')[0]}: unknown" in refused(*TINY, word)
+
+
 def test_without_sbatch_a_run_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     words = [word for word in TINY if word != "dry_run=true"]
     done = train(
@@ -310,6 +329,8 @@ def test_status_tells_of_every_stage_by_files_and_by_slurm(slurm: Path) -> None:
     table = train("status", f"run_dir={run_dir}").stdout
     assert "7/20" in table
     assert "PENDING (Dependency)" in table
+    (slurm / "squeue").write_text("104_2|PENDING|Priority\n104_1|RUNNING|None\n")  # an array of jobs
+    assert submission.states(["104"]) == {"104": ("RUNNING", "None")}
     (slurm / "squeue").write_text("")
     error = {"stage": "distill", "rank": 3, "host": "n2", "where": "models/load.py:7 in f", "message": "no", "time": 1}
     (run_dir / "logs" / "distill" / "start-0").mkdir(parents=True)
