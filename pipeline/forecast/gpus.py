@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from models.errors import Refusal
+from models.training.costs import peak_flops
 from pipeline.config import nearest
 
 
@@ -17,21 +18,25 @@ class GPU:
     bandwidth: float  # bytes a second of its memory
 
 
-def _gpu(name: str, gib: float, bfloat16_tera: float, float32_tera: float, gigabytes: float) -> GPU:
-    return GPU(name, int(gib * 2**30), bfloat16_tera * 1e12, float32_tera * 1e12, gigabytes * 1e9)
+def _gpu(name: str, device: str, gib: float, gigabytes: float) -> GPU:
+    """`device`: as PyTorch calls it, of which models/training/costs.py knows the rates."""
+    bfloat16, float32 = (peak_flops(device, precision, tf32=False) for precision in ("bf16-mixed", "32-true"))
+    assert bfloat16 is not None
+    assert float32 is not None
+    return GPU(name, int(gib * 2**30), bfloat16, float32, gigabytes * 1e9)
 
 
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        _gpu("a100-40gb", 39.4, 312, 19.5, 1555),
-        _gpu("a100", 79.1, 312, 19.5, 2039),
-        _gpu("h100", 79.1, 989, 67, 3350),
-        _gpu("h200", 139.8, 989, 67, 4800),
-        _gpu("b200", 178, 2250, 75, 8000),
-        _gpu("l40s", 44.4, 362, 91.6, 864),
-        _gpu("rtx4090", 23.5, 165, 82.6, 1008),
-        _gpu("mi300x", 191, 1307, 163.4, 5300),
+        _gpu("a100-40gb", "NVIDIA A100-SXM4-40GB", 39.4, 1555),
+        _gpu("a100", "NVIDIA A100-SXM4-80GB", 79.1, 2039),
+        _gpu("h100", "NVIDIA H100 80GB HBM3", 79.1, 3350),
+        _gpu("h200", "NVIDIA H200", 139.8, 4800),
+        _gpu("b200", "NVIDIA B200", 178, 8000),
+        _gpu("l40s", "NVIDIA L40S", 44.4, 864),
+        _gpu("rtx4090", "NVIDIA GeForce RTX 4090", 23.5, 1008),
+        _gpu("mi300x", "AMD Instinct MI300X", 191, 5300),
     )
 }
 
