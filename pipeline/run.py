@@ -87,12 +87,16 @@ def _walk(
 
         examine(config, plan, console)
         return None
+    if submits:
+        submission.refuse_busy(run_dir)  # before anything is touched that a job may be writing
+        with run_folder.claimed(run_dir):
+            jobs = jobs_of(config, plan)
+            _show(config, jobs)
+            return submission.planned(config, jobs, words)
     with run_folder.claimed(run_dir) as lock:
         artifact.sweep(run_dir, config["stages"])
         jobs = jobs_of(config, plan)
         _show(config, jobs)
-        if submits:
-            return submission.planned(config, jobs, words)
         artifact.write_json(run_dir / "config.json", config)
         if config["only"] is None or not (run_dir / run_folder.PLANNED).exists():
             run_folder.note_plan(run_dir, [*plan])
@@ -237,7 +241,7 @@ def _run_stage(config: dict[str, Any], job: dict[str, Any], lock: int, server: p
     kept, ended = logs.next_start(run_dir, name), work / "ranks" / "ended.json"
     ended.unlink(missing_ok=True)
     ranks, nodes = entry["ranks"], config["trainer"]["nodes"]
-    begin, steps = time.monotonic(), steps_of(work)
+    begin, steps, made = time.monotonic(), steps_of(work), _made_so_far(run_dir, work)
     modes = [("stage", 1)] if ranks == 1 else [("prepare", 1), ("run", ranks)]
     if config["prepare_only"]:
         modes = [("prepare", 1)]
@@ -256,7 +260,7 @@ def _run_stage(config: dict[str, Any], job: dict[str, Any], lock: int, server: p
         if code == 2:  # refused, and told why
             raise StageFailed("", code)
         if code in (STOPPED, TERMINATED):
-            _end_early(name, work, steps, code)
+            _end_early(name, work, steps, code, idle=_made_so_far(run_dir, work) == made)
         if code:
             where = f"{name} ({mode})" if len(modes) > 1 else name
             way_on = "run the same command again to go on from its last checkpoint"
@@ -288,15 +292,21 @@ def _told_of_notice(command: list[str], env: dict[str, str], lock: int) -> int:
     return code
 
 
-def _end_early(stage: str, work: Path, before: list[int], code: int) -> NoReturn:
-    """Of a stage that notice was given to. `before`: the steps of its checkpoints when it was started. A job that gains
-    none would be queued again for ever."""
-    if code == STOPPED and before and steps_of(work)[-1:] <= before[-1:]:
-        raise StageFailed(
-            f"stage {stage} was stopped before it got beyond step {before[-1]}, where it was started; give the job a "
-            f"longer time limit, or save more often (trainer.checkpoint.every_steps)",
-            1,
-        )
+def _made_so_far(run_dir: Path, work: Path) -> set[tuple[str, int]]:
+    """What a next start of a stage would go on from: files and their sizes, without those that every start writes."""
+    own = {BEGUN, "progress.json", artifact.METRICS}
+    files = [path for folder in (work, run_dir / "work" / "data") for path in folder.rglob("*") if path.is_file()]
+    kept = [path for path in files if path.name not in own and path.parent != work / "ranks" and path.name[0] != "."]
+    return {(str(path), path.stat().st_size) for path in kept}
+
+
+def _end_early(stage: str, work: Path, before: list[int], code: int, *, idle: bool) -> NoReturn:
+    """Of a stage that notice was given to. `before`: the steps of its checkpoints when it was started; `idle`: it has
+    made nothing since. A job that gains nothing would be queued again for ever."""
+    if code == STOPPED and (idle or (before and steps_of(work)[-1:] <= before[-1:])):
+        got = f"got beyond step {before[-1]}, where it was started" if before else "made anything to go on from"
+        more = ", or save more often (trainer.checkpoint.every_steps)" if before else ""
+        raise StageFailed(f"stage {stage} was stopped before it {got}; give the job a longer time limit{more}", 1)
     why = "notice was given that the job ends" if code == STOPPED else "it was asked to end (SIGTERM)"
     raise StageFailed(f"stage {stage} has made way: {why}; the same command goes on", code)
 

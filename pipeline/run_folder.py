@@ -74,14 +74,7 @@ def claimed(run_dir: Path) -> Iterator[int]:
     run_dir.mkdir(parents=True, exist_ok=True)
     handle = _opened(run_dir / LOCK)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise Refusal(
-                f"run_dir={run_dir}: another command is working in it; wait for it or choose another run_dir"
-            ) from None
-        except OSError:
-            pass  # some cluster file systems have no locks
+        _lock(handle, run_dir)
         mark(run_dir)
         yield handle
     finally:
@@ -93,6 +86,18 @@ def mark(run_dir: Path) -> None:
     run_dir.mkdir(parents=True, exist_ok=True)
     with suppress(FileExistsError), (run_dir / MARKER).open("x") as file:
         file.write(json.dumps({"run_folder_of": "retort"}, indent=2) + "\n")
+
+
+def _lock(handle: int, run_dir: Path) -> None:
+    for wait in (0.2, 0.3, 0.5, 0.0):  # who only looks whether it is locked (status) has it for a moment
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            time.sleep(wait)
+        except OSError:
+            return  # some cluster file systems have no locks
+    raise Refusal(f"run_dir={run_dir}: another command is working in it; wait for it or choose another run_dir")
 
 
 def _opened(lock: Path) -> int:

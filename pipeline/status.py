@@ -60,7 +60,7 @@ def status(run_dir: Path) -> list[dict[str, Any]]:
     for each in told:
         jobs.setdefault(each["stage"], []).append(each)
     alive = submission.states([each["job"] for each in told])
-    busy = _busy(run_dir) and not alive  # a job works elsewhere, where its lock may not be seen
+    busy = not alive and _busy(run_dir)  # a job works elsewhere, where its lock may not be seen
     rows = []
     for stage in _stages(run_dir, [*jobs]):
         row = _row(run_dir, stage, jobs.get(stage, []), alive, busy)
@@ -189,7 +189,8 @@ def _busy(run_dir: Path) -> bool:
 
 
 def _cancel(run_dir: Path) -> None:
-    """End the jobs of a run that are queued or running: those that train save a checkpoint first."""
+    """End the jobs of a run that are queued or running: those that train save a checkpoint first, in the
+    time that Slurm leaves between SIGTERM and SIGKILL (KillWait)."""
     console = Console()
     alive = submission.states([each["job"] for each in submission.jobs_of(run_dir)])
     if alive is None:

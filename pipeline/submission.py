@@ -111,7 +111,7 @@ def submit(runs: Sequence[Run]) -> list[dict[str, str]]:
     """Submit one run, or a sweep; the jobs, run by run. Either all are submitted, or none is left."""
     made = scripts(runs)
     for run in runs:
-        _refuse_busy(run.folder)
+        refuse_busy(run.folder)
         with run_folder.claimed(run.folder):
             (run.folder / FOLDER).mkdir(exist_ok=True)
             for job in run.jobs:
@@ -144,6 +144,8 @@ def jobs_of(run_dir: Path) -> list[dict[str, str]]:
     """The jobs that were submitted last for this run folder, in order; none where none was."""
     try:
         found: list[dict[str, str]] = json.loads(read_text(run_dir / FOLDER / _SUBMITTED))["jobs"]
+        if not all(isinstance(each[key], str) for each in found for key in ("stage", "part", "job")):
+            raise TypeError
         return found
     except FileNotFoundError:
         return []
@@ -172,7 +174,8 @@ def states(jobs: Sequence[str]) -> dict[str, tuple[str, str]] | None:
     return found
 
 
-def _refuse_busy(run_dir: Path) -> None:
+def refuse_busy(run_dir: Path) -> None:
+    """While jobs of a run folder are alive."""
     if alive := states([each["job"] for each in jobs_of(run_dir)]):
         raise Refusal(
             f"run_dir={run_dir}: its jobs {', '.join(alive)} are queued or running; look with `python train.py status "

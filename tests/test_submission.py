@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 
-from models.errors import Refusal
+from models.errors import STOPPED, Refusal, StageFailed
 from pipeline import artifact, run_folder, submission
 from pipeline.launch import Slurm
 from pipeline.resources import Resources
+from pipeline.run import _end_early
 from pipeline.submission import Job, Run, planned, scripts, submit
 from tests.command import ROOT, train
 from tests.test_config import refused, unrefused
@@ -268,9 +269,11 @@ def test_jobs_are_chained_and_a_second_chain_is_refused_while_the_first_is_alive
     ]
     assert subprocess.run(["bash", "-n", *(run_dir / "jobs").glob("*.sbatch")]).returncode == 0
     (slurm / "squeue").write_text("104|PENDING|Dependency\n101|RUNNING|None\n999|RUNNING|None\n")
+    (run_dir / ".pretrain.partial").mkdir()  # what the job that runs is writing
     again = train(*SUBMIT, f"run_dir={run_dir}", "stop=distill")
     assert again.returncode == 2
     assert "its jobs 104, 101 are queued or running" in again.stderr
+    assert (run_dir / ".pretrain.partial").exists()
 
 
 def test_where_one_job_is_refused_none_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -350,6 +353,29 @@ def test_cancel_ends_what_waits_before_what_runs(slurm: Path) -> None:
     assert "no job of it is queued or running" in train("cancel", f"run_dir={run_dir}").stderr
 
 
+def test_a_list_of_jobs_that_says_something_else_is_refused(tmp_path: Path) -> None:
+    submitted(tmp_path, "pretrain")
+    artifact.write_json(tmp_path / "jobs" / "submitted.json", {"jobs": [{"stage": "pretrain"}]})
+    with pytest.raises(Refusal, match="cannot be read; remove it"):
+        submission.jobs_of(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("before", "made", "status", "told"),
+    [
+        ([], False, 1, "before it made anything to go on from"),
+        ([], True, STOPPED, "the same command goes on"),
+        ([5], False, 1, "before it got beyond step 5"),
+    ],
+)
+def test_a_stage_that_gains_nothing_is_not_queued_again(
+    tmp_path: Path, before: list[int], made: bool, status: int, told: str
+) -> None:
+    with pytest.raises(StageFailed, match=told) as failed:
+        _end_early("evaluate", tmp_path, before, STOPPED, idle=not made)
+    assert failed.value.code == status
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
@@ -364,6 +390,7 @@ def test_what_status_and_cancel_do_not_understand_is_refused(words: list[str], t
     assert told in done.stderr
 
 
+@pytest.mark.slow  # three short runs; the jobs of tests/slurm do the same
 def test_prepare_only_prepares_and_the_run_goes_on_from_there_to_the_same_weights(tmp_path: Path) -> None:
     words = [
         "+experiment=distill_7b_to_1b",

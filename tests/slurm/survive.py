@@ -120,7 +120,7 @@ def trial(up: Cluster, run_dir: Path, kind: str) -> dict[str, Any]:
     on = [int(step) for step in re.findall(r"goes on at step (\d+)/", text)]
     return {
         "hung": False,
-        "lost": max(0, at - on[0]) if on else 0,
+        "lost": max(0, at - (on[0] if on else 0)) if len(starts(run_dir, "pretrain")) > 1 else 0,
         "starts": text.count(", start "),
         "submissions": submissions,
         "seconds": time.monotonic() - began,
