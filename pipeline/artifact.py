@@ -172,18 +172,32 @@ def altered(folder: Path, manifest: dict[str, Any], cache: Path | None = None) -
     return altered(folder, manifest) if changed and cache is not None else changed  # the cache might be what is wrong
 
 
-def seal(folder: Path, known: Mapping[str, str] | None = None) -> None:
+def seal(
+    folder: Path, known: Mapping[str, str] | None = None, becomes: Path | None = None, unchanged: Collection[str] = ()
+) -> None:
     """Write down what a folder of intermediate files holds, so that `sealed` can tell when that changed. `known`: name
-    → sha256 of files that were hashed while they were written."""
+    → sha256 of files that were hashed while they were written. `becomes`: the name that the folder gets next, under
+    which `sealed` need not read it again; of the known files, those that are `unchanged` since they were hashed."""
     known = known or {}
-    names = {str(path.relative_to(folder)): path for path in _files(folder)}
-    write_json(folder / SEALS, {name: known.get(name) or _sha256(path) for name, path in names.items()})
+    told, fresh = {}, {}
+    for path in _files(folder):
+        name, now, stamp = str(path.relative_to(folder)), time.time_ns(), _stamp(path)
+        told[name] = known.get(name) or _sha256(path)
+        if becomes is not None and _settled(stamp, now) and (name not in known or name in unchanged):
+            fresh[str(becomes.resolve() / name)] = [stamp, told[name]]
+    write_json(folder / SEALS, told)
+    if becomes is not None:
+        keep(_cache_of(becomes), fresh)
 
 
 def sealed(folder: Path) -> bool:
     """Whether a folder holds what it was sealed with. Files are read again only when their size or times changed."""
     told = _remembered_json(folder / SEALS)
-    return bool(told) and told == _hashes(folder, folder.with_name(f".{folder.name}.hashes.json"))
+    return bool(told) and told == _hashes(folder, _cache_of(folder))
+
+
+def _cache_of(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.hashes.json")
 
 
 def foreign(folder: Path) -> list[str]:
@@ -232,26 +246,42 @@ def _hashes(path: Path, cache: Path | None) -> dict[str, str]:
     every rerun. A file that has just been written, or will have been by a clock that was set back, is not remembered:
     another change might leave the same times.
     """
-    known = _remembered(cache)
+    known = remembered(cache)
     fresh = dict(known)
     found = {}
     for p in [path] if path.is_file() else _files(path):
-        stat = p.stat()
-        key, stamp = str(p.resolve()), [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
-        before = fresh.pop(key, None)
-        now = time.time_ns()
-        digest = before[1] if before and before[0] == stamp else _sha256(p)
-        if max(stat.st_mtime_ns, stat.st_ctime_ns) < now - _SETTLED_NS:
-            fresh[key] = [stamp, digest]
-        found[p.name if path.is_file() else str(p.relative_to(path))] = digest
+        found[p.name if path.is_file() else str(p.relative_to(path))] = known_hash(p, fresh)
     if cache is not None and fresh != known:
-        with suppress(OSError):  # without it files are read once more, which is no reason to end a run
-            cache.parent.mkdir(parents=True, exist_ok=True)
-            write_json(cache, with_hash(fresh))
+        keep(cache, fresh)
     return found
 
 
-def _remembered(cache: Path | None) -> dict[str, Any]:
+def known_hash(path: Path, known: dict[str, Any]) -> str:
+    """The sha256 of a file, by what a cache knows; what it does not is read, and then known."""
+    key, stamp, now = str(path.resolve()), _stamp(path), time.time_ns()
+    before = known.pop(key, None)
+    digest: str = before[1] if before and before[0] == stamp else _sha256(path)
+    if _settled(stamp, now):
+        known[key] = [stamp, digest]
+    return digest
+
+
+def _stamp(path: Path) -> list[int]:
+    stat = path.stat()
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+
+
+def _settled(stamp: list[int], now: int) -> bool:
+    return max(stamp[1:3]) < now - _SETTLED_NS
+
+
+def keep(cache: Path, known: dict[str, Any]) -> None:
+    with suppress(OSError):  # without it files are read once more, which is no reason to end a run
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        write_json(cache, with_hash(known))
+
+
+def remembered(cache: Path | None) -> dict[str, Any]:
     """A cache that is missing, was damaged, or has no hash of itself, remembers nothing: one wrong digit in it would
     be believed instead of a file."""
     known = _remembered_json(cache) if cache is not None else {}

@@ -21,7 +21,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from models.errors import NOT_FINITE, STOPPED, TERMINATED, Refusal, StageFailed, of_storage
-from pipeline import artifact, logs, prefork, run_folder, submission
+from pipeline import artifact, hashes, logs, prefork, run_folder, submission
 from pipeline.building import refusing
 from pipeline.config import selected
 from pipeline.launch import die_with, environment
@@ -95,6 +95,7 @@ def _walk(
             return submission.planned(config, jobs, words)
     with run_folder.claimed(run_dir) as lock:
         artifact.sweep(run_dir, config["stages"])
+        hashes.add(run_folder.hashes(run_dir), answer["hashes"])
         jobs = jobs_of(config, plan)
         _show(config, jobs)
         artifact.write_json(run_dir / "config.json", config)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from models.errors import NOT_FINITE, STOPPED, NotFinite, Refusal, Stopped, of_storage
-from pipeline import artifact, logs
+from pipeline import artifact, hashes, logs, run_folder
 from pipeline.launch import die_with
 from pipeline.notice import notice
 from pipeline.run_folder import SCRATCH
@@ -43,12 +43,14 @@ def main(arguments: Sequence[str]) -> int:
     rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) if mode == _OF_SEVERAL else 0
     if mode != "check":
         logs.keep(rank)
+    hashes.remember_in(run_folder.hashes(Path(spec["config"]["run_dir"])))
     context = None
     try:
         if mode == "check":
             from pipeline.check import check
 
-            print(json.dumps(check(spec, Path(told).parent)))
+            answer = check(spec, Path(told).parent)
+            print(json.dumps({**answer, "hashes": hashes.known()}))
             return 0
         from pipeline.building import build
         from pipeline.context import Context

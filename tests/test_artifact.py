@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import subprocess
@@ -13,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from pipeline import artifact, verdicts
+from pipeline import artifact, hashes, verdicts
+from pipeline.data.documents import Documents
 from tests.command import ROOT
 
 RESUME = {"mode": "continue", "from_step": None, "skip_sequences": []}
@@ -223,3 +225,52 @@ def test_where_hashes_cannot_be_remembered_the_files_are_read_and_nothing_is_lef
     remembered = artifact.content_hash(tmp_path / "distill", cache)
     assert remembered == artifact.content_hash(tmp_path / "distill")
     assert {path.name for path in tmp_path.iterdir()} == {"distill"}
+
+
+def test_what_was_hashed_while_it_was_written_is_not_read_again_and_what_changed_since_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(artifact, "_SETTLED_NS", -(10**12))
+    aside, folder = tmp_path / ".rows.partial", tmp_path / "rows"
+    aside.mkdir()
+    known = {}
+    for name in ("a", "b", "c"):
+        (aside / name).write_text(name)
+        known[name] = hashlib.sha256(name.encode()).hexdigest()
+    (aside / "b").write_text("B")
+    artifact.seal(aside, {name: known[name] for name in "ab"}, folder, ["a"])
+    aside.rename(folder)
+    read: list[str] = []
+    sha256 = artifact._sha256
+    monkeypatch.setattr(artifact, "_sha256", lambda path: (read.append(path.name), sha256(path))[1])
+    assert not artifact.sealed(folder)
+    assert read == ["b"]
+
+
+def test_a_command_reads_a_text_once_and_the_next_one_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that ends tells the next what it knows; a changed file is read again."""
+    monkeypatch.setattr(artifact, "_SETTLED_NS", 0)
+    monkeypatch.setattr(hashes, "_known", {})
+    monkeypatch.setattr(hashes, "_cache", None)
+    text, cache = tmp_path / "a.txt", tmp_path / "work" / "hashes.json"
+    text.write_text("one")
+    read: list[str] = []
+    sha256 = artifact._sha256
+    monkeypatch.setattr(artifact, "_sha256", lambda path: (read.append(path.name), sha256(path))[1])
+    data = Documents(train=str(text))
+    keys = {data.content_key() for _ in range(3)}
+    assert (len(keys), read) == (1, ["a.txt"])
+    hashes.add(cache, hashes.known())
+    for _ in range(2):  # as processes that know nothing
+        hashes._known.clear()
+        hashes.remember_in(cache)
+        assert {data.content_key()} == keys
+    assert read == ["a.txt"]
+    text.write_text("other")
+    assert data.content_key() not in keys
+    hashes._known.clear()
+    hashes.remember_in(cache)
+    data.content_key()
+    assert read == ["a.txt", "a.txt"]

@@ -6,7 +6,6 @@ of its content, so neither the order of the input nor a duplicate in it carries 
 
 from __future__ import annotations
 
-import hashlib
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -30,6 +29,7 @@ from pipeline.data.source import SPLITS, DataSource, Prompt, check_reading, with
 from pipeline.data.splits import NoDocuments, Split, Tally, chosen
 from pipeline.data.stdlib import library_files
 from pipeline.data.tables import in_memory, of_one_kind, with_empty
+from pipeline.hashes import file_hashes
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -240,10 +240,8 @@ def _source_key(location: Location) -> list[Any]:
 
         return [location.name, ciphers.key()]
     key: list[Any] = [sys.version] if location.kind == "stdlib" else []
-    for path in location.files or library_files():
-        with path.open("rb") as file:
-            key.append([path.suffix, hashlib.file_digest(file, "sha256").hexdigest()])
-    return key
+    files = location.files or library_files()
+    return [*key, *([path.suffix, told] for path, told in zip(files, file_hashes(files), strict=True))]
 
 
 # Reading

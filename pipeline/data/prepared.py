@@ -11,7 +11,7 @@ from typing import Any
 
 from models.files import remove, sync
 from pipeline import artifact
-from pipeline.data.flat import FORMAT, Shard
+from pipeline.data.flat import FORMAT, SHARD, Shard
 from pipeline.data.sequences import Sequences
 from pipeline.data.source import PARSE, DataSource
 
@@ -90,7 +90,7 @@ def once(folder: Path, build: Callable[[Path], list[Shard]]) -> tuple[Sequences,
             aside = aside_of(folder)
             made = build(aside)
             told = {f"{shard.folder.name}/{name}": sha256 for shard in made for name, sha256 in shard.sha256.items()}
-            artifact.seal(aside, told)
+            artifact.seal(aside, told, folder, [name for name in told if _unchanged(aside / name)])
             sync(aside)
             os.rename(aside, folder)
             sync(folder.parent)
@@ -98,6 +98,11 @@ def once(folder: Path, build: Callable[[Path], list[Shard]]) -> tuple[Sequences,
                 for path in (folder / shard.folder.name).glob(".*.bin"):
                     path.unlink()
     return prepared(folder)
+
+
+def _unchanged(file: Path) -> bool:
+    """Since the hash was written down beside it, which may be long ago, and by another job."""
+    return file.stat().st_ctime_ns <= (file.parent / SHARD).stat().st_ctime_ns
 
 
 def aside_of(folder: Path) -> Path:
