@@ -77,6 +77,12 @@ def _token(vocabulary: int) -> np.dtype[Any]:
     return np.dtype("<u2" if vocabulary <= 2**16 else "<u4")
 
 
+def bytes_a_token(vocabulary: int) -> int:
+    """On disk, at most or so, of texts: a token of 2 or 4 bytes; of the index, and of bits of what is learnt, a byte.
+    What a teacher with another tokenizer reads is not in it."""
+    return _token(vocabulary).itemsize + 1
+
+
 @dataclass
 class Pieces:
     """Some pieces, end to end. None where `Columns` says that there is none."""

@@ -10,6 +10,7 @@ from models.load import DTYPES, empty_model, parameter_count
 from models.tracing.reading import read, write
 from models.tracing.step import ENGINE
 from pipeline.context import Context
+from pipeline.data.flat import bytes_a_token
 from pipeline.forecast.memory import PARTS, Held
 from pipeline.forecast.payoff import verdict
 from pipeline.forecast.place import Place
@@ -17,7 +18,6 @@ from pipeline.forecast.traces import RECORDED, Traces
 from pipeline.forecast.training import Training, strategy_name
 from pipeline.forecast.workload import Reads, Trains, Workload, Writes
 from pipeline.report.units import size
-from pipeline.training.settings import _BYTES_A_PREPARED_TOKEN
 from pipeline.training.strategy import ZeRO
 
 Json = dict[str, Any]
@@ -83,10 +83,11 @@ def _disk(trains: Trains, parameters: int, tokens: int | None, keep: int) -> Jso
     """As pipeline.training.settings.check_disk counts it: weights and two moments of what is trained, in fp32."""
     lora = trains.recipe.lora
     trained = parameters if lora is None else lora.parameters(empty_model(trains.student))
+    vocabulary = trains.student.get_text_config().vocab_size
     return {
         "checkpoint_bytes": 12 * trained * keep,
         "result_bytes": parameters * trains.recipe.saved.itemsize,
-        "data_bytes": None if tokens is None else _BYTES_A_PREPARED_TOKEN * tokens,
+        "data_bytes": None if tokens is None else bytes_a_token(vocabulary) * tokens,
     }
 
 

@@ -101,7 +101,8 @@ class Distill(Stage):
         with problems:
             self._plan(context, student)
             trained = self.lora.parameters(empty_model(student)) if self.lora else None
-            settings.check_disk(context, sizes["student"], corpus, trained)
+            vocabulary = student.get_text_config().vocab_size
+            settings.check_disk(context, sizes["student"], corpus, vocabulary, trained)
         problems.tell()
         if sizes["student"] > sizes["teacher"]:
             warnings.append(

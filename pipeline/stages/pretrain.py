@@ -72,7 +72,7 @@ class Pretrain(Stage):
         settings.check_family(context, config)
         settings.check_packing(config, self.data, "model")
         context.plan_model(config)
-        settings.check_disk(context, parameters, corpus)
+        settings.check_disk(context, parameters, corpus, vocabulary)
         return StagePlan(
             model=config.model_type,
             parameters=parameters,

@@ -17,6 +17,7 @@ from models.apart import check_apart
 from models.errors import Refusal
 from models.load import attention_of
 from pipeline.context import Context
+from pipeline.data.flat import bytes_a_token
 from pipeline.data.loader import accumulation
 from pipeline.data.source import DataSource
 from pipeline.training import checkpoints
@@ -24,7 +25,6 @@ from pipeline.training.observers import callbacks_of
 
 SAVED = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16}  # precision → dtype of the finished weights
 _BYTES_OF_TEXT_A_TOKEN = 4
-_BYTES_A_PREPARED_TOKEN = 12  # its id, target and position
 _ATTENTION = ("auto", "sdpa", "eager", "flash_attention_2")
 
 
@@ -191,16 +191,18 @@ def check_packing(config: Any, data: DataSource, role: str) -> None:
         check_apart(config, f"{data.node}.packing=true, {role}")
 
 
-def check_disk(context: Context, parameters: int, corpus: dict[str, Any], trained: int | None = None) -> None:
+def check_disk(
+    context: Context, parameters: int, corpus: dict[str, Any], vocabulary: int, trained: int | None = None
+) -> None:
     """A run that fills the disk dies hours later. `trained`: how many of the parameters are, if not all; `corpus`: what
-    `check_source` says of the text."""
+    `check_source` says of the text; `vocabulary`: tokens of the tokenizer that it is prepared with."""
     keep = context.config["trainer"]["checkpoint"]["keep"]
     texts = sum((corpus.get(split) or {}).get("bytes") or 0 for split in ("train", "validation", "test"))
     needed = {
         "the start and the result": 2 * parameters * 4,
         # weights and two moments each; the oldest goes when the newest is whole
         "checkpoints": (trained or parameters) * 4 * 3 * (keep + 1),
-        "prepared text": texts // _BYTES_OF_TEXT_A_TOKEN * _BYTES_A_PREPARED_TOKEN,
+        "prepared text": texts // _BYTES_OF_TEXT_A_TOKEN * bytes_a_token(vocabulary),
     }
     place = context.run_dir
     while not place.exists():

@@ -84,6 +84,7 @@ def test_7b_to_1b_holds_what_zero3_shards(row: dict[str, Any]) -> None:
     assert row["device_bytes"] == sum(row[f"{part}_bytes"] for part in parts)
     assert row["fits"]
     assert row["checkpoint_bytes"] == 2 * 12 * P  # two are kept: weights and two moments
+    assert row["data_bytes"] == 3 * 10**10  # of a vocabulary of 32,000: two a token, and less than one of the index
 
 
 def test_operations_are_those_of_both_models_and_the_loss(row: dict[str, Any]) -> None:
