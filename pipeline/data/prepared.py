@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from models.errors import Refusal
 from models.files import remove, sync
 from pipeline import artifact
 from pipeline.data.flat import FORMAT, SHARD, Shard
@@ -85,7 +88,9 @@ def once(folder: Path, build: Callable[[Path], list[Shard]]) -> tuple[Sequences,
 
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f".{folder.name}.lock")):
-        if not whole(folder):
+        if whole(folder):
+            return prepared(folder)
+        with writing(folder, alone=True):
             remove(folder)
             aside = aside_of(folder)
             made = build(aside)
@@ -98,6 +103,29 @@ def once(folder: Path, build: Callable[[Path], list[Shard]]) -> tuple[Sequences,
                 for path in (folder / shard.folder.name).glob(".*.bin"):
                     path.unlink()
     return prepared(folder)
+
+
+@contextmanager
+def writing(folder: Path, alone: bool) -> Iterator[None]:
+    """Whoever makes what will be `folder` from the shards is `alone`; jobs that make shards are so together. It would
+    take theirs away while they are written, and they would go on in a folder that has become the finished one."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder.with_name(f".{folder.name}.jobs.lock"), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    try:
+        fcntl.flock(handle, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        if alone:
+            told = "jobs with prepare_data are making shards of it; run the same command again when they have ended"
+        else:
+            told = "prepare_data: a run is preparing it already; leave prepare_data out, that run makes all of it"
+        raise Refusal(f"{folder}: {told}") from None
+    except OSError:
+        pass  # some cluster file systems have no locks
+    try:
+        yield
+    finally:
+        os.close(handle)
 
 
 def _unchanged(file: Path) -> bool:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from models.errors import Refusal
-from pipeline.data.prepared import aside_of, folder_of, whole
+from pipeline.data.prepared import aside_of, folder_of, whole, writing
 from pipeline.data.rendering import with_template
 from pipeline.data.shards import Shards
 from pipeline.data.source import DataSource
@@ -23,14 +23,20 @@ def prepare_share(
     lines = []
     for split, other in (("train", teacher_tokenizer), ("validation", None)):
         folder = folder_of(data, split, tokenizer, root, other)
-        if folder.exists() and whole(folder):
-            lines.append(f"{split}: prepared already")
-            continue
-        if (parts := data.parts(split)) is None:
-            raise Refusal(f"prepare_data: {data.node} is prepared in one go; leave prepare_data out")
-        shards, aside = Shards(parts, tokenizer, data, other), aside_of(folder)
-        mine = range(share[0] - 1, len(parts), share[1])
-        missing = sorted({*mine} & {*shards.missing(aside)})
-        shards.make_some(aside, missing, data.workers)
-        lines.append(f"{split}: {len(missing):,} shards made, {len(mine):,} of {len(parts):,} are this job's")
+        with writing(folder, alone=False):
+            lines.append(f"{split}: {_made(data, split, tokenizer, other, folder, share)}")
     return lines
+
+
+def _made(
+    data: DataSource, split: str, tokenizer: Any, teacher_tokenizer: Any, folder: Path, share: tuple[int, int]
+) -> str:
+    if folder.exists() and whole(folder):
+        return "prepared already"
+    if (parts := data.parts(split)) is None:
+        raise Refusal(f"prepare_data: {data.node} is prepared in one go; leave prepare_data out")
+    shards, aside = Shards(parts, tokenizer, data, teacher_tokenizer), aside_of(folder)
+    mine = range(share[0] - 1, len(parts), share[1])
+    missing = sorted({*mine} & {*shards.missing(aside)})
+    shards.make_some(aside, missing, data.workers)
+    return f"{len(missing):,} shards made, {len(mine):,} of {len(parts):,} are this job's"

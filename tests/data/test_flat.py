@@ -28,11 +28,13 @@ from pipeline.data import flat, parts, prepared
 from pipeline.data.controls import Controls
 from pipeline.data.document_parts import DocumentParts
 from pipeline.data.documents import Documents, documents
-from pipeline.data.flat import Columns, Shard, ShardWriter, end_to_end
+from pipeline.data.flat import Columns, Shard, ShardWriter, bytes_a_token, end_to_end
 from pipeline.data.packing import best_fit_decreasing, index, prepare
 from pipeline.data.parts import Batch, Parts
+from pipeline.data.prepared import sequences_of
 from pipeline.data.sequences import Sequences
 from pipeline.data.shards import Shards, shard_folder
+from pipeline.data.shares import prepare_share
 from pipeline.data.tokenizer import train_tokenizer
 from pipeline.data.windows import windows
 from tests.command import ROOT
@@ -340,6 +342,54 @@ def test_several_processes_write_the_bytes_of_one(
     assert two[1] == one[1]
     assert one[1][prepared.FIRST_SPELLING].startswith(f"'</s>' in {files[0]} line ")
     assert one[1][prepared.SPELLINGS] == 10 * len(files)
+
+
+def test_a_run_does_not_take_the_shards_away_that_jobs_are_writing(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two jobs at once are let be; each of the two kinds refuses to begin beside the other, in a line."""
+    monkeypatch.setattr(parts, "PART_BYTES", 6000)
+    data = source(tmp_path)
+    told: list[str] = []
+    make_one = Shards.make_one
+
+    def beside(shards: Shards, folder: Path, number: int) -> None:
+        monkeypatch.setattr(Shards, "make_one", make_one)
+        half = ShardWriter(shard_folder(folder, number), shards.columns)  # that job's
+        for other in others:
+            try:
+                other()
+            except Refusal as problem:
+                told.append(str(problem))
+        assert half.aside.exists()
+        half.drop()
+        make_one(shards, folder, number)
+
+    def run() -> None:
+        sequences_of(data, "train", tokenizer, tmp_path / "data")
+
+    def job() -> None:
+        prepare_share(data, tokenizer, None, tmp_path / "data", (1, 2))
+
+    others = [job, run]
+    monkeypatch.setattr(Shards, "make_one", beside)
+    job()
+    assert len(told) == 1
+    assert told[0].endswith("making shards of it; run the same command again when they have ended")
+    others = [job]
+    monkeypatch.setattr(Shards, "make_one", beside)
+    run()
+    assert told[1].endswith("leave prepare_data out, that run makes all of it")
+    job()
+    names = [path.name for path in (tmp_path / "data").iterdir() if path.suffix == ".partial"]
+    assert [name for name in names if name.startswith(".train")] == []
+
+
+def test_what_is_reckoned_with_on_disk_is_what_prepared_text_takes(tmp_path: Path, tokenizer: Any) -> None:
+    _, statistics = source(tmp_path).prepare("train", tokenizer, tmp_path / "rows")
+    size = sum(path.stat().st_size for path in (tmp_path / "rows").rglob("*.bin"))
+    assert 2 < size / statistics["tokens"] <= bytes_a_token(len(tokenizer)) == 3
+    assert bytes_a_token(2**16) + 2 == bytes_a_token(2**16 + 1) == 5
 
 
 class Deadly(Parts):
