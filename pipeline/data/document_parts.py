@@ -58,10 +58,13 @@ class DocumentParts(Parts):
         self._parts: list[list[Extent]] = [[]]
         if split.held_out and not split.holdout:
             given = []  # nothing is held out
+        size = 0  # of the last part
         for extent in chain.from_iterable(map(self._extents, given)):
-            if sum(other.size for other in self._parts[-1]) + extent.size > parts.PART_BYTES and self._parts[-1]:
+            if size + extent.size > parts.PART_BYTES and self._parts[-1]:
                 self._parts.append([])
+                size = 0
             self._parts[-1].append(extent)
+            size += extent.size
 
     def __len__(self) -> int:
         return len(self._parts)

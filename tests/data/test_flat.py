@@ -24,9 +24,9 @@ from datasets import Dataset
 
 from models.errors import Refusal
 from models.targets import IGNORED
-from pipeline.data import flat, parts, prepared
+from pipeline.data import document_parts, flat, parts, prepared
 from pipeline.data.controls import Controls
-from pipeline.data.document_parts import DocumentParts
+from pipeline.data.document_parts import DocumentParts, Extent
 from pipeline.data.documents import Documents, documents
 from pipeline.data.flat import Columns, Shard, ShardWriter, bytes_a_token, end_to_end
 from pipeline.data.packing import best_fit_decreasing, index, prepare
@@ -253,6 +253,26 @@ def test_the_parts_hold_every_document_once_and_in_order(
         assert [text for batch in batches for text in batch.contents] == whole["text"][:]
         assert found["documents"] == len(whole)
         assert len(made) == 1 if part_bytes == 2**26 else len(made) > 5
+
+
+def test_parts_of_many_files_look_at_the_size_of_each_a_few_times(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked = 0
+
+    class Counted(Extent):
+        def __getattribute__(self, name: str) -> Any:
+            nonlocal looked
+            looked += name == "size"
+            return super().__getattribute__(name)
+
+    monkeypatch.setattr(document_parts, "Extent", Counted)
+    monkeypatch.setattr(parts, "PART_BYTES", 100)
+    for number in range(150):
+        (tmp_path / f"{number:03d}.txt").write_text("ab")
+    made = parts_of(Documents(train=str(tmp_path), holdout=0, sample_by="document"))
+    assert [len(part) for part in made._parts] == [50, 50, 50]
+    assert looked <= 3 * 150
 
 
 def parts_of(data: Documents, split: str = "train") -> DocumentParts:
