@@ -18,18 +18,18 @@ from models.load import empty_model, unsharded
 # Dense products a second in (bf16, TF32, fp32), by what torch.cuda.get_device_name says; from NVIDIA's data sheets,
 # where most figures are with sparsity and twice as large.
 _PEAKS: tuple[tuple[str, tuple[float, float, float]], ...] = (
-    (r"B200", (2250e12, 1125e12, 75e12)),
+    (r"\bG?B200\b", (2250e12, 1125e12, 75e12)),
     (r"H200 NVL", (835e12, 417.5e12, 60e12)),
     (r"H200|GH200|H100.*HBM3", (989.4e12, 494.7e12, 66.9e12)),
     (r"H100 NVL", (835e12, 417.5e12, 60e12)),
     (r"H100 PCIe", (756e12, 378e12, 51.2e12)),
-    (r"A100", (312e12, 156e12, 19.5e12)),
-    (r"L40S", (362e12, 183e12, 91.6e12)),
+    (r"\bA100\b", (312e12, 156e12, 19.5e12)),
+    (r"\bL40S\b", (362e12, 183e12, 91.6e12)),
     (r"\bL4\b", (121e12, 60e12, 30.3e12)),
-    (r"A10\b", (125e12, 62.5e12, 31.2e12)),
+    (r"\bA10\b", (125e12, 62.5e12, 31.2e12)),
     (r"MI300X", (1307.4e12, 653.7e12, 163.4e12)),
-    (r"RTX 4090", (165.2e12, 82.6e12, 82.6e12)),
-    (r"RTX 3090", (71e12, 35.6e12, 35.6e12)),
+    (r"RTX 4090\b(?! (?:D|Laptop))", (165.2e12, 82.6e12, 82.6e12)),
+    (r"RTX 3090\b(?! Ti)", (71e12, 35.6e12, 35.6e12)),
 )
 
 

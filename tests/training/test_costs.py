@@ -123,6 +123,11 @@ def test_padding_and_tokens_that_no_target_depends_on_count_for_nothing() -> Non
         ("NVIDIA H200", "32-true", False, 66.9e12),
         ("NVIDIA A100-SXM4-80GB", "32-true", True, 156e12),
         ("NVIDIA H100 PCIe", "bf16-mixed", False, 756e12),
+        ("NVIDIA GeForce RTX 4090", "bf16-mixed", False, 165.2e12),
+        ("NVIDIA A100 80GB PCIe", "bf16-mixed", False, 312e12),
+        ("NVIDIA RTX A1000", "bf16-mixed", False, None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", "bf16-mixed", False, None),
+        ("NVIDIA GeForce RTX 4090 D", "bf16-mixed", False, None),
         ("Some Device 3000", "bf16-mixed", False, None),
     ],
 )
