@@ -31,6 +31,7 @@ class Traces:
     kind: str  # cpu or cuda
     memory_bytes: int | None = None  # of the loss engine
     recorded: int = RECORDED
+    again: bool = True  # with what activation checkpointing computes again, as it runs
     _steps: dict[tuple[str, int, bool], Step] = field(default_factory=dict)
 
     def step(self, compute: str, rows: int, accumulates: bool = True) -> Step:
@@ -107,7 +108,7 @@ class Traces:
             teacher_length=data.teacher_max_length if own else None,
             kept=None if source is None or self.beside else self.recorded,
             configs=(student, teacher) if recipe.objective.representations else None,
-            activation_checkpointing=recipe.training.activation_checkpointing,
+            activation_checkpointing=recipe.training.activation_checkpointing and self.again,
             memory_bytes=self.memory_bytes,
         )
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from models.errors import Refusal
@@ -115,13 +117,20 @@ class Training:
 
     @property
     def flops_per_token(self) -> float:
-        """Of all that a micro-batch computes: both models, the loss and what is computed again."""
-        return self._a_token(sum(self.step.flops.values()))
+        """Of all that a micro-batch needs: both models and the loss, without what is computed again to save memory, as
+        an efficiency (MFU) is told of, here and in models/training/costs.py."""
+        return self._a_token(sum(self._flops.values()))
 
     @property
     def flops_without_teacher(self) -> float:
         """The same without the teacher's body: plain training takes as much, or a little less in the loss."""
-        return self._a_token(sum(count for label, count in self.step.flops.items() if label != TEACHER))
+        return self._a_token(sum(count for label, count in self._flops.items() if label != TEACHER))
+
+    @cached_property
+    def _flops(self) -> Counter[str]:
+        if not self.trains.recipe.training.activation_checkpointing:
+            return self.step.flops
+        return replace(self, traces=replace(self.traces, again=False, _steps={})).step.flops
 
     def _a_token(self, flops: int) -> float:
         return flops / (self.trains.recipe.training.micro_batch * self.trains.recipe.data.max_length)
