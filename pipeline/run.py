@@ -32,6 +32,7 @@ from pipeline.tracked import closed
 from pipeline.verdicts import BEGUN, after_not_finite, begun, checkpoints_of, jobs_of, parents_of, steps_of, turn_of
 
 console = Console()
+_NOTHING = "nothing was started"
 
 
 def run(config: dict[str, Any], typed: Mapping[str, Sequence[str]], words: Sequence[str]) -> submission.Run | None:
@@ -60,7 +61,7 @@ def _forecast(config: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     _print_whole(table(config, rows))
     for line in lines(config, rows):
         console.print(line, markup=False, highlight=False, soft_wrap=not console.is_terminal)
-    console.print("forecast=true: nothing was started", highlight=False)
+    console.print(f"forecast=true: {_NOTHING}", highlight=False)
 
 
 def _walk(
@@ -79,8 +80,8 @@ def _walk(
             console.print(line, markup=False, highlight=False, soft_wrap=True)
         if submits and not asked:
             return submission.planned(config, jobs, words)
-        asked = asked or "dry_run=true"
-        console.print(f"{asked}: nothing was started", highlight=False)
+        ended = "no stage was started; the run itself makes what is missing" if config["prepare_data"] else _NOTHING
+        console.print(f"{asked or 'dry_run=true'}: {ended}", highlight=False)
         return None
     if config["doctor"]:
         from pipeline.doctor.walk import examine

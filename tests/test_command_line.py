@@ -377,6 +377,18 @@ def test_jobs_that_share_the_text_out_leave_what_the_run_reads(tmp_path: Path, m
     run_folder.check_ours(tmp_path / "run")
 
 
+def test_a_job_that_made_its_share_does_not_say_that_nothing_was_started(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from pipeline.run import _walk
+
+    config = quickstart(f"run_dir={tmp_path / 'run'}", "prepare_data=1/2")
+    assert _walk(config, [], None, {"plan": [], "shown": ["train: 3 shards made"]}) is None
+    last = capsys.readouterr().out.splitlines()[-2:]
+    assert last[0] == "train: 3 shards made"
+    assert " ".join(last[1].split()) == "prepare_data=1/2: no stage was started; the run itself makes what is missing"
+
+
 def test_what_is_shown_is_what_the_first_stage_that_trains_learns() -> None:
     from pipeline.check import check
     from pipeline.config import selected
