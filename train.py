@@ -81,7 +81,10 @@ def front_door() -> None:
     if {"-h", "--help"} & set(sys.argv[1:]):
         from pipeline.help import page
 
-        print(page())
+        try:
+            print(page(), flush=True)
+        except BrokenPipeError:  # as of `| head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return
     if sys.argv[1:2] in (["status"], ["cancel"]):
         from pipeline.status import command
@@ -100,7 +103,9 @@ def front_door() -> None:
 
         submit(submitting)
     if failed:
-        raise StageFailed(f"{len(failed)} of the runs of this sweep did not finish; see above", failed[0])
+        raise StageFailed(
+            f"{len(failed)} of the runs of this sweep were not finished or not submitted; see above", failed[0]
+        )
 
 
 if __name__ == "__main__":

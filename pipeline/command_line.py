@@ -71,7 +71,7 @@ def arguments(given: Sequence[str]) -> list[str]:
         same = {override.key_or_group for override in _parsed(words) if not override.is_sweep_override()}
         same_keys = ",".join(f'"{key}"' for key in sorted(same | {"run_dir"}))
         words.insert(at, f"hydra.job.config.override_dirname.exclude_keys=[{same_keys}]")
-        words.insert(at, "run_dir=runs/${name}/${hydra:job.override_dirname}")
+        words.insert(at, "run_dir=runs/sweeps/${name}/${hydra:job.override_dirname}")
     return words
 
 

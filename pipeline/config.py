@@ -201,6 +201,10 @@ def parse(composed: Any) -> dict[str, Any]:
     for name, value in config["forecast"].items():
         if not config["forecast"]["show"] and value != getattr(Forecast, name):
             raise Refusal(f"forecast.{name}={value}: it says where a forecast is of; add forecast=true")
+    asked = {"dry_run": config["dry_run"], "forecast": config["forecast"]["show"], "doctor": config["doctor"]}
+    asked |= {name: config[name] for name in ("show_data", "prepare_data", "prepare_only")}
+    if len(both := [name for name, value in asked.items() if value and name != "dry_run"]) > 1:
+        raise Refusal(f"{both[0]} and {both[1]}: each is all that a command does; give one of them")
     if config["show_data"] < 0:
         raise Refusal(f"show_data={config['show_data']}: need a number of sequences to show, or 0 for none")
     if config["prepare_data"] is not None and share(config["prepare_data"]) is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -94,6 +95,8 @@ def _walk(
             jobs = jobs_of(config, plan)
             _show(config, jobs)
             return submission.planned(config, jobs, words)
+    if "SLURM_JOB_ID" not in os.environ:  # a job is where the run's jobs are
+        submission.refuse_busy(run_dir)
     with run_folder.claimed(run_dir) as lock:
         artifact.sweep(run_dir, config["stages"])
         hashes.add(run_folder.hashes(run_dir), answer["hashes"])
@@ -135,9 +138,10 @@ def submit(runs: Sequence[submission.Run]) -> None:
         shown.add_row(name, each["job"], each["needs"], escape(each["log"]))
     _print_whole(shown)
     for submitted in runs:
+        folder = shlex.quote(f"run_dir={submitted.folder}")
         for told in (
-            f"look:   python train.py status run_dir={submitted.folder}",
-            f"cancel: python train.py cancel run_dir={submitted.folder}",
+            f"look:   python train.py status {folder}",
+            f"cancel: python train.py cancel {folder}",
         ):
             console.print(told, markup=False, highlight=False, soft_wrap=True)
 

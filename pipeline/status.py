@@ -34,10 +34,17 @@ def command(words: Sequence[str]) -> None:
     rest = [word for word in rest if not (as_json and word == "--json")]
     if len(rest) != 1 or not re.match(r"run_dir=.", rest[0]):
         more = " and, if you like, --json" if name == "status" else ""
-        raise Refusal(f"{name} {' '.join(rest)}".rstrip() + f": need run_dir=FOLDER{more}, nothing else")
+        quoted = (
+            "; a folder with a space in its name needs quotes" if rest[:1] and rest[0].startswith("run_dir=") else ""
+        )
+        raise Refusal(f"{name} {' '.join(rest)}".rstrip() + f": need run_dir=FOLDER{more}, nothing else{quoted}")
     run_dir = Path(os.path.expanduser(rest[0].removeprefix("run_dir=").strip("'\"")))
     if not (run_dir / run_folder.MARKER).exists():
-        raise Refusal(f"run_dir={run_dir}: there is no run in it (no {run_folder.MARKER}); give the folder of one")
+        below = sorted(str(path.parent) for path in run_dir.glob(f"*/{run_folder.MARKER}"))
+        some = f", for example {below[0]}" if below else ""
+        raise Refusal(
+            f"run_dir={run_dir}: there is no run in it (no {run_folder.MARKER}); give the folder of one{some}"
+        )
     if name == "cancel":
         _cancel(run_dir)
         return

@@ -284,7 +284,7 @@ def test_values_of_choices_reach_the_stages_that_take_them() -> None:
 
 def test_a_sweep_gives_each_run_a_folder_of_its_own() -> None:
     folders = [word for word in arguments(["-m", "seed=1,2"]) if word.startswith("run_dir=")]
-    assert folders == ["run_dir=runs/${name}/${hydra:job.override_dirname}"]
+    assert folders == ["run_dir=runs/sweeps/${name}/${hydra:job.override_dirname}"]
     (named,) = [word for word in arguments(["-m", "seed=1,2", "data.train=a/b"]) if word.startswith("hydra.")]
     assert named == 'hydra.job.config.override_dirname.exclude_keys=["data.train","experiment","run_dir"]'
     assert [word for word in arguments(["-m", "seed=1,2", "run_dir=x"]) if word.startswith("run_dir=")] == ["run_dir=x"]

@@ -534,6 +534,8 @@ MISTAKES = {
     "trainer.log_every_steps=0": ["trainer.log_every_steps=0"],
     "trainer.checkpoint.every_steps=0": ["checkpoint.every_steps=0"],
     "trainer.nodes=0": ["trainer.nodes=0"],
+    "data.workers=-3": ["data.workers=-3", "null for one a core"],
+    "forecast=true doctor=true": ["forecast and doctor: each is all that a command does"],
     "trainer.nodes=2": ["trainer.nodes=2", "launch=slurm"],
     "trainer.attention=nonsense": ["trainer.attention=nonsense", "eager"],
     "trainer.attention=flash_attention_2": ["flash_attn is not installed"],

@@ -251,10 +251,10 @@ SUBMIT = [word for word in TINY if word != "dry_run=true"]
 
 
 def test_jobs_are_chained_and_a_second_chain_is_refused_while_the_first_is_alive(slurm: Path) -> None:
-    run_dir = slurm / "run"
-    done = train(*SUBMIT, f"run_dir={run_dir}", "stop=distill")
+    run_dir = slurm / "a run"
+    done = train(*SUBMIT, f"run_dir='{run_dir}'", "stop=distill")
     assert done.returncode == 0, done.stderr
-    assert f"python train.py cancel run_dir={run_dir}" in done.stdout
+    assert f"python train.py cancel 'run_dir={run_dir}'" in done.stdout
     dependencies = [
         line.split("--dependency=")[1].split()[0] for line in (slurm / "sbatch.log").read_text().splitlines()
     ]
@@ -270,10 +270,12 @@ def test_jobs_are_chained_and_a_second_chain_is_refused_while_the_first_is_alive
     assert subprocess.run(["bash", "-n", *(run_dir / "jobs").glob("*.sbatch")]).returncode == 0
     (slurm / "squeue").write_text("104|PENDING|Dependency\n101|RUNNING|None\n999|RUNNING|None\n")
     (run_dir / ".pretrain.partial").mkdir()  # what the job that runs is writing
-    again = train(*SUBMIT, f"run_dir={run_dir}", "stop=distill")
+    again = train(*SUBMIT, f"run_dir='{run_dir}'", "stop=distill")
     assert again.returncode == 2
     assert "its jobs 104, 101 are queued or running" in again.stderr
     assert (run_dir / ".pretrain.partial").exists()
+    local = train(*(word for word in SUBMIT if word != "launch=slurm"), f"run_dir='{run_dir}'")
+    assert "its jobs 104, 101 are queued or running" in local.stderr
 
 
 def test_where_one_job_is_refused_none_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

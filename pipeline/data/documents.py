@@ -91,6 +91,8 @@ class Documents(DataSource):
         return Split(name, label, held_out, own, self.holdout, self.max_documents)
 
     def check(self, planned: bool = False) -> dict[str, Any]:
+        if self.workers is not None and self.workers < 1:
+            raise Refusal(f"{self.node}.workers={self.workers}: need a number above 0, or null for one a core")
         return check(self)
 
     def holds(self, split: str) -> bool:

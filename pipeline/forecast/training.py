@@ -66,7 +66,10 @@ class Training:
         return made.total <= self.place.usable_bytes
 
     def largest(self, strategy: Strategy, gpus: int | None = None) -> int | None:
-        """The largest micro-batch that fits and divides an optimizer step; None where not even one sequence does."""
+        """The largest micro-batch that fits and divides an optimizer step; None where not even one sequence does, or
+        where no memory limits it."""
+        if self.place.gpu is None:
+            return None
         found = None
         for micro_batch in micro_batches(self.trains.recipe.training.global_batch, gpus or self.place.gpus):
             if not self.fits(self.held(strategy, micro_batch, gpus)):
