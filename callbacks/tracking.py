@@ -101,6 +101,8 @@ class Wandb:
     ) -> None:
         from callbacks import wandb_run
 
+        if wandb_run.lost():
+            return
         with _told_alone(f"{stage} is done, and not all of it is logged"):
             run = wandb_run.opened() or self._start(stage, run_name, folder, config, restart)
             wandb_run.log_result(run, run_name, stage, path, manifest)

@@ -4,6 +4,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from models.errors import Refusal, Stopped
 
 _OF_SWEEP = ("WANDB_SWEEP_ID", "WANDB_SWEEP_PARAM_PATH", "WANDB_RUN_ID")
 _opened: list["wandb.Run"] = []  # of this process: one at most
+_lost = False  # its service is gone: what is left of the stage goes on without
 
 
 def start(identity: str | None, mode: str, restart: int, settings: dict[str, Any]) -> "wandb.Run":
@@ -21,6 +23,8 @@ def start(identity: str | None, mode: str, restart: int, settings: dict[str, Any
 
     An agent of a sweep names one run, and a command has several: that name is the closing run's (`identity=None`).
     """
+    global _lost
+    _lost = False
     os.environ.setdefault("WANDB_DATA_DIR", settings["dir"])  # a table waits there to be synced, and not at home
     if identity is not None:
         for name in _OF_SWEEP:
@@ -82,14 +86,45 @@ def opened() -> "wandb.Run | None":
     return _opened[0] if _opened else None
 
 
+def lost() -> bool:
+    """Whether the run that was started last broke off."""
+    return _lost
+
+
+@contextmanager
+def surviving() -> Iterator[None]:
+    """Whatever W&B says in here ends no training: it is told, once, and the run is given up.
+
+    Its service is a process of its own, and a signal to a whole Slurm step ends it: it handles SIGTERM by itself, so
+    that neither an inherited SIG_IGN nor a signal mask keeps it.
+    """
+    global _lost
+    try:
+        yield
+    except Exception as problem:
+        if not _lost:
+            print(f"W&B: {_first_line(problem)}; the stage goes on without it, metrics.jsonl has all steps", flush=True)
+        _lost = True
+        given_up = _opened[:]
+        _opened.clear()
+        for run in given_up:  # which takes their own exit handlers out, too
+            with suppress(Exception):
+                run.finish(exit_code=1)
+        if isinstance(problem, ConnectionError):
+            with suppress(Exception):
+                wandb.teardown()
+
+
 def end(problem: BaseException | None = None) -> None:
     """The open run, with what had not been written of it. One that was told to make way is no failure: W&B shows it as
-    preempted, and what is started next goes on in it."""
+    preempted, and what is started next goes on in it. Raises nothing."""
     while _opened:
-        run = _opened.pop()
-        if isinstance(problem, Stopped):
-            run.mark_preempting()
-        run.finish(exit_code=0 if problem is None else problem.status if isinstance(problem, Stopped) else 1)
+        run, code = _opened[0], 0 if problem is None else problem.status if isinstance(problem, Stopped) else 1
+        with surviving():
+            if isinstance(problem, Stopped):
+                run.mark_preempting()
+            run.finish(exit_code=code)
+        _opened.clear()
 
 
 def log_result(run: "wandb.Run", group: str, stage: str, path: Path, manifest: Mapping[str, Any]) -> None:

@@ -16,6 +16,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,36 +66,45 @@ def main(arguments: Sequence[str]) -> int:
         if mode in ("prepare", "stage"):
             stage.prepare(context)
         if mode in ("run", "stage"):
-            with tracked(context):
+            with tracked(context, partial(_kept, spec, rank, context)):
                 stage.run(context)
         return 0
-    except Refusal as problem:
-        refusal = str(problem) if context is None else context.in_its_words(str(problem))
-        if mode != "check":
-            logs.failed(spec["stage"], rank, 2, refusal, problem)
-        if _tells(mode, spec):
-            _refuse(mode, refusal)
-        return 2
     except Stopped as stopped:
         if context is not None and context.rank == 0:
             why = "notice was given" if stopped.status == STOPPED else "SIGTERM came"
             print(f"{spec['stage']}: {why}, stopped after step {stopped.step}, its checkpoint is saved", flush=True)
         return stopped.status
-    except NotFinite as problem:
-        logs.failed(spec["stage"], rank, NOT_FINITE, str(problem), problem)
-        if _tells(mode, spec):
-            print(f"error: {problem}", file=sys.stderr, flush=True)
-        return NOT_FINITE
     except Exception as problem:
-        line = of_storage(problem, Path(spec["config"]["run_dir"]))
+        status, said, known = _end_of(problem, spec, context)
         if mode != "check":
-            said = line or f"{type(problem).__name__}: {problem}"
-            logs.failed(spec["stage"], rank, 1 if line is None else 2, said, problem)
-        if _tells(mode, spec, knows=line is not None):
-            if line is None:
+            _kept(spec, rank, context, problem)
+        if _tells(mode, spec, knows=known):
+            if not known:
                 raise
-            _refuse(mode, line)
-        return 1 if line is None else 2
+            _refuse(mode, said)
+        return status
+
+
+def _end_of(problem: BaseException, spec: dict[str, Any], context: Any) -> tuple[int, str, bool]:
+    """The exit status, what is said of it, and whether a person can mend it by that."""
+    if isinstance(problem, Refusal):
+        return 2, str(problem) if context is None else context.in_its_words(str(problem)), True
+    if isinstance(problem, NotFinite):
+        return NOT_FINITE, str(problem), True
+    line = of_storage(problem, Path(spec["config"]["run_dir"])) if isinstance(problem, Exception) else None
+    return (1, f"{type(problem).__name__}: {problem}", False) if line is None else (2, line, True)
+
+
+def _kept(spec: dict[str, Any], rank: int, context: Any, problem: BaseException) -> int:
+    """The status that this rank ends with, once it is written why; once, as the first of several ranks is looked for.
+    What has stopped in good order has not failed."""
+    if isinstance(problem, Stopped):
+        return problem.status
+    status, said, _ = _end_of(problem, spec, context)
+    if isinstance(problem, Exception) and not getattr(problem, "_kept", False):
+        logs.failed(spec["stage"], rank, status, said, problem)
+        problem._kept = True  # type: ignore[attr-defined]
+    return status
 
 
 def _tells(mode: str, spec: dict[str, Any], knows: bool = True) -> bool:

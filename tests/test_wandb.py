@@ -18,7 +18,7 @@ from hydra.core.config_store import ConfigStore
 
 from callbacks import tracking, wandb_run
 from callbacks.metrics import MetricsFile
-from models.errors import STOPPED, Refusal, Stopped
+from models.errors import STOPPED, TERMINATED, Refusal, Stopped
 from pipeline import artifact
 from pipeline.command_line import arguments
 from pipeline.config import Config, parse
@@ -402,3 +402,96 @@ def test_a_fresh_start_in_a_used_log_folder_is_a_new_wandb_run(tmp_path):
     first, again, anew = (tracking._identity(tmp_path, "a-b", restart) for restart in (0, 1, 0))
     assert first == again
     assert anew != first
+
+
+def end_service() -> None:
+    """By SIGTERM, of the process of W&B's own that this one has started."""
+    import wandb
+
+    started: Any = wandb.setup()
+    process = started._connection._proc._process
+    process.terminate()
+    process.wait()
+
+
+@pytest.mark.parametrize("problem", [Stopped(3, STOPPED), Stopped(3, TERMINATED)])
+def test_a_training_whose_wandb_service_is_killed_goes_on_and_ends_as_it_would(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], problem: Stopped
+) -> None:
+    """A preemption signals every process of the step, the service too."""
+
+    class Signalled(pl.Callback):
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            if trainer.global_step == 1:
+                end_service()
+            if trainer.global_step == 3:
+                raise problem
+
+    context = context_of(tmp_path / "demo")
+    metrics = tmp_path / "metrics.jsonl"
+    folder = context.run_dir / "logs" / "distill"
+    with pytest.raises(Stopped) as ended, tracked(context):
+        fit(tmp_path, 5, MetricsFile(metrics), Signalled(), logger=tracker("wandb", folder))
+    assert ended.value is problem
+    assert [json.loads(line)["loss"] for line in metrics.read_text().splitlines()[:2]] == [1.0, 0.5]
+    told = [line for line in capfd.readouterr().out.splitlines() if "goes on without it" in line]
+    assert len(told) == 1
+
+
+def test_a_service_that_is_killed_at_the_end_does_not_hide_why_the_stage_ended(tmp_path: Path) -> None:
+    class Signalled(pl.Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            end_service()
+            raise Stopped(1, TERMINATED)
+
+    context = context_of(tmp_path / "demo")
+    with pytest.raises(Stopped), tracked(context):
+        fit(tmp_path, 2, Signalled(), logger=tracker("wandb", context.run_dir / "logs" / "distill"))
+
+
+def test_a_tracker_that_raises_does_not_replace_the_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracking.Wandb, "ended", lambda *_: {}["a bug"])
+    with pytest.raises(Stopped), tracked(context_of(tmp_path / "demo")):
+        raise Stopped(1, STOPPED)
+
+
+def test_why_a_stage_failed_is_kept_before_a_tracker_that_does_not_answer_and_it_is_not_waited_for(
+    tmp_path: Path,
+) -> None:
+    """In a process of its own, which must end with its own status, whatever holds the tracker's threads."""
+    script = """
+import sys, threading
+from callbacks import tracking
+from pipeline import tracked, worker
+import pipeline.building
+class Failing:
+    def run(self, context): raise ValueError("a defect")
+    def prepare(self, context): pass
+def hanging(*_):
+    import pathlib
+    print("told first:", len(list(pathlib.Path(sys.argv[2]).glob("rank-*.error.json"))), flush=True)
+    threading.Event().wait()
+tracking.Wandb.ended = hanging
+tracked._SECONDS = 0.2
+pipeline.building.build = lambda *_: Failing()
+sys.exit(worker.main(["run", sys.argv[1]]))
+"""
+    context = context_of(tmp_path / "demo", attempt="ab")
+    (tmp_path / "logs").mkdir()
+    spec = {
+        **{name: getattr(context, name) for name in ("config", "stage")},
+        "parents": {},
+        "identity": {},
+        "restart": 0,
+        "attempt": "ab",
+    }
+    artifact.write_json(tmp_path / "spec.json", artifact.with_hash(spec))
+    words = [sys.executable, "-c", script, str(tmp_path / "spec.json"), str(tmp_path / "logs")]
+    env = {**os.environ, "RETORT_LOGS": str(tmp_path / "logs"), "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)}
+    done = subprocess.run(words, capture_output=True, text=True, check=False, env=env, timeout=100)
+    assert "told first: 1" in done.stdout, done.stderr
+    assert done.returncode == 1
+    assert "ValueError: a defect" in done.stderr
+    assert "the tracker does not answer" in done.stdout
+    kept = json.loads((tmp_path / "logs" / "rank-00000.error.json").read_text())
+    assert kept["message"] == "ValueError: a defect"
