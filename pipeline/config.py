@@ -25,6 +25,7 @@ from omegaconf.errors import (
 
 from models.errors import Refusal
 from models.files import hash_of
+from pipeline.secrets import refuse_secret_variables, refuse_secrets
 
 
 @dataclass
@@ -166,8 +167,9 @@ def parse(composed: Any) -> dict[str, Any]:
         raise Refusal(f"{key} is not set; give {key}=…") from None
     except OmegaConfBaseException as problem:
         raise Refusal(f"{problem.full_key or 'config'}: {str(problem).splitlines()[0]}") from None
-    _refuse_secrets({key: node for key, node in config.items() if key != "stages"})  # whence most of theirs comes
-    _refuse_secrets(config)
+    refuse_secrets({key: node for key, node in config.items() if key != "stages"})  # whence most of theirs comes
+    refuse_secrets(config)
+    refuse_secret_variables(config["launch"].get("site") or {})
     order = config["order"]
     for name in order:
         if name not in config["stages"]:
@@ -217,25 +219,6 @@ def parse(composed: Any) -> dict[str, Any]:
             if name not in order:
                 raise Refusal(f"{option}=[{name}]: no such stage{nearest(name, order)}")
     return config
-
-
-_SECRET = re.compile(
-    r"^[\w+.-]+://([^/?#]*@|[^#]*[?&]([^=&]*(key|token|secret|password|passwd|signature|credential)|auth|sig)=)",
-    re.IGNORECASE,
-)
-
-
-def _refuse_secrets(node: Any, key: str = "") -> None:
-    """Refuse an address with a password or a key in it, wherever it stands: the configuration is written into the run
-    folder, every manifest and the logger. The value is not said."""
-    if isinstance(node, dict | list):
-        for name, value in node.items() if isinstance(node, dict) else enumerate(node):
-            _refuse_secrets(value, f"{key}.{name}" if key else str(name))
-    elif isinstance(node, str) and _SECRET.search(node):
-        raise Refusal(
-            f"{key}: the address holds a password or a key, and would be written into every record of the run; take it "
-            f"out, and give it in an environment variable (of a served teacher teacher.endpoint.api_key_variable)"
-        )
 
 
 COUNTS = re.compile(r"(^|_)(parameters|tokens|bytes)$")

@@ -681,6 +681,33 @@ def test_a_key_in_any_address_is_refused_without_saying_it(word: str, key: str) 
     assert "\n" not in str(told.value)
 
 
+@pytest.mark.parametrize(
+    ("word", "key"),
+    [
+        ("+launch.site.environment.WANDB_API_KEY=VALUE", "environment.WANDB_API_KEY: WANDB_API_KEY"),
+        ("+launch.site.environment.HF_TOKEN=VALUE", "environment.HF_TOKEN: HF_TOKEN"),
+        ("+launch.site.environment.aws_secret_access_key=VALUE", "environment.aws_secret_access_key: "),
+        ("+launch.site.environment.AWS_ACCESS_KEY_ID=VALUE", "environment.AWS_ACCESS_KEY_ID: "),
+        ("launch.site.setup=['module load cuda','export HF_TOKEN=VALUE']", "setup.1: HF_TOKEN"),
+        ("launch.site.options=['--export=ALL,DB_PASSWORD=VALUE']", "options.0: DB_PASSWORD"),
+    ],
+)
+def test_a_secret_among_the_variables_of_a_site_is_refused_without_saying_it(word: str, key: str) -> None:
+    with pytest.raises(Refusal) as told:
+        quickstart("launch=slurm", word)
+    assert str(told.value).startswith(f"launch.site.{key}")
+    assert "export it before the command instead" in str(told.value)
+    assert "VALUE" not in str(told.value)
+    assert "\n" not in str(told.value)
+
+
+def test_what_a_site_sets_without_a_secret_passes() -> None:
+    setup = "launch.site.setup=['export HF_TOKEN=$(cat token)','export MONKEYS=3 A_KEY_FILE=k']"
+    variables = ["TOKENIZERS_PARALLELISM=false", "NCCL_DEBUG=WARN", "HF_TOKEN_PATH=token"]
+    given = [f"+launch.site.environment.{each}" for each in variables]
+    assert quickstart("launch=slurm", setup, *given)["launch"]["site"]["environment"]
+
+
 def test_a_plan_for_a_cluster_is_made_anywhere_and_a_run_where_srun_can_be_called(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
