@@ -15,6 +15,7 @@ from models.training.checkpoint import share
 from models.training.costs import peak_memory_gb
 from models.training.saved import checkpoints, damage
 from pipeline.doctor.findings import Finding, finding, skipped
+from pipeline.training.settings import prepared_bytes
 
 _ELEMENTS = 2**24  # of a collective, 64 MiB
 _TURNS = 5
@@ -122,13 +123,21 @@ def _flat(tensor: Tensor) -> Tensor:
     return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
-def space(run_dir: Path, scratch: Path, keep: int) -> Finding:
-    """For the checkpoints that are kept, one more that is being written, and the result; by what these took here."""
+def space(run_dir: Path, scratch: Path, keep: int, corpus: dict[str, Any]) -> Finding:
+    """For the checkpoints that are kept, one more that is being written, the start and the result, by what these took
+    here; and for the whole prepared text, as the check counts it. `corpus`: what the plan says of the text. What the
+    run has of it already is there to be used."""
     one = _size(checkpoints(scratch / "checkpoints")[-1:])
     start = _size([scratch / "start"])
-    needed, free = (keep + 1) * one + 2 * start, shutil.disk_usage(run_dir).free + _size([scratch])
-    told = f"{needed / 1e9:.3g} GB for {keep + 1} checkpoints, the start and the result; {free / 1e9:.3g} GB free"
-    return finding("space", needed <= free, told, "choose another run_dir, or a smaller trainer.checkpoint.keep")
+    text = prepared_bytes(corpus)
+    had = _size([scratch, run_dir / "work" / scratch.name, run_dir / "work" / "data"])
+    needed, free = (keep + 1) * one + 2 * start + text, shutil.disk_usage(run_dir).free + had
+    told = (
+        f"{needed / 1e9:.3g} GB for {keep + 1} checkpoints, the start, the result and {text / 1e9:.3g} GB of prepared"
+    )
+    told += f" text; {free / 1e9:.3g} GB free"
+    remedy = "choose another run_dir, or a smaller trainer.checkpoint.keep or data.max_documents"
+    return finding("space", needed <= free, told, remedy)
 
 
 def _size(folders: list[Path]) -> int:

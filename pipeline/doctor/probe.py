@@ -27,9 +27,11 @@ class Probe(pl.Callback):
     It comes after the callback that saves, whose last checkpoint it reads back.
     """
 
-    def __init__(self, folder: str | Path, keep: int, run_dir: str | Path) -> None:
-        """`folder`: of the checkpoints. `keep`: how many the run will have there. `run_dir`: the run's own folder."""
+    def __init__(self, folder: str | Path, keep: int, run_dir: str | Path, corpus: Any) -> None:
+        """`folder`: of the checkpoints. `keep`: how many the run will have there. `run_dir`: the run's own folder.
+        `corpus`: what the plan says of the run's whole text."""
         self.folder, self.keep, self.run_dir = Path(folder), keep, Path(run_dir)
+        self.corpus = corpus
         self.found: list[Finding] = []
         self._before: dict[str, str] = {}
 
@@ -60,7 +62,7 @@ class Probe(pl.Callback):
         self.found.append(machine.moved(self._before, after))
         self._add(trainer, machine.checkpoint_reads_back(trainer, module, self.folder))
         self._add(trainer, machine.memory(module.device))
-        self._add(trainer, machine.space(self.run_dir, self.folder.parent, self.keep))
+        self._add(trainer, machine.space(self.run_dir, self.folder.parent, self.keep, self.corpus))
         if trainer.is_global_zero:
             artifact.write_json(self.folder.parent / FINDINGS, {"found": [each.as_json() for each in self.found]})
 

@@ -62,7 +62,8 @@ class _Logits(TorchDispatchMode):
 
 
 def logits_are_in_chunks(probed: Probed, batch: dict[str, Any]) -> Finding:
-    """No tensor of tokens × vocabulary is made for the loss of a micro-batch."""
+    """No tensor of tokens × vocabulary is made for the loss of a micro-batch, unless trainer.objective_memory_mb has
+    room for it, and for its gradient."""
     name, module = "logits in chunks", probed.module
     tokens, config = int((batch["targets"] >= 0).sum()), module.student.config.get_text_config()
     if not probed.most(int(tokens >= _CHUNKED_TOKENS)):
@@ -71,5 +72,8 @@ def logits_are_in_chunks(probed: Probed, batch: dict[str, Any]) -> Finding:
     with torch.no_grad(), probed.trainer.precision_plugin.forward_context(), seen:
         module._objective(module.objective, batch)
     told = f"logits of {seen.rows:,} tokens at once at most, of {tokens:,} in the micro-batch"
-    fine = tokens < _CHUNKED_TOKENS or seen.rows < tokens
+    taken = 2 * seen.rows * probed.vocabulary * 4
+    fits = module.memory_bytes is not None and taken <= module.memory_bytes
+    told += f"; {taken / 2**20:,.1f} of trainer.objective_memory_mb={module.memory_bytes // 2**20}" if fits else ""
+    fine = tokens < _CHUNKED_TOKENS or seen.rows < tokens or fits
     return finding(name, fine, told, "an objective makes all logits at once: work on the blocks that it is given")

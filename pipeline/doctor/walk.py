@@ -24,6 +24,7 @@ from pipeline.launch import die_with, environment
 from pipeline.verdicts import parents_of
 
 FOLDER, FINDINGS = ".doctor.partial", "doctor.json"  # such folders are Retort's own, whatever they hold
+_ALL = "all"  # the check that stands for all of a stage that cannot be looked at yet
 _FILES = ("findings-of-text.json", "findings.json")
 
 
@@ -56,7 +57,25 @@ def examine(config: dict[str, Any], plan: dict[str, dict[str, Any]], console: Co
     failed = [f"{stage}: {each.check}" for stage, each in found if each.verdict == "failed"]
     if failed:
         raise Refusal(f"doctor: {len(failed)} of {len(found)} checks failed: {', '.join(failed)}; see the table")
-    console.print("doctor: nothing was found", highlight=False)
+    ran = [each for _, each in found if each.verdict != "skipped"]
+    if not ran:
+        stages = ", ".join(dict.fromkeys(stage for stage, _ in found))
+        raise Refusal(
+            f"doctor: nothing was checked: {found[0][1].measured}; run the stages before {stages} first, or leave out "
+            f"doctor=true"
+        )
+    warned = sum(each.verdict == "warning" for each in ran)
+    told = "nothing was found" if not warned else f"{warned} of {len(ran)} checks warn; see the table"
+    console.print(f"doctor: {told}{_left_out(found)}", highlight=False)
+
+
+def _left_out(found: list[tuple[str, Finding]]) -> str:
+    """What was not looked at, for the last line."""
+    stages = [stage for stage, each in found if each.verdict == "skipped" and each.check == _ALL]
+    number = sum(each.verdict == "skipped" and each.check != _ALL for _, each in found)
+    told = [f"{number} of {len(found) - len(stages)} checks were skipped"] if number else []
+    told += [f"nothing of {', '.join(stages)} was checked"] if stages else []
+    return "".join(f"; {each}" for each in told)
 
 
 def _examined(config: dict[str, Any], entry: dict[str, Any], scratch: Path, lock: int) -> list[Finding]:
@@ -64,14 +83,12 @@ def _examined(config: dict[str, Any], entry: dict[str, Any], scratch: Path, lock
     for path in entry["parents"].values():
         made = Path(path)
         if made.parent == run_dir and made.name in config["stages"] and artifact.read_manifest(made) is None:
-            return [
-                skipped("all", f"it reads what the stage {made.name} is still to make; ask again once that is done")
-            ]
+            return [skipped(_ALL, f"it reads what the stage {made.name} is still to make; ask again once that is done")]
     work = scratch / "work" / name
     work.mkdir(parents=True)
     spec = work / "stage.json"
     told = {
-        "config": _config_of(config, scratch),
+        "config": _config_of(config, scratch, entry["data"]),
         "stage": name,
         "parents": parents_of({**config, "run_dir": str(scratch), "force": []}, entry),
         "identity": entry["identity"],
@@ -93,7 +110,7 @@ def _examined(config: dict[str, Any], entry: dict[str, Any], scratch: Path, lock
     return [*_found(work), Finding("two steps", "ok", "trained, saved and published, in the doctor's folder")]
 
 
-def _config_of(config: dict[str, Any], scratch: Path) -> dict[str, Any]:
+def _config_of(config: dict[str, Any], scratch: Path, corpus: dict[str, Any] | None) -> dict[str, Any]:
     """The run's own, in another folder: what it reads of the run keeps its path."""
     trainer = config["trainer"]
     checkpoint = {**trainer["checkpoint"], "every_steps": None, "every_minutes": None}
@@ -101,6 +118,7 @@ def _config_of(config: dict[str, Any], scratch: Path) -> dict[str, Any]:
         "_target_": "pipeline.doctor.probe.Probe",
         "keep": trainer["checkpoint"]["keep"],
         "run_dir": config["run_dir"],
+        "corpus": corpus or {},
     }
     callbacks = {key: node for key, node in config["callbacks"].items() if key != "doctor"}
     return {

@@ -191,18 +191,23 @@ def check_packing(config: Any, data: DataSource, role: str) -> None:
         check_apart(config, f"{data.node}.packing=true, {role}")
 
 
+def prepared_bytes(corpus: dict[str, Any], vocabulary: int) -> int:
+    """Or so, of what `check_source` says of the text; `vocabulary`: tokens of the tokenizer that it is prepared with."""
+    texts = sum((corpus.get(split) or {}).get("bytes") or 0 for split in ("train", "validation", "test"))
+    return int(texts // _BYTES_OF_TEXT_A_TOKEN * bytes_a_token(vocabulary))
+
+
 def check_disk(
     context: Context, parameters: int, corpus: dict[str, Any], vocabulary: int, trained: int | None = None
 ) -> None:
     """A run that fills the disk dies hours later. `trained`: how many of the parameters are, if not all; `corpus`: what
     `check_source` says of the text; `vocabulary`: tokens of the tokenizer that it is prepared with."""
     keep = context.config["trainer"]["checkpoint"]["keep"]
-    texts = sum((corpus.get(split) or {}).get("bytes") or 0 for split in ("train", "validation", "test"))
     needed = {
         "the start and the result": 2 * parameters * 4,
         # weights and two moments each; the oldest goes when the newest is whole
         "checkpoints": (trained or parameters) * 4 * 3 * (keep + 1),
-        "prepared text": texts // _BYTES_OF_TEXT_A_TOKEN * bytes_a_token(vocabulary),
+        "prepared text": prepared_bytes(corpus, vocabulary),
     }
     place = context.run_dir
     while not place.exists():

@@ -36,6 +36,7 @@ from pipeline.doctor.examined import TEXT_FINDINGS, Examined
 from pipeline.doctor.findings import Finding, worst
 from pipeline.doctor.probe import FINDINGS
 from pipeline.doctor.probed import Probed
+from pipeline.training import settings
 from tests import staged
 from tests.command import ROOT, train
 from tests.test_docs import TOPICS, save_little
@@ -74,7 +75,7 @@ def words_of(things: Path, *words: str, model: str = "model") -> list[str]:
 def examined(things: Path, run_dir: Path, *words: str, model: str = "model") -> dict[str, Finding]:
     """What is found in the stage distill, in this process; by the name of the check."""
     config = staged.composed(run_dir, *words_of(things, *words, model=model))
-    context = Context(walk._config_of(config, run_dir / "scratch"), "distill")
+    context = Context(walk._config_of(config, run_dir / "scratch", {"train": {"bytes": 4000}}), "distill")
     stage: Any = Examined(build(context.config, "distill"), context)
     stage.prepare(context)
     stage.run(context)
@@ -441,9 +442,11 @@ def test_the_command_says_so_in_a_table_and_leaves_the_run_as_it_was(things: Pat
     done = train(f"run_dir={run_dir}", *words_of(things), "doctor=true")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "loss division" in done.stdout
-    assert done.stdout.splitlines()[-1] == "doctor: nothing was found"
     after = files_of(run_dir)
     found = json.loads(after.pop("doctor.json"))["found"]
+    number = sum(each["verdict"] == "skipped" for each in found)
+    told = f"doctor: nothing was found; {number} of {len(found)} checks were skipped"
+    assert done.stdout.splitlines()[-1] == told
     assert {each["verdict"] for each in found} == {"ok", "skipped"}
     assert {each["stage"] for each in found} == {"distill"}
     after.pop(".lock")
@@ -480,6 +483,62 @@ def test_a_stage_whose_teacher_is_still_to_be_made_is_told_of(tmp_path: Path) ->
     (found,) = walk._examined(config, entry, tmp_path / walk.FOLDER, 0)
     assert found.verdict == "skipped"
     assert "the stage pretrain is still to make" in found.measured
+
+
+def told_of(found: dict[str, list[Finding]], run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The last line of the doctor, or its refusal, where its stages have these findings."""
+    monkeypatch.setattr(walk, "_examined", lambda config, entry, *_: found[entry["stage"]])
+    stages: dict[str, Any] = {name: {"training": {}} for name in found}
+    config = {"run_dir": str(run_dir), "stages": stages, "launch": {"_target_": "pipeline.launch.Local"}}
+    console = Console(record=True, width=120)
+    try:
+        walk.examine(config, {name: {"stage": name} for name in found}, console)
+    except Refusal as problem:
+        return str(problem)
+    return console.export_text().splitlines()[-1].strip()
+
+
+def test_what_was_not_checked_is_said_and_nothing_checked_is_no_clean_bill(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits, fine = (
+        Finding("all", "skipped", "it reads what the stage pretrain is still to make"),
+        Finding("a", "ok", "1"),
+    )
+    one = Finding("collective", "skipped", "one rank")
+    said = told_of({"distill": [waits], "recover": [waits]}, tmp_path / "none", monkeypatch)
+    assert said.startswith("doctor: nothing was checked: it reads what the stage pretrain is still to make; ")
+    assert "run the stages before distill, recover first" in said
+    assert "\n" not in said
+    said = told_of({"pretrain": [fine, fine, one], "distill": [waits]}, tmp_path / "some", monkeypatch)
+    assert said == "doctor: nothing was found; 1 of 3 checks were skipped; nothing of distill was checked"
+    assert told_of({"pretrain": [fine]}, tmp_path / "all", monkeypatch) == "doctor: nothing was found"
+    warning = Finding("logger", "warning", "no answer", "run wandb login")
+    said = told_of({"pretrain": [fine, warning]}, tmp_path / "warned", monkeypatch)
+    assert said == "doctor: 1 of 2 checks warn; see the table"
+
+
+def test_space_is_needed_for_the_whole_prepared_text_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of which the doctor prepares some only. 4 GB of text: a thousand million tokens or so."""
+    monkeypatch.setattr(machine, "shutil", SimpleNamespace(disk_usage=lambda path: SimpleNamespace(free=10**9)))
+    corpus = {"train": {"bytes": 3 * 10**9}, "validation": {"bytes": 10**9}, "test": None}
+    scratch = tmp_path / walk.FOLDER / "work" / "distill"
+    assert machine.space(tmp_path, scratch, 2, {}).verdict == "ok"
+    found = machine.space(tmp_path, scratch, 2, corpus)
+    assert found.verdict == "failed"
+    assert f"{settings.prepared_bytes(corpus) / 1e9:.3g} GB of prepared text" in found.measured
+    assert settings.prepared_bytes(corpus) >= 4 * 10**9
+
+
+def test_all_logits_at_once_are_sound_where_the_memory_was_given(
+    things: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = examined(things, tmp_path / "given", "trainer.objective_memory_mb=4096")["logits in chunks"]
+    assert found.verdict == "ok", found
+    assert "trainer.objective_memory_mb=4096" in found.measured
+    all_logits_at_once(monkeypatch)
+    found = examined(things, tmp_path / "planted", "trainer.objective_memory_mb=1")["logits in chunks"]
+    assert found.verdict == "failed", found
 
 
 UNSYNCED = """
