@@ -39,7 +39,7 @@ def refuse_secret_variables(site: Any) -> None:
         if re.fullmatch(_SECRET_NAME, str(name), re.IGNORECASE)
     ]
     for part in ("options", "setup", "arguments"):
-        lines = site.get(part) if isinstance(site.get(part), list) else []
+        lines = given if isinstance(given := site.get(part), list) else []
         found += [(f"{part}.{at}", told[1]) for at, each in enumerate(lines) if (told := _SECRET_SET.search(str(each)))]
     if found:
         key, name = found[0]

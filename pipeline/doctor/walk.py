@@ -65,8 +65,8 @@ def examine(config: dict[str, Any], plan: dict[str, dict[str, Any]], console: Co
             f"doctor=true"
         )
     warned = sum(each.verdict == "warning" for each in ran)
-    told = "nothing was found" if not warned else f"{warned} of {len(ran)} checks warn; see the table"
-    console.print(f"doctor: {told}{_left_out(found)}", highlight=False)
+    said = "nothing was found" if not warned else f"{warned} of {len(ran)} checks warn; see the table"
+    console.print(f"doctor: {said}{_left_out(found)}", highlight=False)
 
 
 def _left_out(found: list[tuple[str, Finding]]) -> str:
