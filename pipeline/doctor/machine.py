@@ -123,13 +123,13 @@ def _flat(tensor: Tensor) -> Tensor:
     return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
-def space(run_dir: Path, scratch: Path, keep: int, corpus: dict[str, Any]) -> Finding:
+def space(run_dir: Path, scratch: Path, keep: int, corpus: dict[str, Any], vocabulary: int) -> Finding:
     """For the checkpoints that are kept, one more that is being written, the start and the result, by what these took
     here; and for the whole prepared text, as the check counts it. `corpus`: what the plan says of the text. What the
     run has of it already is there to be used."""
     one = _size(checkpoints(scratch / "checkpoints")[-1:])
     start = _size([scratch / "start"])
-    text = prepared_bytes(corpus)
+    text = prepared_bytes(corpus, vocabulary)
     had = _size([scratch, run_dir / "work" / scratch.name, run_dir / "work" / "data"])
     needed, free = (keep + 1) * one + 2 * start + text, shutil.disk_usage(run_dir).free + had
     told = (

@@ -62,7 +62,8 @@ class Probe(pl.Callback):
         self.found.append(machine.moved(self._before, after))
         self._add(trainer, machine.checkpoint_reads_back(trainer, module, self.folder))
         self._add(trainer, machine.memory(module.device))
-        self._add(trainer, machine.space(self.run_dir, self.folder.parent, self.keep, self.corpus))
+        vocabulary = int(module.student.get_input_embeddings().num_embeddings)
+        self._add(trainer, machine.space(self.run_dir, self.folder.parent, self.keep, self.corpus, vocabulary))
         if trainer.is_global_zero:
             artifact.write_json(self.folder.parent / FINDINGS, {"found": [each.as_json() for each in self.found]})
 

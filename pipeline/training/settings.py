@@ -192,7 +192,7 @@ def check_packing(config: Any, data: DataSource, role: str) -> None:
 
 
 def prepared_bytes(corpus: dict[str, Any], vocabulary: int) -> int:
-    """Or so, of what `check_source` says of the text; `vocabulary`: tokens of the tokenizer that it is prepared with."""
+    """Or so, of what `check_source` says of the text; `vocabulary`: tokens of the tokenizer that reads it."""
     texts = sum((corpus.get(split) or {}).get("bytes") or 0 for split in ("train", "validation", "test"))
     return int(texts // _BYTES_OF_TEXT_A_TOKEN * bytes_a_token(vocabulary))
 

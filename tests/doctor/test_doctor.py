@@ -523,11 +523,11 @@ def test_space_is_needed_for_the_whole_prepared_text_too(tmp_path: Path, monkeyp
     monkeypatch.setattr(machine, "shutil", SimpleNamespace(disk_usage=lambda path: SimpleNamespace(free=10**9)))
     corpus = {"train": {"bytes": 3 * 10**9}, "validation": {"bytes": 10**9}, "test": None}
     scratch = tmp_path / walk.FOLDER / "work" / "distill"
-    assert machine.space(tmp_path, scratch, 2, {}).verdict == "ok"
-    found = machine.space(tmp_path, scratch, 2, corpus)
+    assert machine.space(tmp_path, scratch, 2, {}, 512).verdict == "ok"
+    found = machine.space(tmp_path, scratch, 2, corpus, 512)
     assert found.verdict == "failed"
-    assert f"{settings.prepared_bytes(corpus) / 1e9:.3g} GB of prepared text" in found.measured
-    assert settings.prepared_bytes(corpus) >= 4 * 10**9
+    assert f"{settings.prepared_bytes(corpus, 512) / 1e9:.3g} GB of prepared text" in found.measured
+    assert settings.prepared_bytes(corpus, 512) == 3 * 10**9
 
 
 def test_all_logits_at_once_are_sound_where_the_memory_was_given(
