@@ -126,7 +126,7 @@ def test_the_control_sees_the_same_data_from_the_same_start(finished: Path) -> N
 
 def test_nothing_of_a_finished_stage_is_left_in_the_work_folder(finished: Path) -> None:
     # Hashes are remembered only of files that have stood for a while.
-    assert {p.name for p in (finished / "work").iterdir()} - {"hashes.json"} == {"data"}
+    assert {p.name for p in (finished / "work").iterdir()} - {"hashes.json"} == {"data", "plan.json"}
     assert not list(finished.glob(".*.partial"))
 
 
