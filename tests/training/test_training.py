@@ -633,13 +633,13 @@ def test_packed_and_unpacked_rows_give_the_same_loss_and_gradients() -> None:
 def _column(data: Any, name: str) -> Any:
     import numpy as np
 
-    return np.asarray(data[name])
+    return np.asarray([row[name] for row in data])
 
 
 def _lengths(data: Any) -> Any:
     import numpy as np
 
-    return np.asarray([len(ids) for ids in data["input_ids"]])
+    return np.asarray([len(row["input_ids"]) for row in data])
 
 
 def test_ranks_and_micro_batches_share_out_one_order() -> None:
