@@ -22,6 +22,8 @@ CPU: dict[str, Any] = {"trainer": {"accelerator": "cpu"}, "stages": {}}
 LEAST: dict[str, Any] = {
     **{"stages": {}, "order": [], "run_dir": "r", "model": None, "dry_run": True, "show_data": 0, "prepare_data": None},
     "launch": {"_target_": "pipeline.launch.Local"},
+    "forecast": {"show": False},
+    "prepare_only": False,
 }
 
 
