@@ -169,7 +169,7 @@ def parse(composed: Any) -> dict[str, Any]:
         raise Refusal(f"{problem.full_key or 'config'}: {str(problem).splitlines()[0]}") from None
     refuse_secrets({key: node for key, node in config.items() if key != "stages"})  # whence most of theirs comes
     refuse_secrets(config)
-    refuse_secret_variables(config["launch"].get("site") or {})
+    refuse_secret_variables((config["launch"] or {}).get("site") or {})
     order = config["order"]
     for name in order:
         if name not in config["stages"]:

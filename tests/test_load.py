@@ -619,10 +619,12 @@ def test_plain_weights_under_a_config_that_says_they_are_packed_are_refused(
     ],
 )
 def test_a_model_that_bitsandbytes_packed_opens_with_what_it_computed(
-    words: dict[str, Any], folder: Path, tmp_path: Path
+    words: dict[str, Any], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from transformers import BitsAndBytesConfig
 
+    # Its kernel for these CPUs takes whole blocks of 64 columns alone, and this model is narrower.
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
     packing = BitsAndBytesConfig(**words, bnb_4bit_compute_dtype=torch.float32)
     model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=packing, dtype=torch.float32)
     model.save_pretrained(tmp_path / "packed")
