@@ -18,6 +18,7 @@ from pipeline.building import build, check_kinds, check_settings, refusing
 from pipeline.command_line import OF_RANKS
 from pipeline.config import identity, share
 from pipeline.resources import Resources, check_names, of_preparing, of_stage
+from pipeline.shared import whole
 
 if TYPE_CHECKING:
     from pipeline.context import Context
@@ -55,6 +56,8 @@ def check(spec: dict[str, Any], scratch: Path | None = None) -> dict[str, Any]:
         raise Refusal("there is no stage to run")
     with problems:
         needs = _needs(config, made) if launcher.submits else {}
+    if config["share"] is not None and (others := [name for name in made if not made[name].shareable]):
+        problems.add(f"share={config['share']}: {others[0]} is not shared out; leave share out")
     problems.tell()
     with tempfile.TemporaryDirectory(dir=scratch) as plans:
         with problems:
@@ -123,7 +126,9 @@ def _needs(config: dict[str, Any], made: dict[str, Stage]) -> dict[str, dict[str
     for name, stage in made.items():
         parallel = stage.ranks(Context(two, name)) > 1
         run = of_stage(told, name, config, parallel=parallel)
-        several = run.nodes * run.ranks_per_node > 1
+        if run.jobs > 1 and not stage.shareable:
+            raise Refusal(f"launch.resources.{name}.jobs={run.jobs}: this stage is not shared out; leave it out")
+        several = run.nodes * run.ranks_per_node * run.jobs > 1
         found[name] = {"run": run, "prepare": of_preparing(told, name, config) if several else None}
     return found
 
@@ -260,6 +265,8 @@ def needed(config: dict[str, Any], stages: list[str]) -> list[str]:
     is given needs no pretraining, one that runs beside the student no record."""
     from hydra.utils import get_class
 
+    root = config["run_dir"] if config["share"] is None else whole(Path(config["run_dir"]))
+
     def named(node: Any, folder: str) -> bool:
         if isinstance(node, dict):
             return any(named(value, folder) for value in node.values())
@@ -272,7 +279,7 @@ def needed(config: dict[str, Any], stages: list[str]) -> list[str]:
         except (ImportError, ValueError):
             return True  # refused when it is built, in better words
         others = {key: node for key, node in config["stages"].items() if key != name}
-        return named({**config, "stages": others}, f"{config['run_dir']}/{name}")
+        return named({**config, "stages": others}, f"{root}/{name}")
 
     return [name for name in stages if wanted(name)] or stages
 

@@ -92,6 +92,7 @@ class Config:
     show_data: int = 0  # show so many sequences of the first stage that trains, with what is learnt of them, and stop
     doctor: bool = False  # run what trains for two steps on some of its text, check it from inside, and stop
     prepare_data: str | None = None  # I/N: prepare a share of the text of the first stage that trains, and stop
+    share: str | None = None  # I/N: make a share of the one stage that is chosen, record or generate, and stop
     sized_for: list[float] | None = None  # parameters of the models that an experiment's settings are made for
     stages: dict[str, Any] = MISSING
     data: Any = None
@@ -204,13 +205,14 @@ def parse(composed: Any) -> dict[str, Any]:
         if not config["forecast"]["show"] and value != getattr(Forecast, name):
             raise Refusal(f"forecast.{name}={value}: it says where a forecast is of; add forecast=true")
     asked = {"dry_run": config["dry_run"], "forecast": config["forecast"]["show"], "doctor": config["doctor"]}
-    asked |= {name: config[name] for name in ("show_data", "prepare_data", "prepare_only")}
+    asked |= {name: config[name] for name in ("show_data", "prepare_data", "prepare_only", "share")}
     if len(both := [name for name, value in asked.items() if value and name != "dry_run"]) > 1:
         raise Refusal(f"{both[0]} and {both[1]}: each is all that a command does; give one of them")
     if config["show_data"] < 0:
         raise Refusal(f"show_data={config['show_data']}: need a number of sequences to show, or 0 for none")
-    if config["prepare_data"] is not None and share(config["prepare_data"]) is None:
-        raise Refusal(f"prepare_data={config['prepare_data']}: need the job's number and how many there are, as 1/16")
+    for name in ("prepare_data", "share"):
+        if config[name] is not None and share(config[name]) is None:
+            raise Refusal(f"{name}={config[name]}: need the job's number and how many there are, as 1/16")
     for option in ("start", "stop"):
         if config[option] is not None and config[option] not in order:
             raise Refusal(f"{option}={config[option]}: no such stage{nearest(config[option], order)}")

@@ -43,6 +43,7 @@ def page() -> str:
             "prepare_only=true stops before a stage's ranks would start: its text and first weights are ready then;",
             "doctor=true runs two steps of what trains, checks loss, gradient, text and ranks from inside, and stops;",
             "prepare_data=1/16 prepares one of 16 shares of the text and stops;",
+            "only=[record] share=1/16 records one of 16 shares of the text and stops; likewise only=[generate];",
             "resume=overwrite redoes what was made with other values; run_dir=FOLDER holds everything that is written.",
             "",
             "On Slurm: launch=slurm submits a job for each stage; slurm/README.md.",

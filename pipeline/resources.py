@@ -27,7 +27,9 @@ class Resources:
     time: str  # as sbatch's --time
     partition: str | None = None
     options: list[str] = field(default_factory=list)  # further options of sbatch
-    jobs: int = 1  # of `prepare`: so many, an array, share out the text of a stage that trains before that job
+    jobs: int = (
+        1  # so many, an array, share out the stage before its own job; of `prepare`, the text of one that trains
+    )
 
     def words(self, *, elastic: bool) -> list[str]:
         """Options of sbatch. `elastic`: fewer nodes will do; then a node is one task for sbatch, which would otherwise
@@ -64,7 +66,7 @@ def check_names(told: dict[str, Any], stages: Collection[str]) -> None:
             continue
         if not isinstance(entry, dict):
             raise Refusal(f"launch.resources.{name}={entry}: need settings; set {', '.join(_NAMES)} one by one")
-        known = _NAMES if name == "prepare" else _OF_RANKS if name in _DEFAULTS else [*_OF_RANKS, "prepare"]
+        known = _NAMES if name == "prepare" else _OF_RANKS if name in _DEFAULTS else [*_NAMES, "prepare"]
         for key in entry:
             if key not in known:
                 raise Refusal(f"launch.resources.{name}.{key}: unknown{nearest(key, known)}")

@@ -22,7 +22,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from models.errors import NOT_FINITE, STOPPED, TERMINATED, Refusal, StageFailed, of_storage
-from pipeline import artifact, hashes, logs, prefork, run_folder, submission
+from pipeline import artifact, hashes, logs, prefork, run_folder, shared, submission
 from pipeline.building import refusing
 from pipeline.config import selected
 from pipeline.launch import die_with, environment
@@ -42,6 +42,9 @@ def run(config: dict[str, Any], typed: Mapping[str, Sequence[str]], words: Seque
     run_dir = Path(config["run_dir"]).absolute()
     config = {**config, "run_dir": str(run_dir)} if config["run_dir"] == str(run_dir) else _rooted(config, run_dir)
     config = _on_nodes(config)
+    if config["share"] is not None:
+        config = _of_share(config)
+        run_dir = Path(config["run_dir"])
     try:
         run_folder.check_ours(run_dir)
         with prefork.server(config, selected(config)) as server:
@@ -51,6 +54,21 @@ def run(config: dict[str, Any], typed: Mapping[str, Sequence[str]], words: Seque
         if (line := of_storage(problem, run_dir)) is None:
             raise
         raise Refusal(line) from None
+
+
+def _of_share(config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of a job that makes a share of a stage, in a folder of its own."""
+    with refusing("launch"):
+        submits = instantiate(config["launch"]).submits
+    if submits:
+        raise Refusal(
+            f"share={config['share']}: with launch=slurm such jobs are submitted by launch.resources.STAGE.jobs=N; "
+            f"leave share out"
+        )
+    alone = shared.alone(config)
+    if not config["dry_run"]:
+        shared.begin(Path(alone["run_dir"]))
+    return alone
 
 
 def _forecast(config: dict[str, Any], rows: list[dict[str, Any]]) -> None:
@@ -107,7 +125,10 @@ def _walk(
             run_folder.note_plan(run_dir, [*plan])
         for job in jobs:
             _run_stage(config, job, lock, server)
-        if config["prepare_only"]:
+        if config["share"] is not None:
+            told = f"share={config['share']}: finished; {jobs[0]['stage']} takes it over, when it runs without share"
+            console.print(told, highlight=False, soft_wrap=True)
+        if config["prepare_only"] or config["share"] is not None:
             return None
         report = write_report(run_dir)
         if any(job["do"] != "skip" for job in jobs) or not (run_dir / "logs" / "report").exists():
@@ -215,8 +236,10 @@ def _run_stage(config: dict[str, Any], job: dict[str, Any], lock: int, server: p
     if job["do"] == "skip":
         if begun(work) is not None:  # killed between its result and the removal of what that was made of
             run_folder.clear(run_dir, name)
+        shared.clear(run_dir, name)
         console.print(f"[dim]{name}: finished, skipped")
         return
+    shared.refuse_busy(run_dir, name)
     if config["prepare_only"] and (waits := _still_to_make(run_dir, entry)):
         console.print(f"{name}: not prepared, as it reads what {waits} still has to make")
         return
@@ -279,6 +302,7 @@ def _run_stage(config: dict[str, Any], job: dict[str, Any], lock: int, server: p
     if artifact.read_manifest(run_dir / name) is None:
         raise StageFailed(f"stage {name} ended without its result {run_dir / name}", 1)
     run_folder.clear(run_dir, name)
+    shared.clear(run_dir, name)
     console.print(f"[green]{name}[/]: done in {time.monotonic() - begin:.0f} s")
 
 
@@ -301,7 +325,12 @@ def _told_of_notice(command: list[str], env: dict[str, str], lock: int) -> int:
 def _made_so_far(run_dir: Path, work: Path) -> set[tuple[str, int]]:
     """What a next start of a stage would go on from: files and their sizes, without those that every start writes."""
     own = {BEGUN, "progress.json", artifact.METRICS}
-    files = [path for folder in (work, run_dir / "work" / "data") for path in folder.rglob("*") if path.is_file()]
+    folders = [
+        work,
+        run_dir / "work" / "data",
+        *(run_dir / "work" / kind / work.name for kind in (run_folder.SIGNALS, run_folder.ANSWERS)),
+    ]
+    files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
     kept = [path for path in files if path.name not in own and path.parent != work / "ranks" and path.name[0] != "."]
     return {(str(path), path.stat().st_size) for path in kept}
 

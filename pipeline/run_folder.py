@@ -26,6 +26,7 @@ from pipeline import artifact
 MARKER = "retort.json"
 PLANNED = "work/plan.json"  # the stages of the last whole plan
 LOCK = ".lock"
+SIGNALS, ANSWERS = "signals", "answers"  # in work: what record and generate have finished of an unfinished stage
 _MADE = {
     "config.json",
     "report.json",
@@ -79,6 +80,23 @@ def claimed(run_dir: Path) -> Iterator[int]:
         yield handle
     finally:
         os.close(handle)
+
+
+def busy(run_dir: Path) -> bool:
+    """Whether a command works in the run folder, on this machine or where locks travel."""
+    try:
+        handle = os.open(run_dir / LOCK, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(handle)
+    return False
 
 
 def mark(run_dir: Path) -> None:

@@ -6,7 +6,6 @@ python train.py cancel run_dir=R
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
@@ -22,7 +21,7 @@ from rich.table import Table
 from models.errors import Refusal
 from models.files import read_text
 from models.training.saved import checkpoints, step_of
-from pipeline import artifact, logs, run_folder, submission
+from pipeline import artifact, logs, run_folder, shared, submission
 
 _FAILED = ("FAILED", "NODE_FAIL", "TIMEOUT", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE", "PREEMPTED")  # ends of jobs
 
@@ -60,14 +59,15 @@ def status(run_dir: Path) -> list[dict[str, Any]]:
 
     `state` is finished, running, queued, waits (for an earlier job), failed, stopped (unfinished, and nobody works on
     it), cancelled (with a job that it waited for, or by hand), damaged, or to do. Seconds since the last checkpoint,
-    and those that are left by the pace so far; tokens of all ranks a second.
+    and those that are left by the pace so far; tokens of all ranks a second. `shares`: of a stage that jobs share out,
+    how many are finished, and how many there are to be.
     """
     jobs: dict[str, list[dict[str, str]]] = {}
     told = submission.jobs_of(run_dir)
     for each in told:
         jobs.setdefault(each["stage"], []).append(each)
     alive = submission.states([each["job"] for each in told])
-    busy = not alive and _busy(run_dir)  # a job works elsewhere, where its lock may not be seen
+    busy = not alive and run_folder.busy(run_dir)  # a job works elsewhere, where its lock may not be seen
     rows = []
     for stage in _stages(run_dir, [*jobs]):
         row = _row(run_dir, stage, jobs.get(stage, []), alive, busy)
@@ -89,6 +89,7 @@ def _stages(run_dir: Path, submitted: Sequence[str]) -> list[str]:
         planned = set()
     left = {path.parent.name for path in run_dir.glob(f"*/{artifact.MANIFEST}")}
     left |= {path.parent.name for path in run_dir.glob("work/*/stage.json")} | {*submitted} | planned
+    left |= {path.name for path in run_dir.glob("work/shares/*") if shared.folders(run_dir, path.name)}
     return [name for name in order if name in left] + sorted(left - {*order})
 
 
@@ -100,7 +101,9 @@ def _row(
     busy: bool,
 ) -> dict[str, Any]:
     work, found = run_dir / "work" / stage, artifact.look(run_dir / stage)
-    error = logs.last_error(run_dir, stage)
+    error, shares = logs.last_error(run_dir, stage), shared.folders(run_dir, stage)
+    errors = [error, *(logs.last_error(folder, stage) for folder in shares if not (folder / stage).exists())]
+    error = next(filter(None, errors), None)
     progress = _progress(work)
     saved = checkpoints(work / "checkpoints")
     job = next((each for each in jobs if alive and each["job"] in alive), jobs[-1] if jobs else None)
@@ -111,11 +114,11 @@ def _row(
     elif job is not None and alive and job["job"] in alive:
         pending = "waits" if alive[job["job"]][1].startswith("Dependency") else "queued"
         state = {"PENDING": pending, "SUSPENDED": "suspended"}.get(alive[job["job"]][0], "running")
-    elif busy:
+    elif busy or any(map(run_folder.busy, shares)):
         state = "running"
     elif error or (slurm or "").startswith(_FAILED):
         state = "failed"
-    elif begun:
+    elif begun or shares:
         state = "stopped"
     else:
         state = "cancelled" if (slurm or "").startswith("CANCELLED") else "to do"
@@ -129,6 +132,7 @@ def _row(
         "stage": stage,
         "state": state,
         "part": None if job is None or state == "finished" else job["part"],
+        "shares": shared.finished(run_dir, stage),
         "step": progress.get("step"),
         "steps": progress.get("steps"),
         "loss": progress.get("loss"),
@@ -178,23 +182,6 @@ def _slurm_state(job: str, alive: dict[str, tuple[str, str]] | None) -> str | No
     return "ended"  # Slurm has forgotten it
 
 
-def _busy(run_dir: Path) -> bool:
-    """Whether a command works in the run folder, on this machine or where locks travel."""
-    try:
-        handle = os.open(run_dir / run_folder.LOCK, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    finally:
-        os.close(handle)
-    return False
-
-
 def _cancel(run_dir: Path) -> None:
     """End the jobs of a run that are queued or running: those that train save a checkpoint first, in the
     time that Slurm leaves between SIGTERM and SIGKILL (KillWait)."""
@@ -203,7 +190,7 @@ def _cancel(run_dir: Path) -> None:
     if alive is None:
         raise Refusal(f"cancel run_dir={run_dir}: Slurm does not answer; try again, or use scancel")
     if not alive:
-        other = "; a command on this machine works there: end it with Ctrl-C" if _busy(run_dir) else ""
+        other = "; a command on this machine works there: end it with Ctrl-C" if run_folder.busy(run_dir) else ""
         raise Refusal(f"cancel run_dir={run_dir}: no job of it is queued or running{other}")
     # Those that wait first: else the next would start when the running one ends.
     waiting = [job for job, (state, _) in alive.items() if state == "PENDING"]
@@ -233,7 +220,7 @@ def _show(run_dir: Path, rows: Sequence[dict[str, Any]]) -> None:
         saved = row["checkpoint"]
         cells = [
             row["stage"],
-            row["state"] + (" (prepares)" if row["part"] in ("prepare", "share") and row["state"] == "running" else ""),
+            row["state"] + _told_of_part(row),
             f"{step}/{row['steps']:,}" if row["steps"] else step,
             "" if row["loss"] is None else f"{row['loss']:.3f}",
             "" if row["tokens_per_second"] is None else f"{row['tokens_per_second']:,.0f}",
@@ -251,6 +238,13 @@ def _show(run_dir: Path, rows: Sequence[dict[str, Any]]) -> None:
             console.print(f"{row['stage']} failed{rank}{where}: {said}", markup=False, highlight=False, soft_wrap=True)
             if row["log"]:
                 console.print(f"  log: {row['log']}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _told_of_part(row: dict[str, Any]) -> str:
+    if row["shares"] is not None and row["state"] != "finished":
+        done, of = row["shares"]
+        return f" ({done} of {of} shares)"
+    return " (prepares)" if row["part"] in ("prepare", "share") and row["state"] == "running" else ""
 
 
 def _time(seconds: float) -> str:

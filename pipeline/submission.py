@@ -29,7 +29,7 @@ _SBATCH = Path(ROOT) / "slurm" / "train.sbatch"
 _BODY = "set -euo pipefail\n"  # of that script from here on
 # what a job has of its own, and words that concern this command alone
 _DROPPED = (
-    *("run_dir", "only", "start", "stop", "force", "dry_run", "show_data", "prepare_only", "prepare_data"),
+    *("run_dir", "only", "start", "stop", "force", "dry_run", "show_data", "prepare_only", "prepare_data", "share"),
     *("trainer.nodes", "trainer.devices", "resume.from_step", "resume.skip_sequences"),
 )
 
@@ -37,13 +37,14 @@ _DROPPED = (
 @dataclass(frozen=True)
 class Job:
     stage: str
-    part: str  # run; prepare: what one process does before the ranks of `run`; share: a part of the text, before that
+    part: str  # run; prepare: what one process does before the ranks of `run`; share: a part, of the text or the stage
     needs: Resources
     words: list[str]  # of train.py
+    counted: str = ""  # of a share: the word that says which
 
     @property
     def tasks(self) -> int:
-        return self.needs.jobs if self.part == "share" else 1
+        return self.needs.jobs if self.counted else 1
 
     @property
     def name(self) -> str:
@@ -84,9 +85,11 @@ def planned(config: dict[str, Any], verdicts: Sequence[dict[str, Any]], words: S
             ranks = [f"trainer.nodes={run.nodes}", f"trainer.devices={run.ranks_per_node}"]
             before = Resources(**needs["prepare"])
             if before.jobs > 1 and "training" in config["stages"][name]:
-                jobs.append(Job(name, "share", before, said))
+                jobs.append(Job(name, "share", before, said, "prepare_data"))
             jobs.append(Job(name, "prepare", before, [*said, *ranks, "prepare_only=true"]))
         if not config["prepare_only"]:
+            if run.jobs > 1:
+                jobs.append(Job(name, "share", run, said, "share"))
             jobs.append(Job(name, "run", run, said))
     return Run(config, [each["stage"] for each in verdicts], jobs)
 
@@ -94,7 +97,7 @@ def planned(config: dict[str, Any], verdicts: Sequence[dict[str, Any]], words: S
 def scripts(runs: Sequence[Run]) -> list[tuple[Job, str]]:
     """The job scripts of one run, or of a sweep: then each is a job array with a task for every run. Raises Refusal for
     a sweep whose runs do not have the same jobs."""
-    if len(runs) > 1:  # an array of arrays there is none: in a sweep one job prepares all of its run
+    if len(runs) > 1:  # an array of arrays there is none: in a sweep one job does all of a part of its run
         runs = [replace(run, jobs=[job for job in run.jobs if job.part != "share"]) for run in runs]
     first = runs[0]
     shapes = [[(job.name, job.needs) for job in run.jobs] for run in runs]
@@ -239,7 +242,7 @@ def _words(runs: Sequence[Run], at: int) -> str:
     run's."""
     if len(runs) == 1:
         job = runs[0].jobs[at]
-        share = f' "prepare_data=$SLURM_ARRAY_TASK_ID/{job.tasks}"' if job.tasks > 1 else ""
+        share = f' "{job.counted}=$SLURM_ARRAY_TASK_ID/{job.tasks}"' if job.tasks > 1 else ""
         return f"set -- {shlex.join(job.words)}{share}\n"
     lines = ["case $SLURM_ARRAY_TASK_ID in"]
     for task, run in enumerate(runs):

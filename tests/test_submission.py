@@ -209,9 +209,26 @@ def test_the_text_of_a_stage_that_trains_is_shared_out_by_an_array_of_jobs(tmp_p
     assert [job.name for job, _ in scripts([run, run])] == names[1:]  # in a sweep, which is an array itself
 
 
-@pytest.mark.parametrize("word", ["launch.resources.parallel.jobs=2", "launch.resources.distill.jobs=2"])
-def test_ranks_are_not_shared_out_over_jobs(word: str) -> None:
-    assert f"{word.rpartition('=')[0]}: unknown" in refused(*TINY, word)
+def test_stages_that_train_are_not_shared_out_over_jobs() -> None:
+    assert "launch.resources.parallel.jobs: unknown" in refused(*TINY, "launch.resources.parallel.jobs=2")
+    told = "launch.resources.distill.jobs=2: this stage is not shared out; leave it out"
+    assert told in refused(*TINY, "launch.resources.distill.jobs=2")
+
+
+@pytest.mark.parametrize("trainer", ["trainer.devices=2", "trainer.devices=1"])
+def test_a_stage_that_asks_a_teacher_is_shared_out_by_an_array_of_jobs(trainer: str, tmp_path: Path) -> None:
+    found = needs("teacher=cached", "launch.resources.record.jobs=3", trainer)["record"]
+    config = {"name": "x", "run_dir": str(tmp_path), "force": [], "launch": {}, "prepare_only": False}
+    config |= {"resume": {"from_step": None}, "stages": {"record": {}}}
+    run = planned(config, [{"stage": "record", "do": "start", "plan": {"needs": found}}], ["+experiment=x"])
+    assert [job.name for job in run.jobs] == ["record.prepare", "record.share", "record"]
+    [_, (share, text), (whole, other)] = scripts([run])
+    assert share.needs == whole.needs
+    assert "--array=1-3" in options(text)
+    assert "--array" not in " ".join(options(other))
+    assert "share=2/3" in run_script(text, tmp_path, SLURM_ARRAY_TASK_ID="2").stdout
+    assert "share=" not in run_script(other, tmp_path).stdout
+    assert [job.name for job, _ in scripts([run, run])] == ["record.prepare", "record"]
 
 
 def test_without_sbatch_a_run_is_refused_before_anything_is_written(tmp_path: Path) -> None:

@@ -52,13 +52,16 @@ def pieces_of(batch: dict[str, Any], fingerprint: bytes) -> list[Piece]:
     return found
 
 
-def scan(rows: Any, fingerprint: bytes) -> Iterator[tuple[Int[np.ndarray, " P"], Int[np.ndarray, " P"], list[bytes]]]:
+def scan(
+    rows: Any, fingerprint: bytes, numbers: range | None = None
+) -> Iterator[tuple[Int[np.ndarray, " P"], Int[np.ndarray, " P"], list[bytes]]]:
     """The pieces of prepared rows that have supervised tokens, some at a time: row numbers, supervised tokens, keys.
 
-    `rows`: pipeline.data.sequences.Sequences.
+    `rows`: pipeline.data.sequences.Sequences; `numbers`: of those that are read, without gaps. None: all.
     """
-    for first in range(0, len(rows), _ROWS_AT_ONCE):
-        read, lengths = rows.flat(first, first + _ROWS_AT_ONCE)
+    numbers = range(len(rows)) if numbers is None else numbers
+    for first in numbers[::_ROWS_AT_ONCE]:
+        read, lengths = rows.flat(first, min(first + _ROWS_AT_ONCE, numbers.stop))
         ends = np.cumsum(lengths)
         pieces = list(_cut([read[name] for name in ("input_ids", "position_ids", "targets")], fingerprint))
         starts = np.array([start for start, *_ in pieces], dtype=np.int64)

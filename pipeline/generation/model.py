@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
 from models.errors import Refusal
+from models.generation import Sampling
 from models.load import DTYPES, attention_for
 from models.teachers.teacher import Author, Opening, Source
 from pipeline.context import Context
 from pipeline.data.batch import pad_token
-from pipeline.generation.request import Request
+from pipeline.generation.request import Request, places_of
 from pipeline.progress import shown
 from pipeline.training.ranks import beat, join, watch
 from pipeline.training.strategy import prepare_environment
@@ -29,7 +31,8 @@ def answered_here(context: Context, source: Source, request: Request, batch_size
     teacher = _opened(context, source, len(request.tokenizer))
     if isinstance(teacher, torch.nn.Module):
         teacher.to(place)
-    open_units = [unit for unit in _units(request, batch_size) if any(key in request.todo for key in unit)]
+    units = units_of(request.prompts, request.sampling, batch_size)
+    open_units = [unit for unit in units if any(key in request.todo for key in unit)]
     made = 0
     with torch.no_grad():
         teacher.check()  # which reads a sharded one
@@ -78,14 +81,14 @@ def _answers(
     return [(*answer, log) for answer, log in zip(flat, log_probabilities, strict=True)]
 
 
-def _units(request: Request, batch_size: int) -> list[list[str]]:
-    """Prompts that are answered together, of similar length, the longest first.
+def units_of(prompts: pa.Table, sampling: Sampling, batch_size: int) -> list[list[str]]:
+    """The provenances of prompts that are answered together, of similar length, the longest first.
 
-    The same ones whatever is left to do and however many ranks there are, so that an interrupted run rounds as an
-    uninterrupted one does.
+    The same ones whatever is left to do and however many ranks and jobs there are, so that all round as an
+    uninterrupted run on one rank does.
     """
-    places = request.places
-    lengths = pc.list_value_length(request.prompts["teacher_ids"]).to_pylist()
+    places = places_of(prompts)
+    lengths = pc.list_value_length(prompts["teacher_ids"]).to_pylist()
     order = sorted(places, key=lambda key: (-lengths[places[key]], places[key]))
-    size = max(1, batch_size // (request.sampling.samples * request.sampling.beams))
+    size = max(1, batch_size // (sampling.samples * sampling.beams))
     return [order[at : at + size] for at in range(0, len(order), size)]

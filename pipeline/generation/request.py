@@ -30,11 +30,7 @@ class Request:
 
     @cached_property
     def places(self) -> dict[str, int]:
-        """Each provenance's first prompt."""
-        found: dict[str, int] = {}
-        for number, key in enumerate(self.prompts["provenance"].to_pylist()):
-            found.setdefault(key, number)
-        return found
+        return places_of(self.prompts)
 
     @cached_property
     def controls(self) -> Controls:
@@ -44,6 +40,14 @@ class Request:
         """What the teacher reads."""
         read: list[int] = self.prompts["teacher_ids"][self.places[key]].as_py()
         return read
+
+
+def places_of(prompts: pa.Table) -> dict[str, int]:
+    """Each provenance's first prompt."""
+    found: dict[str, int] = {}
+    for number, key in enumerate(prompts["provenance"].to_pylist()):
+        found.setdefault(key, number)
+    return found
 
 
 def provenance(header: str, teacher_ids: Sequence[int]) -> str:

@@ -8,12 +8,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from models.errors import Refusal
 from models.files import hash_of
 from models.generation import Sampling
 from models.load import empty_model, load_config, parameter_count
 from models.teachers.teacher import Source
-from pipeline import artifact
+from pipeline import artifact, run_folder
 from pipeline.context import Context
 from pipeline.data.answer_files import ANSWERS, DROPPED
 from pipeline.data.answer_shards import Found, Shards
@@ -23,7 +26,7 @@ from pipeline.data.source import SPLITS, DataSource, check_source, source_key
 from pipeline.data.tokenizer import tokenizer_key
 from pipeline.forecast.workload import Writes
 from pipeline.generation.judged import Judged
-from pipeline.generation.model import answered_here
+from pipeline.generation.model import answered_here, units_of
 from pipeline.generation.prompts import Chosen, keys_of, read_prompts, write_prompts
 from pipeline.generation.request import Request, end_tokens
 from pipeline.generation.server import answered_by_server
@@ -43,6 +46,7 @@ class Generate(Stage):
 
     makes: ClassVar[Makes] = "answers"
     immaterial: ClassVar[frozenset[str]] = frozenset({"batch_size", "shard_answers"})
+    shareable: ClassVar[bool] = True
 
     data: DataSource
     teacher: Source
@@ -161,18 +165,26 @@ class Generate(Stage):
         # Answers are found again by their provenance, whatever else has changed.
         shards = self._shelf(context).open(context)
         counts = self._write_prompts(context, tokenizer, header, self._room(config))
-        adopted: list[str] = []
+        earlier = [folder for folder, _ in context.shares()]
         if context.stage not in context.config["force"] and artifact.read_manifest(context.out) is not None:
-            adopted = [str(path) for name in (ANSWERS, DROPPED) if (path := context.out / name).exists()]
+            earlier.append(context.out)
+        adopted = [str(path) for old in earlier for name in (ANSWERS, DROPPED) if (path := old / name).exists()]
         # Not by each rank for itself: one could already have written what another then finds.
         there = Found(shards, adopted)
-        keys = keys_of(context.work)
+        keys = keys_of(context.work) if context.share is None else self._shared_out(context)
         todo = {key: [n for n in range(self.sampling.samples) if (key, n) not in there] for key in keys}
         artifact.write_json(context.work / "todo.json", {key: samples for key, samples in todo.items() if samples})
         artifact.write_json(
             context.work / "prepared.json",
             {"counts": counts, "end_tokens": ends, "shards": str(shards), "adopted": adopted},
         )
+
+    def _shared_out(self, context: Context) -> list[str]:
+        """The provenances of the prompts that are this job's: of each n units that are answered together one."""
+        assert context.share is not None
+        number, jobs = context.share
+        units = units_of(read_prompts(context.work), self.sampling, self.batch_size)
+        return [key for unit in units[number - 1 :: jobs] for key in unit]
 
     def _tokenizer(self) -> Any:
         return tokenizer_of(self.teacher.path, self.data, self.teacher.trust_remote_code)
@@ -233,11 +245,15 @@ class Generate(Stage):
 
     def _publish(self, context: Context, request: Request, prepared: dict[str, Any], speed: float | None) -> None:
         found = Found(request.shards.folder, prepared["adopted"])
-        judged = Judged(found, request.tokenizer, self.filters, self.sampling.samples)
+        filters, prompts = self.filters, request.prompts
+        if context.share is not None:  # the stage itself judges, over all answers
+            filters = {}
+            prompts = prompts.filter(pc.is_in(prompts["provenance"], pa.array(self._shared_out(context), pa.string())))
+        judged = Judged(found, request.tokenizer, filters, self.sampling.samples)
 
         def build(folder: Path) -> None:
-            judged.write(folder, request.prompts)
-            if not judged.tally["answers"]:
+            judged.write(folder, prompts)
+            if filters and not judged.tally["answers"]:
                 raise Refusal(
                     f"stages.{context.stage}.filters leave none of {judged.tally['made']:,} answers "
                     f"({judged.dropped}); loosen them, the answers are kept"
@@ -254,7 +270,7 @@ class Generate(Stage):
         counts = ", ".join(
             f"{count:,} {name.replace('_', ' ')}" for name, count in judged.tally.items() if name != "made"
         )
-        print(f"{context.stage}: {prepared['counts']['prompts']:,} prompts; {counts}")
+        print(f"{context.stage}: {len(prompts):,} prompts; {counts}")
 
     def _shelf(self, context: Context) -> Shelf:
-        return Shelf(context.work.parent / "answers" / context.stage)
+        return Shelf(context.work.parent / run_folder.ANSWERS / context.stage)

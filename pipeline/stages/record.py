@@ -24,6 +24,7 @@ from pipeline.data.source import DataSource, check_source, source_key
 from pipeline.data.tokenizer import load_tokenizer, tokenizer_key
 from pipeline.forecast.workload import BYTES_OF_TEXT_A_TOKEN, Reads
 from pipeline.planned import architecture_of, teacher_config, text_bytes
+from pipeline.run_folder import SIGNALS
 from pipeline.stages.stage import Makes, Stage
 from pipeline.stages.stage import Plan as StagePlan
 from pipeline.steps.recording import Recording, adopt, outstanding
@@ -39,6 +40,7 @@ class Record(Stage):
     makes: ClassVar[Makes] = "signal"
     on_demand: ClassVar[str] = "teacher=cached or teacher=served, without another teacher.cache"
     immaterial: ClassVar[frozenset[str]] = frozenset({"batch_size", "shard_mb", "sample_tokens"})
+    shareable: ClassVar[bool] = True
 
     data: DataSource
     teacher: Source  # one that needs a record: cached, served
@@ -129,7 +131,9 @@ class Record(Stage):
         write_header(shards, header)
         if context.stage not in context.config["force"]:
             adopt(context.out, shards, header)
-        left = outstanding(sequences, header, shards)
+        for made, manifest in context.shares():
+            adopt(made, shards, header, making=manifest["attempt"][:8])
+        left = outstanding(sequences, header, shards, context.share)
         artifact.write_json(
             context.work / "prepared.json",
             {
@@ -230,11 +234,14 @@ class Record(Stage):
         self._shelf(context).clear()
 
     def _of_server(self, context: Context) -> dict[str, Any]:
-        """What was proved of the server that was asked last."""
+        """What was proved of the server that was asked last; where jobs have asked for all, of one of theirs."""
         if self.teacher.server is None:
             return {}
         proved = context.work / PROVED
-        return {"server": json.loads(proved.read_text()) if proved.exists() else None}
+        if proved.exists():
+            return {"server": json.loads(proved.read_text())}
+        told = (manifest["metrics"]["server"] for _, manifest in context.shares())
+        return {"server": next(filter(None, told), None)}
 
     def _shelf(self, context: Context) -> Shelf:
-        return Shelf(context.work.parent / "signals" / context.stage)
+        return Shelf(context.work.parent / SIGNALS / context.stage)

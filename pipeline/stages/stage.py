@@ -65,6 +65,7 @@ class Stage(ABC):
     makes: ClassVar[Makes]  # what stands in the artifact's folder, and as `kind` in its manifest
     on_demand: ClassVar[str] = ""  # what makes a run read its folder; where it does not, such a stage is left out
     immaterial: ClassVar[frozenset[str]] = frozenset()  # fields that change nothing it makes, beyond rounding
+    shareable: ClassVar[bool] = False  # jobs with `share=I/N` may make parts, which it takes over (context.shares())
 
     # Asked of a stage's settings by stages before and after it, where others of its settings may not be given yet.
 

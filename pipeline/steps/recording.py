@@ -38,33 +38,40 @@ from pipeline.training.strategy import prepare_environment
 _FLUSH_SECONDS = 300.0
 
 
-def adopt(old: Path, shards: Path, header: Header) -> None:
+def adopt(old: Path, shards: Path, header: Header, making: str = "") -> None:
     """Link the shards that an earlier result holds of the same signal, even if the text is another or a shard is lost.
 
-    Every piece of them is verified, so that a damaged shard is left behind.
+    Every piece of them is verified, so that a damaged shard is left behind. `making`: tells apart the shards of results
+    that name theirs alike.
     """
     if not (old / HEADER).exists() or read_header(old) != header:
         return
     for path in sorted(old.glob("shard-*.safetensors")):
+        target = shards / path.name.replace("shard-", f"shard-{making}.", 1) if making else shards / path.name
+        if target.exists():
+            continue
         try:
             Shard(path).verify()
         except Refusal:
             continue
-        if not (shards / path.name).exists():
-            link(path, shards / path.name)
+        link(path, target)
 
 
 @dataclass(frozen=True)
 class Outstanding:
     sequences: list[int]  # that hold a piece which is not on disk
-    pieces: int  # of all sequences, on disk or not, each once
+    pieces: int  # of all sequences, or of the share of them, on disk or not, each once
     tokens: int  # supervised, of these pieces
 
 
-def outstanding(sequences: Any, header: Header, shards: Path) -> Outstanding:
-    there = Cache(shards, header)
-    number_P, tokens_P, keys, new_P = [], [], [], []
-    for numbers, counts, some in scan(sequences, header.fingerprint):
+def outstanding(sequences: Any, header: Header, shards: Path, share: tuple[int, int] | None = None) -> Outstanding:
+    """Of all sequences, or of the i-th of n parts of them (`share` = (i, n), i from 1)."""
+    there, mine = Cache(shards, header), range(len(sequences))
+    if share is not None:
+        mine = range(len(mine) * (share[0] - 1) // share[1], len(mine) * share[0] // share[1])
+    number_P, tokens_P, keys = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], list[bytes]()
+    new_P = [np.zeros(0, bool)]
+    for numbers, counts, some in scan(sequences, header.fingerprint, mine):
         number_P.append(numbers)
         tokens_P.append(counts)
         keys.append(b"".join(some))
