@@ -69,6 +69,8 @@ class Scenario:
     persistence: int | None = (
         0  # under ZeRO-3, parameters of fewer elements stay whole on every rank; None: its default
     )
+    copies: int = 1  # under ZeRO-3, ranks that hold the weights between them a second time (ZeRO++)
+    communicated: str | None = None  # dtype in which gradients are summed over the ranks
     layers: bool = False  # hidden states and attention compared as well
     lora_head: bool = False  # the student's head frozen under a low-rank adapter
     answers: bool = False  # rows of a prompt and a supervised answer, in place of packed ones
@@ -273,11 +275,14 @@ def fit(scenario: Scenario, folder: Path) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     if scenario.persistence is not None:
         settings["stage3_param_persistence_threshold"] = scenario.persistence
+    if scenario.copies > 1:
+        settings["zero_hpz_partition_size"] = scenario.copies
+    zero = functools.partial(strategies.ZeRO, communication_dtype=scenario.communicated, config=settings)
     make = {
         "single": strategies.Single,
         "ddp": strategies.DDP,
-        "zero3_offload": functools.partial(strategies.ZeRO, 3, True, True, config=settings),
-    }.get(kind, functools.partial(strategies.ZeRO, int(kind[4]) if kind.startswith("zero") else 0, config=settings))
+        "zero3_offload": functools.partial(zero, 3, True, True),
+    }.get(kind, functools.partial(zero, int(kind[4]) if kind.startswith("zero") else 0))
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=scenario.world,
@@ -310,6 +315,7 @@ def fit(scenario: Scenario, folder: Path) -> dict[str, Any]:
         "validation": module.validation_metrics,
         "state": state,
         "persistent": whole,
+        "copied": all(getattr(p, "ds_secondary_tensor", None) is not None for p in module.student.parameters()),
         "teacher_gradients": teacher_gradients,
         "teacher_sharded": all(hasattr(p, "ds_id") and p.numel() == 0 for p in module.teacher.parameters())
         if isinstance(module.teacher, torch.nn.Module)

@@ -81,6 +81,7 @@ def refresh(optimizer: Any) -> None:
         if optimizer.persistent_parameters:  # small ones, which every rank keeps whole
             optimizer.persistent_parameters[0].partition(optimizer.persistent_parameters)
             optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+        optimizer.invalidate_secondary_tensor()  # of ZeRO++, made of the weights there were before
 
 
 def _base(optimizer: Any) -> Any:

@@ -129,6 +129,7 @@ def _sharded(strategy: ZeRO, step: Step, ranks: int, accumulates: bool, cuda: bo
     bucket = width * _number(strategy, "reduce_bucket_size")
     states, sums = _FP32 * share + _states(step, ranks), _FP32 * share
     parameters, host = math.ceil(weights / ranks), 0
+    copies = math.ceil(width * step.trained / strategy.copies_within) if strategy.copies_within > 1 else 0
     if strategy.offload_parameters:
         parameters, host = 0, parameters
     if strategy.offload_optimizer:
@@ -136,7 +137,7 @@ def _sharded(strategy: ZeRO, step: Step, ranks: int, accumulates: bool, cuda: bo
     reduced = min(bucket, width * step.trained)
     return Held(
         _fullest(
-            {"parameters": parameters + buffers + gathered, "optimizer": states},
+            {"parameters": parameters + copies + buffers + gathered, "optimizer": states},
             [
                 (sums, bucket, step.forward),
                 (sums, bucket, step.backward),

@@ -157,10 +157,7 @@ def _check_devices(context: Context, precision: Any) -> None:
         raise Refusal(f"trainer.precision=bf16-mixed: {torch.cuda.get_device_name()} has no bf16; use 32-true")
     if here and device == "cuda" and context.devices > torch.cuda.device_count() and "SLURM_JOB_ID" not in os.environ:
         raise Refusal(f"trainer.devices={context.devices}: this machine has {torch.cuda.device_count()} GPUs")
-    if not context.strategy.several_ranks and context.world > 1:
-        raise Refusal(
-            f"strategy=single runs one process, and trainer asks for {context.world}; use strategy=ddp, zero2 or zero3"
-        )
+    context.strategy.check(device, context.world)
 
 
 def check_length(config: Any, data: DataSource, role: str) -> None:

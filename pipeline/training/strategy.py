@@ -13,6 +13,11 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, ClassVar, Protocol
 
+from models.errors import Refusal
+from pipeline.config import nearest
+
+_COMMUNICATED = (None, "fp32", "bf16", "fp16")
+
 
 class Strategy(Protocol):
     """What the rest of the house asks of a strategy."""
@@ -37,6 +42,10 @@ class Strategy(Protocol):
         """Whether sharded weights wait in host memory until they are needed."""
         ...
 
+    def check(self, device: str, ranks: int) -> None:
+        """Refuse what cannot work on so many ranks of `device`, cpu or cuda."""
+        ...
+
     def lightning(self, device: str) -> Any:
         """What `Trainer(strategy=…)` takes; device is cpu or cuda."""
         ...
@@ -56,6 +65,12 @@ class Single:
     shards_parameters: ClassVar[bool] = False
     offloads_parameters: ClassVar[bool] = False
 
+    def check(self, device: str, ranks: int) -> None:
+        if ranks > 1:
+            raise Refusal(
+                f"strategy=single runs one process, and trainer asks for {ranks}; use strategy=ddp, zero2 or zero3"
+            )
+
     def lightning(self, device: str) -> Any:
         return "auto"
 
@@ -69,6 +84,9 @@ class DDP:
     shards_parameters: ClassVar[bool] = False
     offloads_parameters: ClassVar[bool] = False
     timeout_minutes: float = 30.0
+
+    def check(self, device: str, ranks: int) -> None:
+        """Any number of ranks will do."""
 
     def lightning(self, device: str) -> Any:
         from pytorch_lightning.strategies import DDPStrategy
@@ -84,8 +102,9 @@ class DDP:
 class ZeRO:
     """DeepSpeed ZeRO: stage 1 shards optimizer states, 2 gradients as well, 3 parameters as well.
 
-    `config` is merged over DeepSpeed's `zero_optimization` section, e.g. bucket sizes or
-    stage3_param_persistence_threshold.
+    `config` is merged over DeepSpeed's `zero_optimization` section, e.g. bucket sizes,
+    stage3_param_persistence_threshold, or what ZeRO++ (arXiv:2306.10209) adds to ZeRO-3.
+    `communication_dtype`: gradients are summed over the ranks in it.
     """
 
     several_ranks: ClassVar[bool] = True
@@ -94,7 +113,32 @@ class ZeRO:
     offload_optimizer: bool = False
     offload_parameters: bool = False
     timeout_minutes: float = 30.0
+    communication_dtype: str | None = None
     config: dict[str, Any] | None = None
+
+    @property
+    def copies_within(self) -> int:
+        """Ranks that hold all weights between them a second time, so that the backward pass gathers them there (hpZ);
+        1: none do."""
+        return int((self.config or {}).get("zero_hpz_partition_size", 1))
+
+    def check(self, device: str, ranks: int) -> None:
+        given = self.config or {}
+        if self.communication_dtype not in _COMMUNICATED:
+            names = ", ".join(str(name or "null") for name in _COMMUNICATED)
+            raise Refusal(f"strategy.communication_dtype={self.communication_dtype}: need one of {names}")
+        if given:
+            _check_keys(given)
+        for key in (key for key in given if key.startswith(("zero_hpz", "zero_quantized"))):
+            if self.stage != 3 and given[key] not in (False, 1):
+                raise Refusal(f"strategy.config.{key}={given[key]}: ZeRO++ is of ZeRO-3; use strategy=zeropp or zero3")
+            if given[key] is True and device != "cuda":
+                raise Refusal(f"strategy.config.{key}=true: DeepSpeed quantizes on GPUs only; set it to false")
+        if ranks % max(1, self.copies_within):
+            raise Refusal(
+                f"strategy.config.zero_hpz_partition_size={self.copies_within}: {ranks} ranks are no multiple of it; "
+                f"give the ranks of a node"
+            )
 
     @property
     def shards_parameters(self) -> bool:
@@ -122,12 +166,29 @@ class ZeRO:
                 "zero_allow_untested_optimizer": True,
                 # DeepSpeed's own CPU Adam is compiled at first use, for minutes; torch's AdamW needs nothing.
                 "zero_force_ds_cpu_optimizer": False,
+                **({"communication_data_type": self.communication_dtype} if self.communication_dtype else {}),
                 "train_micro_batch_size_per_gpu": 1,  # only its throughput timer reads it
             },
             exclude_frozen_parameters=True,  # the teacher belongs in no checkpoint
             timeout=_patience(self.timeout_minutes),
             process_group_backend="gloo" if device == "cpu" else "nccl",
         )
+
+
+def _check_keys(given: dict[str, Any]) -> None:
+    """Against DeepSpeed's own schema, which takes seconds to import; only where there is something to check."""
+    prepare_environment("cpu")
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from pydantic import ValidationError
+
+    try:
+        DeepSpeedZeroConfig(**given)
+    except ValidationError as problem:
+        first = problem.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        known = [name for each, field in DeepSpeedZeroConfig.model_fields.items() for name in (field.alias or each,)]
+        more = nearest(key, known) if first["type"] == "extra_forbidden" else ""
+        raise Refusal(f"strategy.config.{key}: DeepSpeed says {first['msg'].lower()}{more}") from None
 
 
 def _zero_strategy() -> type:
@@ -191,9 +252,23 @@ def _zero_strategy() -> type:
                 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
                 self._transformers_config = HfDeepSpeedConfig(self.config)  # alive as long as the strategy
+                _make_groups_once()
             yield
 
     return ZeroStrategy
+
+
+def _make_groups_once() -> None:
+    """Of ZeRO++: DeepSpeed makes the groups of ranks with every model, and the teacher's is the second."""
+    from deepspeed.utils import groups
+
+    make = groups._create_zero_param_parallel_group
+
+    def once(size: int) -> None:
+        if groups._get_zero_param_intra_parallel_group() is None:
+            make(size)
+
+    groups._create_zero_param_parallel_group = once
 
 
 def prepare_environment(device: str) -> None:

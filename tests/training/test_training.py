@@ -68,6 +68,7 @@ TWO_RANKS = [
     Scenario("zero1-bf16", "zero1", micro_batch=4, precision="bf16-mixed", checkpoint_at=7),
     Scenario("zero2-sharded", "zero2", micro_batch=2, sharded=True, offload="cpu"),
     Scenario("zero2", "zero2", micro_batch=2),
+    Scenario("zero2-bf16-sums", "zero2", micro_batch=4, communicated="bf16"),
     Scenario("zero2-left", "zero2", micro_batch=2, checkpoint_at=7),
     Scenario("zero3", "zero3", micro_batch=2),
     Scenario("zero3_offload", "zero3_offload", micro_batch=4),
@@ -78,6 +79,8 @@ TWO_RANKS = [
     Scenario("zero3-layers", "zero3", micro_batch=2, layers=True, sharded=True, checkpoint_at=7),
     Scenario("zero3-lora_head", "zero3", micro_batch=4, lora_head=True),
     Scenario("zero3-left", "zero3", micro_batch=2, checkpoint_at=7),
+    Scenario("zero3-copies", "zero3", micro_batch=2, copies=2),
+    Scenario("zero3-copies-sharded", "zero3", micro_batch=4, copies=2, sharded=True),
     Scenario("zero3-damaged", "zero3", damaged=True),
     *PERSISTENT.values(),
     *(Scenario(f"{name}-summed", name, precision="bf16-mixed", summed=True) for name in ("zero1", "zero2", "zero3")),
@@ -149,6 +152,20 @@ def test_under_zero3_every_rank_refuses_a_damaged_model_by_the_tensors_name(two_
         one, other = two_ranks["zero3-damaged"][harm]
         assert one == other
         assert one.startswith(f"model.path={folder / harm}: {what}")
+
+
+def test_weights_held_a_second_time_for_the_backward_pass_learn_the_same(reference: Any, two_ranks: Any) -> None:
+    assert_same(two_ranks["zero3-copies"], reference)
+    assert_same(two_ranks["zero3-copies-sharded"], reference)
+    assert two_ranks["zero3-copies"]["copied"]
+    assert not two_ranks["zero3"]["copied"]
+
+
+def test_gradients_summed_in_bf16_are_rounded(reference: Any, two_ranks: Any) -> None:
+    norms = [step["grad_norm"] for step in two_ranks["zero2-bf16-sums"]["metrics"]]
+    exact = [step["grad_norm"] for step in reference["metrics"]]
+    assert norms == pytest.approx(exact, rel=2e-2)
+    assert norms[0] != pytest.approx(exact[0], rel=1e-5)
 
 
 def test_tied_embeddings_with_activation_checkpointing_under_zero3_learn_the_same(folder: Path, two_ranks: Any) -> None:
@@ -333,6 +350,7 @@ TAKEN_UP = {
         "zero2-some", "zero3", micro_batch=4, persistence=300, resume=True, resume_from="zero2-left"
     ),
     "all-zero3": Scenario("all-zero3", "zero3", micro_batch=4, resume=True, resume_from="zero3-all"),
+    "zero2-copies": Scenario("zero2-copies", "zero3", micro_batch=4, copies=2, resume=True, resume_from="zero2-left"),
     "zero2-zero3": Scenario("zero2-zero3", "zero3", micro_batch=4, resume=True, resume_from="zero2-left"),
 }
 
