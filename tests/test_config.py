@@ -746,6 +746,7 @@ def test_a_folder_without_config_is_refused(tmp_path: Path) -> None:
     assert "no config.json" in refused("+experiment=distill", f"teacher.path={tmp_path}", "data.train=stdlib")
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_seen_before_the_work(tmp_path: Path) -> None:
     wide = [
         f"student.shape.{name}={value}"

@@ -19,6 +19,10 @@ PROCESS = """
 import sys, time
 from pipeline.notice import notice
 
+def say(word):
+    sys.stdout.write(word + "\\n")  # at once: two ranks have one pipe
+    sys.stdout.flush()
+
 def wait():
     for _ in range(400):
         time.sleep(0.05)
@@ -29,9 +33,9 @@ notice.listen()
 {part}
 sys.exit(5)
 """
-IDLE = "print('ready', flush=True)\nwait()"
-HEEDING = "notice.heed()\nprint('ready', flush=True)\nwait()\nprint('saved', flush=True)"
-HANDING_ON = "notice.heed(lambda number: print('given', number, flush=True))\nprint('ready', flush=True)\nwait()"
+IDLE = "say('ready')\nwait()"
+HEEDING = "notice.heed()\nsay('ready')\nwait()\nsay('saved')"
+HANDING_ON = "notice.heed(lambda number: print('given', number, flush=True))\nsay('ready')\nwait()"
 
 
 @contextmanager

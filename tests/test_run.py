@@ -418,9 +418,12 @@ def test_a_training_that_ended_with_nan_is_told_another_way_on_than_the_same_com
     assert train(*words).returncode == 0
 
 
+@pytest.mark.parametrize("changes", [50, pytest.param(250, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("harm", ["flip", "cut"])
-def test_no_change_of_any_file_of_a_finished_run_goes_unseen(finished: Path, tmp_path: Path, harm: str) -> None:
-    """250 random changes each: of a stage's folder or of prepared text they are told, elsewhere nothing is made of
+def test_no_change_of_any_file_of_a_finished_run_goes_unseen(
+    finished: Path, tmp_path: Path, harm: str, changes: int
+) -> None:
+    """Random changes: of a stage's folder or of prepared text they are told, elsewhere nothing is made of
     them."""
     run_dir = tmp_path / "changed"
     shutil.copytree(finished, run_dir)
@@ -435,7 +438,7 @@ def test_no_change_of_any_file_of_a_finished_run_goes_unseen(finished: Path, tmp
     assert hashes in files
     draw = random.Random(f"{harm} 0")
     unseen = []
-    for turn in range(250):
+    for turn in range(changes):
         path = hashes if turn % 10 == 0 else draw.choice(files)
         before, _ = path.read_bytes(), _harm(path, harm, draw)
         if not _is_told_or_harmless(run_dir, config, plan, path):
@@ -492,7 +495,7 @@ def _is_told_or_harmless(run_dir: Path, config: dict[str, Any], plan: dict[str, 
 
 
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("changes", [10, pytest.param(60, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("changes", [3, pytest.param(60, marks=pytest.mark.slow)])
 def test_no_change_of_any_file_of_an_unfinished_stage_goes_unseen(
     finished: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], changes: int
 ) -> None:

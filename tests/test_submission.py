@@ -267,6 +267,7 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 SUBMIT = [word for word in TINY if word != "dry_run=true"]
 
 
+@pytest.mark.slow
 def test_jobs_are_chained_and_a_second_chain_is_refused_while_the_first_is_alive(slurm: Path) -> None:
     run_dir = slurm / "a run"
     done = train(*SUBMIT, f"run_dir='{run_dir}'", "stop=distill")

@@ -97,6 +97,7 @@ def test_a_student_of_some_layers_on_chat_data_under_zero2_with_wandb(things: di
     assert "distill/parameters" in history_of(said["report"])[0]
 
 
+@pytest.mark.slow
 def test_a_model_within_a_budget_of_parameters(things: dict[str, str], tmp_path: Path) -> None:
     small = ["stages.prune.multiple_of=1", "stages.prune.protect_first=0", "stages.prune.protect_last=0"]
     run = granted(BUDGET, things, tmp_path / "run", *small, *short("recover"), *SPEED)
@@ -107,6 +108,7 @@ def test_a_model_within_a_budget_of_parameters(things: dict[str, str], tmp_path:
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_four_bits_by_gptq_for_vllm(things: dict[str, str], tmp_path: Path) -> None:
     small = ["scheme.weights.group_size=32", "stages.quantize.calibration.samples=4"]
     small += ["stages.quantize.calibration.length=32", *SPEED]
@@ -116,6 +118,7 @@ def test_four_bits_by_gptq_for_vllm(things: dict[str, str], tmp_path: Path) -> N
     assert said["quant_method"] == "compressed-tensors"
 
 
+@pytest.mark.slow
 def test_a_folder_as_q4_k_m(things: dict[str, str], tmp_path: Path) -> None:
     run = granted(GGUF, things, tmp_path / "run")
     assert list((run / "export" / "gguf").glob("*.gguf"))
@@ -128,6 +131,7 @@ def server(things: dict[str, str]) -> Iterator[Served]:
     served.kill()
 
 
+@pytest.mark.slow
 def test_a_teacher_that_a_server_runs(things: dict[str, str], server: Served, tmp_path: Path) -> None:
     url = f"http://127.0.0.1:{server.port}/v1"
     small = [*short("distill"), "data.max_documents=12", "only=[record,distill]"]
@@ -138,6 +142,7 @@ def test_a_teacher_that_a_server_runs(things: dict[str, str], server: Served, tm
     assert record["metrics"]["server"]["dtype"] == "float32"
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_other_devices(things: dict[str, str], tmp_path: Path) -> None:
     """Stopped after two of four steps on one rank, it goes on with two: the same line, another number."""
     steps = ["trainer.checkpoint.every_steps=2", *short("distill")[1:], "only=[distill]", "optimizer.lr=1e-2"]
