@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from models.errors import Stopped
 from pipeline import artifact
+from pipeline.shared import whole
 
 _SECONDS = 60  # that a tracker has to say why a stage ended; its ranks hold their GPUs meanwhile
 _SECONDS_OF_NOTICE = 10  # and where the job is about to be ended: Slurm kills 30 s after SIGTERM
@@ -30,14 +31,15 @@ def tracker_of(config: dict[str, Any]) -> Any:
 
 def run_name(config: dict[str, Any]) -> str:
     """What its stages are grouped by: its name, and its folder's where that is another one, as in a sweep."""
-    name, folder = str(config["name"]), Path(config["run_dir"]).name
+    run_dir = Path(config["run_dir"])
+    name, folder = str(config["name"]), (run_dir if config["share"] is None else whole(run_dir)).name
     return name if folder == name else f"{name}-{folder}"
 
 
 def of_stage(context: Context) -> dict[str, Any]:
     """What a tracker is called with for a stage."""
     return {
-        "stage": context.stage,
+        "stage": context.stage if context.share is None else f"{context.stage}-{context.run_dir.name}",
         "run_name": run_name(context.config),
         "folder": context.run_dir / "logs" / context.stage,
         "config": context.config,

@@ -534,6 +534,17 @@ MISTAKES = {
     "trainer.log_every_steps=0": ["trainer.log_every_steps=0"],
     "trainer.checkpoint.every_steps=0": ["checkpoint.every_steps=0"],
     "trainer.nodes=0": ["trainer.nodes=0"],
+    "strategy=zero3 trainer.devices=2 +strategy.config.zero_hpz_partition_size=8": [
+        "zero_hpz_partition_size=8: 2 ranks are no multiple of it; give the ranks of a node"
+    ],
+    "strategy=zeropp trainer.devices=8": ["zero_quantized_weights=true: DeepSpeed quantizes on GPUs only"],
+    "strategy=zero2 +strategy.config.zero_hpz_partition_size=1 +strategy.config.zero_quantized_gradients=true": [
+        "zero_quantized_gradients=true: ZeRO++ is of ZeRO-3; use strategy=zeropp or zero3"
+    ],
+    "strategy=zero2 +strategy.config.reduce_bucket_sise=1": [
+        "config.reduce_bucket_sise: DeepSpeed says extra inputs are not permitted; did you mean reduce_bucket_size?"
+    ],
+    "strategy=zero2 strategy.communication_dtype=fp8": ["communication_dtype=fp8: need one of null, fp32, bf16, fp16"],
     "data.workers=-3": ["data.workers=-3", "null for one a core"],
     "forecast=true doctor=true": ["forecast and doctor: each is all that a command does"],
     "trainer.nodes=2": ["trainer.nodes=2", "launch=slurm"],

@@ -131,7 +131,8 @@ class ZeRO:
             _check_keys(given)
         for key in (key for key in given if key.startswith(("zero_hpz", "zero_quantized"))):
             if self.stage != 3 and given[key] not in (False, 1):
-                raise Refusal(f"strategy.config.{key}={given[key]}: ZeRO++ is of ZeRO-3; use strategy=zeropp or zero3")
+                value = str(given[key]).lower()
+                raise Refusal(f"strategy.config.{key}={value}: ZeRO++ is of ZeRO-3; use strategy=zeropp or zero3")
             if given[key] is True and device != "cuda":
                 raise Refusal(f"strategy.config.{key}=true: DeepSpeed quantizes on GPUs only; set it to false")
         if ranks % max(1, self.copies_within):
