@@ -26,9 +26,12 @@ def gathered(parameters: Iterable[nn.Parameter], changed: bool = False) -> Any:
     return deepspeed.zero.GatheredParameters(sharded, modifier_rank=0 if changed else None)
 
 
-def gather_state(model: nn.Module, keep: bool, after: Callable[[], None] = lambda: None) -> dict[str, Tensor]:
-    """The whole state dict on the CPU of the rank that says `keep`; one parameter at a time, so that a sharded model
-    never has to fit one device. Every rank must call it. `after` is called with each of them."""
+def gather_state(
+    model: nn.Module, keep: bool, dtype: torch.dtype | None = None, after: Callable[[], None] = lambda: None
+) -> dict[str, Tensor]:
+    """The whole state dict in the host memory of the rank that says `keep`, in `dtype` where that is given; one
+    parameter at a time, so that a sharded model never has to fit one device. Every rank must call it. `after` is called
+    after each of them."""
     state: dict[str, Tensor] = {}
     copies: dict[int, Tensor] = {}  # a tied table is one tensor under two names, and is saved once
     tensors = dict(model.named_parameters(remove_duplicate=False)) | {
@@ -38,7 +41,8 @@ def gather_state(model: nn.Module, keep: bool, after: Callable[[], None] = lambd
         with gathered([tensor]) if isinstance(tensor, nn.Parameter) else nullcontext():
             if keep:
                 if id(tensor) not in copies:
-                    copies[id(tensor)] = tensor.detach().cpu().clone()
+                    fits = dtype if tensor.is_floating_point() else None
+                    copies[id(tensor)] = tensor.detach().to("cpu", fits or tensor.dtype, copy=True)
                 state[name] = copies[id(tensor)]
         after()
     return state

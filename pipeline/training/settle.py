@@ -48,11 +48,13 @@ class Settled:
 def settle(context: Context, fitted: Fitted) -> None:
     """Publish `<run_dir>/<stage>/`. Every rank calls it; rank 0 does the work once the weights are gathered."""
     watch(context, unit="tensor")
-    state = gather_state(fitted.module.student, keep=fitted.trainer.is_global_zero, after=beat)
+    recipe = fitted.student.recipe
+    plain = recipe.lora is None and recipe.qat is None  # else it is merged or quantized first, in fp32
+    keep, dtype = fitted.trainer.is_global_zero, recipe.saved if plain else None
+    state = gather_state(fitted.module.student, keep, dtype, after=beat)
     unwatch()  # rank 0 takes its time, and the others wait for it
     if fitted.trainer.is_global_zero:
-        recipe = fitted.student.recipe
-        if recipe.lora is None and recipe.qat is None:
+        if plain:
             settled = Settled(fitted.module.student, state)
         else:
             settled = _made_plain(context, fitted, state)
