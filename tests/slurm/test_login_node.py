@@ -11,6 +11,7 @@ import pytest
 from tests.slurm.rehearse import rehearse, status, submit
 from tests.slurm.survive import kept_steps, until
 from tests.slurm.throwaway import NODES, Cluster, log
+from tests.stages.test_record import same_signals
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1200)]
 PRETRAIN = ["only=[pretrain]", "launch.resources.prepare=null"]
@@ -64,3 +65,19 @@ def test_a_job_that_lost_a_node_goes_on_with_the_other(cluster: Cluster, tmp_pat
     (step,) = re.findall(r"goes on at step (\d+)/40", text)
     assert int(step) >= 5
     assert json.loads((tmp_path / "pretrain" / "manifest.json").read_text())["steps"] == 40
+
+
+def test_jobs_of_an_array_share_out_what_is_recorded(cluster: Cluster, tmp_path: Path) -> None:
+    one, several = tmp_path / "one", tmp_path / "several"
+    words = ["teacher=cached", "encoding=top_k", "launch.resources.record.nodes=1"]
+    assert submit(cluster, one, *words, "only=[pretrain,record]").returncode == 0
+    until(lambda: (one / "record" / "manifest.json").exists(), one)
+    asked = [*words, f"teacher.path={one / 'pretrain'}", "only=[record]", "launch.resources.record.jobs=2"]
+    done = submit(cluster, several, *asked)
+    assert done.returncode == 0, done.stdout + done.stderr
+    until(lambda: (several / "record" / "manifest.json").exists(), several)
+    same_signals(several / "record", one / "record")
+    names = [path.name for path in (several / "record").glob("shard-*")]
+    assert names
+    assert not [name for name in names if name.startswith("shard-0000-")]  # the arrays' jobs made all
+    assert len([*(several / "logs" / "record").glob("share-*-of-2/start-0/rank-00000.log")]) == 2
