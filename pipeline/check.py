@@ -18,7 +18,7 @@ from pipeline.building import build, check_kinds, check_settings, refusing
 from pipeline.command_line import OF_RANKS
 from pipeline.config import identity, share
 from pipeline.resources import Resources, check_names, of_preparing, of_stage
-from pipeline.shared import whole
+from pipeline.shared import root
 
 if TYPE_CHECKING:
     from pipeline.context import Context
@@ -265,8 +265,6 @@ def needed(config: dict[str, Any], stages: list[str]) -> list[str]:
     is given needs no pretraining, one that runs beside the student no record."""
     from hydra.utils import get_class
 
-    root = config["run_dir"] if config["share"] is None else whole(Path(config["run_dir"]))
-
     def named(node: Any, folder: str) -> bool:
         if isinstance(node, dict):
             return any(named(value, folder) for value in node.values())
@@ -279,7 +277,7 @@ def needed(config: dict[str, Any], stages: list[str]) -> list[str]:
         except (ImportError, ValueError):
             return True  # refused when it is built, in better words
         others = {key: node for key, node in config["stages"].items() if key != name}
-        return named({**config, "stages": others}, f"{root}/{name}")
+        return named({**config, "stages": others}, f"{root(config)}/{name}")
 
     return [name for name in stages if wanted(name)] or stages
 

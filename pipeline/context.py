@@ -13,7 +13,7 @@ from models.errors import Refusal
 from pipeline.artifact import PLANNED_QUANTIZED, Makes, read_manifest, write_json
 from pipeline.config import share
 from pipeline.provenance import git_commit, versions
-from pipeline.shared import made, whole
+from pipeline.shared import Made, made, root
 from pipeline.training.strategy import Strategy
 
 _CONF = Path(__file__).resolve().parent.parent / "conf"
@@ -54,19 +54,17 @@ class Context:
     @property
     def data_folder(self) -> Path:
         """Prepared sequences, shared by the stages, and by the jobs that share out one."""
-        return (self.run_dir if self.share is None else whole(self.run_dir)) / "work" / "data"
+        return root(self.config) / "work" / "data"
 
     @property
     def share(self) -> tuple[int, int] | None:
         """Of the stage, where several jobs share it out: this one's number, from 1 on, and how many there are."""
         return None if self.config["share"] is None else share(self.config["share"])
 
-    def shares(self) -> list[tuple[Path, dict[str, Any]]]:
-        """What jobs have made of this stage that it can take over, with the manifests."""
-        forced = self.stage in self.config["force"]
-        if self.share is None:
-            return [*made(self.run_dir, self.stage, forced=forced)]
-        return [*made(whole(self.run_dir), self.stage, forced=forced, but=self.run_dir)]
+    def shares(self) -> list[Made]:
+        """What other jobs have made of this stage that it can take over."""
+        forced, by = self.stage in self.config["force"], None if self.share is None else self.run_dir
+        return [*made(root(self.config), self.stage, forced=forced, by=by)]
 
     @property
     def seed(self) -> int:

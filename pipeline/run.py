@@ -12,6 +12,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -45,7 +46,7 @@ def run(config: dict[str, Any], typed: Mapping[str, Sequence[str]], words: Seque
     if config["share"] is not None:
         config = _of_share(config)
         run_dir = Path(config["run_dir"])
-    try:
+    try:  # from here on something is written
         run_folder.check_ours(run_dir)
         with prefork.server(config, selected(config)) as server:
             spec = {"config": config, "stages": selected(config), "typed": typed}
@@ -65,10 +66,9 @@ def _of_share(config: dict[str, Any]) -> dict[str, Any]:
             f"share={config['share']}: with launch=slurm such jobs are submitted by launch.resources.STAGE.jobs=N; "
             f"leave share out"
         )
-    alone = shared.alone(config)
-    if not config["dry_run"]:
-        shared.begin(Path(alone["run_dir"]))
-    return alone
+    if "SLURM_JOB_ID" not in os.environ:
+        submission.refuse_busy(Path(config["run_dir"]))
+    return shared.alone(config)
 
 
 def _forecast(config: dict[str, Any], rows: list[dict[str, Any]]) -> None:
@@ -115,6 +115,8 @@ def _walk(
             return submission.planned(config, jobs, words)
     if "SLURM_JOB_ID" not in os.environ:  # a job is where the run's jobs are
         submission.refuse_busy(run_dir)
+    if config["share"] is not None:
+        shared.begin(run_dir)
     with run_folder.claimed(run_dir) as lock:
         artifact.sweep(run_dir, config["stages"])
         hashes.add(run_folder.hashes(run_dir), answer["hashes"])
@@ -123,6 +125,9 @@ def _walk(
         artifact.write_json(run_dir / "config.json", config)
         if config["only"] is None or not (run_dir / run_folder.PLANNED).exists():
             run_folder.note_plan(run_dir, [*plan])
+        for job in jobs:
+            if job["do"] != "skip":
+                shared.refuse_busy(run_dir, job["stage"])  # all of them before hours go by
         for job in jobs:
             _run_stage(config, job, lock, server)
         if config["share"] is not None:
@@ -270,7 +275,7 @@ def _run_stage(config: dict[str, Any], job: dict[str, Any], lock: int, server: p
     kept, ended = logs.next_start(run_dir, name), work / "ranks" / "ended.json"
     ended.unlink(missing_ok=True)
     ranks, nodes = entry["ranks"], config["trainer"]["nodes"]
-    begin, steps, made = time.monotonic(), steps_of(work), _made_so_far(run_dir, work)
+    begin, steps, made = time.monotonic(), steps_of(work), _made_so_far(config, work)
     modes = [("stage", 1)] if ranks == 1 else [("prepare", 1), ("run", ranks)]
     if config["prepare_only"]:
         modes = [("prepare", 1)]
@@ -289,7 +294,7 @@ def _run_stage(config: dict[str, Any], job: dict[str, Any], lock: int, server: p
         if code == 2:  # refused, and told why
             raise StageFailed("", code)
         if code in (STOPPED, TERMINATED):
-            _end_early(name, work, steps, code, idle=_made_so_far(run_dir, work) == made)
+            _end_early(name, work, steps, code, idle=_made_so_far(config, work) == made)
         if code:
             where = f"{name} ({mode})" if len(modes) > 1 else name
             way_on = "run the same command again to go on from its last checkpoint"
@@ -322,17 +327,18 @@ def _told_of_notice(command: list[str], env: dict[str, str], lock: int) -> int:
     return code
 
 
-def _made_so_far(run_dir: Path, work: Path) -> set[tuple[str, int]]:
+def _made_so_far(config: dict[str, Any], work: Path) -> set[tuple[str, int]]:
     """What a next start of a stage would go on from: files and their sizes, without those that every start writes."""
     own = {BEGUN, "progress.json", artifact.METRICS}
-    folders = [
-        work,
-        run_dir / "work" / "data",
-        *(run_dir / "work" / kind / work.name for kind in (run_folder.SIGNALS, run_folder.ANSWERS)),
-    ]
+    shelves = [work.parent / kind / work.name for kind in (run_folder.SIGNALS, run_folder.ANSWERS)]
+    folders = [work, shared.root(config) / "work" / "data", *shelves]
     files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
     kept = [path for path in files if path.name not in own and path.parent != work / "ranks" and path.name[0] != "."]
-    return {(str(path), path.stat().st_size) for path in kept}
+    found = set()
+    for path in kept:
+        with suppress(FileNotFoundError):  # other jobs prepare text, too
+            found.add((str(path), path.stat().st_size))
+    return found
 
 
 def _end_early(stage: str, work: Path, before: list[int], code: int, *, idle: bool) -> NoReturn:

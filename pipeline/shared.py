@@ -3,20 +3,23 @@
     <run_dir>/work/shares/<stage>/<I>-of-<N>
 
 and makes there what the stage would, of its part of the text. The stage itself, without `share`, takes over what they
-have made, makes what is missing, and removes their folders; their logs it keeps. Loads no torch.
+have made, finished or not, makes what is missing, and removes their folders; their logs it keeps. Loads no torch.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from models.errors import Refusal
+from models.files import read_text
 from pipeline import artifact, hashes, run_folder
 from pipeline.config import selected, share
 
@@ -27,18 +30,20 @@ def alone(config: dict[str, Any]) -> dict[str, Any]:
     """The configuration of a job's share: the run folder is its own, and all else is where it was."""
     given, stages = config["share"], selected(config)
     if len(stages) > 1:
-        raise Refusal(f"share={given}: it is of one stage; add only=[STAGE], one of {', '.join(stages)}")
+        raise Refusal(f"share={given}: it is of one stage, record or generate; add only=[STAGE]")
     asked = share(given)
     assert asked is not None
     run_dir = Path(config["run_dir"])
     run_folder.check_ours(run_dir)
+    if run_folder.busy(run_dir):
+        raise Refusal(f"run_dir={run_dir}: another command is working in it; a share is made before, or after it")
     folder = run_dir / "work" / "shares" / stages[0] / f"{asked[0]}-of-{asked[1]}"
     return {**config, "run_dir": str(folder)}
 
 
 def begin(run_dir: Path) -> None:
-    """Make the folder of a share. What the run knows of the text's and the parents' hashes is known there, too: it may
-    take hours to find out."""
+    """Make the folder of a share. What the run knows of the hashes of files is known there, too: it may take hours to
+    find out."""
     run_folder.mark(whole(run_dir))
     run_folder.mark(run_dir)
     (run_dir / "work").mkdir(exist_ok=True)
@@ -50,6 +55,12 @@ def begin(run_dir: Path) -> None:
 def whole(run_dir: Path) -> Path:
     """The folder of the run whose share is made in `run_dir`."""
     return run_dir.parents[3]
+
+
+def root(config: dict[str, Any]) -> Path:
+    """The run's folder, also where a share of it is made."""
+    run_dir = Path(config["run_dir"])
+    return run_dir if config["share"] is None else whole(run_dir)
 
 
 def folders(run_dir: Path, stage: str) -> list[Path]:
@@ -64,22 +75,58 @@ def folders(run_dir: Path, stage: str) -> list[Path]:
 
 def finished(run_dir: Path, stage: str) -> tuple[int, int] | None:
     """How many of a stage's shares are, and how many there are to be; None where it was not shared out."""
-    if not (found := folders(run_dir, stage)):
+    if not (found := _last(run_dir, stage)):
         return None
-    made = sum(artifact.read_manifest(folder / stage) is not None for folder in found)
-    return made, max(int(folder.name.split("-")[2]) for folder in found)
+    return len(found) - len(unfinished(run_dir, stage)), _number(found[0])
 
 
-def made(run_dir: Path, stage: str, *, forced: bool, but: Path | None = None) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """The artifacts of a stage's shares, each with its manifest. `forced`: those alone that were made by force, as who
-    forces a stage wants nothing that was there before. `but`: for the share made in that folder, and then of another
-    number of shares: the others of its own number have other parts."""
+def unfinished(run_dir: Path, stage: str) -> list[Path]:
+    """The folders of those that were begun, and are not finished."""
+    return [folder for folder in _last(run_dir, stage) if artifact.read_manifest(folder / stage) is None]
+
+
+def _last(run_dir: Path, stage: str) -> list[Path]:
+    """Where a stage was shared out in several numbers, those of the number that was begun last."""
+    found = folders(run_dir, stage)
+    newest = max(found, key=lambda folder: (folder / run_folder.MARKER).stat().st_mtime, default=None)
+    return [folder for folder in found if newest is not None and _number(folder) == _number(newest)]
+
+
+def _number(folder: Path) -> int:
+    return int(folder.name.split("-")[2])
+
+
+@dataclass(frozen=True)
+class Made:
+    """By another job, of the same stage: an artifact, or what an unfinished one has on its shelf."""
+
+    folder: Path
+    manifest: dict[str, Any] | None
+
+
+def made(run_dir: Path, stage: str, *, forced: bool, by: Path | None = None) -> Iterator[Made]:
+    """What the stage may take over, or the share of it that is made in `by`. `forced`: only what was made by force, as
+    who forces a stage wants nothing that was there before."""
+    others = [] if by is None or forced else [run_dir]
     for folder in folders(run_dir, stage):
-        if but is not None and folder.name.split("-")[2] == but.name.split("-")[2]:
-            continue
-        manifest = artifact.read_manifest(folder / stage)
-        if manifest is not None and (not forced or stage in manifest["run_config"]["force"]):
-            yield folder / stage, manifest
+        if by is not None and _number(folder) == _number(by):
+            continue  # itself, and the others of its number, which have other parts
+        if not forced or stage in _forced(folder):
+            others.append(folder)
+    for folder in others:
+        if (manifest := artifact.read_manifest(folder / stage)) is not None:
+            yield Made(folder / stage, manifest)
+        shelf = folder / "work" / run_folder.SIGNALS / stage
+        yield from (Made(part, None) for part in sorted(shelf.glob("*")) if part.is_dir())
+        if (shelf := folder / "work" / run_folder.ANSWERS / stage).is_dir():
+            yield Made(shelf, None)
+
+
+def _forced(folder: Path) -> list[str]:
+    try:
+        return list(json.loads(read_text(folder / "config.json"))["force"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return []
 
 
 def refuse_busy(run_dir: Path, stage: str) -> None:

@@ -102,8 +102,10 @@ def _row(
 ) -> dict[str, Any]:
     work, found = run_dir / "work" / stage, artifact.look(run_dir / stage)
     error, shares = logs.last_error(run_dir, stage), shared.folders(run_dir, stage)
-    errors = [error, *(logs.last_error(folder, stage) for folder in shares if not (folder / stage).exists())]
-    error = next(filter(None, errors), None)
+    for folder in shared.unfinished(run_dir, stage) if error is None else ():
+        if (error := logs.last_error(folder, stage)) is not None:
+            error["log"] = str(logs.starts(folder, stage)[-1])
+            break
     progress = _progress(work)
     saved = checkpoints(work / "checkpoints")
     job = next((each for each in jobs if alive and each["job"] in alive), jobs[-1] if jobs else None)
@@ -236,8 +238,8 @@ def _show(run_dir: Path, rows: Sequence[dict[str, Any]]) -> None:
             where = f", at {error['where']}" if error.get("where") else ""
             said = " ".join(str(error.get("message", "")).split())
             console.print(f"{row['stage']} failed{rank}{where}: {said}", markup=False, highlight=False, soft_wrap=True)
-            if row["log"]:
-                console.print(f"  log: {row['log']}", markup=False, highlight=False, soft_wrap=True)
+            if log := error.get("log") or row["log"]:
+                console.print(f"  log: {log}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _told_of_part(row: dict[str, Any]) -> str:

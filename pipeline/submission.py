@@ -97,7 +97,12 @@ def planned(config: dict[str, Any], verdicts: Sequence[dict[str, Any]], words: S
 def scripts(runs: Sequence[Run]) -> list[tuple[Job, str]]:
     """The job scripts of one run, or of a sweep: then each is a job array with a task for every run. Raises Refusal for
     a sweep whose runs do not have the same jobs."""
-    if len(runs) > 1:  # an array of arrays there is none: in a sweep one job does all of a part of its run
+    if len(runs) > 1:  # an array of arrays there is none: in a sweep one job prepares all of its run
+        if shared := [job for run in runs for job in run.jobs if job.counted == "share"]:
+            raise Refusal(
+                f"launch.resources.{shared[0].stage}.jobs={shared[0].tasks}: the runs of a sweep are tasks of job "
+                f"arrays already; leave it out, or submit the runs one by one, without -m"
+            )
         runs = [replace(run, jobs=[job for job in run.jobs if job.part != "share"]) for run in runs]
     first = runs[0]
     shapes = [[(job.name, job.needs) for job in run.jobs] for run in runs]
@@ -127,7 +132,8 @@ def submit(runs: Sequence[Run]) -> list[dict[str, str]]:
         for job, text in made:
             path = runs[0].folder / FOLDER / f"{job.name}.sbatch"
             write_text(path, text)
-            number = _sbatch(path, told[-1]["job"] if told else None, runs=len(runs), tasks=job.tasks)
+            before = told[-1] if told else None
+            number = _sbatch(path, before, stage=job.stage, part=job.part, runs=len(runs), tasks=job.tasks)
             told.append({"stage": job.stage, "part": job.part, "job": number, "needs": job.needs.told})
     except BaseException:
         if told:
@@ -135,8 +141,8 @@ def submit(runs: Sequence[Run]) -> list[dict[str, str]]:
         raise
     for at, run in enumerate(runs):
         own = [{**each, "job": f"{each['job']}_{at}" if len(runs) > 1 else each["job"]} for each in told]
-        for each in own:
-            each["log"] = str(_log(run.folder, each["stage"], each["job"]))
+        for each, (job, _) in zip(own, made, strict=True):
+            each["log"] = str(_log(run.folder, each["stage"], each["job"] + ("_*" if job.tasks > 1 else "")))
         submitted += own
         now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         artifact.write_json(run.folder / FOLDER / _SUBMITTED, {"submitted": now, "jobs": own})
@@ -186,12 +192,14 @@ def refuse_busy(run_dir: Path) -> None:
         )
 
 
-def _sbatch(path: Path, before: str | None, *, runs: int, tasks: int) -> str:
+def _sbatch(path: Path, before: dict[str, str] | None, *, stage: str, part: str, runs: int, tasks: int) -> str:
     words = ["sbatch", "--parsable", "--kill-on-invalid-dep=yes"]
     # One job of a run folder at a time, whoever submitted it; but the tasks of an array are named alike.
     waits = ["singleton"] if runs == tasks == 1 else []
     if before is not None:
-        waits.append(f"{'aftercorr' if runs > 1 else 'afterok'}:{before}")
+        # Of a stage that jobs share out the stage itself makes what one of them has not.
+        shares = before["stage"] == stage and (before["part"], part) == ("share", "run")
+        waits.append(f"{'afterany' if shares else 'aftercorr' if runs > 1 else 'afterok'}:{before['job']}")
     if waits:
         words.append(f"--dependency={','.join(waits)}")
     done = subprocess.run([*words, str(path)], capture_output=True, text=True)

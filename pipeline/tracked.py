@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from models.errors import Stopped
 from pipeline import artifact
-from pipeline.shared import whole
 
 _SECONDS = 60  # that a tracker has to say why a stage ended; its ranks hold their GPUs meanwhile
 _SECONDS_OF_NOTICE = 10  # and where the job is about to be ended: Slurm kills 30 s after SIGTERM
@@ -31,15 +30,14 @@ def tracker_of(config: dict[str, Any]) -> Any:
 
 def run_name(config: dict[str, Any]) -> str:
     """What its stages are grouped by: its name, and its folder's where that is another one, as in a sweep."""
-    run_dir = Path(config["run_dir"])
-    name, folder = str(config["name"]), (run_dir if config["share"] is None else whole(run_dir)).name
+    name, folder = str(config["name"]), Path(config["run_dir"]).name
     return name if folder == name else f"{name}-{folder}"
 
 
 def of_stage(context: Context) -> dict[str, Any]:
     """What a tracker is called with for a stage."""
     return {
-        "stage": context.stage if context.share is None else f"{context.stage}-{context.run_dir.name}",
+        "stage": context.stage,
         "run_name": run_name(context.config),
         "folder": context.run_dir / "logs" / context.stage,
         "config": context.config,
@@ -50,8 +48,9 @@ def of_stage(context: Context) -> dict[str, Any]:
 @contextmanager
 def tracked(context: Context, before: Callable[[BaseException], int] = lambda _: 1) -> Iterator[None]:
     """Around the work of a stage, on every rank; rank 0 tells. `before` is given the problem of a stage that failed
-    before the tracker is, and says with which status the process is to end."""
-    tracker: Any = tracker_of(context.config) if context.rank == 0 else None
+    before the tracker is, and says with which status the process is to end. Of a share nothing is told: the stage that
+    takes it over has the run."""
+    tracker: Any = tracker_of(context.config) if context.rank == 0 and context.share is None else None
     try:
         yield
     except BaseException as problem:

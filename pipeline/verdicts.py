@@ -12,6 +12,7 @@ from models.files import read_text
 from models.training.saved import checkpoints, damage, step_of
 from pipeline import artifact, run_folder
 from pipeline.config import differences, fingerprint
+from pipeline.shared import root
 
 BEGUN = "stage.json"  # in a stage's work folder: of what and with what values it was begun
 # of the training, between two checkpoints: what neither the order of the data nor the optimizer's state depends on
@@ -75,7 +76,7 @@ def verdict_of(config: dict[str, Any], job: dict[str, Any], busy: set[str]) -> s
     made_here = {
         role
         for role, path in entry["parents"].items()
-        if Path(path).parent == run_dir and Path(path).name in config["stages"]
+        if Path(path).parent == root(config) and Path(path).name in config["stages"]
     }
     stale = any(Path(entry["parents"][role]).name in busy for role in made_here)
     parents = {} if stale else parents_of(config, entry)
@@ -92,8 +93,9 @@ def verdict_of(config: dict[str, Any], job: dict[str, Any], busy: set[str]) -> s
             return "turn"
         if same:
             return "resume"
-    if name in config["force"]:
-        return "redo"
+    of_share = config["share"] is not None
+    if name in config["force"] and not (of_share and finished and name in finished["run_config"]["force"]):
+        return "redo"  # but for a share that was forced already: it waits for the stage, which may take many jobs
     old: dict[str, Any] = finished or started  # type: ignore[assignment]
     changed = differences(old["config"] if finished else old["identity"], told)
     others = set() if stale else other_parents(old)
@@ -101,7 +103,7 @@ def verdict_of(config: dict[str, Any], job: dict[str, Any], busy: set[str]) -> s
         (f"parents.{role}", _short(old["parents"].get(role)), _short(parents.get(role)))
         for role in sorted(others - made_here)
     ]
-    if changed and config["resume"]["mode"] != "overwrite":
+    if changed and config["resume"]["mode"] != "overwrite" and not of_share:  # of which all is kept that still fits
         end = _end_of(told)
         steps = [step for step in steps_of(work) if end is None or step < end] if started else []
         raise Refusal(_differs(run_dir, name, changed, steps))

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from models.errors import NOT_FINITE, STOPPED, NotFinite, Refusal, Stopped, of_storage
-from pipeline import artifact, hashes, logs, run_folder
+from pipeline import artifact, hashes, logs, run_folder, shared
 from pipeline.launch import die_with
 from pipeline.notice import notice
 from pipeline.run_folder import SCRATCH
@@ -44,7 +44,8 @@ def main(arguments: Sequence[str]) -> int:
     rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) if mode == _OF_SEVERAL else 0
     if mode != "check":
         logs.keep(rank)
-    hashes.remember_in(run_folder.hashes(Path(spec["config"]["run_dir"])))
+    for folder in (shared.root(spec["config"]), Path(spec["config"]["run_dir"])):
+        hashes.remember_in(run_folder.hashes(folder))
     context = None
     try:
         if mode == "check":

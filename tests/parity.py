@@ -24,7 +24,10 @@ STRATEGIES = {
     "zero1": ["strategy=zero1"],
     "zero2": ["strategy=zero2"],
     "zero3": ["strategy=zero3", "+strategy.config.stage3_param_persistence_threshold=0"],
-    "ZeRO++ (hpZ)": ["strategy=zero3", "+strategy.config.zero_hpz_partition_size=2"],
+    "ZeRO++ (hpZ)": [
+        *("strategy=zero3", "+strategy.config.stage3_param_persistence_threshold=0"),
+        "+strategy.config.zero_hpz_partition_size=2",
+    ],
     "zero3 offload": ["strategy=zero3_offload", "+strategy.config.stage3_param_persistence_threshold=0"],
 }
 BOUND = 1e-4  # of both; in fp32 they are some 1e-6

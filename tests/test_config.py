@@ -544,7 +544,7 @@ MISTAKES = {
     "strategy=zero2 +strategy.config.reduce_bucket_sise=1": [
         "config.reduce_bucket_sise: DeepSpeed says extra inputs are not permitted; did you mean reduce_bucket_size?"
     ],
-    "strategy=zero2 strategy.communication_dtype=fp8": ["communication_dtype=fp8: need one of null, fp32, bf16, fp16"],
+    "strategy=zero2 strategy.communication_dtype=fp8": ["communication_dtype=fp8: need one of null, fp32, bf16"],
     "data.workers=-3": ["data.workers=-3", "null for one a core"],
     "forecast=true doctor=true": ["forecast and doctor: each is all that a command does"],
     "trainer.nodes=2": ["trainer.nodes=2", "launch=slurm"],

@@ -495,7 +495,7 @@ def _is_told_or_harmless(run_dir: Path, config: dict[str, Any], plan: dict[str, 
 
 
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("changes", [3, pytest.param(60, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("changes", [6, pytest.param(60, marks=pytest.mark.slow)])
 def test_no_change_of_any_file_of_an_unfinished_stage_goes_unseen(
     finished: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], changes: int
 ) -> None:

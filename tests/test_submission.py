@@ -228,7 +228,10 @@ def test_a_stage_that_asks_a_teacher_is_shared_out_by_an_array_of_jobs(trainer: 
     assert "--array" not in " ".join(options(other))
     assert "share=2/3" in run_script(text, tmp_path, SLURM_ARRAY_TASK_ID="2").stdout
     assert "share=" not in run_script(other, tmp_path).stdout
-    assert [job.name for job, _ in scripts([run, run])] == ["record.prepare", "record"]
+    with pytest.raises(
+        Refusal, match=r"launch\.resources\.record\.jobs=3: the runs of a sweep are tasks of job arrays"
+    ):
+        scripts([run, run])
 
 
 def test_without_sbatch_a_run_is_refused_before_anything_is_written(tmp_path: Path) -> None:

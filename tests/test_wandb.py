@@ -306,9 +306,8 @@ def test_the_closing_table_is_a_run_of_its_own_in_the_same_group(tmp_path: Path)
 
 
 def test_runs_of_one_name_in_several_folders_are_groups_of_their_own() -> None:
-    assert run_name({"name": "demo", "run_dir": "runs/demo", "share": None}) == "demo"
-    assert run_name({"name": "demo", "run_dir": "runs/sweep/a1", "share": None}) == "demo-a1"
-    assert run_name({"name": "demo", "run_dir": "runs/demo/work/shares/record/2-of-8", "share": "2/8"}) == "demo"
+    assert run_name({"name": "demo", "run_dir": "runs/demo"}) == "demo"
+    assert run_name({"name": "demo", "run_dir": "runs/sweep/a1"}) == "demo-a1"
 
 
 # --- sweeps --------------------------------------------------------------------------------------------------------

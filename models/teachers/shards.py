@@ -6,6 +6,7 @@ whenever it is read; the index, and what a file says of its tensors, have one th
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 import zlib
@@ -108,6 +109,13 @@ class Shard:
         if _checksum(self.keys_P2[place].tobytes(), parts) != self.checksums_P[place]:
             raise self._damaged()
         return parts
+
+    @property
+    def name_by_content(self) -> str:
+        """The same of the same pieces, and not one that a writer gives."""
+        told = hashlib.sha256(self.keys_P2.tobytes())
+        told.update(self.checksums_P.tobytes())
+        return f"shard-of-{told.hexdigest()[:24]}.safetensors"
 
     def verify(self) -> None:
         """Every piece; a damaged one is refused with the shard's name."""

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from models.errors import Refusal
 from models.files import written_aside
 from models.generation import Answer
+from pipeline.data.answer_files import ANSWERS, DROPPED
 
 _FLUSH_SECONDS = 300.0
 AT_ONCE = 1000  # prompts, or answers, in memory
@@ -65,6 +66,12 @@ class Found:
     def __getitem__(self, key: tuple[str, int]) -> dict[str, Any]:
         answer: dict[str, Any] = self.table.slice(self.places[key], 1).to_pylist()[0]
         return answer
+
+
+def answers_in(folder: Path) -> list[Path]:
+    """The files of all answers that a result of the stage holds, or its shelf while it is unfinished."""
+    whole = [path for name in (ANSWERS, DROPPED) if (path := folder / name).exists()]
+    return whole or sorted(folder.glob("shard-*.parquet"))
 
 
 def _read(path: Path) -> pa.Table:

@@ -36,6 +36,8 @@ def forecast_of(context: Context, workload: Workload) -> Json:
 
 def _trains(context: Context, trains: Trains, place: Place) -> Json:
     trainer = context.config["trainer"]
+    if isinstance(context.strategy, ZeRO):
+        context.strategy.check("cuda" if place.cuda else "cpu", place.gpus)
     memory_mb = trainer["objective_memory_mb"]
     recorded = (context.config["encoding"] or {}).get("k", RECORDED)
     traces = Traces(trains, "cuda" if place.cuda else "cpu", None if memory_mb is None else memory_mb * 2**20, recorded)

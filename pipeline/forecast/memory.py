@@ -66,14 +66,17 @@ def held(strategy: Strategy, step: Step, teacher: TeacherHeld, *, ranks: int, ac
         made = _whole(step, reduces=isinstance(strategy, DDP))
     else:
         raise Refusal(f"strategy={type(strategy).__name__}: forecast=true knows single, ddp and zero1 to zero3")
-    return _with_teacher(made, teacher, ranks, sharded=isinstance(strategy, ZeRO) and strategy.stage == 3)
+    if isinstance(strategy, ZeRO) and strategy.stage == 3:
+        return _with_teacher(made, teacher, ranks, sharded=True, copies=strategy.copies_within)
+    return _with_teacher(made, teacher, ranks, sharded=False, copies=1)
 
 
-def _with_teacher(made: Held, teacher: TeacherHeld, ranks: int, sharded: bool) -> Held:
+def _with_teacher(made: Held, teacher: TeacherHeld, ranks: int, sharded: bool, copies: int) -> Held:
     whole, host = teacher.bytes, made.host
+    copied = math.ceil(whole / copies) if copies > 1 and not teacher.sharded and not teacher.packed else 0
     if (sharded or teacher.sharded) and not teacher.packed:
         share = math.ceil(whole / ranks)
-        whole = (0 if teacher.offloaded else share) + teacher.largest
+        whole = (0 if teacher.offloaded else share) + copied + teacher.largest
         host += share if teacher.offloaded else 0
     return Held({**made.device, "teacher": made.device.get("teacher", 0) + whole}, host)
 
@@ -129,7 +132,7 @@ def _sharded(strategy: ZeRO, step: Step, ranks: int, accumulates: bool, cuda: bo
     bucket = width * _number(strategy, "reduce_bucket_size")
     states, sums = _FP32 * share + _states(step, ranks), _FP32 * share
     parameters, host = math.ceil(weights / ranks), 0
-    copies = math.ceil(width * step.trained / strategy.copies_within) if strategy.copies_within > 1 else 0
+    copies = math.ceil(weights / strategy.copies_within) if strategy.copies_within > 1 else 0
     if strategy.offload_parameters:
         parameters, host = 0, parameters
     if strategy.offload_optimizer:

@@ -18,8 +18,7 @@ from models.load import empty_model, load_config, parameter_count
 from models.teachers.teacher import Source
 from pipeline import artifact, run_folder
 from pipeline.context import Context
-from pipeline.data.answer_files import ANSWERS, DROPPED
-from pipeline.data.answer_shards import Found, Shards
+from pipeline.data.answer_shards import Found, Shards, answers_in
 from pipeline.data.filters import Filter, code_key
 from pipeline.data.rendering import tokenizer_of
 from pipeline.data.source import SPLITS, DataSource, check_source, source_key
@@ -165,10 +164,10 @@ class Generate(Stage):
         # Answers are found again by their provenance, whatever else has changed.
         shards = self._shelf(context).open(context)
         counts = self._write_prompts(context, tokenizer, header, self._room(config))
-        earlier = [folder for folder, _ in context.shares()]
+        earlier = [made.folder for made in context.shares()]
         if context.stage not in context.config["force"] and artifact.read_manifest(context.out) is not None:
             earlier.append(context.out)
-        adopted = [str(path) for old in earlier for name in (ANSWERS, DROPPED) if (path := old / name).exists()]
+        adopted = [str(path) for old in earlier for path in answers_in(old)]
         # Not by each rank for itself: one could already have written what another then finds.
         there = Found(shards, adopted)
         keys = keys_of(context.work) if context.share is None else self._shared_out(context)

@@ -27,7 +27,7 @@ from pipeline.planned import architecture_of, teacher_config, text_bytes
 from pipeline.run_folder import SIGNALS
 from pipeline.stages.stage import Makes, Stage
 from pipeline.stages.stage import Plan as StagePlan
-from pipeline.steps.recording import Recording, adopt, outstanding
+from pipeline.steps.recording import Recording, adopt, fits, outstanding
 from pipeline.steps.serving import check_server
 from pipeline.steps.shelf import Shelf, link
 from pipeline.training.settings import check_length, check_packing
@@ -131,8 +131,9 @@ class Record(Stage):
         write_header(shards, header)
         if context.stage not in context.config["force"]:
             adopt(context.out, shards, header)
-        for made, manifest in context.shares():
-            adopt(made, shards, header, making=manifest["attempt"][:8])
+        taken = [made for made in context.shares() if fits(made.folder, header)]
+        for made in taken:
+            adopt(made.folder, shards, header, others=True)
         left = outstanding(sequences, header, shards, context.share)
         artifact.write_json(
             context.work / "prepared.json",
@@ -143,6 +144,11 @@ class Record(Stage):
                 "pieces": left.pieces,
                 "tokens": left.tokens,
                 "statistics": statistics,
+                "taken": [
+                    {"seconds": made.manifest["seconds"], "server": made.manifest["metrics"].get("server")}
+                    for made in taken
+                    if made.manifest is not None
+                ],
             },
         )
 
@@ -219,9 +225,9 @@ class Record(Stage):
             {
                 **context.manifest(self.makes),
                 "tokens": prepared["tokens"],
-                "seconds": round(seconds, 3),
+                "seconds": round(seconds + sum(each["seconds"] for each in prepared["taken"]), 3),
                 "metrics": {
-                    **self._of_server(context),
+                    **self._of_server(context, prepared["taken"]),
                     "encoding": header.encoding,
                     "pieces": prepared["pieces"],
                     "bytes_per_token": stored / max(1, prepared["tokens"]),
@@ -233,15 +239,14 @@ class Record(Stage):
         )
         self._shelf(context).clear()
 
-    def _of_server(self, context: Context) -> dict[str, Any]:
-        """What was proved of the server that was asked last; where jobs have asked for all, of one of theirs."""
+    def _of_server(self, context: Context, taken: list[dict[str, Any]]) -> dict[str, Any]:
+        """What was proved of the server that was asked last; where other jobs have asked for all, of one of theirs."""
         if self.teacher.server is None:
             return {}
         proved = context.work / PROVED
         if proved.exists():
             return {"server": json.loads(proved.read_text())}
-        told = (manifest["metrics"]["server"] for _, manifest in context.shares())
-        return {"server": next(filter(None, told), None)}
+        return {"server": next(filter(None, (each["server"] for each in taken)), None)}
 
     def _shelf(self, context: Context) -> Shelf:
         return Shelf(context.work.parent / SIGNALS / context.stage)

@@ -18,7 +18,7 @@ from models.load import DTYPES, attention_for, load_config
 from models.objectives.head import Head
 from models.objectives.representation import Wanted
 from models.objectives.signal import Dense, Signal
-from models.teachers.cache import HEADER, Cache, Header, read_header, save_head
+from models.teachers.cache import Cache, Header, read_header, save_head
 from models.teachers.encodings.encoding import Encoding
 from models.teachers.encodings.fidelity import fidelities
 from models.teachers.encodings.top_k import TopK
@@ -38,23 +38,32 @@ from pipeline.training.strategy import prepare_environment
 _FLUSH_SECONDS = 300.0
 
 
-def adopt(old: Path, shards: Path, header: Header, making: str = "") -> None:
+def fits(made: Path, header: Header) -> bool:
+    """Whether it holds shards of this signal."""
+    try:
+        return read_header(made) == header
+    except Refusal:
+        return False
+
+
+def adopt(old: Path, shards: Path, header: Header, others: bool = False) -> None:
     """Link the shards that an earlier result holds of the same signal, even if the text is another or a shard is lost.
 
-    Every piece of them is verified, so that a damaged shard is left behind. `making`: tells apart the shards of results
-    that name theirs alike.
+    Every piece of them is verified, so that a damaged shard is left behind. `others`: made by other jobs, which name
+    theirs alike; here they are named by what they hold, so that whoever takes them over from several has them once.
     """
-    if not (old / HEADER).exists() or read_header(old) != header:
+    if not fits(old, header):
         return
     for path in sorted(old.glob("shard-*.safetensors")):
-        target = shards / path.name.replace("shard-", f"shard-{making}.", 1) if making else shards / path.name
-        if target.exists():
+        if not others and (shards / path.name).exists():
             continue
         try:
-            Shard(path).verify()
+            (shard := Shard(path)).verify()
         except Refusal:
             continue
-        link(path, target)
+        target = shards / (shard.name_by_content if others else path.name)
+        if not target.exists():
+            link(path, target)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Protocol
 from models.errors import Refusal
 from pipeline.config import nearest
 
-_COMMUNICATED = (None, "fp32", "bf16", "fp16")
+_COMMUNICATED = (None, "fp32", "bf16")
 
 
 class Strategy(Protocol):
@@ -127,10 +127,12 @@ class ZeRO:
         if self.communication_dtype not in _COMMUNICATED:
             names = ", ".join(str(name or "null") for name in _COMMUNICATED)
             raise Refusal(f"strategy.communication_dtype={self.communication_dtype}: need one of {names}")
+        if "stage" in given:
+            raise Refusal(f"strategy.config.stage={given['stage']}: choose strategy=zero1, zero2 or zero3 instead")
         if given:
             _check_keys(given)
         for key in (key for key in given if key.startswith(("zero_hpz", "zero_quantized"))):
-            if self.stage != 3 and given[key] not in (False, 1):
+            if self.stage != 3 and given[key] is not False and (given[key] is True or given[key] != 1):
                 value = str(given[key]).lower()
                 raise Refusal(f"strategy.config.{key}={value}: ZeRO++ is of ZeRO-3; use strategy=zeropp or zero3")
             if given[key] is True and device != "cuda":

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pyarrow.parquet as pq
 import pytest
 
 from models.errors import Refusal
-from pipeline import run_folder, shared
+from models.teachers.cache import Cache
+from pipeline import run_folder, shared, verdicts
 from pipeline.artifact import content_hash
 from pipeline.building import build
 from pipeline.check import check
 from pipeline.config import selected
 from pipeline.context import Context
+from pipeline.generation.model import answered_here
 from pipeline.status import status
 from tests import staged
 from tests.command import start, train
@@ -37,6 +41,7 @@ GENERATE = [
 def make(run_dir: Path, *words: str) -> Path:
     """What one job makes, in this process."""
     config = staged.composed(run_dir, *words)
+    run_folder.mark(run_dir)
     if config["share"] is not None:
         config = shared.alone(config)
         shared.begin(Path(config["run_dir"]))
@@ -94,18 +99,58 @@ def test_the_stage_makes_what_a_share_has_not(words: list[str], recorded: Path, 
     share = make(tmp_path / "run", *words, "share=2/3")
     whole = make(tmp_path / "run", *words)
     same_signals(whole, recorded)
-    of_share = {path.stat().st_ino for path in share.glob("shard-*")}
-    of_whole = {path.stat().st_ino for path in whole.glob("shard-*")}
-    assert of_share
-    assert of_share < of_whole
+    assert inodes(share)
+    assert {*inodes(share)} < {*inodes(whole)}
+    assert manifest(whole)["seconds"] > manifest(share)["seconds"]  # which are counted
 
 
-def test_shares_of_another_number_are_taken_over_by_shares(words: list[str], tmp_path: Path) -> None:
-    half = make(tmp_path / "run", *words, "share=1/2")
-    quarter = make(tmp_path / "run", *words, "share=1/4")
-    assert {path.stat().st_ino for path in quarter.glob("shard-*")} == {
-        path.stat().st_ino for path in half.glob("shard-*")
-    }
+def inodes(folder: Path) -> list[int]:
+    return sorted(path.stat().st_ino for path in folder.glob("shard-*"))
+
+
+def test_shares_of_another_number_and_the_stage_take_over_each_shard_once(
+    words: list[str], recorded: Path, tmp_path: Path
+) -> None:
+    halves = [make(tmp_path / "run", *words, f"share={number}/2") for number in (1, 2)]
+    quarters = [make(tmp_path / "run", *words, f"share={number}/4") for number in (1, 2)]
+    made = sorted(inodes(halves[0]) + inodes(halves[1]))
+    assert [inodes(quarter) for quarter in quarters] == [made, made]
+    whole = make(tmp_path / "run", *words)
+    assert inodes(whole) == made
+    assert len(Cache(whole)) == len(Cache(recorded))
+    assert shared.finished(tmp_path / "run", "record") == (2, 4)
+
+
+def stopped(run_dir: Path, *words: str) -> Path:
+    """A share that was killed once it had made everything, before it was published."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipeline.artifact.publish", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            make(run_dir, *words)
+    return shared.folders(run_dir, "generate" if "only=[generate]" in words else "record")[-1]
+
+
+def test_what_an_unfinished_share_has_recorded_is_taken_over(words: list[str], recorded: Path, tmp_path: Path) -> None:
+    left = stopped(tmp_path / "run", *words, "share=1/2")
+    [shelf] = (left / "work" / "signals" / "record").glob("*")
+    assert inodes(shelf)
+    assert shared.finished(tmp_path / "run", "record") == (0, 2)
+    whole = make(tmp_path / "run", *words)
+    assert {*inodes(shelf)} < {*inodes(whole)}
+    same_signals(whole, recorded)
+
+
+def test_a_share_takes_over_what_the_run_has(words: list[str], tmp_path: Path) -> None:
+    whole = make(tmp_path / "run", *words)
+    share = make(tmp_path / "run", *words, "share=1/2")
+    assert inodes(share) == inodes(whole)
+
+
+def test_a_share_of_another_signal_is_none_of_the_stages(words: list[str], recorded: Path, tmp_path: Path) -> None:
+    make(tmp_path / "run", *words, "share=1/1", "encoding.k=7")
+    whole = make(tmp_path / "run", *words)
+    same_signals(whole, recorded)
+    assert [path.name[:11] for path in whole.glob("shard-*")] == ["shard-0000-"] * len(inodes(whole))
 
 
 def test_more_jobs_than_sequences_are_no_fault(words: list[str], tmp_path: Path) -> None:
@@ -117,8 +162,28 @@ def test_who_forces_a_stage_takes_over_only_what_was_forced(words: list[str], tm
     run_dir = tmp_path / "run"
     make(run_dir, *words, "share=1/2")
     make(run_dir, *words, "share=2/2", "force=[record]")
+    for folder in shared.folders(run_dir, "record"):  # as the command writes it
+        force = ["record"] if folder.name == "2-of-2" else []
+        (folder / "config.json").write_text(json.dumps({"force": force}))
     made = [shared.made(run_dir, "record", forced=forced) for forced in (False, True)]
-    assert [[folder.parent.name for folder, _ in each] for each in made] == [["1-of-2", "2-of-2"], ["2-of-2"]]
+    assert [[each.folder.parent.name for each in some] for some in made] == [["1-of-2", "2-of-2"], ["2-of-2"]]
+
+
+def test_a_forced_share_that_is_finished_waits_and_one_of_other_values_is_made_again(
+    words: list[str], tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+
+    def verdict(*more: str) -> str:
+        config = shared.alone(staged.composed(run_dir, *words, "share=1/2", *more))
+        entry = check({"config": config, "stages": ["record"]})["plan"][0]
+        return str(verdicts.jobs_of(config, {"record": entry})[0]["do"])
+
+    assert verdict("force=[record]") == "start"
+    done = train(f"run_dir={run_dir}", *words, "share=1/2", "force=[record]")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (verdict("force=[record]"), verdict()) == ("skip", "skip")
+    assert verdict("encoding.k=7") == "redo"  # no refusal: of the old ones all is kept that still fits
 
 
 def test_a_stage_waits_for_jobs_that_make_shares_of_it(words: list[str], tmp_path: Path) -> None:
@@ -128,6 +193,8 @@ def test_a_stage_waits_for_jobs_that_make_shares_of_it(words: list[str], tmp_pat
     with run_folder.claimed(folder):
         refused = train(f"run_dir={run_dir}", *words)
         [row] = status(run_dir)
+        busy = train(f"run_dir={run_dir}", *words, "share=2/2")
+    assert "another command is working in it" in busy.stderr
     assert refused.returncode == 2
     told = "record: jobs with share=2/2 are working on it; run the same command again when they have ended"
     assert told in refused.stderr
@@ -154,6 +221,20 @@ def test_shares_ask_a_server_each(words: list[str], servers: list[ServerProcess]
     assert not list(whole.glob("shard-0000-*"))
 
 
+def patched_todo(run_dir: Path, *words: str) -> set[tuple[str, int]]:
+    """The answers that the stage itself asks for."""
+    asked = set()
+
+    def seen(context: Context, source: Any, request: Any, batch_size: int) -> int:
+        asked.update((key, sample) for key, samples in request.todo.items() for sample in samples)
+        return answered_here(context, source, request, batch_size)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipeline.stages.generate.answered_here", seen)
+        make(run_dir, *words)
+    return asked
+
+
 def answers(folder: Path) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = pq.read_table(folder / "answers.parquet").to_pylist()
     return rows
@@ -170,6 +251,11 @@ def test_what_jobs_generate_side_by_side_is_what_one_generates(teacher: Path, tm
     assert of_whole.pop("tokens_per_second") is None  # the stage itself has made nothing
     assert of_one.pop("tokens_per_second") > 0
     assert of_whole == of_one
+    left = stopped(tmp_path / "left", *words, "share=1/2") / "work" / "answers" / "generate"
+    kept = {(row["provenance"], row["sample"]) for path in left.glob("*") for row in pq.read_table(path).to_pylist()}
+    assert kept == keys[0]
+    seen = patched_todo(tmp_path / "left", *words)
+    assert seen == keys[1]
     assert not keys[0] & keys[1]
     assert min(map(len, keys)) > 0
     assert len(keys[0] | keys[1]) == of_whole["prompts"]
@@ -179,7 +265,7 @@ def test_what_jobs_generate_side_by_side_is_what_one_generates(teacher: Path, tm
     ("words", "told"),
     [
         (["share=3/2", "only=[record]"], "share=3/2: need the job's number and how many there are, as 1/16"),
-        (["share=1/2"], "share=1/2: it is of one stage; add only=[STAGE], one of pretrain, record, distill"),
+        (["share=1/2"], "share=1/2: it is of one stage, record or generate; add only=[STAGE]"),
         (["share=1/2", "only=[pretrain]"], "share=1/2: pretrain is not shared out; leave share out"),
         (
             ["share=1/2", "only=[record]", "prepare_only=true"],
@@ -192,6 +278,7 @@ def test_a_share_is_refused_in_a_line(words: list[str], told: str, tmp_path: Pat
         config = shared.alone(staged.composed(tmp_path, "+experiment=quickstart", *RECORD[:-1], *words))
         check({"config": config, "stages": selected(config)})
     assert told in str(refused.value)
+    assert not [*tmp_path.iterdir()]
 
 
 def test_a_share_is_not_submitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

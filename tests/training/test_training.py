@@ -162,6 +162,14 @@ def test_weights_held_a_second_time_for_the_backward_pass_learn_the_same(referen
     assert not two_ranks["zero3"]["copied"]
 
 
+@pytest.mark.slow
+def test_each_of_two_nodes_holds_the_weights_a_second_time(folder: Path, reference: Any) -> None:
+    scenario = Scenario("four-copies", "zero3", micro_batch=2, copies=2)
+    found = on_ranks(4, [scenario], folder)["four-copies"]
+    assert_same(found, reference)
+    assert found["copied"]
+
+
 def test_gradients_summed_in_bf16_are_rounded(reference: Any, two_ranks: Any) -> None:
     norms = [step["grad_norm"] for step in two_ranks["zero2-bf16-sums"]["metrics"]]
     exact = [step["grad_norm"] for step in reference["metrics"]]
