@@ -206,7 +206,7 @@ def test_killed_between_two_stages_the_finished_one_is_skipped(tmp_path: Path, a
     artifact.write_json(work / "stage.json", {"attempt": attempt, "identity": settings, "parents": {}, "restart": 0})
     plan = {"parents": {}, "commits": {}, "content": "", "data": None}
     job = {"stage": "distill", "identity": settings, "fingerprint": "", "plan": plan}
-    config = {"run_dir": str(tmp_path), "stages": {"distill": {}}, "force": [], "resume": RESUME}
+    config = {"run_dir": str(tmp_path), "stages": {"distill": {}}, "force": [], "share": None, "resume": RESUME}
     assert verdicts.verdict_of(config, job, set()) == verdict
 
 

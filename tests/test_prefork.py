@@ -20,10 +20,10 @@ CPU: dict[str, Any] = {"trainer": {"accelerator": "cpu"}, "stages": {}}
 
 
 LEAST: dict[str, Any] = {
-    **{"stages": {}, "order": [], "run_dir": "r", "model": None, "dry_run": True, "show_data": 0, "prepare_data": None},
+    **{"stages": {}, "order": [], "run_dir": "r", "model": None, "dry_run": True, "show_data": 0},
     "launch": {"_target_": "pipeline.launch.Local"},
     "forecast": {"show": False},
-    "prepare_only": False,
+    **dict.fromkeys(("prepare_only", "prepare_data", "share")),
 }
 
 

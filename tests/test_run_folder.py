@@ -55,6 +55,7 @@ def _verdicts(run_dir: Path, **words: Any) -> dict[str, str]:
         "run_dir": str(run_dir),
         "stages": {"distill": {}, "prune": {}},
         "force": [],
+        "share": None,
         "resume": RESUME,
         **words,
     }
@@ -366,7 +367,8 @@ BEGUN = {"training": {"optimizer": {"lr": 1.0}, "max_steps": 9}, "objective": {"
 def _turned(run_dir: Path, told: dict[str, Any], **resume: Any) -> Any:
     """What a command with these values would do with the unfinished distill."""
     job = {"stage": "distill", "identity": told, "plan": {"parents": {}, "commits": {}, "content": ""}}
-    config = {"run_dir": str(run_dir), "stages": {"distill": {}}, "force": [], "resume": {**RESUME, **resume}}
+    config = {"run_dir": str(run_dir), "stages": {"distill": {}}, "force": [], "share": None}
+    config["resume"] = {**RESUME, **resume}
     return verdicts.verdict_of(config, job, set()), verdicts.turn_of(
         config, verdicts.begun(run_dir / "work/distill"), told
     )
