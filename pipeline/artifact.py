@@ -258,7 +258,7 @@ def _hashes(path: Path, cache: Path | None) -> dict[str, str]:
 
 def known_hash(path: Path, known: dict[str, Any]) -> str:
     """The sha256 of a file, by what a cache knows; what it does not is read, and then known."""
-    key, stamp, now = str(path.resolve()), _stamp(path), time.time_ns()
+    key, stamp, now = os.path.realpath(path), _stamp(path), time.time_ns()
     before = known.pop(key, None)
     digest: str = before[1] if before and before[0] == stamp else _sha256(path)
     if _settled(stamp, now):

@@ -59,6 +59,7 @@ def figures(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_the_last_line_is_one_json_object_with_the_figures() -> None:
     found = figures(distillation_step("--quick", "--sides=ours", *TINY))
     assert set(found) == {"ours", "device", "settings"}

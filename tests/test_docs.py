@@ -93,7 +93,13 @@ OTHERS = [(name, words) for name, words in EVERY if of_train(words) is None]
 FLAGS = {"--cfg", "job", "--help", "-m", "--shell-completion"}
 
 
-@pytest.mark.parametrize(("name", "words"), TRAIN, ids=[f"{n}: {' '.join(w)}"[:150] for n, w in TRAIN])
+def _command(name: str, words: list[str]) -> Any:
+    """The README's in every run of the tests, those of the guides in the long one."""
+    marks = () if name.startswith(("README", "docs/start")) else pytest.mark.slow
+    return pytest.param(name, words, id=f"{name}: {' '.join(words)}"[:150], marks=marks)
+
+
+@pytest.mark.parametrize(("name", "words"), [_command(*each) for each in TRAIN])
 def test_every_command_composes_and_builds_its_stages(
     name: str, words: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -49,6 +49,7 @@ def opened(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder)
 
 
+@pytest.mark.slow
 def test_a_student_is_distilled_on_conversations(folder: Path) -> None:
     template = ROOT / "examples" / "chat.jinja"
     words = ["student.keep=1", f"data.chat_template={template}", "stages.distill.training.max_steps=3", *SHORT]

@@ -288,6 +288,7 @@ def run(copy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_two_new_files_each_are_enough_for_a_run_with_all_six(run: Path) -> None:
     made = {path.parent.name: json.loads(path.read_text()) for path in run.glob("*/manifest.json")}
     assert set(made) == {"pretrain", "distill", "scratch", "average", "prune", "quantize", "export"}

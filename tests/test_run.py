@@ -158,6 +158,7 @@ def test_what_only_the_machine_notices_is_no_reason_to_refuse(finished: Path) ->
     assert done.stdout.count("finished, skipped") == 4
 
 
+@pytest.mark.slow
 def test_overwrite_redoes_the_stage_that_changed_and_those_after_it(finished: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "copy"
     shutil.copytree(finished, run_dir)
@@ -169,6 +170,7 @@ def test_overwrite_redoes_the_stage_that_changed_and_those_after_it(finished: Pa
     assert old["parents"]["distill"] != new["parents"]["distill"]
 
 
+@pytest.mark.slow
 def test_force_and_a_selection_of_stages(finished: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "copy"
     shutil.copytree(finished, run_dir)
@@ -311,7 +313,7 @@ BETWEEN = {
 }
 
 
-@pytest.mark.parametrize("moment", BETWEEN)
+@pytest.mark.parametrize("moment", ["two stages", pytest.param([*BETWEEN][1], marks=pytest.mark.slow)])
 def test_a_command_killed_between_two_stages_goes_on_with_the_second(
     finished: Path, tmp_path: Path, moment: str
 ) -> None:
@@ -398,6 +400,7 @@ def test_a_training_is_taken_up_from_an_earlier_checkpoint_with_another_learning
     assert "distill: finished, skipped" in train(*turn).stdout
 
 
+@pytest.mark.slow
 def test_a_training_that_ended_with_nan_is_told_another_way_on_than_the_same_command(tmp_path: Path) -> None:
     words = [f"run_dir={tmp_path / 'run'}", *SMALL, "stages=[pretrain]", "trainer.accelerator=cpu"]
     high = [*words, "stages.pretrain.training.optimizer.lr=1e30", "stages.pretrain.training.schedule.warmup_steps=0"]

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from uuid import uuid4
 
+import pytest
+
 from pipeline import logs
 from tests.command import ENVIRONMENT, ROOT, train
 
@@ -39,6 +41,7 @@ def test_a_rank_that_a_signal_ended_is_named(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (1, "error: rank 1 was ended by SIGKILL\n")
 
 
+@pytest.mark.slow
 def test_ranks_of_another_launcher_around_the_command_are_not_its_own() -> None:
     """As accelerate and Kubernetes jobs export them."""
     done = train("stages.pretrain.training.max_steps=0", WORLD_SIZE="2", RANK="1")

@@ -312,6 +312,7 @@ def test_two_ranks_keep_the_zeros_that_one_keeps(strategy: str, words: list[str]
         torch.testing.assert_close(weights(two)[name], tensor, rtol=0, atol=1e-5, msg=name)
 
 
+@pytest.mark.slow
 def test_the_report_counts_zeros_and_says_what_they_are_good_for(made: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(made, run)

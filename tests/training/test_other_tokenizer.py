@@ -58,6 +58,7 @@ def test_a_student_of_other_tokens_learns_span_by_span(models: dict[str, Path], 
     assert len(losses(tmp_path)) == 6
 
 
+@pytest.mark.slow
 def test_with_identical_tokenizers_spans_change_nothing(models: dict[str, Path], tmp_path: Path) -> None:
     for name, align in (("shared", "false"), ("aligned", "true")):
         done = distil(models, "teacher", tmp_path / name, f"stages.distill.align={align}", "objective.alpha=0.9")
