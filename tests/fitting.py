@@ -58,7 +58,7 @@ class Scenario:
     dropout: float = 0.0
     activation_checkpointing: bool = False
     side: str = "right"
-    clip: float = 0.5
+    clip: float = 0.1  # of gradients of some 0.2
     checkpoint_at: int | None = None  # save a checkpoint there, into `folder`
     resume: bool = False
     resume_from: str = ""  # the scenario that left the checkpoint, where it is another one

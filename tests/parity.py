@@ -24,7 +24,7 @@ STRATEGIES = {
     "zero1": ["strategy=zero1"],
     "zero2": ["strategy=zero2"],
     "zero3": ["strategy=zero3", "+strategy.config.stage3_param_persistence_threshold=0"],
-    "ZeRO++ (hpZ)": [
+    "zero3 hpZ": [
         *("strategy=zero3", "+strategy.config.stage3_param_persistence_threshold=0"),
         "+strategy.config.zero_hpz_partition_size=2",
     ],

@@ -209,11 +209,18 @@ class LanguageModel(pl.LightningModule):
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
+        if self._engine is not None:
+            return  # it clips whole steps; here, after every micro-batch, ZeRO-1 has the sum so far of this rank alone
         self.gradient_norm = torch.nn.utils.clip_grad_norm_(
             self.trained(),
             gradient_clip_val or float("inf"),
         )
         self._check_gradient(self.gradient_norm, self.trainer.global_step)
+
+    @property
+    def _engine(self) -> Any:
+        """DeepSpeed's, where it trains."""
+        return getattr(self.trainer.strategy, "deepspeed_engine", None)
 
     def _check_gradient(self, norm: Any, step: int) -> None:
         if norm is not None and not math.isfinite(float(norm)):
@@ -238,8 +245,7 @@ class LanguageModel(pl.LightningModule):
 
     def _close_step(self, step: int) -> None:
         """Leave the step's numbers, summed over ranks, in `step_metrics` for whoever watches."""
-        engine = getattr(self.trainer.strategy, "deepspeed_engine", None)
-        norm = engine.get_global_grad_norm() if engine is not None else self.gradient_norm
+        norm = self._engine.get_global_grad_norm() if self._engine is not None else self.gradient_norm
         self._check_gradient(norm, step - 1)
         sums, self._sums = self._sums, {}
         self.seconds_spent = time.monotonic() - self._started

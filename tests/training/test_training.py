@@ -66,6 +66,7 @@ TWO_RANKS = [
     Scenario("ddp-sharded", "ddp", micro_batch=4, sharded=True),
     Scenario("ddp-layers", "ddp", micro_batch=4, layers=True),
     Scenario("zero1", "zero1", micro_batch=4),
+    Scenario("zero1-accumulated", "zero1", micro_batch=1),
     Scenario("zero1-bf16", "zero1", micro_batch=4, precision="bf16-mixed", checkpoint_at=7),
     Scenario("zero2-sharded", "zero2", micro_batch=2, sharded=True, offload="cpu"),
     Scenario("zero2", "zero2", micro_batch=2),
@@ -135,7 +136,7 @@ def test_padding_on_the_left_changes_nothing(folder: Path, reference: Any) -> No
 
 @pytest.mark.parametrize(
     "name",
-    ["ddp", "ddp-accumulated", "zero1", "zero2", "zero3", "zero3_offload"]
+    ["ddp", "ddp-accumulated", "zero1", "zero1-accumulated", "zero2", "zero3", "zero3_offload"]
     + ["ddp-sharded", "zero2-sharded", "zero3-sharded"],
 )
 def test_two_ranks_learn_what_one_does(two_ranks: Any, reference: Any, name: str) -> None:
