@@ -59,7 +59,7 @@ class Context:
     @property
     def share(self) -> tuple[int, int] | None:
         """Of the stage, where several jobs share it out: this one's number, from 1 on, and how many there are."""
-        return None if self.config["share"] is None else share(self.config["share"])
+        return None if (given := self.config.get("share")) is None else share(given)
 
     def shares(self) -> list[Made]:
         """What other jobs have made of this stage that it can take over."""

@@ -60,7 +60,7 @@ def whole(run_dir: Path) -> Path:
 def root(config: dict[str, Any]) -> Path:
     """The run's folder, also where a share of it is made."""
     run_dir = Path(config["run_dir"])
-    return run_dir if config["share"] is None else whole(run_dir)
+    return run_dir if config.get("share") is None else whole(run_dir)
 
 
 def folders(run_dir: Path, stage: str) -> list[Path]:
