@@ -27,9 +27,7 @@ class Resources:
     time: str  # as sbatch's --time
     partition: str | None = None
     options: list[str] = field(default_factory=list)  # further options of sbatch
-    jobs: int = (
-        1  # so many, an array, share out the stage before its own job; of `prepare`, the text of one that trains
-    )
+    jobs: int = 1  # an array of so many shares out the stage before its own job; of `prepare`: the text, before that
 
     def words(self, *, elastic: bool) -> list[str]:
         """Options of sbatch. `elastic`: fewer nodes will do; then a node is one task for sbatch, which would otherwise

@@ -132,8 +132,7 @@ def submit(runs: Sequence[Run]) -> list[dict[str, str]]:
         for job, text in made:
             path = runs[0].folder / FOLDER / f"{job.name}.sbatch"
             write_text(path, text)
-            before = told[-1] if told else None
-            number = _sbatch(path, before, stage=job.stage, part=job.part, runs=len(runs), tasks=job.tasks)
+            number = _sbatch(path, _waits_for(told, job, runs=len(runs)), alone=len(runs) == job.tasks == 1)
             told.append({"stage": job.stage, "part": job.part, "job": number, "needs": job.needs.told})
     except BaseException:
         if told:
@@ -192,14 +191,21 @@ def refuse_busy(run_dir: Path) -> None:
         )
 
 
-def _sbatch(path: Path, before: dict[str, str] | None, *, stage: str, part: str, runs: int, tasks: int) -> str:
+def _waits_for(told: Sequence[dict[str, str]], job: Job, *, runs: int) -> list[str]:
+    """What a job depends on, of those before it. Of a stage that jobs share out the stage itself makes what one of them
+    has not; but it waits for what they waited for, too: where that failed none of them has begun."""
+    after = "aftercorr" if runs > 1 else "afterok"
+    if not told:
+        return []
+    if (told[-1]["stage"], told[-1]["part"], job.part) != (job.stage, "share", "run"):
+        return [f"{after}:{told[-1]['job']}"]
+    return [f"{after}:{each['job']}" for each in told[-2:-1]] + [f"afterany:{told[-1]['job']}"]
+
+
+def _sbatch(path: Path, waits_for: Sequence[str], *, alone: bool) -> str:
     words = ["sbatch", "--parsable", "--kill-on-invalid-dep=yes"]
     # One job of a run folder at a time, whoever submitted it; but the tasks of an array are named alike.
-    waits = ["singleton"] if runs == tasks == 1 else []
-    if before is not None:
-        # Of a stage that jobs share out the stage itself makes what one of them has not.
-        shares = before["stage"] == stage and (before["part"], part) == ("share", "run")
-        waits.append(f"{'afterany' if shares else 'aftercorr' if runs > 1 else 'afterok'}:{before['job']}")
+    waits = [*(["singleton"] if alone else []), *waits_for]
     if waits:
         words.append(f"--dependency={','.join(waits)}")
     done = subprocess.run([*words, str(path)], capture_output=True, text=True)

@@ -17,7 +17,7 @@ from pipeline import artifact, run_folder, submission
 from pipeline.launch import Slurm
 from pipeline.resources import Resources
 from pipeline.run import _end_early
-from pipeline.submission import Job, Run, planned, scripts, submit
+from pipeline.submission import Job, Run, _waits_for, planned, scripts, submit
 from tests.command import ROOT, train
 from tests.test_config import refused, unrefused
 
@@ -228,6 +228,13 @@ def test_a_stage_that_asks_a_teacher_is_shared_out_by_an_array_of_jobs(trainer: 
     assert "--array" not in " ".join(options(other))
     assert "share=2/3" in run_script(text, tmp_path, SLURM_ARRAY_TASK_ID="2").stdout
     assert "share=" not in run_script(other, tmp_path).stdout
+    told: list[dict[str, str]] = []
+    waits = []
+    for number, job in enumerate(run.jobs):
+        waits.append(_waits_for(told, job, runs=1))
+        told.append({"stage": job.stage, "part": job.part, "job": str(number)})
+    # One of the array may fail; where the text was not prepared the stage is not begun either.
+    assert waits == [[], ["afterok:0"], ["afterok:0", "afterany:1"]]
     with pytest.raises(
         Refusal, match=r"launch\.resources\.record\.jobs=3: the runs of a sweep are tasks of job arrays"
     ):

@@ -252,7 +252,7 @@ class Generate(Stage):
 
         def build(folder: Path) -> None:
             judged.write(folder, prompts)
-            if filters and not judged.tally["answers"]:
+            if context.share is None and not judged.tally["answers"]:
                 raise Refusal(
                     f"stages.{context.stage}.filters leave none of {judged.tally['made']:,} answers "
                     f"({judged.dropped}); loosen them, the answers are kept"
