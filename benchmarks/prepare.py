@@ -62,6 +62,7 @@ def main() -> int:
 
 
 def compare(sides: list[str], kinds: list[str], settings: Settings, peer: str, before: Path | None) -> int:
+    sys.path.insert(0, str(ROOT))
     figures: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as scratch:
         for kind in kinds:

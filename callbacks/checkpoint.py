@@ -131,17 +131,13 @@ class Checkpoint(pl.Callback):
         return int(status)
 
     def save(self, trainer: pl.Trainer, module: Any, asynchronous: bool) -> None:
-        weights = [
-            getattr(p, "ds_tensor", p) for p in module.parameters() if p.requires_grad
-        ]  # ZeRO-3: this rank's shard
-        fine = all(bool(torch.isfinite(p).all()) for p in weights)
-        if not trainer.strategy.reduce_boolean_decision(fine, all=True):
+        self.wait()
+        mine = share(trainer, module, copied=asynchronous)
+        if not trainer.strategy.reduce_boolean_decision(mine.finite, all=True):
             raise NotFinite(
                 f"step {trainer.global_step}: the weights are not finite; not saved, the last checkpoint "
                 f"under {self.folder} is from before; lower the learning rate"
             )
-        self.wait()
-        mine = share(trainer, module, copied=asynchronous)
         if asynchronous:
             self._writing = threading.Thread(target=self._write, args=[mine], name="checkpoint")
             self._writing.start()

@@ -179,7 +179,7 @@ def unsharded() -> Iterator[None]:
 
 def empty_model(config: PretrainedConfig) -> nn.Module:
     """The architecture without memory, on the meta device: for counting and for names."""
-    with torch.device("meta"):
+    with unsharded(), torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
 
 

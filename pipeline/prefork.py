@@ -37,7 +37,7 @@ def server(config: dict[str, Any], stages: Sequence[str]) -> Iterator[Server | N
     if config["trainer"]["accelerator"] != "cpu" and any(path for name in _GPUS for path in Path("/dev").glob(name)):
         yield None
         return
-    started = Server(config, stages)
+    started = Server(sorted({module for name in stages for module in _modules(config["stages"][name])}))
     try:
         yield started
     finally:
@@ -47,17 +47,17 @@ def server(config: dict[str, Any], stages: Sequence[str]) -> Iterator[Server | N
 class Server:
     """The server's process, from outside."""
 
-    def __init__(self, config: dict[str, Any], stages: Sequence[str]) -> None:
+    def __init__(self, modules: Sequence[str]) -> None:
+        """`modules` are imported before the first request."""
         self._env = environment(1, "cpu")
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "pipeline.worker", "serve", str(theirs.fileno())],
-            env=self._env,
-            pass_fds=[theirs.fileno()],
-        )
+        self._process = self._begun(theirs)
         theirs.close()
-        modules = sorted({module for name in stages for module in _modules(config["stages"][name])})
-        self._socket.send(json.dumps(modules).encode())
+        self._socket.send(json.dumps([*modules]).encode())
+
+    def _begun(self, theirs: socket.socket) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "pipeline.worker", "serve", str(theirs.fileno())]
+        return subprocess.Popen(command, env=self._env, pass_fds=[theirs.fileno()])
 
     def run(
         self,

@@ -66,6 +66,8 @@ class Scenario:
     teacher: str = "teacher"
     sharded: bool = False  # the teacher by an engine of its own
     offload: str = "none"
+    sub_group: int | None = None  # elements that the optimizer steps at a time
+    nvme: bool = False  # the optimizer's states in files, and the weights of a teacher with an engine of its own
     persistence: int | None = (
         0  # under ZeRO-3, parameters of fewer elements stay whole on every rank; None: its default
     )
@@ -221,7 +223,10 @@ def fit(scenario: Scenario, folder: Path) -> dict[str, Any]:
     also = {"hidden": HiddenStates(), "attention": AttentionRelations(relation_heads=2)} if scenario.layers else {}
     divergence = ReverseKL() if scenario.divergence == "ReverseKL" else ForwardKL(2.0)
     objective = Distillation(0.3, divergence, also) if scenario.taught else CrossEntropy()
-    source = Sharded(str(teacher), offload=scenario.offload) if scenario.sharded else Online(str(teacher))
+    disk = str(folder / "disk") if scenario.nvme else None
+    source = (
+        Sharded(str(teacher), offload=scenario.offload, nvme_path=disk) if scenario.sharded else Online(str(teacher))
+    )
 
     def load_student() -> Any:
         loaded = load_model(str(student), dtype=torch.float32)
@@ -277,11 +282,13 @@ def fit(scenario: Scenario, folder: Path) -> dict[str, Any]:
         settings["stage3_param_persistence_threshold"] = scenario.persistence
     if scenario.copies > 1:
         settings["zero_hpz_partition_size"] = scenario.copies
+    if scenario.sub_group is not None:
+        settings["sub_group_size"] = scenario.sub_group
     zero = functools.partial(strategies.ZeRO, communication_dtype=scenario.communicated, config=settings)
     make = {
         "single": strategies.Single,
         "ddp": strategies.DDP,
-        "zero3_offload": functools.partial(zero, 3, True, True),
+        "zero3_offload": functools.partial(zero, 3, True, True, disk),
     }.get(kind, functools.partial(zero, int(kind[4]) if kind.startswith("zero") else 0))
     trainer = pl.Trainer(
         accelerator="cpu",
@@ -315,12 +322,21 @@ def fit(scenario: Scenario, folder: Path) -> dict[str, Any]:
         "validation": module.validation_metrics,
         "state": state,
         "persistent": whole,
+        "on_disk": bytes_on_disk(folder / "disk"),
         "copied": all(getattr(p, "ds_secondary_tensor", None) is not None for p in module.student.parameters()),
         "teacher_gradients": teacher_gradients,
         "teacher_sharded": all(hasattr(p, "ds_id") and p.numel() == 0 for p in module.teacher.parameters())
         if isinstance(module.teacher, torch.nn.Module)
         else None,
     }
+
+
+def bytes_on_disk(folder: Path) -> dict[str, int]:
+    """What DeepSpeed has put there: of parameters, and of the optimizer."""
+    found = {"params": 0, "optimizer": 0}
+    for path in folder.rglob("*.swp"):
+        found["optimizer" if "optimizer" in path.parts else "params"] += path.stat().st_size
+    return found
 
 
 def kept(on_policy: Rollouts) -> dict[str, Any]:

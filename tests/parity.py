@@ -44,8 +44,8 @@ CASES = {
     "distill, online teacher": Case("distill"),
     "distill, sharded teacher": Case("distill", ("teacher=sharded",)),
     "distill, recorded teacher": Case("distill", ("teacher=cached",)),
-    "on-policy": Case("distill", ("on_policy=gkd",)),
-    "recover with LoRA": Case("recover"),
+    "on-policy": Case("distill", ("on_policy=gkd", "data.packing=false")),
+    "recover with LoRA": Case("recover", ("lora.dropout=0",)),
     "qat": Case("qat"),
 }
 _ALL = ["pretrain", "record", "distill", "prune", "recover", "quantize", "qat"]

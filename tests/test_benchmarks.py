@@ -177,6 +177,27 @@ def test_every_source_of_the_teacher_trains_on_the_same_sequences_and_tells_its_
     assert set(found["goals"]) == set(sides[2:])
 
 
+@pytest.mark.slow
+def test_as_many_tokens_are_prepared_in_one_process_as_in_two(tmp_path: Path) -> None:
+    words = [
+        "--sides=tokenizer,ours_1,ours_2",
+        "--megabytes=2",
+        "--part-megabytes=1",
+        "--vocabulary=400",
+        "--repeats=1",
+    ]
+    command = [sys.executable, ROOT / "benchmarks/prepare.py", *words]
+    found = figures(subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=tmp_path))
+    for kind in ("short", "long"):
+        sides = found["figures"][kind]
+        assert sides["ours_1"]["tokens"] == sides["ours_2"]["tokens"]
+        assert sides["ours_1"]["tokens"] == pytest.approx(
+            sides["tokenizer"]["tokens"], rel=0.01
+        )  # windows share tokens
+        assert sides["ours_2"]["bytes_per_token"] < 5
+        assert set(found["ratios"][kind]) == {"ours_2 ÷ ours_1", "ours_1 ÷ tokenizer"}
+
+
 TINY_GENERATION = [
     "--vocabulary=300",
     "--hidden=32",

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from models.errors import Refusal
 from models.generation import Answer, Sampling, generate, log_probabilities
 from models.heads import check_split, head_of, hidden_states
-from models.load import DTYPES
+from models.load import DTYPES, empty_model, load_config
 from models.objectives.representation import Wanted
 from models.objectives.signal import Signal
 from models.objectives.term import Objective
@@ -54,7 +54,11 @@ class Sharded(Source):
 
     def config(self) -> dict[str, Any]:
         """DeepSpeed's."""
-        return zero3(self.dtype, self.offload, self.nvme_path)
+        if self.offload != "nvme" or self.trust_remote_code:
+            return zero3(self.dtype, self.offload, self.nvme_path)
+        largest = max(each.numel() for each in empty_model(load_config(self.path)).parameters())
+        ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+        return zero3(self.dtype, self.offload, self.nvme_path, buffer_size=-(-largest // ranks))
 
 
 class _Body(nn.Module):

@@ -59,27 +59,28 @@ class Share:
     world: int
     tensors: dict[str, Tensor]
     head: dict[str, Any]
+    finite: bool  # all trained values of it
 
 
 def share(trainer: Any, module: Any, *, copied: bool) -> Share:
-    """This rank's part, of now. `copied`: in host memory, so that training may go on while it is written."""
+    """This rank's part, of now. `copied`: in host memory, so that training may go on while it is written; what is on
+    NVMe is copied in any case."""
     rank, world = trainer.global_rank, trainer.world_size
     numbers, others = module.so_far()
     optimizer = trainer.optimizers[0]
     tensors: dict[str, Tensor] = {}
     sharded = hasattr(optimizer, "optimizer")
+    finite = True
     for turn, piece in enumerate(pieces(optimizer, module.trained_by_name())):
         if sharded or turn % world == rank:  # what every rank holds, one of them writes
-            tensors |= _named(piece)
+            finite = finite and bool(torch.isfinite(piece.values).all())
+            tensors |= _held(_named(piece), copied or piece.borrowed)
     if rank == 0:
-        tensors |= {f"|{name}": tensor for name, tensor in others.items()}
-    tensors = {name: tensor.detach() for name, tensor in tensors.items()}
-    if copied:
-        tensors = {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
+        tensors |= _held({f"|{name}": tensor for name, tensor in others.items()}, copied)
     strategy = getattr(trainer.strategy, "config", None) or {}
     stage = (strategy.get("zero_optimization") or {}).get("stage") if sharded else None
     head = {"step": trainer.global_step, "ranks": world, "zero_stage": stage, "so_far": numbers}
-    return Share(rank, world, tensors, head)
+    return Share(rank, world, tensors, head, finite)
 
 
 def write(mine: Share, aside: Path) -> None:
@@ -137,7 +138,7 @@ def restore(trainer: Any, module: Any, checkpoint: Path) -> None:
             )
         make_room(optimizer, trained, saved.state, {name: saved.numbers(name) for name in trained})
         with torch.no_grad():
-            for piece in pieces(optimizer, trained):
+            for piece in pieces(optimizer, trained, changed=True):
                 piece.values.copy_(saved.stretch(piece.name, _VALUE, piece.start, piece.values.numel()))
                 for key, tensor in piece.state.items():
                     tensor.copy_(saved.stretch(piece.name, key, piece.start, tensor.numel()))
@@ -221,6 +222,11 @@ def _named(piece: Piece) -> dict[str, Tensor]:
         **{f"{begin}|{key}": tensor for key, tensor in piece.state.items()},
         **{f"{piece.name}|{key}": tensor for key, tensor in piece.numbers.items()},
     }
+
+
+def _held(tensors: dict[str, Tensor], copied: bool) -> dict[str, Tensor]:
+    found = {name: tensor.detach() for name, tensor in tensors.items()}
+    return {name: tensor.to("cpu", copy=True) for name, tensor in found.items()} if copied else found
 
 
 def _parts(header: bytes, tensors: Mapping[str, Tensor]) -> Iterator[Any]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from models.experts import are_experts
-from models.load import empty_model, unsharded
+from models.load import empty_model
 
 # Dense products a second in (bf16, TF32, fp32), by what torch.cuda.get_device_name says; from NVIDIA's data sheets,
 # where most figures are with sparsity and twice as large.
@@ -68,8 +68,7 @@ class Forward:
     @classmethod
     def of(cls, config: Any) -> Forward | None:
         """By the Hugging Face config. None where it does not say which share of its experts a token is sent to."""
-        with unsharded():
-            model: Any = empty_model(config)
+        model: Any = empty_model(config)
         text = config.get_text_config()
         head = model.get_output_embeddings().weight
         aside = {id(head)} | {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}

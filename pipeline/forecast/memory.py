@@ -21,9 +21,11 @@ _DEFAULTS = {
     "reduce_bucket_size": 500_000_000,
     "stage3_prefetch_bucket_size": 50_000_000,
     "stage3_max_reuse_distance": 1_000_000_000,
+    "sub_group_size": 1_000_000_000,
     "overlap_comm": None,
 }
 _FP32 = 4  # bytes
+_BUFFERS = 5  # of host memory, through which DeepSpeed reads weights from a disk
 PARTS = ("parameters", "gradients", "optimizer", "teacher", "activations", "engine", "buffers")
 
 
@@ -48,6 +50,7 @@ class TeacherHeld:
     sharded: bool = False  # by an engine of its own, whatever the student's
     offloaded: bool = False  # its shares wait in host memory
     packed: bool = False  # in bits, which no engine shards
+    on_disk: bool = False  # where they are offloaded to
 
 
 def compute_of(strategy: Strategy, precision: str) -> str:
@@ -77,7 +80,8 @@ def _with_teacher(made: Held, teacher: TeacherHeld, ranks: int, sharded: bool, c
     if (sharded or teacher.sharded) and not teacher.packed:
         share = math.ceil(whole / ranks)
         whole = (0 if teacher.offloaded else share) + copied + teacher.largest
-        host += share if teacher.offloaded else 0
+        waiting = min(share, _BUFFERS * math.ceil(teacher.largest / ranks)) if teacher.on_disk else share
+        host += waiting if teacher.offloaded else 0
     return Held({**made.device, "teacher": made.device.get("teacher", 0) + whole}, host)
 
 
@@ -136,7 +140,10 @@ def _sharded(strategy: ZeRO, step: Step, ranks: int, accumulates: bool, cuda: bo
     if strategy.offload_parameters:
         parameters, host = 0, parameters
     if strategy.offload_optimizer:
-        states, sums, host = 0, 0, host + states + sums
+        kept = states + sums
+        if strategy.nvme_path is not None:  # four buffers: master, both moments and gradient of what is stepped
+            kept = 4 * _FP32 * min(share, _number(strategy, "sub_group_size"))
+        states, sums, host = 0, 0, host + kept
     reduced = min(bucket, width * step.trained)
     return Held(
         _fullest(

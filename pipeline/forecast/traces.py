@@ -62,7 +62,14 @@ class Traces:
         if (packed := source.packed_weights) is not None:
             matrices = _linear_weights(model)
             whole = round(whole - (width - _PACKED_BYTES[packed]) * matrices)
-        return TeacherHeld(whole, largest, offload is not None, offload not in (None, "none"), packed is not None)
+        return TeacherHeld(
+            whole,
+            largest,
+            sharded=offload is not None,
+            offloaded=offload not in (None, "none"),
+            packed=packed is not None,
+            on_disk=offload == "nvme",
+        )
 
     def saved_by_packing(self) -> int:
         """Bytes by which a packed base of adapters (lora.base) is smaller than the fp32 that was traced."""

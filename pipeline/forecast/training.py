@@ -153,6 +153,8 @@ class Training:
 def strategy_name(config: dict[str, Any], strategy: Strategy) -> str:
     """That of conf/strategy, as far as the configuration is one of them."""
     if isinstance(strategy, ZeRO):
+        if strategy.nvme_path is not None:
+            return f"zero{strategy.stage}_nvme"
         return f"zero{strategy.stage}" + ("_offload" if strategy.offload_optimizer else "")
     for name, known in STRATEGIES.items():
         if type(known) is type(strategy):

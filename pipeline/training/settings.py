@@ -16,6 +16,7 @@ from hydra.utils import instantiate
 from models.apart import check_apart
 from models.errors import Refusal
 from models.load import attention_of
+from models.sharding import check_nvme
 from pipeline.context import Context
 from pipeline.data.flat import bytes_a_token
 from pipeline.data.loader import accumulation
@@ -158,6 +159,8 @@ def _check_devices(context: Context, precision: Any) -> None:
     if here and device == "cuda" and context.devices > torch.cuda.device_count() and "SLURM_JOB_ID" not in os.environ:
         raise Refusal(f"trainer.devices={context.devices}: this machine has {torch.cuda.device_count()} GPUs")
     context.strategy.check(device, context.world)
+    if here and context.strategy.nvme_path is not None and instantiate(context.config["launch"]).on_this_machine:
+        check_nvme(context.strategy.nvme_path, "strategy.nvme_path")
 
 
 def check_length(config: Any, data: DataSource, role: str) -> None:

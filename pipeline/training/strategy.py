@@ -42,6 +42,11 @@ class Strategy(Protocol):
         """Whether sharded weights wait in host memory until they are needed."""
         ...
 
+    @property
+    def nvme_path(self) -> str | None:
+        """The folder that takes what is offloaded to a disk of each machine, where something is."""
+        ...
+
     def check(self, device: str, ranks: int) -> None:
         """Refuse what cannot work on so many ranks of `device`, cpu or cuda."""
         ...
@@ -64,6 +69,7 @@ class Single:
     sharded: ClassVar[bool] = False
     shards_parameters: ClassVar[bool] = False
     offloads_parameters: ClassVar[bool] = False
+    nvme_path: ClassVar[str | None] = None
 
     def check(self, device: str, ranks: int) -> None:
         if ranks > 1:
@@ -83,6 +89,7 @@ class DDP:
     sharded: ClassVar[bool] = False
     shards_parameters: ClassVar[bool] = False
     offloads_parameters: ClassVar[bool] = False
+    nvme_path: ClassVar[str | None] = None
     timeout_minutes: float = 30.0
 
     def check(self, device: str, ranks: int) -> None:
@@ -104,7 +111,8 @@ class ZeRO:
 
     `config` is merged over DeepSpeed's `zero_optimization` section, e.g. bucket sizes,
     stage3_param_persistence_threshold, or what ZeRO++ (arXiv:2306.10209) adds to ZeRO-3.
-    `communication_dtype`: gradients are summed over the ranks in it.
+    `communication_dtype`: gradients are summed over the ranks in it. What is offloaded waits in host memory; under
+    ZeRO-3 the optimizer's states and the masters may be in files in `nvme_path`, a folder of each machine.
     """
 
     several_ranks: ClassVar[bool] = True
@@ -112,6 +120,7 @@ class ZeRO:
     stage: int
     offload_optimizer: bool = False
     offload_parameters: bool = False
+    nvme_path: str | None = None
     timeout_minutes: float = 30.0
     communication_dtype: str | None = None
     config: dict[str, Any] | None = None
@@ -131,6 +140,7 @@ class ZeRO:
             raise Refusal(f"strategy.config.stage={given['stage']}: choose strategy=zero1, zero2 or zero3 instead")
         if given:
             _check_keys(given)
+        self._check_nvme()
         for key in (key for key in given if key.startswith(("zero_hpz", "zero_quantized"))):
             if self.stage != 3 and given[key] is not False and (given[key] is True or given[key] != 1):
                 value = str(given[key]).lower()
@@ -143,6 +153,18 @@ class ZeRO:
                 f"give the ranks of a node"
             )
 
+    def _check_nvme(self) -> None:
+        """The folder itself is looked at where the ranks run."""
+        if self.nvme_path is None:
+            return
+        if not isinstance(self.nvme_path, str) or not self.nvme_path:
+            raise Refusal(f"strategy.nvme_path={self.nvme_path}: need a folder on a disk of each machine, or null")
+        if self.stage != 3 or not self.offload_optimizer:
+            raise Refusal(
+                f"strategy.nvme_path={self.nvme_path}: it is for the optimizer that ZeRO-3 offloads; use "
+                f"strategy=zero3_nvme, or leave it out"
+            )
+
     @property
     def shards_parameters(self) -> bool:
         return self.stage == 3
@@ -152,7 +174,9 @@ class ZeRO:
         return self.shards_parameters and self.offload_parameters
 
     def lightning(self, device: str) -> Any:
-        section = {
+        from models.sharding import offloaded
+
+        section: dict[str, Any] = {
             "stage": self.stage,
             "overlap_comm": device == "cuda",
             "contiguous_gradients": True,
@@ -160,9 +184,9 @@ class ZeRO:
             **(self.config or {}),
         }
         if self.offload_optimizer:
-            section["offload_optimizer"] = {"device": "cpu", "pin_memory": device == "cuda"}
+            section["offload_optimizer"] = offloaded(device == "cuda", self.nvme_path)
         if self.offload_parameters:
-            section["offload_param"] = {"device": "cpu", "pin_memory": device == "cuda"}
+            section["offload_param"] = offloaded(device == "cuda")
         return _zero_strategy()(
             config={
                 "zero_optimization": section,

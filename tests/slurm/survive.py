@@ -108,7 +108,7 @@ def trial(up: Cluster, run_dir: Path, kind: str) -> dict[str, Any]:
     while not (run_dir / "pretrain" / "manifest.json").exists():
         if len(starts(run_dir, "pretrain")) == 1:
             at = max(at, kept_steps(run_dir))
-        if time.monotonic() - asked > 3:
+        if time.monotonic() - asked > 8:
             asked, row = time.monotonic(), status(up, run_dir)["pretrain"]
             if row["state"] in ("failed", "stopped"):
                 submissions += 1

@@ -171,6 +171,42 @@ def test_each_of_two_nodes_holds_the_weights_a_second_time(folder: Path, referen
     assert found["copied"]
 
 
+@pytest.mark.slow
+def test_what_is_offloaded_to_files_learns_and_goes_on_as_in_memory(folder: Path) -> None:
+    """Optimizer states, masters and gradients of the student, and the weights of a teacher with its own engine."""
+    builder = pytest.importorskip("deepspeed.ops.op_builder").AsyncIOBuilder()
+    if not builder.is_compatible(verbose=False):
+        pytest.skip("needs libaio")
+    builder.load()  # compiled once, not by two ranks at a time
+    fitting.saved(folder, "large", fitting.model(512, 2, seed=1))
+    fitting.saved(folder, "large-teacher", fitting.model(512, 3, seed=2))
+    (folder / "disk").mkdir()
+    # What has less than 1 MB stays in memory.
+    plain = Scenario(
+        "", "zero3_offload", micro_batch=4, steps=8, student="large", teacher="large-teacher", sub_group=600_000
+    )
+    again = {"resume": True, "resume_from": "nvme"}
+    scenarios = {
+        "memory": {"checkpoint_at": 4},
+        "nvme": {"nvme": True, "checkpoint_at": 4},
+        "nvme-again": {"nvme": True, **again},
+        "memory-again": again,
+        "nvme-of-memory": {"nvme": True, "resume": True, "resume_from": "memory"},
+        "teacher": {"nvme": True, "sharded": True, "offload": "nvme"},
+    }
+    found = on_two_ranks([replace(plain, name=name, **words) for name, words in scenarios.items()], folder)
+    size = sum(tensor.numel() for tensor in found["memory"]["state"].values())
+    assert not any(found["memory"]["on_disk"].values())
+    assert found["nvme"]["on_disk"]["optimizer"] > 0.9 * 4 * 3 * size
+    assert found["teacher"]["on_disk"]["params"] > 0.5 * 4 * size
+    for name in ("nvme", "teacher"):
+        assert_same(found[name], found["memory"], tolerance=0)
+    for name in ("nvme-again", "memory-again", "nvme-of-memory"):
+        assert len(found[name]["metrics"]) == 4
+        assert_same(found["memory"], found[name], tolerance=0, first=4)
+    assert not list((folder / "disk").iterdir())  # nothing is left
+
+
 def test_gradients_summed_in_bf16_are_rounded(reference: Any, two_ranks: Any) -> None:
     norms = [step["grad_norm"] for step in two_ranks["zero2-bf16-sums"]["metrics"]]
     exact = [step["grad_norm"] for step in reference["metrics"]]
