@@ -39,7 +39,8 @@ class _Preloaded(prefork.Server):
 
 @functools.cache
 def _server() -> _Preloaded:
-    files = sorted(path for room in ("callbacks", "models", "pipeline") for path in (ROOT / room).rglob("*.py"))
+    # Not callbacks: W&B has a temporary folder from its import on, which the first child would take along.
+    files = sorted(path for room in ("models", "pipeline") for path in (ROOT / room).rglob("*.py"))
     modules = [".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in files]
     made = _Preloaded(["hydra", "deepspeed", *modules])
     atexit.register(made.close)
