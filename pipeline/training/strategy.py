@@ -138,6 +138,9 @@ class ZeRO:
             raise Refusal(f"strategy.communication_dtype={self.communication_dtype}: need one of {names}")
         if "stage" in given:
             raise Refusal(f"strategy.config.stage={given['stage']}: choose strategy=zero1, zero2 or zero3 instead")
+        for key, own in {"offload_optimizer": "offload_optimizer", "offload_param": "offload_parameters"}.items():
+            if key in given:
+                raise Refusal(f"strategy.config.{key}: Retort fills it in; set strategy.{own}=true instead")
         if given:
             _check_keys(given)
         self._check_nvme()

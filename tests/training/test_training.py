@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import re
+import subprocess
+import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +30,7 @@ from pipeline.data.batch import collate
 from pipeline.data.loader import Order, PackedSequences, accumulation, in_turn
 from pipeline.training.fit import _tell_not_read
 from tests import fitting
+from tests.command import ROOT
 from tests.fitting import LENGTH, VOCABULARY, Scenario, fit, on_ranks, on_two_ranks, rows, said_of_torn, write_models
 
 TOLERANCE = 1e-6  # fp32, 20 steps
@@ -205,6 +208,27 @@ def test_what_is_offloaded_to_files_learns_and_goes_on_as_in_memory(folder: Path
         assert len(found[name]["metrics"]) == 4
         assert_same(found["memory"], found[name], tolerance=0, first=4)
     assert not list((folder / "disk").iterdir())  # nothing is left
+
+
+def test_what_killed_processes_left_on_a_disk_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    """In a process of its own, as its end removes what it has made."""
+    code = (
+        "import os, sys, time; from pathlib import Path; from models import sharding\n"
+        "root = Path(sys.argv[1]); mine = sharding._own_folder(root); assert Path(mine).is_dir()\n"
+        "for name in os.listdir(root):\n"
+        "    os.utime(root / name, (1, 1), follow_symlinks=False)\n"
+        "other = sharding._own_folder(root)\n"
+        "print(*sorted(os.listdir(root)), Path(mine).name, Path(other).name)"
+    )
+    for name in ("retort-offloaded-left", "others", "elsewhere"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "retort-offloaded-left" / "1_param.tensor.swp").touch()
+    (tmp_path / "retort-offloaded-link").symlink_to(tmp_path / "elsewhere")
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    *held, mine, other = done.stdout.split()
+    kept = ["elsewhere", "others", "retort-offloaded-link"]
+    assert held == sorted([*kept, mine, other])  # the first is locked, however old it is
+    assert sorted(path.name for path in tmp_path.iterdir()) == kept
 
 
 def test_gradients_summed_in_bf16_are_rounded(reference: Any, two_ranks: Any) -> None:
