@@ -34,10 +34,10 @@ class Notice(Protocol):
 class Checkpoint(pl.Callback):
     """Saves `<folder>/step-00000040/` every so many steps or minutes, and once after the last step.
 
-    Training stops for the copy to host memory alone; a thread writes it, and the next save waits for that
-    (`asynchronous=False`: training waits, and no copy is taken). A checkpoint has another name until every rank has
-    written its part, so whatever bears the final name is whole. Only optimizer-step boundaries are saved, and weights
-    that are not finite never.
+    Training stops for the copy to host memory alone; a thread writes it, and the next save waits for that. With
+    `asynchronous=False` training waits, and no copy is taken; likewise where the optimizer is on NVMe. A checkpoint has
+    another name until every rank has written its part, so whatever bears the final name is whole. Only optimizer-step
+    boundaries are saved, and weights that are not finite never.
     """
 
     def __init__(
@@ -138,7 +138,7 @@ class Checkpoint(pl.Callback):
                 f"step {trainer.global_step}: the weights are not finite; not saved, the last checkpoint "
                 f"under {self.folder} is from before; lower the learning rate"
             )
-        if asynchronous:
+        if asynchronous and mine.borrowed is None:
             self._writing = threading.Thread(target=self._write, args=[mine], name="checkpoint")
             self._writing.start()
         else:

@@ -66,11 +66,13 @@ def load_model(
     attention: str | None = None,
     role: str = "model",
     trust_remote_code: bool = False,
+    device: str = "cpu",
     **words: Any,
 ) -> Any:
     """Open a folder or hub id, safetensors only, and refuse what is not the whole of the model that its config
     describes: missing, unexpected or mismatched tensors, and numbers that are not finite. Under an active ZeRO-3 config
-    the weights arrive sharded. `words` are from_pretrained's own."""
+    the weights arrive sharded; else on `device`, cpu or cuda: tensor by tensor onto this process's own GPU, so that the
+    ranks of a host do not each hold the model in its memory. `words` are from_pretrained's own."""
     check_folder(path, role)
     told = named(path, role)
     folder = path
@@ -80,6 +82,8 @@ def load_model(
     sharded = is_deepspeed_zero3_enabled()
     if sharded:  # transformers then asks for missing tensors only, and wrong shapes stop rank 0 alone
         _check_names(folder, config, told)
+    elif device == "cuda":
+        words = {"device_map": {"": torch.cuda.current_device()}, **words}
     with whole(told, "it does not open as a causal language model"):
         opened: Any = AutoModelForCausalLM.from_pretrained(
             path,
@@ -177,10 +181,10 @@ def unsharded() -> Iterator[None]:
         bridge._hf_deepspeed_config_weak_ref = students
 
 
-def empty_model(config: PretrainedConfig) -> nn.Module:
+def empty_model(config: PretrainedConfig, trust_remote_code: bool = False) -> nn.Module:
     """The architecture without memory, on the meta device: for counting and for names."""
     with unsharded(), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
 
 
 def parameter_count(model: nn.Module) -> int:

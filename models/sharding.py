@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-import atexit
-import fcntl
 import os
-import shutil
-import tempfile
-import time
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext, suppress
-from pathlib import Path
-from types import SimpleNamespace
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from models.errors import Refusal
 from models.load import load_model
-
-_OFFLOADED = "retort-offloaded-"  # how folders with what is offloaded begin
-_YOUNG_SECONDS = 60
 
 
 def gathered(parameters: Iterable[nn.Parameter], changed: bool = False) -> Any:
@@ -69,16 +58,13 @@ def gather_children(module: nn.Module, _: Any) -> None:
             deepspeed.zero.register_external_parameter(module, parameter)
 
 
-def zero3(
-    dtype: str, offload: str = "none", nvme_path: str | None = None, buffer_size: int = 100_000_000
-) -> dict[str, Any]:
-    """DeepSpeed's configuration of a model that is not trained; `offload`: none, cpu or nvme, where its shares lie.
-    `buffer_size`: elements of the largest share, as they come from NVMe through buffers of host memory."""
+def zero3(dtype: str, offload: str = "none", folder: str | None = None, buffer_size: int = 0) -> dict[str, Any]:
+    """DeepSpeed's configuration of a model that is not trained; `offload`: none, cpu or nvme, where its shares lie:
+    files in `folder` that come through buffers of `buffer_size` elements, as many as the largest share has."""
     section: dict[str, Any] = {"stage": 3, "stage3_param_persistence_threshold": 0}
     if offload != "none":
-        path = nvme_path if offload == "nvme" else None
-        section["offload_param"] = offloaded(torch.cuda.is_available(), path, "teacher.nvme_path")
-    if offload == "nvme":
+        section["offload_param"] = offloaded(torch.cuda.is_available(), folder)
+    if folder is not None:
         section["offload_param"]["buffer_size"] = buffer_size
     return {
         "zero_optimization": section,
@@ -88,56 +74,11 @@ def zero3(
     }
 
 
-def offloaded(cuda: bool, nvme_path: str | None = None, key: str = "strategy.nvme_path") -> dict[str, Any]:
-    """DeepSpeed's section of what is offloaded: to host memory, or to files in a folder, which the setting `key` names.
-    Raises Refusal where DeepSpeed cannot use such a folder on this machine."""
-    if nvme_path is None:
+def offloaded(cuda: bool, folder: str | None = None) -> dict[str, Any]:
+    """DeepSpeed's section of what is offloaded: to host memory, or to a `folder` that models.nvme has made."""
+    if folder is None:
         return {"device": "cpu", "pin_memory": cuda}
-    check_nvme(nvme_path, key)
-    from deepspeed.runtime.swap_tensor import partitioned_param_swapper
-
-    # DeepSpeed empties its folder with every model that is loaded: the teacher would take away the student's weights.
-    partitioned_param_swapper.shutil = SimpleNamespace(rmtree=lambda *_, **__: None)
-    return {"device": "nvme", "nvme_path": _own_folder(Path(nvme_path)), "pin_memory": cuda}
-
-
-def check_nvme(path: str, key: str) -> None:
-    """`key`: the setting that names the folder. Raises Refusal where DeepSpeed cannot use it on this machine."""
-    if not (os.path.isdir(path) and os.access(path, os.W_OK)):
-        raise Refusal(f"{key}={path}: no folder that can be written to here; give one on a local disk")
-    from deepspeed.ops.op_builder import AsyncIOBuilder
-
-    if not AsyncIOBuilder().is_compatible(verbose=False):
-        raise Refusal(
-            f"{key}={path}: DeepSpeed needs libaio for it, which is missing here; install it (Debian: libaio-dev), "
-            f"or offload to host memory"
-        )
-
-
-def _own_folder(root: Path) -> str:
-    """For one model of this process: DeepSpeed's own names are the same in every run, and it empties what it finds.
-    Removed when the process ends; what killed ones have left is removed here."""
-    for left in root.glob(f"{_OFFLOADED}*"):
-        with suppress(OSError):
-            old = time.time() - left.stat().st_mtime > _YOUNG_SECONDS  # or its process is about to lock it
-            if old and not left.is_symlink() and (handle := _lock(left)) is not None:
-                shutil.rmtree(left)
-                os.close(handle)
-    made = tempfile.mkdtemp(prefix=_OFFLOADED, dir=root)
-    _lock(Path(made))  # for as long as this process lives
-    atexit.register(shutil.rmtree, made, ignore_errors=True)
-    return made
-
-
-def _lock(folder: Path) -> int | None:
-    """A handle that holds the folder; None where another process does."""
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(handle)
-        return None
-    return handle
+    return {"device": "nvme", "nvme_path": folder, "pin_memory": cuda}
 
 
 def load_sharded(path: str, config: dict[str, Any], **words: Any) -> Any:

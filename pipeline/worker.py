@@ -149,6 +149,8 @@ def _quiet() -> None:
 if __name__ == "__main__":
     status = main(sys.argv[1:])
     if status and sys.argv[1] == _OF_SEVERAL:
+        if (nvme := sys.modules.get("models.nvme")) is not None:
+            nvme.remove()  # exit handlers do not run
         sys.stdout.flush()
         os._exit(status)  # at once: taking a process group apart waits for ranks that have failed, too
     sys.exit(status)

@@ -82,6 +82,7 @@ class Scenario:
     skipped: dict[int, int] | None = None  # of answers: an example's number, and from which step on it is left out
     divergence: str = "ForwardKL"
     poisoned: bool = False  # the student's embedding of a token is no number
+    spare: bool = False  # a layer that the loss does not reach is trained as well
     torn: bool = False  # a gradient is no number, although the loss is one
     summed: bool = False  # nothing is learnt: what gradients of unlike size add up to
     damaged: bool = False  # nothing is trained: what every rank says of the models in DAMAGES, under ZeRO-3
@@ -232,6 +233,8 @@ def fit(scenario: Scenario, folder: Path) -> dict[str, Any]:
         loaded = load_model(str(student), dtype=torch.float32)
         if scenario.poisoned:
             loaded.model.embed_tokens.weight.data[17] = float("nan")  # a token that some rows have
+        if scenario.spare:
+            loaded.model.spare = torch.nn.Linear(8, 8)
         if scenario.torn:
             loaded.model.norm.weight.register_hook(lambda gradient: gradient * float("nan"))
         return adapted_head(loaded) if scenario.lora_head else loaded
@@ -448,7 +451,7 @@ def said_of_torn(scenario: Scenario, folder: Path) -> dict[str, Any]:
     try:
         fit(scenario, folder)
         said = "nothing"
-    except NotFinite as problem:
+    except (NotFinite, Refusal) as problem:
         said = str(problem)
     of_ranks: list[Any] = [said] * scenario.world
     if scenario.world > 1:
@@ -464,7 +467,7 @@ def main() -> None:
         scenario = Scenario(**entry)
         if scenario.damaged:
             result = said_of_damaged(folder)
-        elif scenario.torn:
+        elif scenario.torn or scenario.spare:
             result = said_of_torn(scenario, folder)
         else:
             result = summed(scenario, folder) if scenario.summed else fit(scenario, folder)

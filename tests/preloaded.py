@@ -11,12 +11,14 @@ import contextlib
 import functools
 import os
 import runpy
+import shlex
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
+import threading
 import traceback
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -48,30 +50,55 @@ def _server() -> _Preloaded:
 
 
 def run(words: Sequence[str], env: dict[str, str], timeout: float) -> subprocess.CompletedProcess[str]:
-    """As `subprocess.run` of the command, with its output as text. Raises TimeoutError."""
+    """As `subprocess.run` of the command, with its output as text: to the end of the last process that writes to it.
+    Raises TimeoutError."""
     server = _server()
     server.ended_after(timeout)
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-        try:
-            code = server.run([os.getcwd(), *words], env, [out.fileno(), err.fileno()], output=True)
-        except TimeoutError:
-            server.close()
-            _server.cache_clear()
-            raise
-        out.seek(0)
-        err.seek(0)
-        return subprocess.CompletedProcess(["train.py", *words], code, out.read(), err.read())
+    pipes, read = [os.pipe() for _ in range(2)], [b"", b""]
+
+    def drain(number: int) -> None:
+        with open(pipes[number][0], "rb") as file:
+            read[number] = file.read()
+
+    readers = [threading.Thread(target=drain, args=[number], daemon=True) for number in range(2)]
+    for reader in readers:
+        reader.start()
+    try:
+        code = server.run([os.getcwd(), *words], env, [writes for _, writes in pipes], output=True)
+    except BaseException:
+        _end_server()
+        raise
+    finally:
+        for _, writes in pipes:
+            os.close(writes)
+    if code == -signal.SIGKILL:  # perhaps of the server itself
+        _end_server()
+    for reader in readers:
+        reader.join(timeout)
+        if reader.is_alive():
+            raise TimeoutError(f"train.py {shlex.join(words)}: it has ended, and a process of its own has not")
+    out, err = (each.decode() for each in read)
+    return subprocess.CompletedProcess(["train.py", *words], code, out, err)
+
+
+def _end_server() -> None:
+    _server().close()
+    _server.cache_clear()
 
 
 def _train(arguments: Sequence[str]) -> int:
     """In a child: what `python train.py` does, and its exit status."""
     die_with(os.getppid())
+    warnings.resetwarnings()  # which processes of stages silence, and the front door does not
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
     os.chdir(arguments[0])
     sys.argv = [str(ROOT / "train.py"), *arguments[1:]]
     prefork.Server = _Forking  # type: ignore[misc]
     try:
         runpy.run_path(sys.argv[0], run_name="__main__")
     except SystemExit as ended:
+        if isinstance(ended.code, str):
+            print(ended.code, file=sys.stderr)
         return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
     except BaseException:
         traceback.print_exc()

@@ -70,6 +70,37 @@ def change_config(folder: Path, **values: Any) -> None:
     (folder / "config.json").write_text(json.dumps(config | values))
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_straight_to_a_device_comes_the_same_model(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The device is the CPU, called by another name; the way is that of a GPU."""
+    asked, load = [], AutoModelForCausalLM.from_pretrained
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(
+        AutoModelForCausalLM, "from_pretrained", lambda *given, **words: asked.append(words) or load(*given, **words)
+    )
+    model_of(family, dtype=torch.float32).save_pretrained(tmp_path)
+    there = load_model(str(tmp_path), dtype=torch.float32, device="cuda")
+    plain = load_model(str(tmp_path), dtype=torch.float32)
+    assert [words.get("device_map") for words in asked] == [{"": torch.device("cpu")}, None]
+    assert dict(plain.named_buffers()).keys() == dict(there.named_buffers()).keys()
+    for name, tensor in plain.state_dict().items():
+        assert torch.equal(there.state_dict()[name], tensor), name
+    assert not any(hasattr(module, "_hf_hook") for module in there.modules())
+    change(tmp_path, lambda state: state.pop(min(name for name in state if "norm" in name or "ln_" in name)))
+    with pytest.raises(Refusal, match="1 tensor missing from its weights"):
+        load_model(str(tmp_path), dtype=torch.float32, device="cuda")
+
+
+@pytest.mark.gpu
+def test_a_model_goes_to_the_gpu_without_a_copy_in_host_memory(folder: Path) -> None:
+    there = load_model(str(folder), dtype=torch.float32, device="cuda")
+    assert {tensor.device for tensor in there.state_dict().values()} == {torch.device("cuda", 0)}
+    plain = opened(folder).state_dict()
+    assert all(torch.equal(tensor.cpu(), plain[name]) for name, tensor in there.state_dict().items())
+
+
 def in_parts(folder: Path, second: str = "model-2.safetensors") -> None:
     """Two parts and their index; `second` is the name the index has for the second one."""
     state = load_file(folder / "model.safetensors")

@@ -58,6 +58,7 @@ class Online(Source):
             attention=opening.attention,
             role="teacher",
             trust_remote_code=self.trust_remote_code,
+            device=opening.device,
             **({} if self.weights is None else _packing(self.weights, DTYPES[self.dtype], opening.device)),
         )
         for module in model.modules():

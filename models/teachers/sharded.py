@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from models import nvme
 from models.errors import Refusal
 from models.generation import Answer, Sampling, generate, log_probabilities
 from models.heads import check_split, head_of, hidden_states
@@ -52,13 +53,19 @@ class Sharded(Source):
     def open(self, opening: Opening) -> Teacher:
         return _ShardedTeacher(self, opening)
 
+    def offloaded(self, ranks: int) -> tuple[int, int]:
+        """(elements of a rank's share, of its largest one), by the config alone."""
+        config = load_config(self.path, "teacher", self.trust_remote_code)
+        sizes = [each.numel() for each in empty_model(config, self.trust_remote_code).parameters()]
+        return -(-sum(sizes) // ranks), -(-max(sizes) // ranks)
+
     def config(self) -> dict[str, Any]:
-        """DeepSpeed's."""
-        if self.offload != "nvme" or self.trust_remote_code:
-            return zero3(self.dtype, self.offload, self.nvme_path)
-        largest = max(each.numel() for each in empty_model(load_config(self.path)).parameters())
+        """DeepSpeed's, with a folder that is made for it."""
+        if self.offload != "nvme":
+            return zero3(self.dtype, self.offload)
+        assert self.nvme_path is not None
         ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-        return zero3(self.dtype, self.offload, self.nvme_path, buffer_size=-(-largest // ranks))
+        return zero3(self.dtype, self.offload, nvme.folder_in(self.nvme_path), self.offloaded(ranks)[1])
 
 
 class _Body(nn.Module):

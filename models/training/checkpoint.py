@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -57,30 +57,51 @@ class Share:
 
     rank: int
     world: int
-    tensors: dict[str, Tensor]
+    tensors: dict[str, Tensor]  # what is on NVMe is on the meta device here
     head: dict[str, Any]
-    finite: bool  # all trained values of it
+    finite: bool  # all trained values of this rank
+    borrowed: Callable[[], Iterator[dict[str, Tensor]]] | None  # brings in what is on NVMe, in the same order
+
+    def values(self) -> Iterator[tuple[str, Tensor]]:
+        """Each with its numbers, which are gone when the next is asked for."""
+        borrowed, at_hand = self.borrowed() if self.borrowed is not None else iter(()), dict[str, Tensor]()
+        for name, tensor in self.tensors.items():
+            while tensor.is_meta and name not in at_hand:
+                at_hand = next(borrowed)
+            yield name, at_hand[name].detach() if tensor.is_meta else tensor
+        next(borrowed, None)  # gives back what came last
 
 
 def share(trainer: Any, module: Any, *, copied: bool) -> Share:
-    """This rank's part, of now. `copied`: in host memory, so that training may go on while it is written; what is on
-    NVMe is copied in any case."""
+    """This rank's part, of now. `copied`: in host memory, so that training may go on while it is written. What is on
+    NVMe is not: it is to be written before training goes on, and read a second time for that."""
     rank, world = trainer.global_rank, trainer.world_size
     numbers, others = module.so_far()
-    optimizer = trainer.optimizers[0]
+    optimizer, trained = trainer.optimizers[0], module.trained_by_name()
     tensors: dict[str, Tensor] = {}
     sharded = hasattr(optimizer, "optimizer")
-    finite = True
-    for turn, piece in enumerate(pieces(optimizer, module.trained_by_name())):
-        if sharded or turn % world == rank:  # what every rank holds, one of them writes
-            finite = finite and bool(torch.isfinite(piece.values).all())
-            tensors |= _held(_named(piece), copied or piece.borrowed)
+    finite, borrowed = True, False
+    for turn, piece in enumerate(pieces(optimizer, trained)):
+        finite = finite and bool(torch.isfinite(piece.values).all())
+        if not sharded and turn % world != rank:  # what every rank holds, one of them writes
+            continue
+        named = {name: tensor.detach() for name, tensor in _named(piece).items()}
+        if piece.borrowed:
+            borrowed = True
+            named = {name: tensor.to("meta") for name, tensor in named.items()}
+        elif copied:
+            named = {name: tensor.to("cpu", copy=True) for name, tensor in named.items()}
+        tensors |= named
     if rank == 0:
-        tensors |= _held({f"|{name}": tensor for name, tensor in others.items()}, copied)
+        tensors |= {f"|{name}": tensor.detach().to("cpu", copy=True) for name, tensor in others.items()}
     strategy = getattr(trainer.strategy, "config", None) or {}
     stage = (strategy.get("zero_optimization") or {}).get("stage") if sharded else None
     head = {"step": trainer.global_step, "ranks": world, "zero_stage": stage, "so_far": numbers}
-    return Share(rank, world, tensors, head, finite)
+
+    def again() -> Iterator[dict[str, Tensor]]:
+        return (_named(piece) for piece in pieces(optimizer, trained) if piece.borrowed)
+
+    return Share(rank, world, tensors, head, finite, again if borrowed else None)
 
 
 def write(mine: Share, aside: Path) -> None:
@@ -100,7 +121,7 @@ def write(mine: Share, aside: Path) -> None:
     told = json.dumps(header).encode()
     told += b" " * (-len(told) % 8)
     with open(path, "wb") as handle:
-        for part in _parts(told, mine.tensors):
+        for part in _parts(told, mine):
             digest.update(part)
             handle.write(part)
         handle.flush()
@@ -224,16 +245,11 @@ def _named(piece: Piece) -> dict[str, Tensor]:
     }
 
 
-def _held(tensors: dict[str, Tensor], copied: bool) -> dict[str, Tensor]:
-    found = {name: tensor.detach() for name, tensor in tensors.items()}
-    return {name: tensor.to("cpu", copy=True) for name, tensor in found.items()} if copied else found
-
-
-def _parts(header: bytes, tensors: Mapping[str, Tensor]) -> Iterator[Any]:
+def _parts(header: bytes, mine: Share) -> Iterator[Any]:
     """The bytes of a safetensors file, in order; one tensor at a time leaves its device."""
     yield len(header).to_bytes(8, "little")
     yield header
-    for tensor in tensors.values():
+    for _, tensor in mine.values():
         yield tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy()
 
 

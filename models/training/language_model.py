@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from models import seeds
-from models.errors import NotFinite
+from models.errors import NotFinite, Refusal
 from models.heads import check_split, head_of, hidden_states, through_head
 from models.objectives.chunked import objective_sum
 from models.objectives.cross_entropy import CrossEntropy
@@ -85,6 +86,8 @@ class LanguageModel(pl.LightningModule):
         self.seconds_spent = 0.0  # training time, over restarts
         self.gradient_norm: Tensor | float | None = None
         self._sums: dict[str, Tensor] = {}
+        self._offloaded: list[str] = []  # trained parameters whose optimizer is; each must have a gradient every step
+        self._unreached: set[str] = set()  # of them, in this step so far
         self._operations: Tensor | float = 0.0  # of this rank, since the last step that was logged
         self._sequences: list[int] = []  # of the step so far, on this rank
         self._validation_sums: Tensor | None = None
@@ -117,6 +120,10 @@ class LanguageModel(pl.LightningModule):
             self.teacher.close()
 
     def on_train_start(self) -> None:
+        if getattr(self.trainer.optimizers[0], "offload_optimizer", False):
+            for name, parameter in self.trained_by_name().items():
+                parameter.register_hook(partial(self._reach, name))
+                self._offloaded.append(name)
         self._started = time.monotonic() - self.seconds_spent
         self._marked = (self.tokens_seen, self.seconds_spent)
         self._peak = peak_of(self.device, str(self.trainer.precision))
@@ -142,6 +149,7 @@ class LanguageModel(pl.LightningModule):
             objective, summed = self.on_policy.objective(objective), self.on_policy.sum
         torch.manual_seed(seeds.mixed(self.seed, step, micro, self.global_rank))
         self.step_metrics = None
+        self._unreached = {*self._offloaded} if micro == 0 else self._unreached
         self._sequences = [*([] if micro == 0 else self._sequences), *batch["sequences"]]
         total, parts = self._objective(objective, batch, summed, told=self._logs(step + 1))
         if not torch.isfinite(total):
@@ -229,6 +237,19 @@ class LanguageModel(pl.LightningModule):
                 f"step); lower the learning rate; the last checkpoint is from before this step"
             )
 
+    def _reach(self, name: str, _: Tensor) -> None:
+        self._unreached.discard(name)
+
+    def _check_reached(self, step: int) -> None:
+        """DeepSpeed steps what it has offloaded with whatever its buffers hold, where there was no gradient: that of
+        an earlier step, or another parameter's."""
+        if unreached := sorted(self._unreached):
+            more = f" and of {len(unreached) - 1} more" if len(unreached) > 1 else ""
+            raise Refusal(
+                f"step {step}: there was no gradient of {unreached[0]}{more}, and an offloaded optimizer would step it "
+                f"with another one; use strategy=zero3 or ddp, or freeze it"
+            )
+
     def _of_all_ranks(self) -> list[int]:
         """The sequences of the step; every rank asks, since the norm is the same on all of them. A rank that has met a
         loss that is no number is not among them: it has ended before the gradients were summed, and nobody is here."""
@@ -247,6 +268,7 @@ class LanguageModel(pl.LightningModule):
         """Leave the step's numbers, summed over ranks, in `step_metrics` for whoever watches."""
         norm = self._engine.get_global_grad_norm() if self._engine is not None else self.gradient_norm
         self._check_gradient(norm, step - 1)
+        self._check_reached(step - 1)
         sums, self._sums = self._sums, {}
         self.seconds_spent = time.monotonic() - self._started
         if not self._logs(step):

@@ -97,9 +97,6 @@ def refresh(optimizer: Any) -> None:
             zip(masters, optimizer.fp16_partitioned_groups_flat, optimizer.fp16_partitioned_groups, strict=True)
         ):
             with _at_hand(optimizer, group):
-                if flat is None:  # on a disk
-                    optimizer._partitioned_params_swap_out(group)
-                    continue
                 flat.data.copy_(master.data)
             for part, fresh in zip(parts, optimizer.unflatten(flat, parts), strict=True):
                 part.data = fresh.data

@@ -111,7 +111,7 @@ def checkpoint_reads_back(trainer: Any, module: Any, folder: Path) -> Finding:
     wrong = []
     with safe_open(path, framework="pt") as file:
         names = set(file.keys())
-        for key, tensor in mine.tensors.items():
+        for key, tensor in mine.values():
             if key not in names or not torch.equal(_flat(file.get_tensor(key)), _flat(tensor.cpu())):
                 wrong.append(key)
     size, seconds = path.stat().st_size, time.perf_counter() - began

@@ -15,7 +15,7 @@ from pipeline.forecast.memory import PARTS, Held
 from pipeline.forecast.payoff import verdict
 from pipeline.forecast.place import Place
 from pipeline.forecast.traces import RECORDED, Traces
-from pipeline.forecast.training import Training, strategy_name
+from pipeline.forecast.training import Training, offloads, strategy_name
 from pipeline.forecast.workload import Reads, Trains, Workload, Writes
 from pipeline.report.units import size
 from pipeline.training.strategy import ZeRO
@@ -74,11 +74,19 @@ def _memory(held: Held, place: Place) -> Json:
 
 
 def _loading(stage: Training, place: Place) -> int:
-    """Of a rank, in the host's memory: the start in fp32 as it is read, before it goes to the device; sharded, a
-    share. Where checkpoints are written while training goes on, a copy of what it saves of the rank takes no more."""
-    whole = 4 * parameter_count(empty_model(stage.trains.student)) + stage.traces.teacher("float32").bytes
-    zero3 = isinstance(stage.strategy, ZeRO) and stage.strategy.stage == 3
-    return math.ceil(whole / place.gpus) if zero3 else whole
+    """Of a rank, in the host's memory: under ZeRO-3 its share of what is read, the start in fp32; else, on GPUs, what
+    does not go straight to them. Or, where that is more, its copy of a checkpoint that is written while training goes
+    on."""
+    recipe, student = stage.trains.recipe, parameter_count(empty_model(stage.trains.student))
+    start, teacher = 4 * student, stage.traces.teacher("float32").bytes
+    if isinstance(stage.strategy, ZeRO) and stage.strategy.stage == 3:
+        read = math.ceil((start + teacher) / place.gpus)
+    elif place.cuda:
+        read = 0 if recipe.lora is None and recipe.qat is None else start
+    else:
+        read = start + teacher
+    trained = student if recipe.lora is None else recipe.lora.parameters(empty_model(stage.trains.student))
+    return max(read, math.ceil(12 * trained / place.gpus))
 
 
 def _disk(trains: Trains, parameters: int, tokens: int | None, keep: int) -> Json:
@@ -209,7 +217,7 @@ def _notes(context: Context, stage: Training, row: Json) -> list[str]:
         )
     if not row["fits"]:
         notes.append(_what_would(stage, row))
-    elif row["choose"] and row["choose"]["strategy"] != stage.name and place.cuda:
+    elif row["choose"] and row["choose"]["strategy"] != stage.name and place.cuda and not offloads(stage.strategy):
         notes.append(f"strategy={row['choose']['strategy']} fits too, and has less to send between GPUs")
     if (most := row["largest_micro_batch"]) and most > training.micro_batch and place.cuda:
         notes.append(f"the largest micro-batch that fits is {most}: stages.{context.stage}.training.micro_batch={most}")

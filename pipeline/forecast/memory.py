@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from models.errors import Refusal
+from models.nvme import BUFFERS
 from models.tracing.step import ENGINE, OPTIMIZER, Step
 from pipeline.training.strategy import DDP, Single, Strategy, ZeRO
 
@@ -21,11 +22,9 @@ _DEFAULTS = {
     "reduce_bucket_size": 500_000_000,
     "stage3_prefetch_bucket_size": 50_000_000,
     "stage3_max_reuse_distance": 1_000_000_000,
-    "sub_group_size": 1_000_000_000,
     "overlap_comm": None,
 }
 _FP32 = 4  # bytes
-_BUFFERS = 5  # of host memory, through which DeepSpeed reads weights from a disk
 PARTS = ("parameters", "gradients", "optimizer", "teacher", "activations", "engine", "buffers")
 
 
@@ -80,7 +79,7 @@ def _with_teacher(made: Held, teacher: TeacherHeld, ranks: int, sharded: bool, c
     if (sharded or teacher.sharded) and not teacher.packed:
         share = math.ceil(whole / ranks)
         whole = (0 if teacher.offloaded else share) + copied + teacher.largest
-        waiting = min(share, _BUFFERS * math.ceil(teacher.largest / ranks)) if teacher.on_disk else share
+        waiting = min(share, BUFFERS * math.ceil(teacher.largest / ranks)) if teacher.on_disk else share
         host += waiting if teacher.offloaded else 0
     return Held({**made.device, "teacher": made.device.get("teacher", 0) + whole}, host)
 
@@ -140,10 +139,9 @@ def _sharded(strategy: ZeRO, step: Step, ranks: int, accumulates: bool, cuda: bo
     if strategy.offload_parameters:
         parameters, host = 0, parameters
     if strategy.offload_optimizer:
-        kept = states + sums
         if strategy.nvme_path is not None:  # four buffers: master, both moments and gradient of what is stepped
-            kept = 4 * _FP32 * min(share, _number(strategy, "sub_group_size"))
-        states, sums, host = 0, 0, host + kept
+            states = 4 * _FP32 * min(share, strategy.stepped_at_a_time)
+        states, sums, host = 0, 0, host + states + sums
     reduced = min(bucket, width * step.trained)
     return Held(
         _fullest(

@@ -80,8 +80,9 @@ class Training:
     def choices(self) -> Iterator[tuple[str, Strategy]]:
         """What can run on so many GPUs, from the fastest on; the configured one with its own numbers."""
         packed = self.traces.beside and self.trains.recipe.teacher.packed_weights  # type: ignore[union-attr]
-        for name, strategy in STRATEGIES.items():
-            if strategy.several_ranks != (self.place.gpus > 1) and name != "zero3_offload":
+        own = {} if self.name in STRATEGIES else {self.name: self.strategy}  # zero3_nvme, whose folder no other knows
+        for name, strategy in {**STRATEGIES, **own}.items():
+            if strategy.several_ranks != (self.place.gpus > 1) and not offloads(strategy):
                 continue
             if packed and isinstance(strategy, ZeRO) and strategy.stage == 3:
                 continue
@@ -91,7 +92,7 @@ class Training:
         """The fastest strategy with which the configured micro-batch fits, else the fastest with a smaller one. What
         waits in host memory is taken where nothing else fits."""
         wanted, chosen = self.trains.recipe.training.micro_batch, list(self.choices())
-        fast = [(name, strategy) for name, strategy in chosen if name != "zero3_offload"]
+        fast = [(name, strategy) for name, strategy in chosen if not offloads(strategy)]
         for some in (fast, chosen):
             for name, strategy in some:
                 if self.fits(made := self.held(strategy, wanted)):
@@ -148,6 +149,10 @@ class Training:
         if training.epochs is not None and self.trains.text_bytes is not None:
             limits.append(int(training.epochs * self.trains.text_bytes / BYTES_OF_TEXT_A_TOKEN))
         return min(limits, default=None)
+
+
+def offloads(strategy: Strategy) -> bool:
+    return isinstance(strategy, ZeRO) and strategy.offload_optimizer
 
 
 def strategy_name(config: dict[str, Any], strategy: Strategy) -> str:

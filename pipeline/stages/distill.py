@@ -102,7 +102,8 @@ class Distill(Stage):
             self._plan(context, student)
             trained = self.lora.parameters(empty_model(student)) if self.lora else None
             vocabulary = student.get_text_config().vocab_size
-            settings.check_disk(context, sizes["student"], corpus, vocabulary, trained)
+            beside = self.teacher if "teacher" in runs else None
+            settings.check_disk(context, sizes["student"], corpus, vocabulary, trained, beside)
         problems.tell()
         if sizes["student"] > sizes["teacher"]:
             warnings.append(

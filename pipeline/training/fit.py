@@ -13,7 +13,7 @@ import pytorch_lightning as pl
 import torch
 
 from models.generation import end_tokens
-from models.load import attention_for, load_config
+from models.load import attention_for, empty_model, load_config
 from models.objectives.term import needs_teacher
 from models.teachers.teacher import Opening
 from models.training.costs import Arithmetic, Forward
@@ -29,6 +29,7 @@ from pipeline.data.tokenizer import load_tokenizer
 from pipeline.training.observers import callbacks_of, logger_of
 from pipeline.training.prepare import Prepared
 from pipeline.training.recipe import Recipe
+from pipeline.training.settings import check_nvme
 from pipeline.training.strategy import prepare_environment
 from pipeline.training.student import Student
 
@@ -56,6 +57,8 @@ def fit(context: Context, recipe: Recipe) -> Fitted:
     attention = attention_for(context.config["trainer"]["attention"], context.device, recipe.saved)
     sequences = _sequences(context, recipe, prepared, tokenizer)
     student = Student.read(prepared.start, recipe, context.seed, attention)
+    trained = student.parameters if recipe.lora is None else recipe.lora.parameters(empty_model(student.config))
+    check_nvme(context, trained, recipe.teacher)
     training = recipe.training
     steps = sequences.steps(max_steps=training.max_steps, max_tokens=training.max_tokens, epochs=training.epochs)
     _tell_not_read(context, sequences, steps, recipe.on_policy)
@@ -168,7 +171,7 @@ def _module(
         configs = (student.config, load_config(teacher.path, "teacher", teacher.trust_remote_code))
     memory_mb = settings["objective_memory_mb"]
     return LanguageModel(
-        load_student=student.load,
+        load_student=functools.partial(student.load, context.device),
         load_teacher=None if teacher is None else lambda: teacher.open(opening),
         objective=recipe.objective,
         optimizer=training.optimizer,

@@ -13,16 +13,19 @@ from typing import Any, ClassVar
 import torch
 from hydra.utils import instantiate
 
+from models import nvme
 from models.apart import check_apart
 from models.errors import Refusal
-from models.load import attention_of
-from models.sharding import check_nvme
+from models.load import DTYPES, attention_of
+from models.teachers.sharded import Sharded
+from models.teachers.teacher import Source
 from pipeline.context import Context
 from pipeline.data.flat import bytes_a_token
 from pipeline.data.loader import accumulation
 from pipeline.data.source import DataSource
 from pipeline.training import checkpoints
 from pipeline.training.observers import callbacks_of
+from pipeline.training.strategy import ZeRO
 
 SAVED = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16}  # precision → dtype of the finished weights
 _BYTES_OF_TEXT_A_TOKEN = 4
@@ -159,8 +162,6 @@ def _check_devices(context: Context, precision: Any) -> None:
     if here and device == "cuda" and context.devices > torch.cuda.device_count() and "SLURM_JOB_ID" not in os.environ:
         raise Refusal(f"trainer.devices={context.devices}: this machine has {torch.cuda.device_count()} GPUs")
     context.strategy.check(device, context.world)
-    if here and context.strategy.nvme_path is not None and instantiate(context.config["launch"]).on_this_machine:
-        check_nvme(context.strategy.nvme_path, "strategy.nvme_path")
 
 
 def check_length(config: Any, data: DataSource, role: str) -> None:
@@ -197,11 +198,32 @@ def prepared_bytes(corpus: dict[str, Any], vocabulary: int) -> int:
     return int(texts // _BYTES_OF_TEXT_A_TOKEN * bytes_a_token(vocabulary))
 
 
+def check_nvme(context: Context, trained: int, teacher: Source | None) -> None:
+    """Refuse folders for what is offloaded that cannot take it on this machine, where ranks are to run here."""
+    here, strategy = min(context.devices, context.world), context.strategy
+    if isinstance(strategy, ZeRO) and strategy.nvme_path is not None:
+        share = -(-trained // context.world)
+        stepped = min(share, strategy.stepped_at_a_time)
+        # Master, gradient and two moments of each, in fp32; and a buffer for each of the four.
+        nvme.check(strategy.nvme_path, "strategy.nvme_path", disk=16 * share * here, locked=16 * stepped)
+    if isinstance(teacher, Sharded) and teacher.offload == "nvme" and teacher.nvme_path is not None:
+        share, largest = teacher.offloaded(context.world)
+        width = DTYPES[teacher.dtype].itemsize
+        told = {"disk": width * share * here, "locked": nvme.BUFFERS * width * largest}
+        nvme.check(teacher.nvme_path, "teacher.nvme_path", **told)
+
+
 def check_disk(
-    context: Context, parameters: int, corpus: dict[str, Any], vocabulary: int, trained: int | None = None
+    context: Context,
+    parameters: int,
+    corpus: dict[str, Any],
+    vocabulary: int,
+    trained: int | None = None,
+    teacher: Source | None = None,
 ) -> None:
     """A run that fills the disk dies hours later. `trained`: how many of the parameters are, if not all; `corpus`: what
-    `check_source` says of the text; `vocabulary`: tokens of the tokenizer that it is prepared with."""
+    `check_source` says of the text; `vocabulary`: tokens of the tokenizer that it is prepared with. `teacher`: where it
+    runs beside the student."""
     keep = context.config["trainer"]["checkpoint"]["keep"]
     needed = {
         "the start and the result": 2 * parameters * 4,
@@ -209,6 +231,8 @@ def check_disk(
         "checkpoints": (trained or parameters) * 4 * 3 * (keep + 1),
         "prepared text": prepared_bytes(corpus, vocabulary),
     }
+    if instantiate(context.config["launch"]).on_this_machine and context.place is None:
+        check_nvme(context, trained or parameters, teacher)
     place = context.run_dir
     while not place.exists():
         place = place.parent

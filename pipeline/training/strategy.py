@@ -17,6 +17,7 @@ from models.errors import Refusal
 from pipeline.config import nearest
 
 _COMMUNICATED = (None, "fp32", "bf16")
+_LEAST_SWAPPED = 2**18  # elements, of 4 bytes
 
 
 class Strategy(Protocol):
@@ -42,11 +43,6 @@ class Strategy(Protocol):
         """Whether sharded weights wait in host memory until they are needed."""
         ...
 
-    @property
-    def nvme_path(self) -> str | None:
-        """The folder that takes what is offloaded to a disk of each machine, where something is."""
-        ...
-
     def check(self, device: str, ranks: int) -> None:
         """Refuse what cannot work on so many ranks of `device`, cpu or cuda."""
         ...
@@ -69,7 +65,6 @@ class Single:
     sharded: ClassVar[bool] = False
     shards_parameters: ClassVar[bool] = False
     offloads_parameters: ClassVar[bool] = False
-    nvme_path: ClassVar[str | None] = None
 
     def check(self, device: str, ranks: int) -> None:
         if ranks > 1:
@@ -89,7 +84,6 @@ class DDP:
     sharded: ClassVar[bool] = False
     shards_parameters: ClassVar[bool] = False
     offloads_parameters: ClassVar[bool] = False
-    nvme_path: ClassVar[str | None] = None
     timeout_minutes: float = 30.0
 
     def check(self, device: str, ranks: int) -> None:
@@ -156,6 +150,11 @@ class ZeRO:
                 f"give the ranks of a node"
             )
 
+    @property
+    def stepped_at_a_time(self) -> int:
+        """Elements of a sub-group: what the optimizer steps, and NVMe gives, at a time."""
+        return int((self.config or {}).get("sub_group_size", 1_000_000_000))
+
     def _check_nvme(self) -> None:
         """The folder itself is looked at where the ranks run."""
         if self.nvme_path is None:
@@ -167,6 +166,11 @@ class ZeRO:
                 f"strategy.nvme_path={self.nvme_path}: it is for the optimizer that ZeRO-3 offloads; use "
                 f"strategy=zero3_nvme, or leave it out"
             )
+        if self.stepped_at_a_time < _LEAST_SWAPPED:
+            raise Refusal(
+                f"strategy.config.sub_group_size={self.stepped_at_a_time}: DeepSpeed leaves in memory what has less "
+                f"than 1 MB; need {_LEAST_SWAPPED} or more"
+            )
 
     @property
     def shards_parameters(self) -> bool:
@@ -177,6 +181,7 @@ class ZeRO:
         return self.shards_parameters and self.offload_parameters
 
     def lightning(self, device: str) -> Any:
+        from models import nvme
         from models.sharding import offloaded
 
         section: dict[str, Any] = {
@@ -187,7 +192,8 @@ class ZeRO:
             **(self.config or {}),
         }
         if self.offload_optimizer:
-            section["offload_optimizer"] = offloaded(device == "cuda", self.nvme_path)
+            folder = None if self.nvme_path is None else nvme.folder_in(self.nvme_path)
+            section["offload_optimizer"] = offloaded(device == "cuda", folder)
         if self.offload_parameters:
             section["offload_param"] = offloaded(device == "cuda")
         return _zero_strategy()(

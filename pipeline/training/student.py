@@ -45,9 +45,11 @@ class Student:
         except OSError:
             return None
 
-    def load(self) -> Any:
-        """The start's weights, ready to be trained."""
-        lora, model = self.recipe.lora, self._plain(self.attention)
+    def load(self, device: str = "cpu") -> Any:
+        """The start's weights, ready to be trained; `device`: where they are to be, cpu or cuda. With adapters or
+        rounded matrices they come to the CPU, where those are made, and Lightning moves all of it."""
+        lora = self.recipe.lora
+        model = self._plain(self.attention, device if lora is None and self.rounding is None else "cpu")
         if lora is not None:
             model = lora.attach(model, self.seed, self.recipe.saved)
         return self._wrapped(model)
@@ -65,8 +67,8 @@ class Student:
         with unsharded():
             return self._plain(self.attention)
 
-    def _plain(self, attention: str | None) -> Any:
-        return load_model(self.folder, dtype=torch.float32, attention=attention, role="student")
+    def _plain(self, attention: str | None, device: str = "cpu") -> Any:
+        return load_model(self.folder, dtype=torch.float32, attention=attention, role="student", device=device)
 
     def _wrapped(self, model: Any) -> Any:
         model = zeros.keep(model) if self.recipe.keep_zeros else model

@@ -69,12 +69,13 @@ def test_offloaded_states_are_in_host_memory() -> None:
     offload = ZeRO(stage=3, offload_optimizer=True, offload_parameters=True)
     made = held(offload, step("bfloat16", 1), TeacherHeld(), ranks=4, accumulates=True, cuda=True)
     assert made.host == pytest.approx((12 + 4 + 2) * GB / 4)
+    assert made.device["optimizer"] == made.device["gradients"] == 0
 
 
 def test_states_on_a_disk_take_four_buffers_of_what_is_stepped_at_a_time() -> None:
     offload = ZeRO(3, True, True, nvme_path="/disk", config={"sub_group_size": BILLION // 10})
     made = held(offload, step("bfloat16", 1), TeacherHeld(), ranks=4, accumulates=True, cuda=True)
-    assert made.host == pytest.approx(4 * 4 * 0.1 * GB + 2 * GB / 4)
+    assert made.host == pytest.approx(4 * 4 * 0.1 * GB + (4 + 2) * GB / 4)  # gradients are in memory, too
     teacher = TeacherHeld(bytes=14 * GB, largest=GB, sharded=True, offloaded=True)
     in_memory, on_disk = (
         held(STRATEGIES["ddp"], step("autocast", 1), each, ranks=4, accumulates=True, cuda=True).host

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,14 @@ def test_a_node_holds_what_its_ranks_hold(row: dict[str, Any]) -> None:
     """Each reads its share of the start in fp32 and of the teacher in bf16; four of them are on a node here."""
     assert row["host_bytes"] == pytest.approx((4 * P + 2 * T) / 64, rel=1e-6)
     assert row["node_host_bytes"] == 4 * row["host_bytes"]
+
+
+def test_weights_that_go_straight_to_a_gpu_take_no_host_memory_and_a_checkpoint_does(tmp_path: Path) -> None:
+    words = [f"teacher.path={folder(tmp_path, TINY)}", "student.keep=2", "data.max_length=512", "strategy=ddp", *A100]
+    rows = forecast(tmp_path, "+experiment=distill_7b_to_1b", *words)
+    size = rows["distill"]["parameters"]
+    assert rows["distill"]["host_bytes"] == math.ceil(12 * size / 64)
+    assert rows["recover"]["host_bytes"] == 4 * rows["recover"]["parameters"]  # adapters are made in host memory
 
 
 def test_time_is_operations_by_the_rate_that_is_assumed(row: dict[str, Any]) -> None:

@@ -112,6 +112,7 @@ def cluster(home: Path) -> Iterator[Cluster]:
 
     def start(*words: str) -> None:
         libc = ctypes.CDLL(None)
+        daemons[:] = [each for each in daemons if list(each.args) != [*words]]  # type: ignore[call-overload]
         with open(home / "daemons.log", "ab") as out:
             daemons.append(
                 subprocess.Popen(

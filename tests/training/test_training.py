@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 import re
-import subprocess
-import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +28,6 @@ from pipeline.data.batch import collate
 from pipeline.data.loader import Order, PackedSequences, accumulation, in_turn
 from pipeline.training.fit import _tell_not_read
 from tests import fitting
-from tests.command import ROOT
 from tests.fitting import LENGTH, VOCABULARY, Scenario, fit, on_ranks, on_two_ranks, rows, said_of_torn, write_models
 
 TOLERANCE = 1e-6  # fp32, 20 steps
@@ -189,6 +186,8 @@ def test_what_is_offloaded_to_files_learns_and_goes_on_as_in_memory(folder: Path
         "", "zero3_offload", micro_batch=4, steps=8, student="large", teacher="large-teacher", sub_group=600_000
     )
     again = {"resume": True, "resume_from": "nvme"}
+    # Masters of another dtype than the weights, several micro-batches to a step, small parameters whole.
+    bf16 = {"precision": "bf16-mixed", "micro_batch": 2, "persistence": 300}
     scenarios = {
         "memory": {"checkpoint_at": 4},
         "nvme": {"nvme": True, "checkpoint_at": 4},
@@ -196,39 +195,27 @@ def test_what_is_offloaded_to_files_learns_and_goes_on_as_in_memory(folder: Path
         "memory-again": again,
         "nvme-of-memory": {"nvme": True, "resume": True, "resume_from": "memory"},
         "teacher": {"nvme": True, "sharded": True, "offload": "nvme"},
+        "memory-bf16": bf16,
+        "nvme-bf16": {**bf16, "nvme": True, "checkpoint_at": 4},
+        "nvme-bf16-again": {**bf16, "nvme": True, "resume": True, "resume_from": "nvme-bf16"},
     }
     found = on_two_ranks([replace(plain, name=name, **words) for name, words in scenarios.items()], folder)
     size = sum(tensor.numel() for tensor in found["memory"]["state"].values())
-    assert not any(found["memory"]["on_disk"].values())
-    assert found["nvme"]["on_disk"]["optimizer"] > 0.9 * 4 * 3 * size
-    assert found["teacher"]["on_disk"]["params"] > 0.5 * 4 * size
-    for name in ("nvme", "teacher"):
-        assert_same(found[name], found["memory"], tolerance=0)
+    on_disk = {name: result["on_disk"] for name, result in found.items()}  # of all so far
+    added = {
+        name: on_disk[name]["optimizer"] - on_disk[before]["optimizer"] for before, name in itertools.pairwise(on_disk)
+    }
+    assert not any(on_disk["memory"].values())
+    for name in ("nvme", "nvme-again", "nvme-of-memory", "nvme-bf16", "nvme-bf16-again"):
+        assert added[name] > 0.9 * 4 * 3 * size, name
+    assert on_disk["teacher"]["params"] > 0.5 * 4 * size
+    for name, plain_one in {"nvme": "memory", "teacher": "memory", "nvme-bf16": "memory-bf16"}.items():
+        assert_same(found[name], found[plain_one], tolerance=0)
     for name in ("nvme-again", "memory-again", "nvme-of-memory"):
         assert len(found[name]["metrics"]) == 4
         assert_same(found["memory"], found[name], tolerance=0, first=4)
+    assert_same(found["memory-bf16"], found["nvme-bf16-again"], tolerance=0, first=4)
     assert not list((folder / "disk").iterdir())  # nothing is left
-
-
-def test_what_killed_processes_left_on_a_disk_is_removed_and_nothing_else(tmp_path: Path) -> None:
-    """In a process of its own, as its end removes what it has made."""
-    code = (
-        "import os, sys, time; from pathlib import Path; from models import sharding\n"
-        "root = Path(sys.argv[1]); mine = sharding._own_folder(root); assert Path(mine).is_dir()\n"
-        "for name in os.listdir(root):\n"
-        "    os.utime(root / name, (1, 1), follow_symlinks=False)\n"
-        "other = sharding._own_folder(root)\n"
-        "print(*sorted(os.listdir(root)), Path(mine).name, Path(other).name)"
-    )
-    for name in ("retort-offloaded-left", "others", "elsewhere"):
-        (tmp_path / name).mkdir()
-    (tmp_path / "retort-offloaded-left" / "1_param.tensor.swp").touch()
-    (tmp_path / "retort-offloaded-link").symlink_to(tmp_path / "elsewhere")
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
-    *held, mine, other = done.stdout.split()
-    kept = ["elsewhere", "others", "retort-offloaded-link"]
-    assert held == sorted([*kept, mine, other])  # the first is locked, however old it is
-    assert sorted(path.name for path in tmp_path.iterdir()) == kept
 
 
 def test_gradients_summed_in_bf16_are_rounded(reference: Any, two_ranks: Any) -> None:
@@ -513,6 +500,16 @@ def test_a_gradient_that_is_no_number_names_all_sequences_of_the_step_on_every_r
         found = told.match(line)
         assert found, line
         assert sorted(map(int, found[1].split(", "))) == sorted(first_step())
+
+
+def test_an_offloaded_optimizer_is_not_given_parameters_without_a_gradient(folder: Path) -> None:
+    """Without offloading their gradient is zero."""
+    scenarios = [Scenario(name, name, micro_batch=2, steps=2, spare=True) for name in ("zero2", "zero3_offload")]
+    plain, offloaded = (result["said"] for result in on_two_ranks(scenarios, folder).values())
+    assert plain == ["nothing", "nothing"]
+    assert [line.partition(",")[0] for line in offloaded] == [
+        "step 0: there was no gradient of student.model.spare.bias and of 1 more"
+    ] * 2
 
 
 def test_a_run_resumed_with_other_micro_batches_learns_the_same(folder: Path) -> None:

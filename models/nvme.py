@@ -1,0 +1,144 @@
+"""Folders on disks of this machine to which DeepSpeed offloads (ZeRO-Infinity, arXiv:2104.07857).
+
+They are looked at before anything is loaded: DeepSpeed counts a write that has failed as done, and its other complaints
+are assertions. Each model of each process has a folder of its own, since DeepSpeed's names in it are always the same.
+"""
+
+from __future__ import annotations
+
+import atexit
+import fcntl
+import mmap
+import os
+import re
+import resource
+import shutil
+import socket
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from models.errors import Refusal
+
+BUFFERS = 5  # of the largest weight's share, through which DeepSpeed reads weights
+_YOUNG_SECONDS = 60
+_COMPILING_SECONDS = 1800
+_LOCKS_MEMORY = 14  # CAP_IPC_LOCK
+_made: list[str] = []
+
+
+def check(path: str, key: str, *, disk: int, locked: int) -> None:
+    """Refuse a folder that DeepSpeed cannot use on this machine. `key`: the setting that names it; `disk`: bytes of all
+    that this machine's ranks put there; `locked`: bytes of a rank's buffers, which must stay in memory."""
+    told = f"{key}={path}"
+    if not (os.path.isdir(path) and os.access(path, os.W_OK)):
+        raise Refusal(f"{told}: no folder that can be written to here; give one on a local disk")
+    if (free := shutil.disk_usage(path).free) < disk:
+        raise Refusal(
+            f"{told}: {disk / 1e9:.1f} GB are to be put there and {free / 1e9:.1f} GB are free; give another folder, "
+            f"or use more machines"
+        )
+    if (problem := _direct(path)) is not None:
+        raise Refusal(
+            f"{told}: {problem} past the system's cache, as DeepSpeed does; give a folder on a local NVMe disk"
+        )
+    limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    if limit != resource.RLIM_INFINITY and limit < locked and not _capable(_LOCKS_MEMORY):
+        raise Refusal(
+            f"{told}: {locked / 1e6:,.0f} MB of buffers must be locked in memory, and {limit / 1e6:,.0f} MB may be; "
+            f"raise that (ulimit -l unlimited), or offload to host memory"
+        )
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if not AsyncIOBuilder().is_compatible(verbose=False):
+        raise Refusal(
+            f"{told}: DeepSpeed needs libaio, which is missing here; install it (Debian: libaio-dev), or offload to "
+            f"host memory"
+        )
+
+
+def _direct(path: str) -> str | None:
+    """What is wrong with reading and writing there by O_DIRECT, in the sizes that DeepSpeed has: multiples of 1 kB."""
+    size = 2**20 + 2**10
+    with tempfile.TemporaryDirectory(prefix=_prefix(), dir=path) as folder, mmap.mmap(-1, size) as buffer:
+        try:
+            handle = os.open(os.path.join(folder, "probe"), os.O_RDWR | os.O_CREAT | os.O_DIRECT, 0o600)
+            try:
+                buffer[:] = os.urandom(size)
+                if os.writev(handle, [buffer]) != size:
+                    return "nothing can be written there"
+                expected, buffer[:] = bytes(buffer), bytes(size)
+                if os.preadv(handle, [buffer], 0) != size or bytes(buffer) != expected:
+                    return "what is written there is not read back"
+            finally:
+                os.close(handle)
+        except OSError as problem:
+            return f"it cannot be written to ({problem.strerror})"
+    return None
+
+
+def _capable(capability: int) -> bool:
+    try:
+        told = re.search(r"^CapEff:\s*(\w+)", Path("/proc/self/status").read_text(), re.M)
+    except OSError:
+        return False
+    return told is not None and bool(int(told[1], 16) >> capability & 1)
+
+
+def folder_in(path: str) -> str:
+    """A new folder in `path`, for one model of this process, and DeepSpeed ready to use it. Removed when the process
+    ends; what killed processes of this machine have left is removed here."""
+    _compile()
+    return _own_folder(path)
+
+
+def _own_folder(path: str) -> str:
+    for left in Path(path).glob(f"{_prefix()}*"):
+        with suppress(OSError):
+            old = time.time() - left.stat().st_mtime > _YOUNG_SECONDS  # or its process is about to lock it
+            if old and not left.is_symlink() and (handle := _lock(left)) is not None:
+                shutil.rmtree(left, ignore_errors=True)
+                os.close(handle)
+    made = tempfile.mkdtemp(prefix=_prefix(), dir=path)
+    _lock(Path(made))  # for as long as this process lives
+    _made.append(made)
+    return made
+
+
+@atexit.register
+def remove() -> None:
+    """What this process has made. To be called where it ends without its exit handlers."""
+    while _made:
+        shutil.rmtree(_made.pop(), ignore_errors=True)
+
+
+def _prefix() -> str:
+    """Of this machine's folders: a lock says nothing of processes of another one, which may see the same disk."""
+    return f"retort-offloaded-{socket.gethostname()}-"
+
+
+def _lock(folder: Path) -> int | None:
+    """A handle that holds the folder; None where another process does."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        return None
+    return handle
+
+
+def _compile() -> Any:
+    """DeepSpeed's reader, which takes minutes the first time. PyTorch waits without an end for a process that was
+    killed meanwhile."""
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+    from torch.utils.cpp_extension import _get_build_directory
+
+    builder = AsyncIOBuilder()
+    lock = Path(_get_build_directory(builder.name, verbose=False)) / "lock"
+    with suppress(OSError):
+        if time.time() - lock.stat().st_mtime > _COMPILING_SECONDS:
+            raise Refusal(f"{lock}: a process that compiled DeepSpeed's reader was killed; remove this file")
+    return builder.load(verbose=False)

@@ -1,0 +1,106 @@
+"""Folders that DeepSpeed offloads to: refused in a line where it could not use them, one for each model, none left."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from deepspeed.ops.op_builder import AsyncIOBuilder
+
+from models import nvme
+from models.errors import Refusal
+from tests.command import ROOT
+
+MB = 10**6
+
+
+def refused(path: Path, disk: int = 0, locked: int = 0) -> str:
+    with pytest.raises(Refusal) as problem:
+        nvme.check(str(path), "strategy.nvme_path", disk=disk, locked=locked)
+    said = str(problem.value)
+    assert said.startswith(f"strategy.nvme_path={path}: ")
+    assert "\n" not in said
+    assert not list(path.glob("*"))
+    return said
+
+
+def test_a_folder_must_be_there(tmp_path: Path) -> None:
+    assert "no folder that can be written to here" in refused(tmp_path / "nowhere")
+
+
+def test_a_disk_that_would_be_full_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed takes a write that fails for done."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=3000 * MB))
+    assert "16.0 GB are to be put there and 3.0 GB are free" in refused(tmp_path, disk=16_000 * MB)
+
+
+def without_direct(error: int) -> Callable[..., int]:
+    def opened(path: str, flags: int, *mode: int, **words: int) -> int:
+        if flags & os.O_DIRECT:
+            raise OSError(error, os.strerror(error))
+        return _open(path, flags, *mode, **words)
+
+    return opened
+
+
+_open = os.open
+
+
+def test_a_disk_without_direct_reads_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "open", without_direct(22))
+    assert "it cannot be written to (Invalid argument) past the system's cache" in refused(tmp_path)
+
+
+def test_blocks_that_are_not_read_back_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "preadv", lambda handle, buffers, at: len(buffers[0]))  # which stay as they were
+    assert "what is written there is not read back" in refused(tmp_path)
+
+
+def test_memory_that_may_not_be_locked_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (8 * MB, 8 * MB))
+    monkeypatch.setattr(nvme, "_capable", lambda _: False)
+    said = refused(tmp_path, locked=1600 * MB)
+    assert "1,600 MB of buffers must be locked in memory, and 8 MB may be; raise that (ulimit -l unlimited)" in said
+    monkeypatch.setattr(nvme, "_capable", lambda _: True)
+    monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda *_, **__: True)
+    nvme.check(str(tmp_path), "strategy.nvme_path", disk=MB, locked=1600 * MB)
+    assert not list(tmp_path.iterdir())
+
+
+def test_capabilities_are_those_of_the_process() -> None:
+    told = subprocess.run(["grep", "CapEff", "/proc/self/status"], capture_output=True, text=True, check=True).stdout
+    assert nvme._capable(14) == bool(int(told.split()[1], 16) & 1 << 14)
+
+
+def test_a_missing_library_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda *_, **__: False)
+    assert "DeepSpeed needs libaio" in refused(tmp_path)
+
+
+def test_what_killed_processes_of_this_machine_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    """In a process of its own, as its end removes what it has made."""
+    code = (
+        "import os, sys; from pathlib import Path; from models import nvme\n"
+        "root = Path(sys.argv[1]); mine = nvme._own_folder(sys.argv[1]); assert Path(mine).is_dir()\n"
+        "for name in os.listdir(root):\n"
+        "    os.utime(root / name, (1, 1), follow_symlinks=False)\n"
+        "other = nvme._own_folder(sys.argv[1])\n"
+        "print(*sorted(os.listdir(root)), Path(mine).name, Path(other).name)"
+    )
+    of_this_machine = nvme._prefix()
+    kept = ["elsewhere", "others", "retort-offloaded-another.machine-left", f"{of_this_machine}link"]
+    for name in (f"{of_this_machine}left", *kept[:-1]):
+        (tmp_path / name).mkdir()
+    (tmp_path / f"{of_this_machine}left" / "1_param.tensor.swp").touch()
+    (tmp_path / kept[-1]).symlink_to(tmp_path / "elsewhere")
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    *held, mine, other = done.stdout.split()
+    assert held == sorted([*kept, mine, other])  # the first is locked, however old it is
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(kept)
