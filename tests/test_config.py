@@ -561,7 +561,10 @@ MISTAKES = {
     "teacher=sharded teacher.offload=disk": ["teacher.offload=disk", "cpu"],
     "teacher=sharded teacher.offload=nvme": ["teacher.nvme_path"],
     "strategy=zero3_nvme trainer.devices=2": ["strategy.nvme_path is not set"],
-    "strategy=zero3_nvme trainer.devices=2 strategy.nvme_path=/nowhere": ["strategy.nvme_path=/nowhere", "no folder"],
+    "strategy=zero3_nvme trainer.devices=2 strategy.nvme_path=/nowhere stages.pretrain.training.micro_batch=4": [
+        "strategy.nvme_path=/nowhere",
+        "no folder",
+    ],
     "strategy=zero3 trainer.devices=2 +strategy.config.offload_param.device=nvme": ["strategy.offload_parameters=true"],
     "strategy=zero2 trainer.devices=2 +strategy.nvme_path=/tmp": ["strategy.nvme_path=/tmp", "strategy=zero3_nvme"],
     "teacher=cached divergence.temperature=3.0": ["temperature=3", "recorded for 1, 2", "temperatures"],

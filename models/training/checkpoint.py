@@ -59,8 +59,8 @@ class Share:
     world: int
     tensors: dict[str, Tensor]  # what is on NVMe is on the meta device here
     head: dict[str, Any]
-    finite: bool  # all trained values of this rank
-    borrowed: Callable[[], Iterator[dict[str, Tensor]]] | None  # brings in what is on NVMe, in the same order
+    finite: bool = True  # all trained values of this rank
+    borrowed: Callable[[], Iterator[dict[str, Tensor]]] | None = None  # brings in what is on NVMe, in the same order
 
     def values(self) -> Iterator[tuple[str, Tensor]]:
         """Each with its numbers, which are gone when the next is asked for."""
