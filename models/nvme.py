@@ -18,7 +18,6 @@ import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from models.errors import Refusal
 
@@ -130,7 +129,7 @@ def _lock(folder: Path) -> int | None:
     return handle
 
 
-def _compile() -> Any:
+def _compile() -> None:
     """DeepSpeed's reader, which takes minutes the first time. PyTorch waits without an end for a process that was
     killed meanwhile."""
     from deepspeed.ops.op_builder import AsyncIOBuilder
@@ -141,4 +140,4 @@ def _compile() -> Any:
     with suppress(OSError):
         if time.time() - lock.stat().st_mtime > _COMPILING_SECONDS:
             raise Refusal(f"{lock}: a process that compiled DeepSpeed's reader was killed; remove this file")
-    return builder.load(verbose=False)
+    builder.load(verbose=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -53,8 +54,16 @@ class Sharded(Source):
     def open(self, opening: Opening) -> Teacher:
         return _ShardedTeacher(self, opening)
 
-    def offloaded(self, ranks: int) -> tuple[int, int]:
-        """(elements of a rank's share, of its largest one), by the config alone."""
+    def check_disk(self, ranks: int, here: int) -> None:
+        """Refuse a folder for its shares that cannot take those of `here` of the ranks, which run on this machine."""
+        if self.offload == "nvme" and self.nvme_path is not None:
+            share, largest = self._shares(ranks)
+            width = DTYPES[self.dtype].itemsize
+            told = {"disk": width * share * here, "locked": nvme.BUFFERS * width * largest}
+            nvme.check(self.nvme_path, "teacher.nvme_path", **told)
+
+    def _shares(self, ranks: int) -> tuple[int, int]:
+        """(elements of a rank's share, and of its largest weight's), by the config alone."""
         config = load_config(self.path, "teacher", self.trust_remote_code)
         sizes = [each.numel() for each in empty_model(config, self.trust_remote_code).parameters()]
         return -(-sum(sizes) // ranks), -(-max(sizes) // ranks)
@@ -65,7 +74,8 @@ class Sharded(Source):
             return zero3(self.dtype, self.offload)
         assert self.nvme_path is not None
         ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-        return zero3(self.dtype, self.offload, nvme.folder_in(self.nvme_path), self.offloaded(ranks)[1])
+        self.check_disk(ranks, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        return zero3(self.dtype, self.offload, nvme.folder_in(self.nvme_path), self._shares(ranks)[1])
 
 
 class _Body(nn.Module):

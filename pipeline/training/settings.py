@@ -16,7 +16,7 @@ from hydra.utils import instantiate
 from models import nvme
 from models.apart import check_apart
 from models.errors import Refusal
-from models.load import DTYPES, attention_of
+from models.load import attention_of
 from models.teachers.sharded import Sharded
 from models.teachers.teacher import Source
 from pipeline.context import Context
@@ -206,11 +206,8 @@ def check_nvme(context: Context, trained: int, teacher: Source | None) -> None:
         stepped = min(share, strategy.stepped_at_a_time)
         # Master, gradient and two moments of each, in fp32; and a buffer for each of the four.
         nvme.check(strategy.nvme_path, "strategy.nvme_path", disk=16 * share * here, locked=16 * stepped)
-    if isinstance(teacher, Sharded) and teacher.offload == "nvme" and teacher.nvme_path is not None:
-        share, largest = teacher.offloaded(context.world)
-        width = DTYPES[teacher.dtype].itemsize
-        told = {"disk": width * share * here, "locked": nvme.BUFFERS * width * largest}
-        nvme.check(teacher.nvme_path, "teacher.nvme_path", **told)
+    if isinstance(teacher, Sharded):
+        teacher.check_disk(context.world, here)
 
 
 def check_disk(
