@@ -8,10 +8,13 @@ import math
 from pathlib import Path
 from typing import Any
 
+from hydra.utils import instantiate
+
 from models.errors import Refusal
 from models.folder import check_folder
 from models.load import check_weights, load_config
 from models.quantization.stored import Outline, read_outline
+from models.teachers.sharded import Sharded
 from models.teachers.teacher import Source
 from pipeline import artifact
 from pipeline.context import Context
@@ -68,7 +71,8 @@ def config_to_change(context: Context, model: str, trust_remote_code: bool) -> A
 
 
 def teacher_config(context: Context, teacher: Source, weights: bool) -> Any:
-    return config_of(
+    """Its config; with its `weights`, where they are to be opened, looked at as far as that is quick."""
+    found = config_of(
         context,
         teacher.path,
         "teacher",
@@ -76,6 +80,11 @@ def teacher_config(context: Context, teacher: Source, weights: bool) -> Any:
         trust_remote_code=teacher.trust_remote_code,
         weights=weights,
     )
+    if instantiate(context.config["launch"]).on_this_machine and context.place is None:
+        for key, source in {"teacher": teacher, "teacher.recorder": getattr(teacher, "recorder", None)}.items():
+            if isinstance(source, Sharded):
+                source.check_disk(found, context.world, min(context.devices, context.world), key)
+    return found
 
 
 def needs_stage(context: Context, stage: str, setting: str) -> Refusal:

@@ -560,6 +560,9 @@ MISTAKES = {
     "trainer.objective_memory_mb=0": ["trainer.objective_memory_mb=0"],
     "teacher=sharded teacher.offload=disk": ["teacher.offload=disk", "cpu"],
     "teacher=sharded teacher.offload=nvme": ["teacher.nvme_path"],
+    "teacher=sharded teacher.offload=nvme teacher.nvme_path=/nowhere": ["teacher.nvme_path=/nowhere", "no folder"],
+    "teacher=cached teacher@teacher.recorder=sharded teacher.recorder.offload=nvme "
+    "teacher.recorder.nvme_path=/nowhere": ["teacher.recorder.nvme_path=/nowhere"],
     "strategy=zero3_nvme trainer.devices=2": ["strategy.nvme_path is not set"],
     "strategy=zero3_nvme trainer.devices=2 strategy.nvme_path=/nowhere stages.pretrain.training.micro_batch=4": [
         "strategy.nvme_path=/nowhere",

@@ -54,17 +54,17 @@ class Sharded(Source):
     def open(self, opening: Opening) -> Teacher:
         return _ShardedTeacher(self, opening)
 
-    def check_disk(self, ranks: int, here: int) -> None:
-        """Refuse a folder for its shares that cannot take those of `here` of the ranks, which run on this machine."""
+    def check_disk(self, config: Any, ranks: int, here: int, key: str = "teacher") -> None:
+        """Refuse a folder for its shares that cannot take those of `here` of the ranks, which run on this machine.
+        `config`: the model's; `key`: of these settings."""
         if self.offload == "nvme" and self.nvme_path is not None:
-            share, largest = self._shares(ranks)
+            share, largest = self._shares(config, ranks)
             width = DTYPES[self.dtype].itemsize
             told = {"disk": width * share * here, "locked": nvme.BUFFERS * width * largest}
-            nvme.check(self.nvme_path, "teacher.nvme_path", **told)
+            nvme.check(self.nvme_path, f"{key}.nvme_path", **told)
 
-    def _shares(self, ranks: int) -> tuple[int, int]:
-        """(elements of a rank's share, and of its largest weight's), by the config alone."""
-        config = load_config(self.path, "teacher", self.trust_remote_code)
+    def _shares(self, config: Any, ranks: int) -> tuple[int, int]:
+        """Elements of a rank's share, and of its largest weight's."""
         sizes = [each.numel() for each in empty_model(config, self.trust_remote_code).parameters()]
         return -(-sum(sizes) // ranks), -(-max(sizes) // ranks)
 
@@ -73,9 +73,10 @@ class Sharded(Source):
         if self.offload != "nvme":
             return zero3(self.dtype, self.offload)
         assert self.nvme_path is not None
+        model = load_config(self.path, "teacher", self.trust_remote_code)
         ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-        self.check_disk(ranks, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-        return zero3(self.dtype, self.offload, nvme.folder_in(self.nvme_path), self._shares(ranks)[1])
+        self.check_disk(model, ranks, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        return zero3(self.dtype, self.offload, nvme.folder_in(self.nvme_path), self._shares(model, ranks)[1])
 
 
 class _Body(nn.Module):

@@ -102,8 +102,7 @@ class Distill(Stage):
             self._plan(context, student)
             trained = self.lora.parameters(empty_model(student)) if self.lora else None
             vocabulary = student.get_text_config().vocab_size
-            beside = self.teacher if "teacher" in runs else None
-            settings.check_disk(context, sizes["student"], corpus, vocabulary, trained, beside)
+            settings.check_disk(context, sizes["student"], corpus, vocabulary, trained)
         problems.tell()
         if sizes["student"] > sizes["teacher"]:
             warnings.append(

@@ -17,8 +17,6 @@ from models import nvme
 from models.apart import check_apart
 from models.errors import Refusal
 from models.load import attention_of
-from models.teachers.sharded import Sharded
-from models.teachers.teacher import Source
 from pipeline.context import Context
 from pipeline.data.flat import bytes_a_token
 from pipeline.data.loader import accumulation
@@ -198,16 +196,14 @@ def prepared_bytes(corpus: dict[str, Any], vocabulary: int) -> int:
     return int(texts // _BYTES_OF_TEXT_A_TOKEN * bytes_a_token(vocabulary))
 
 
-def check_nvme(context: Context, trained: int, teacher: Source | None) -> None:
-    """Refuse folders for what is offloaded that cannot take it on this machine, where ranks are to run here."""
+def check_nvme(context: Context, trained: int) -> None:
+    """Refuse a folder for an offloaded optimizer that cannot take that of this machine's ranks."""
     here, strategy = min(context.devices, context.world), context.strategy
     if isinstance(strategy, ZeRO) and strategy.nvme_path is not None:
         share = -(-trained // context.world)
         stepped = min(share, strategy.stepped_at_a_time)
         # Master, gradient and two moments of each, in fp32; and a buffer for each of the four.
         nvme.check(strategy.nvme_path, "strategy.nvme_path", disk=16 * share * here, locked=16 * stepped)
-    if isinstance(teacher, Sharded):
-        teacher.check_disk(context.world, here)
 
 
 def check_disk(
@@ -216,11 +212,9 @@ def check_disk(
     corpus: dict[str, Any],
     vocabulary: int,
     trained: int | None = None,
-    teacher: Source | None = None,
 ) -> None:
     """A run that fills the disk dies hours later. `trained`: how many of the parameters are, if not all; `corpus`: what
-    `check_source` says of the text; `vocabulary`: tokens of the tokenizer that it is prepared with. `teacher`: where it
-    runs beside the student."""
+    `check_source` says of the text; `vocabulary`: tokens of the tokenizer that it is prepared with."""
     keep = context.config["trainer"]["checkpoint"]["keep"]
     needed = {
         "the start and the result": 2 * parameters * 4,
@@ -229,7 +223,7 @@ def check_disk(
         "prepared text": prepared_bytes(corpus, vocabulary),
     }
     if instantiate(context.config["launch"]).on_this_machine and context.place is None:
-        check_nvme(context, trained or parameters, teacher)
+        check_nvme(context, trained or parameters)
     place = context.run_dir
     while not place.exists():
         place = place.parent
