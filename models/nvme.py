@@ -136,7 +136,10 @@ def _compile() -> None:
     from torch.utils.cpp_extension import _get_build_directory
 
     builder = AsyncIOBuilder()
-    lock = Path(_get_build_directory(builder.name, verbose=False)) / "lock"
+    folder = Path(_get_build_directory(builder.name, verbose=False))
+    lock = folder / "lock"
+    if not (folder / f"{builder.name}.so").exists() and os.environ.get("RANK", "0") == "0":
+        print(f"DeepSpeed's reader of offloaded files is compiled into {folder}, once: some minutes", flush=True)
     with suppress(OSError):
         if time.time() - lock.stat().st_mtime > _COMPILING_SECONDS:
             raise Refusal(f"{lock}: a process that compiled DeepSpeed's reader was killed; remove this file")
