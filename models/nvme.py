@@ -18,12 +18,12 @@ import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from models.errors import Refusal
 
 BUFFERS = 5  # of the largest weight's share, through which DeepSpeed reads weights
 _YOUNG_SECONDS = 60
-_COMPILING_SECONDS = 1800
 _LOCKS_MEMORY = 14  # CAP_IPC_LOCK
 _made: list[str] = []
 
@@ -32,12 +32,15 @@ def check(path: str, key: str, *, disk: int, locked: int) -> None:
     """Refuse a folder that DeepSpeed cannot use on this machine. `key`: the setting that names it; `disk`: bytes of all
     that this machine's ranks put there; `locked`: bytes of a rank's buffers, which must stay in memory."""
     told = f"{key}={path}"
-    if not (os.path.isdir(path) and os.access(path, os.W_OK)):
-        raise Refusal(f"{told}: no folder that can be written to here; give one on a local disk")
+    if not os.path.isdir(path):
+        what = "that is a file" if os.path.exists(path) else "there is no such folder here"
+        raise Refusal(f"{told}: {what}; give a folder on a local disk, with its whole path")
+    if not os.access(path, os.W_OK):
+        raise Refusal(f"{told}: this folder cannot be written to; give one on a local disk")
     if (free := shutil.disk_usage(path).free) < disk:
         raise Refusal(
-            f"{told}: {disk / 1e9:.1f} GB are to be put there and {free / 1e9:.1f} GB are free; give another folder, "
-            f"or use more machines"
+            f"{told}: {disk / 1e6:,.0f} MB are to be put there and {free / 1e6:,.0f} MB are free; give another "
+            f"folder, or use more machines"
         )
     if (problem := _direct(path)) is not None:
         raise Refusal(
@@ -89,7 +92,10 @@ def _capable(capability: int) -> bool:
 def folder_in(path: str) -> str:
     """A new folder in `path`, for one model of this process, and DeepSpeed ready to use it. Removed when the process
     ends; what killed processes of this machine have left is removed here."""
-    _compile()
+    from deepspeed.ops.op_builder import AsyncIOBuilder, PinMemoryBuilder
+
+    for builder in (AsyncIOBuilder(), PinMemoryBuilder()):
+        _load(builder)
     return _own_folder(path)
 
 
@@ -129,18 +135,21 @@ def _lock(folder: Path) -> int | None:
     return handle
 
 
-def _compile() -> None:
-    """DeepSpeed's reader, which takes minutes the first time. PyTorch waits without an end for a process that was
-    killed meanwhile."""
-    from deepspeed.ops.op_builder import AsyncIOBuilder
+def _load(builder: Any) -> None:
+    """Load a part of DeepSpeed that is compiled the first time. PyTorch waits without an end, and without a word, for a
+    process that was killed while it compiled; one of ours is known by what it left beside."""
     from torch.utils.cpp_extension import _get_build_directory
 
-    builder = AsyncIOBuilder()
     folder = Path(_get_build_directory(builder.name, verbose=False))
-    lock = folder / "lock"
-    if not (folder / f"{builder.name}.so").exists() and os.environ.get("RANK", "0") == "0":
-        print(f"DeepSpeed's reader of offloaded files is compiled into {folder}, once: some minutes", flush=True)
-    with suppress(OSError):
-        if time.time() - lock.stat().st_mtime > _COMPILING_SECONDS:
-            raise Refusal(f"{lock}: a process that compiled DeepSpeed's reader was killed; remove this file")
-    builder.load(verbose=False)
+    others, mine = folder / "lock", folder / "retort.compiling"
+    with open(folder / "retort.lock", "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)  # of Retort's processes one at a time
+        if mine.exists():  # it was killed
+            others.unlink(missing_ok=True)
+        elif others.exists():
+            print(f"waiting for {others}, of a program that compiles; remove it if there is none", flush=True)
+        if not (folder / f"{builder.name}.so").exists():
+            print(f"compiling a part of DeepSpeed into {folder}, once: some minutes", flush=True)
+        mine.touch()
+        builder.load(verbose=False)
+        mine.unlink(missing_ok=True)

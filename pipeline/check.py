@@ -121,7 +121,7 @@ def _needs(config: dict[str, Any], made: dict[str, Stage]) -> dict[str, dict[str
     from pipeline.context import Context
 
     told, found = config["launch"]["resources"], {}
-    check_names(told, config["order"])
+    check_names(told, needed(config, config["order"]))
     two = {**config, "trainer": {**config["trainer"], "devices": 2}}
     for name, stage in made.items():
         parallel = stage.ranks(Context(two, name)) > 1

@@ -212,7 +212,7 @@ def parse(composed: Any) -> dict[str, Any]:
         raise Refusal(f"show_data={config['show_data']}: need a number of sequences to show, or 0 for none")
     for name in ("prepare_data", "share"):
         if config[name] is not None and share(config[name]) is None:
-            raise Refusal(f"{name}={config[name]}: need the job's number and how many there are, as 1/16")
+            raise Refusal(f"{name}={config[name]}: need I/N, the number of this job, from 1 on, of N, as 1/16")
     for option in ("start", "stop"):
         if config[option] is not None and config[option] not in order:
             raise Refusal(f"{option}={config[option]}: no such stage{nearest(config[option], order)}")

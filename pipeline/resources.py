@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -12,6 +13,8 @@ from models.errors import Refusal
 from pipeline.config import nearest
 
 _DEFAULTS = ("parallel", "single", "prepare")
+_TIME = re.compile(r"\d+|\d+(:\d\d){1,2}|\d+-\d+(:\d\d){0,2}|infinite|unlimited", re.I)  # as sbatch takes it
+_MEMORY = re.compile(r"0|[1-9]\d*[KMGT]B?", re.I)  # a bare number would be MB
 _RANKS_PER_NODE = 8  # where neither launch.resources nor trainer.devices says how many
 
 
@@ -111,4 +114,19 @@ def _made(settings: dict[str, Any], where: str, config: dict[str, Any]) -> Resou
         if not isinstance(said[key], str | int) or isinstance(said[key], bool) or not str(said[key]).strip():
             raise Refusal(f"launch.resources.{where}.{key}={said[key]}: need a text, as sbatch takes it")
         said[key] = str(said[key])
-    return Resources(**said)
+    if not _TIME.fullmatch(said["time"]):
+        raise Refusal(
+            f"launch.resources.{where}.time={said['time']}: need minutes, HOURS:MINUTES:SECONDS "
+            f"or DAYS-HOURS:MINUTES:SECONDS"
+        )
+    if not _MEMORY.fullmatch(said["memory"]):
+        raise Refusal(
+            f'launch.resources.{where}.memory={said["memory"]}: need a number with its unit, as 128G, or "0" '
+            f"for all of a node's"
+        )
+    options, partition = said.get("options") or [], said.get("partition")
+    if not isinstance(options, list) or not all(isinstance(option, str) for option in options):
+        raise Refusal(f'launch.resources.{where}.options={options}: need a list, as ["--exclusive"]')
+    if partition is not None and (not isinstance(partition, str) or not partition or set(partition) & set(" \t\n")):
+        raise Refusal(f"launch.resources.{where}.partition={partition}: need the name of a partition, or null")
+    return Resources(**{**said, "options": options})

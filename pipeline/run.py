@@ -349,7 +349,8 @@ def _end_early(stage: str, work: Path, before: list[int], code: int, *, idle: bo
         more = ", or save more often (trainer.checkpoint.every_steps)" if before else ""
         raise StageFailed(f"stage {stage} was stopped before it {got}; give the job a longer time limit{more}", 1)
     why = "notice was given that the job ends" if code == STOPPED else "it was asked to end (SIGTERM)"
-    raise StageFailed(f"stage {stage} has made way: {why}; the same command goes on", code)
+    told = "has made nothing since it was started" if idle else "has made way"
+    raise StageFailed(f"stage {stage} {told}: {why}; the same command goes on", code)
 
 
 def _show(config: dict[str, Any], jobs: list[dict[str, Any]]) -> None:

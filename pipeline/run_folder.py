@@ -43,7 +43,7 @@ _SCRATCH_NAME = re.compile(
 )  # the latter: that a rank has told why it failed
 _SCRATCH_HOLDS = re.compile(rf"spec\.json|\.spec\.json\.partial|tmp{_RANDOM}")  # a configuration; plans
 _YOUNG_SECONDS = 60
-_OWN = {MARKER, f".{MARKER}.partial", LOCK}
+_OWN = {MARKER, f".{MARKER}.partial", LOCK, "multirun.yaml"}  # the last is Hydra's, where a sweep has one run
 
 
 def check_ours(run_dir: Path) -> None:

@@ -105,6 +105,12 @@ def scripts(runs: Sequence[Run]) -> list[tuple[Job, str]]:
             )
         runs = [replace(run, jobs=[job for job in run.jobs if job.part != "share"]) for run in runs]
     first = runs[0]
+    for run in runs:
+        if len([other for other in runs if other.folder == run.folder]) > 1:
+            raise Refusal(
+                f"run_dir={run.folder}: two runs of this sweep have the same folder; leave run_dir out, or name in it "
+                f"what differs, as 'run_dir=runs/${{optimizer.lr}}'"
+            )
     shapes = [[(job.name, job.needs) for job in run.jobs] for run in runs]
     for run, shape in zip(runs, shapes, strict=True):
         if shape != shapes[0] or run.config["launch"] != first.config["launch"]:

@@ -56,7 +56,7 @@ WRONG = {  # what is typed → what the answer says
     "experiment=distill": "write +experiment=distill",
     "--dry-run": "settings are written KEY=VALUE; write dry_run=true",
     "show_data=-1": "show_data=-1: need a number of sequences to show",
-    "prepare_data=0/4": "prepare_data=0/4: need the job's number and how many there are, as 1/16",
+    "prepare_data=0/4": "prepare_data=0/4: need I/N, the number of this job, from 1 on, of N, as 1/16",
     "dry_run=maybe": "dry_run=maybe: need true or false",
     "lr=1e-4": "unknown config key 'lr'; did you mean optimizer.lr?",
     "scheme.bits=4": "unknown config key 'scheme.bits'; did you mean scheme.weights.bits?",

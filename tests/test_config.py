@@ -543,7 +543,7 @@ MISTAKES = {
         "zero_quantized_gradients=true: ZeRO++ is of ZeRO-3; use strategy=zeropp or zero3"
     ],
     "strategy=zero2 +strategy.config.reduce_bucket_sise=1": [
-        "config.reduce_bucket_sise: DeepSpeed says extra inputs are not permitted; did you mean reduce_bucket_size?"
+        "config.reduce_bucket_sise: unknown in DeepSpeed's section zero_optimization; did you mean reduce_bucket_size?"
     ],
     "strategy=zero2 strategy.communication_dtype=fp8": ["communication_dtype=fp8: need one of null, fp32, bf16"],
     "data.workers=-3": ["data.workers=-3", "null for one a core"],
@@ -560,13 +560,13 @@ MISTAKES = {
     "trainer.objective_memory_mb=0": ["trainer.objective_memory_mb=0"],
     "teacher=sharded teacher.offload=disk": ["teacher.offload=disk", "cpu"],
     "teacher=sharded teacher.offload=nvme": ["teacher.nvme_path"],
-    "teacher=sharded teacher.offload=nvme teacher.nvme_path=/nowhere": ["teacher.nvme_path=/nowhere", "no folder"],
+    "teacher=sharded teacher.offload=nvme teacher.nvme_path=/nowhere": ["teacher.nvme_path=/nowhere", "no such folder"],
     "teacher=cached teacher@teacher.recorder=sharded teacher.recorder.offload=nvme "
     "teacher.recorder.nvme_path=/nowhere": ["teacher.recorder.nvme_path=/nowhere"],
     "strategy=zero3_nvme trainer.devices=2": ["strategy.nvme_path is not set"],
     "strategy=zero3_nvme trainer.devices=2 strategy.nvme_path=/nowhere stages.pretrain.training.micro_batch=4": [
         "strategy.nvme_path=/nowhere",
-        "no folder",
+        "no such folder",
     ],
     "strategy=zero3 trainer.devices=2 +strategy.config.offload_param.device=nvme": ["strategy.offload_parameters=true"],
     "strategy=zero2 trainer.devices=2 +strategy.nvme_path=/tmp": ["strategy.nvme_path=/tmp", "strategy=zero3_nvme"],

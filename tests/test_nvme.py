@@ -32,13 +32,15 @@ def refused(path: Path, disk: int = 0, locked: int = 0) -> str:
 
 
 def test_a_folder_must_be_there(tmp_path: Path) -> None:
-    assert "no folder that can be written to here" in refused(tmp_path / "nowhere")
+    assert "there is no such folder here" in refused(tmp_path / "nowhere")
+    (tmp_path / "file").touch()
+    assert "that is a file" in refused(tmp_path / "file")
 
 
 def test_a_disk_that_would_be_full_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """DeepSpeed takes a write that fails for done."""
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=3000 * MB))
-    assert "16.0 GB are to be put there and 3.0 GB are free" in refused(tmp_path, disk=16_000 * MB)
+    assert "16,000 MB are to be put there and 3,000 MB are free" in refused(tmp_path, disk=16_000 * MB)
 
 
 def without_direct(error: int) -> Callable[..., int]:
@@ -82,6 +84,37 @@ def test_capabilities_are_those_of_the_process() -> None:
 def test_a_missing_library_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda *_, **__: False)
     assert "DeepSpeed needs libaio" in refused(tmp_path)
+
+
+class Builder:
+    """Of a part of DeepSpeed: compiled by PyTorch, which waits for the file `lock`."""
+
+    name = "retort_test"
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.locked = folder, True
+
+    def load(self, verbose: bool) -> None:
+        self.locked = (self.folder / "lock").exists()
+
+
+def test_a_lock_that_a_killed_process_left_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    folder = tmp_path / Builder.name
+    folder.mkdir()
+    for name in ("lock", "retort.compiling"):
+        (folder / name).touch()
+    builder = Builder(folder)
+    nvme._load(builder)
+    assert not builder.locked
+    assert f"compiling a part of DeepSpeed into {folder}" in capsys.readouterr().out
+    (folder / "lock").touch()  # another program's
+    nvme._load(builder)
+    assert builder.locked
+    assert f"waiting for {folder / 'lock'}" in capsys.readouterr().out
+    assert not (folder / "retort.compiling").exists()
 
 
 def test_what_killed_processes_of_this_machine_left_is_removed_and_nothing_else(tmp_path: Path) -> None:

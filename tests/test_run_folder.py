@@ -308,6 +308,12 @@ def test_a_damaged_parent_from_elsewhere_is_refused_until_its_manifest_goes(tmp_
     )
 
 
+def test_what_hydra_writes_of_a_sweep_of_one_run_is_no_other_thing(tmp_path: Path) -> None:
+    (tmp_path / "multirun.yaml").touch()
+    with run_folder.claimed(tmp_path):
+        assert (tmp_path / run_folder.MARKER).exists()
+
+
 def test_of_a_folder_with_other_things_nothing_is_touched(tmp_path: Path) -> None:
     for name in ("distill", ".config.old", "config", ".x.partial", ".notes.old"):
         (tmp_path / name).mkdir()

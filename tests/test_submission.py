@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from models.errors import STOPPED, Refusal, StageFailed
+from models.errors import STOPPED, TERMINATED, Refusal, StageFailed
 from pipeline import artifact, run_folder, submission
 from pipeline.launch import Slurm
 from pipeline.resources import Resources
@@ -85,12 +85,19 @@ def test_a_stages_own_resources_come_first_key_by_key() -> None:
     ("word", "told"),
     [
         ("launch.resources.distil.nodes=2", "launch.resources.distil: no stage of this run; did you mean distill?"),
+        ("launch.resources.record={jobs:4}", "launch.resources.record: no stage of this run"),
         ("launch.resources.distill.gpus=2", "launch.resources.distill.gpus: unknown"),
         ("launch.resources.distill.nodes=0", "launch.resources.distill.nodes=0: need a whole number of at least 1"),
         ("launch.resources.export.nodes=2", "launch.resources.export.nodes=2: this stage is one process; leave it out"),
         ("launch.resources.distill.gpus_per_node=1", "ranks_per_node is 2; give the same number"),
         ("launch.resources.distill.gpus_per_node=2", "trainer.accelerator=cpu: launch.resources asks for GPUs"),
         ("launch.resources.distill.time=null", "launch.resources.distill.time=None: need a text"),
+        ("launch.resources.distill.time=abc", "launch.resources.distill.time=abc: need minutes, HOURS:MINUTES:SECONDS"),
+        ("launch.resources.distill.time=-5", "launch.resources.distill.time=-5: need minutes"),
+        ("launch.resources.distill.memory=lots", "launch.resources.distill.memory=lots: need a number with its unit"),
+        ("launch.resources.distill.memory=64", "launch.resources.distill.memory=64: need a number with its unit"),
+        ("'launch.resources.distill.partition=a b'", "launch.resources.distill.partition=a b: need the name"),
+        ("+launch.resources.distill.options=--foo", "launch.resources.distill.options=--foo: need a list"),
         ("launch.site.setup=module", "launch.site.setup=module: need a list of texts"),
         ("+launch.site.acount=x", "launch.site.acount: unknown; did you mean account?"),
         ("launch/site=juwels", "launch/site=juwels: no such choice"),
@@ -172,6 +179,17 @@ def test_runs_of_a_sweep_that_need_other_jobs_are_not_made_one_array(tmp_path: P
     one, other = one_job(tmp_path / "a", []), one_job(tmp_path / "b", [])
     with pytest.raises(Refusal, match="needs other jobs than"):
         scripts([one, Run(other.config, [], [])])
+
+
+@pytest.mark.parametrize("time", ["90", "12:00", "12:00:00", "2-00", "2-12:30", "2-12:30:00", "UNLIMITED"])
+def test_times_as_sbatch_takes_them_pass(time: str) -> None:
+    assert needs(f"launch.resources.distill.time='{time}'")["distill"]["run"]["time"] == time
+
+
+def test_two_runs_of_a_sweep_are_not_submitted_into_one_folder(tmp_path: Path) -> None:
+    one, other = one_job(tmp_path / "a", ["seed=0"]), one_job(tmp_path / "a", ["seed=1"])
+    with pytest.raises(Refusal, match="two runs of this sweep have the same folder; leave run_dir out"):
+        scripts([one, other])
 
 
 def verdict(name: str, do: str) -> dict[str, Any]:
@@ -404,6 +422,8 @@ def test_a_stage_that_gains_nothing_is_not_queued_again(
     with pytest.raises(StageFailed, match=told) as failed:
         _end_early("evaluate", tmp_path, before, STOPPED, idle=not made)
     assert failed.value.code == status
+    with pytest.raises(StageFailed, match="has made way" if made else "has made nothing since it was started"):
+        _end_early("evaluate", tmp_path, before, TERMINATED, idle=not made)
 
 
 @pytest.mark.parametrize(

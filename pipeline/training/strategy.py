@@ -130,6 +130,10 @@ class ZeRO:
         if self.communication_dtype not in _COMMUNICATED:
             names = ", ".join(str(name or "null") for name in _COMMUNICATED)
             raise Refusal(f"strategy.communication_dtype={self.communication_dtype}: need one of {names}")
+        if "zero_optimization" in given:
+            raise Refusal(
+                "strategy.config.zero_optimization: strategy.config is that section; leave zero_optimization out"
+            )
         if "stage" in given:
             raise Refusal(f"strategy.config.stage={given['stage']}: choose strategy=zero1, zero2 or zero3 instead")
         for key, own in {"offload_optimizer": "offload_optimizer", "offload_param": "offload_parameters"}.items():
@@ -169,7 +173,7 @@ class ZeRO:
         if self.stepped_at_a_time < _LEAST_SWAPPED:
             raise Refusal(
                 f"strategy.config.sub_group_size={self.stepped_at_a_time}: DeepSpeed leaves in memory what has less "
-                f"than 1 MB; need {_LEAST_SWAPPED} or more"
+                f"than 1 MB; need {_LEAST_SWAPPED:,} elements or more"
             )
 
     @property
@@ -223,8 +227,11 @@ def _check_keys(given: dict[str, Any]) -> None:
         first = problem.errors()[0]
         key = ".".join(map(str, first["loc"]))
         known = [name for each, field in DeepSpeedZeroConfig.model_fields.items() for name in (field.alias or each,)]
-        more = nearest(key, known) if first["type"] == "extra_forbidden" else ""
-        raise Refusal(f"strategy.config.{key}: DeepSpeed says {first['msg'].lower()}{more}") from None
+        if first["type"] != "extra_forbidden":
+            raise Refusal(f"strategy.config.{key}: DeepSpeed says {first['msg'].lower()}") from None
+        close = nearest(key, known)
+        more = close if close.startswith("; did") else "; batch, clipping and precision are Retort's own keys"
+        raise Refusal(f"strategy.config.{key}: unknown in DeepSpeed's section zero_optimization{more}") from None
 
 
 def _zero_strategy() -> type:

@@ -264,7 +264,7 @@ def test_what_jobs_generate_side_by_side_is_what_one_generates(teacher: Path, tm
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["share=3/2", "only=[record]"], "share=3/2: need the job's number and how many there are, as 1/16"),
+        (["share=3/2", "only=[record]"], "share=3/2: need I/N, the number of this job, from 1 on, of N, as 1/16"),
         (["share=1/2"], "share=1/2: it is of one stage, record or generate; add only=[STAGE]"),
         (["share=1/2", "only=[pretrain]"], "share=1/2: pretrain is not shared out; leave share out"),
         (
