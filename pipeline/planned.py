@@ -20,6 +20,7 @@ from pipeline import artifact
 from pipeline.context import Context
 from pipeline.data.source import DataSource, check_source
 from pipeline.data.tokenizer import load_tokenizer
+from pipeline.shared import root
 from pipeline.stages.stage import contract_of
 
 
@@ -31,6 +32,10 @@ def config_of(
     setting that names another one. Raises Refusal where the stage that makes it does not run."""
     made_here = context.produced_by(path)
     if not made_here:
+        name = Path(path).name
+        of_run = name in context.config["stages"] and Path(path) == root(context.config) / name
+        if context.share is not None and of_run and not Path(path).exists():  # it takes what the run has made
+            raise needs_stage(context, name, setting)
         check_folder(path, role, weights=weights)
     elif context.config_folder(path) == path and not context.finished(path):
         raise needs_stage(context, made_here, setting)

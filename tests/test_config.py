@@ -564,7 +564,8 @@ MISTAKES = {
     "teacher=cached teacher@teacher.recorder=sharded teacher.recorder.offload=nvme "
     "teacher.recorder.nvme_path=/nowhere": ["teacher.recorder.nvme_path=/nowhere"],
     "strategy=zero3_nvme trainer.devices=2": ["strategy.nvme_path is not set"],
-    "strategy=zero3_nvme trainer.devices=2 strategy.nvme_path=/nowhere stages.pretrain.training.micro_batch=4": [
+    "strategy=zero3_nvme trainer.devices=2 strategy.nvme_path=/nowhere only=[pretrain] "
+    "stages.pretrain.training.micro_batch=4": [
         "strategy.nvme_path=/nowhere",
         "no such folder",
     ],

@@ -96,7 +96,7 @@ def test_a_stages_own_resources_come_first_key_by_key() -> None:
         ("launch.resources.distill.time=-5", "launch.resources.distill.time=-5: need minutes"),
         ("launch.resources.distill.memory=lots", "launch.resources.distill.memory=lots: need a number with its unit"),
         ("launch.resources.distill.memory=64", "launch.resources.distill.memory=64: need a number with its unit"),
-        ("'launch.resources.distill.partition=a b'", "launch.resources.distill.partition=a b: need the name"),
+        ("launch.resources.distill.partition='a b'", "launch.resources.distill.partition=a b: need the name"),
         ("+launch.resources.distill.options=--foo", "launch.resources.distill.options=--foo: need a list"),
         ("launch.site.setup=module", "launch.site.setup=module: need a list of texts"),
         ("+launch.site.acount=x", "launch.site.acount: unknown; did you mean account?"),
@@ -224,7 +224,8 @@ def test_the_text_of_a_stage_that_trains_is_shared_out_by_an_array_of_jobs(tmp_p
     text = scripts([run])[0][1]
     assert "--array=1-3" in options(text)
     assert "prepare_data=2/3" in run_script(text, tmp_path, SLURM_ARRAY_TASK_ID="2").stdout
-    assert [job.name for job, _ in scripts([run, run])] == names[1:]  # in a sweep, which is an array itself
+    other = Run({**run.config, "run_dir": f"{run.folder}-other"}, run.stages, run.jobs)
+    assert [job.name for job, _ in scripts([run, other])] == names[1:]  # in a sweep, which is an array itself
 
 
 def test_stages_that_train_are_not_shared_out_over_jobs() -> None:

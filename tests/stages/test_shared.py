@@ -271,6 +271,7 @@ def test_what_jobs_generate_side_by_side_is_what_one_generates(teacher: Path, tm
             ["share=1/2", "only=[record]", "prepare_only=true"],
             "prepare_only and share: each is all that a command does",
         ),
+        (["share=1/2", "only=[record]"], "record needs the stage pretrain, which has not been run"),
     ],
 )
 def test_a_share_is_refused_in_a_line(words: list[str], told: str, tmp_path: Path) -> None:
