@@ -89,8 +89,9 @@ def _end_server() -> None:
 def _train(arguments: Sequence[str]) -> int:
     """In a child: what `python train.py` does, and its exit status."""
     die_with(os.getppid())
-    warnings.resetwarnings()  # which processes of stages silence, and the front door does not
-    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    warnings.resetwarnings()  # which processes of stages silence, and the front door shows as Python does
+    for kind in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
+        warnings.simplefilter("ignore", kind)
     os.chdir(arguments[0])
     sys.argv = [str(ROOT / "train.py"), *arguments[1:]]
     prefork.Server = _Forking  # type: ignore[misc]
