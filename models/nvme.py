@@ -20,6 +20,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from models.errors import Refusal
 
 BUFFERS = 5  # of the largest weight's share, through which DeepSpeed reads weights
@@ -92,10 +94,12 @@ def _capable(capability: int) -> bool:
 def folder_in(path: str) -> str:
     """A new folder in `path`, for one model of this process, and DeepSpeed ready to use it. Removed when the process
     ends; what killed processes of this machine have left is removed here."""
-    from deepspeed.ops.op_builder import AsyncIOBuilder, PinMemoryBuilder
+    from deepspeed.ops import op_builder
 
-    for builder in (AsyncIOBuilder(), PinMemoryBuilder()):
-        _load(builder)
+    _load(op_builder.AsyncIOBuilder())
+    # With which DeepSpeed pins memory where PyTorch cannot; older versions have none.
+    if not torch.cuda.is_available() and (pinning := getattr(op_builder, "PinMemoryBuilder", None)) is not None:
+        _load(pinning())
     return _own_folder(path)
 
 
