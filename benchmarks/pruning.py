@@ -98,7 +98,7 @@ def ours(side: str, folder: Path, settings: Settings, sequences: Any, seed: int)
     import torch
     from transformers import AutoModelForCausalLM
 
-    from models.load import DTYPES, load_model, save_model
+    from models.load import DTYPES, load_model
     from models.pruning.groups import anatomy_of
     from models.pruning.importance import gather
     from models.pruning.importances.magnitude import Magnitude
@@ -107,6 +107,7 @@ def ours(side: str, folder: Path, settings: Settings, sequences: Any, seed: int)
     from models.pruning.plan import Wish, alike, choose
     from models.pruning.sizes import Shapes
     from models.pruning.surgery import pruned_state, smaller_config
+    from models.save import save_model
     from pipeline.data.tokenizer import load_tokenizer
 
     order = side.removeprefix("ours").removeprefix("_") or "mix"

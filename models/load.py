@@ -1,4 +1,4 @@
-"""Folder or hub id → model and tokenizer, and back to a plain Hugging Face folder."""
+"""Folder or hub id → model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig
 from transformers import logging as transformers_logging
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
@@ -18,7 +18,6 @@ from transformers.utils.hub import cached_file
 
 from models.errors import Refusal
 from models.folder import ADAPTER, GENERATION, INDEX, WEIGHTS, check_files, check_folder, named, part_names, shapes_of
-from models.transformers_4 import add_older_words
 from models.whole import check_finite, check_report, check_tied, first_line, whole, without_masks
 
 transformers_logging.disable_progress_bar()
@@ -190,40 +189,3 @@ def empty_model(config: PretrainedConfig, trust_remote_code: bool = False) -> nn
 def parameter_count(model: nn.Module) -> int:
     """Distinct parameters: tied tables count once."""
     return sum(p.numel() for p in model.parameters())
-
-
-def save_model(model: Any, tokenizer: Any, folder: Path, state: dict[str, Tensor], dtype: torch.dtype) -> None:
-    """Write `state` as a plain checkpoint: config, safetensors, tokenizer, generation config; for transformers 4, too.
-
-    `model` gives the architecture only, so that a sharded model's gathered weights can be written by one rank.
-    """
-    config = model.config
-    state = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
-    generation = getattr(model, "generation_config", None) or GenerationConfig.from_model_config(config)
-    # Token ids follow the tokenizer that is saved beside the weights, or generation would not stop.
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        if getattr(generation, name) is None:
-            setattr(generation, name, getattr(tokenizer, name))
-    with _plain_generation(model):
-        model.save_pretrained(folder, state_dict=state, safe_serialization=True)
-    config.dtype = dtype  # of what is written: save_pretrained says the model's own
-    config.save_pretrained(folder)
-    # Its own save_pretrained refuses what greedy decoding does not use, as many published ones hold: a temperature
-    # without do_sample. What the source says is kept as it is.
-    generation.to_json_file(folder / GENERATION, use_diff=True, keys_to_pop=["compile_config"])
-    tokenizer.save_pretrained(folder)
-    add_older_words(folder)
-
-
-@contextmanager
-def _plain_generation(model: Any) -> Iterator[None]:
-    """In it the model's generation config is transformers' own, which save_pretrained takes whatever the model's is."""
-    had = getattr(model, "generation_config", None)
-    if had is None:
-        yield
-        return
-    model.generation_config = GenerationConfig()
-    try:
-        yield
-    finally:
-        model.generation_config = had

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -26,26 +27,31 @@ def gathered(parameters: Iterable[nn.Parameter], changed: bool = False) -> Any:
     return deepspeed.zero.GatheredParameters(sharded, modifier_rank=0 if changed else None)
 
 
-def gather_state(
-    model: nn.Module, keep: bool, dtype: torch.dtype | None = None, after: Callable[[], None] = lambda: None
-) -> dict[str, Tensor]:
-    """The whole state dict in the host memory of the rank that says `keep`, in `dtype` where that is given; one
-    parameter at a time, so that a sharded model never has to fit one device. Every rank must call it. `after` is called
-    after each of them."""
-    state: dict[str, Tensor] = {}
-    copies: dict[int, Tensor] = {}  # a tied table is one tensor under two names, and is saved once
-    tensors = dict(model.named_parameters(remove_duplicate=False)) | {
-        name: buffer for name, buffer in model.named_buffers() if name in model.state_dict()
-    }
+def gathered_weights(
+    model: nn.Module,
+    keep: bool,
+    dtype: torch.dtype | None = None,
+    wanted: Callable[[str], bool] = lambda _: True,
+    after: Callable[[], None] = lambda: None,
+) -> Iterator[tuple[str, Tensor]]:
+    """Name and tensor of the state dict, one after the other, in the host memory of the rank that says `keep` (others
+    get nothing), in `dtype` where that is given. One parameter is whole at a time, so that a sharded model never has to
+    fit a device, nor a host. The names of a tied table follow each other, with one tensor. Every rank must exhaust it
+    with the same `wanted` names. `after` is called after each tensor."""
+    saved = model.state_dict().keys()
+    names: dict[int, list[str]] = defaultdict(list)
+    tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
     for name, tensor in tensors.items():
+        if name in saved and wanted(name):
+            names[id(tensor)].append(name)
+    for tied in names.values():
+        tensor = tensors[tied[0]]
         with gathered([tensor]) if isinstance(tensor, nn.Parameter) else nullcontext():
-            if keep:
-                if id(tensor) not in copies:
-                    fits = dtype if tensor.is_floating_point() else None
-                    copies[id(tensor)] = tensor.detach().to("cpu", fits or tensor.dtype, copy=True)
-                state[name] = copies[id(tensor)]
+            fits = dtype if tensor.is_floating_point() else None
+            whole = tensor.detach().to("cpu", fits or tensor.dtype, copy=True) if keep else None
         after()
-    return state
+        if whole is not None:
+            yield from ((name, whole) for name in tied)
 
 
 def gather_children(module: nn.Module, _: Any) -> None:

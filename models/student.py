@@ -21,8 +21,9 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from models.errors import Refusal
 from models.folder import check_given
-from models.load import empty_model, load_config, load_model, save_model
+from models.load import empty_model, load_config, load_model
 from models.representations import projection_widths
+from models.save import save_model
 
 
 class Start(Protocol):

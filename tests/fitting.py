@@ -26,7 +26,7 @@ from models.objectives.distillation import Distillation
 from models.objectives.forward_kl import ForwardKL
 from models.objectives.hidden_states import HiddenStates
 from models.objectives.reverse_kl import ReverseKL
-from models.sharding import gather_state, load_sharded, zero3
+from models.sharding import gathered_weights, load_sharded, zero3
 from models.teachers.online import Online
 from models.teachers.sharded import Sharded
 from models.teachers.teacher import Opening
@@ -316,7 +316,7 @@ def fit(scenario: Scenario, folder: Path) -> dict[str, Any]:
     )
     trainer.fit(module, datamodule=data)
     whole = {n for n, p in module.student.named_parameters() if getattr(p, "ds_persist", False)}
-    state = gather_state(module.student, keep=True)
+    state = dict(gathered_weights(module.student, keep=True))
     teacher_gradients = [n for n, p in module.named_parameters() if n.startswith("teacher.") and p.grad is not None]
     return {
         "metrics": seen,

@@ -172,7 +172,8 @@ from typing import ClassVar
 
 import torch
 
-from models.load import load_config, load_model, save_model
+from models.load import load_config, load_model
+from models.save import save_model
 from pipeline import artifact
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.stages.stage import Makes, Plan, Stage

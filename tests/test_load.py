@@ -19,7 +19,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from models.errors import Refusal
 from models.folder import check_folder
 from models.formats.checkpoint import names
-from models.load import check_model, load_model, save_model
+from models.load import check_model, load_model
+from models.save import save_model
 from pipeline.data.tokenizer import load_tokenizer
 from tests.optional_data import STORIES, needed
 from tests.pruning.families import FAMILIES, model_of, tokens

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from models.errors import Refusal
 from models.matrices import is_transposed, matrices
 from models.representations import decoder_layers
+from models.save import Weights
 from models.sharding import gather_children
 
 
@@ -71,19 +72,26 @@ def _mask_adapter(module: Any) -> None:
     module.register_forward_pre_hook(gather_children)
 
 
-def check_kept(start: Any, state: Mapping[str, Tensor]) -> dict[str, int]:
-    """Zeros of the model that training began with, and of what it came to. Raises Refusal where one was filled."""
-    before = after = 0
+def watched(start: Any, weights: Weights, counts: dict[str, int]) -> Iterator[tuple[str, Tensor]]:
+    """`weights` as they come: at their end `counts` has the zeros of the model that training began with (`start`), and
+    those of what it came to. Raises Refusal where one was filled."""
+    counts |= {"zeros_before": 0, "zeros_after": 0}
     parameters = dict(start.named_parameters(remove_duplicate=False))
+    of: dict[str, list[Any]] = defaultdict(list)
     for matrix in matrices(start):
-        was, now = (matrix.of(of[matrix.parameter]) == 0 for of in (parameters, state))
-        if filled := int((was & ~now.to(was.device)).sum()):
-            raise Refusal(
-                f"keep_zeros=true: {filled} of {int(was.sum())} zeros of {matrix} are no longer zero; nothing was "
-                f"written"
-            )
-        before, after = before + int(was.sum()), after + int(now.sum())
-    return {"zeros_before": before, "zeros_after": after}
+        of[matrix.parameter].append(matrix)
+    for name, tensor in weights.items() if isinstance(weights, Mapping) else weights:
+        for matrix in of.pop(name, ()):
+            was, now = (matrix.of(each) == 0 for each in (parameters[name], tensor))
+            if filled := int((was & ~now.to(was.device)).sum()):
+                raise Refusal(
+                    f"keep_zeros=true: {filled} of {int(was.sum())} zeros of {matrix} are no longer zero; nothing was "
+                    f"written"
+                )
+            counts["zeros_before"] += int(was.sum())
+            counts["zeros_after"] += int(now.sum())
+        yield name, tensor
+    assert not of, f"not saved: {', '.join(of)}"
 
 
 def share(model: Any) -> float | None:

@@ -75,14 +75,14 @@ def _memory(held: Held, place: Place) -> Json:
 
 def _loading(stage: Training, place: Place) -> int:
     """Of a rank, in the host's memory: under ZeRO-3 its share of what is read, the start in fp32; else, on GPUs, what
-    does not go straight to them. Or, where that is more, its copy of a checkpoint that is written while training goes
-    on."""
+    is packed in NF4, as the rest goes straight to them. Or, where that is more, its copy of a checkpoint that is
+    written while training goes on."""
     recipe, student = stage.trains.recipe, parameter_count(empty_model(stage.trains.student))
     start, teacher = 4 * student, stage.traces.teacher("float32").bytes
     if isinstance(stage.strategy, ZeRO) and stage.strategy.stage == 3:
         read = math.ceil((start + teacher) / place.gpus)
     elif place.cuda:
-        read = 0 if recipe.lora is None and recipe.qat is None else start
+        read = 0 if recipe.lora is None or recipe.lora.base is None else student // 2  # in 4 bits
     else:
         read = start + teacher
     trained = student if recipe.lora is None else recipe.lora.parameters(empty_model(stage.trains.student))

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from models.errors import Problems, Refusal
-from models.load import DTYPES, empty_model, load_config, load_model, parameter_count, save_model
+from models.load import DTYPES, empty_model, load_config, load_model, parameter_count
 from models.pruning import importance as scoring
 from models.pruning.feasible import feasible
 from models.pruning.files import plan_of, read_plan, write_plan
@@ -23,6 +23,7 @@ from models.pruning.plan import Scores, Wish, choose
 from models.pruning.proof import masked_equals_pruned
 from models.pruning.sizes import Shapes
 from models.pruning.surgery import Kept, pruned_state, silence, smaller_config
+from models.save import save_model
 from models.sharding import engine_of, load_sharded, zero3
 from pipeline import artifact
 from pipeline.context import Context

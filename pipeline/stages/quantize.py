@@ -18,7 +18,7 @@ from models.errors import Refusal
 from models.experts import LEAST_TOKENS, check_experts_read
 from models.files import written_aside
 from models.layerwise import Turn, in_turn
-from models.load import DTYPES, parameter_count, save_model
+from models.load import DTYPES, parameter_count
 from models.matrices import Matrix, check_modules, chosen
 from models.pruning.groups import Anatomy, anatomy_of
 from models.quantization.activations import Largest, round_inputs
@@ -29,6 +29,7 @@ from models.quantization.quantizer import Quantizer
 from models.quantization.scheme import QuantizedMatrix, Scheme
 from models.quantization.stored import Outline, QuantizedWeights, join, read_quantized
 from models.representations import decoder_layers
+from models.save import save_model
 from pipeline import artifact
 from pipeline.context import Context
 from pipeline.data.calibration import Calibration

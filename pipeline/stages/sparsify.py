@@ -15,10 +15,11 @@ from torch import Tensor
 from models.errors import Refusal
 from models.experts import LEAST_TOKENS, check_experts_read
 from models.layerwise import Turn, in_turn
-from models.load import DTYPES, parameter_count, save_model
+from models.load import DTYPES, parameter_count
 from models.matrices import Matrix, chosen
 from models.offloaded import Offloaded
 from models.representations import decoder_layers
+from models.save import save_model
 from models.sparsity.magnitude import Magnitude
 from models.sparsity.method import Method, Pattern
 from models.sparsity.zeros import counted

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from models.errors import Refusal
-from models.load import load_model, save_model, unsharded
+from models.load import load_model, unsharded
 from models.lora import merge, write_adapter
 from models.quantization.aware import Rounding
 from models.quantization.proof import bits_per_weight, check_held
 from models.quantization.stored import BlockWeights, QuantizedWeights, open_quantized
-from models.sharding import gather_state
+from models.save import Weights, save_model
+from models.sharding import gathered_weights
 from models.sparsity import zeros
 from pipeline import artifact
 from pipeline.context import Context
@@ -36,41 +37,41 @@ _TOLERANCE = 1e-4  # of the largest logit
 
 @dataclass
 class Settled:
-    """The plain model that is saved, and what is known of it."""
+    """The plain model that is saved, its weights (whole, or one after the other), and what is known of it."""
 
     model: Any
-    state: dict[str, Tensor]
+    weights: Weights
     certificates: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
     also: list[Callable[[Path], None]] = field(default_factory=list)  # write more files beside the model
 
 
 def settle(context: Context, fitted: Fitted) -> None:
-    """Publish `<run_dir>/<stage>/`. Every rank calls it; rank 0 does the work once the weights are gathered."""
-    watch(context, unit="tensor")
-    recipe = fitted.student.recipe
-    plain = recipe.lora is None and recipe.qat is None  # else it is merged or quantized first, in fp32
-    keep, dtype = fitted.trainer.is_global_zero, recipe.saved if plain else None
-    state = gather_state(fitted.module.student, keep, dtype, after=beat)
-    unwatch()  # rank 0 takes its time, and the others wait for it
-    if fitted.trainer.is_global_zero:
-        if plain:
-            settled = Settled(fitted.module.student, state)
-        else:
-            settled = _made_plain(context, fitted, state)
-        state = settled.state  # the gathered one may be freed
-        if recipe.keep_zeros:
-            settled.certificates["zeros_kept"] = zeros.check_kept(fitted.student.load_start(), settled.state)
+    """Publish `<run_dir>/<stage>/`. Every rank calls it: rank 0 writes the weights as the ranks gather them."""
+    recipe, trainer = fitted.student.recipe, fitted.trainer
+    changed = recipe.lora is not None or recipe.qat is not None  # merged or quantized before they are saved, in fp32
+    weights = _gathered(context, fitted, None if changed else recipe.saved)
+    if trainer.is_global_zero:
+        settled = _made_plain(context, fitted, dict(weights)) if changed else Settled(fitted.module.student, weights)
         _publish(context, fitted, settled)
-    fitted.trainer.strategy.barrier()
+    else:
+        for _ in weights:
+            pass
+    trainer.strategy.barrier()
 
 
-def _made_plain(context: Context, fitted: Fitted, state: dict[str, Tensor]) -> Settled:
+def _gathered(context: Context, fitted: Fitted, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
+    watch(context, unit="tensor")
+    learnt = functools.partial(_is_learnt, fitted)
+    yield from gathered_weights(fitted.module.student, fitted.trainer.is_global_zero, dtype, learnt, after=beat)
+    unwatch()  # rank 0 takes its time, and the others wait for it
+
+
+def _made_plain(context: Context, fitted: Fitted, learnt: dict[str, Tensor]) -> Settled:
     """Adapters merged and matrices quantized, with the proof that this changed nothing. Raises Refusal where it did."""
     student, recipe = fitted.student, fitted.student.recipe
     rounding = student.rounding
     model = student.load_to_merge()
-    learnt = {name: tensor for name, tensor in state.items() if _is_learnt(name, fitted)}
     assert learnt.keys() == {name for name in model.state_dict() if name in learnt or "lora_" in name}
     model.load_state_dict(learnt, strict=False)
     settled = Settled(model, {})
@@ -82,11 +83,11 @@ def _made_plain(context: Context, fitted: Fitted, state: dict[str, Tensor]) -> S
             settled.also.append(lambda out: write_adapter(student.adapter, str(start), learnt, out / "adapter"))
         proof = _unchanged(context, model, fitted.sequences, merge, recipe.saved)
         settled.certificates["merged_equals_adapter"] = proof
-    settled.state = model.state_dict()
+    settled.weights = model.state_dict()
     return settled
 
 
-def _is_learnt(name: str, fitted: Fitted) -> bool:
+def _is_learnt(fitted: Fitted, name: str) -> bool:
     """Whether a tensor of the trained model is taken over: without adapters all are; with adapters the others still
     are the start's, but for what rounding learns beside them."""
     rounding = fitted.student.rounding
@@ -166,7 +167,11 @@ def _publish(context: Context, fitted: Fitted, settled: Settled) -> None:
         print(f"{context.stage}: warning: {doubtful}", flush=True)
 
     def build(folder: Path) -> None:
-        save_model(settled.model, fitted.tokenizer, folder, settled.state, saved)
+        weights = settled.weights
+        if fitted.student.recipe.keep_zeros:
+            counts = settled.certificates["zeros_kept"] = {}  # filled as the weights are written
+            weights = zeros.watched(fitted.student.load_start(), weights, counts)
+        save_model(settled.model, fitted.tokenizer, folder, weights, saved)
         for write in settled.also:
             write(folder)
         recorded = context.work / artifact.METRICS

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from models.formats.checkpoint import add_tokenizer
 from models.formats.format import Finished
 from models.formats.huggingface import HuggingFace
-from models.load import save_model
+from models.save import save_model
 from models.transformers_4 import older_config
 from pipeline.data.tokenizer import train_tokenizer
 from tests.optional_data import STORIES

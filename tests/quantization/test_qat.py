@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from models.errors import Refusal
 from models.load import empty_model, load_model
@@ -21,6 +22,7 @@ from models.quantization.stored import QuantizedWeights, read_quantized
 from models.quantization.straight_through import straight_through
 from models.training.language_model import LanguageModel
 from pipeline.check import check
+from pipeline.training.student import Student
 from tests.command import train, weights
 from tests.pruning.families import model_of
 from tests.staged import Experiment, manifest
@@ -66,6 +68,29 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def from_(made: Path, *words: str) -> list[str]:
     return [f"model.path={made / 'pretrain'}", f"stages.qat.student.path={made / 'quantize'}", *words]
+
+
+@pytest.mark.parametrize("place", ["the CPU, called cuda", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("words", [{"lora": Lora()}, {"lora": Lora(base="nf4")}, {"qat": QAT()}])
+def test_adapters_and_rounding_are_made_where_the_weights_are(
+    place: str, words: dict[str, Any], made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not in host memory, where each rank of a machine would hold a model."""
+    if place != "cuda":
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: torch.device("cpu"))
+    asked, load = [], AutoModelForCausalLM.from_pretrained
+    monkeypatch.setattr(
+        AutoModelForCausalLM, "from_pretrained", lambda *given, **words: asked.append(words) or load(*given, **words)
+    )
+    recipe: Any = SimpleNamespace(**{"lora": None, "qat": None, **words}, saved=torch.float32, keep_zeros=False)
+    student = Student.read(str(made / "quantize"), recipe, 3, None)
+    there, plain = student.load("cuda"), student.load()
+    assert [words.get("device_map") for words in asked] == [{"": torch.cuda.current_device()}, None]
+    if "nf4" not in str(recipe.lora):
+        assert {tensor.device.type for tensor in there.state_dict().values()} == {"cuda" if place == "cuda" else "cpu"}
+    for (name, one), (known, other) in zip(there.named_parameters(), plain.named_parameters(), strict=True):
+        assert (name, one.requires_grad) == (known, other.requires_grad)
+        assert torch.equal(one.cpu(), other), name
 
 
 def losses(folder: Path) -> list[float]:

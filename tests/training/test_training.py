@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, OPTConfig, OPTForCaus
 from models.apart import check_apart
 from models.errors import NotFinite, Refusal
 from models.heads import check_split, hidden_states
-from models.sharding import gather_state
+from models.sharding import gathered_weights
 from models.training import checkpoint
 from models.training.saved import checkpoints, damage, read_head
 from pipeline.context import Context
@@ -228,15 +228,15 @@ def test_gradients_summed_in_bf16_are_rounded(reference: Any, two_ranks: Any) ->
 def test_weights_are_gathered_in_the_dtype_that_is_saved() -> None:
     model = fitting.model(16, 1, seed=1, tied=True)
     model.register_buffer("steps", torch.tensor([3]))
-    state = gather_state(model, keep=True, dtype=torch.bfloat16)
+    state = dict(gathered_weights(model, keep=True, dtype=torch.bfloat16))
     assert {name: tensor.dtype for name, tensor in state.items()} == {
         name: tensor.dtype if name == "steps" else torch.bfloat16 for name, tensor in model.state_dict().items()
     }
     assert state["lm_head.weight"] is state["model.embed_tokens.weight"]
     assert torch.equal(state["model.norm.weight"], model.model.norm.weight.to(torch.bfloat16))
-    kept = gather_state(model, keep=True)
+    kept = dict(gathered_weights(model, keep=True))
     assert kept["model.norm.weight"].data_ptr() != model.model.norm.weight.data_ptr()  # a copy
-    assert gather_state(model, keep=False) == {}
+    assert not list(gathered_weights(model, keep=False))
 
 
 def test_tied_embeddings_with_activation_checkpointing_under_zero3_learn_the_same(folder: Path, two_ranks: Any) -> None:
