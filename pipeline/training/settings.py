@@ -229,7 +229,10 @@ def check_disk(
         place = place.parent
     had = sum(p.stat().st_size for p in context.work.rglob("*") if p.is_file()) if context.work.exists() else 0
     had += sum(p.stat().st_size for p in context.data_folder.rglob("*") if p.is_file())
-    free = shutil.disk_usage(place).free + had
+    disk = shutil.disk_usage(place)
+    if disk.total == 0:
+        raise Refusal(f"run_dir={context.run_dir}: {place} is no file system that keeps files; choose another run_dir")
+    free = disk.free + had
     if free < sum(needed.values()) and not context.finished(str(context.out)):
         counted = ", ".join(f"{size / 1e9:.1f} for {what}" for what, size in needed.items())
         raise Refusal(
