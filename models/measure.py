@@ -9,11 +9,12 @@ from __future__ import annotations
 import ctypes
 import gc
 import json
+import math
 import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from torch import Tensor
 from models.errors import Refusal
 from models.heads import check_split, head_of, hidden_states
 from models.load import DTYPES, attention_for, load_model, parameter_count
+from models.objectives.block import Block
 from models.objectives.chunked import objective_sum
 from models.objectives.cross_entropy import CrossEntropy
 from models.questions import Question, answered
@@ -63,21 +65,61 @@ def open_for_inference(folder: str, device: str, dtype: str, trust_remote_code: 
     return model.to(device).eval()
 
 
-@torch.no_grad()
-def negative_log_likelihood(model: Any, batches: Iterable[dict[str, Tensor]]) -> tuple[float, int]:
-    """(nats, tokens): the sum of -log p over all supervised targets, and their number.
+@dataclass(frozen=True)
+class _EachToken(CrossEntropy):
+    values: list[Tensor] = field(default_factory=list)
 
-    Over all of the model's columns, as anyone else would compute it; in fp32, a chunk of tokens at a time.
-    """
-    nats, tokens = 0.0, 0
+    def add(self, block: Block) -> Tensor:
+        self.values.append(super().add(block))
+        return self.values[-1]
+
+
+class Likelihood:
+    """-log p in nats and how many targets, of each document that batches number in `documents`; all are one where they
+    number none."""
+
+    def __init__(self) -> None:
+        self.nats_D, self.tokens_D = torch.zeros(0, dtype=torch.float64), torch.zeros(0, dtype=torch.int64)
+
+    def add(self, nats_N: Tensor, documents_N: Tensor) -> None:
+        nats_N, documents_N = nats_N.to("cpu", torch.float64), documents_N.cpu()
+        more = int(documents_N.max()) + 1 - len(self.nats_D) if len(documents_N) else 0
+        if more > 0:
+            self.nats_D, self.tokens_D = (torch.cat([had, had.new_zeros(more)]) for had in (self.nats_D, self.tokens_D))
+        self.nats_D.index_add_(0, documents_N, nats_N)
+        self.tokens_D.index_add_(0, documents_N, torch.ones_like(documents_N))
+
+    @property
+    def nats(self) -> float:
+        return float(self.nats_D.sum())
+
+    @property
+    def tokens(self) -> int:
+        return int(self.tokens_D.sum())
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.nats / self.tokens) if self.nats < 700 * self.tokens else math.inf
+
+
+@torch.no_grad()
+def likelihood_of(model: Any, batches: Iterable[dict[str, Tensor]]) -> Likelihood:
+    """Over all of the model's columns, as anyone else would compute it; in fp32, a chunk of tokens at a time."""
+    found = Likelihood()
     device = next(model.parameters()).device
     for batch in batches:
         moved = {name: batch[name].to(device) for name in ("input_ids", "position_ids", "targets")}
         hidden = hidden_states(model, moved["input_ids"], moved["position_ids"])
-        total, _ = objective_sum(CrossEntropy(), hidden, head_of(model), moved["targets"])
-        nats += total.item()
-        tokens += int((moved["targets"] >= 0).sum())
-    return nats, tokens
+        each = _EachToken()
+        objective_sum(each, hidden, head_of(model), moved["targets"])
+        if each.values:
+            found.add(torch.cat(each.values), documents_of(batch)[batch["targets"] >= 0])
+    return found
+
+
+def documents_of(batch: dict[str, Tensor]) -> Tensor:
+    """Int64[B, T]: the number of each token's document."""
+    return batch.get("documents", torch.zeros_like(batch["targets"]))
 
 
 @torch.no_grad()
@@ -215,7 +257,7 @@ def measure_folder(
         from models.quantization.stored import open_quantized
 
         round_as_quantized(model, open_quantized(record))
-    nats, tokens = negative_log_likelihood(model, batches)
+    found = likelihood_of(model, batches)
     right = {}
     for name, questions in (quiz.questions if quiz else {}).items():
         assert quiz is not None
@@ -224,8 +266,7 @@ def measure_folder(
     zeros, cache = share(model), cache_bytes_per_token(model, prompt)
     return {
         "parameters": parameter_count(model),
-        "perplexity": float(torch.tensor(nats / tokens, dtype=torch.float64).exp()),
-        "bits_per_byte": nats / 0.6931471805599453 / text_bytes,
+        **_scores(found, text_bytes),
         **quick,
         **({} if cache is None else {"cache_bytes_per_token": cache}),
         **({} if zeros is None else {"zeros": zeros}),
@@ -238,27 +279,38 @@ def _synchronise(tensor: Tensor) -> None:
         torch.cuda.synchronize()
 
 
-def documents(batch: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """(input_ids, targets) of each document with something to predict, Int64[T] each, without padding."""
+def pieces(batch: dict[str, Tensor]) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """(input_ids, targets, number of its document) of each piece with something to predict, Int64[T] each, without
+    padding."""
     found = []
-    for ids_T, positions_T, targets_T in zip(batch["input_ids"], batch["position_ids"], batch["targets"], strict=True):
+    rows = (batch["input_ids"], batch["position_ids"], batch["targets"], documents_of(batch))
+    for ids_T, positions_T, targets_T, documents_T in zip(*rows, strict=True):
         begins = [*(positions_T == 0).nonzero()[:, 0].tolist(), len(ids_T)]
-        for begin, end in pairwise(begins):  # padding is a document of its own, without targets
+        for begin, end in pairwise(begins):  # padding is a piece of its own, without targets
             if bool((targets_T[begin:end] >= 0).any()):
-                found.append((ids_T[begin:end], targets_T[begin:end]))
+                found.append((ids_T[begin:end], targets_T[begin:end], documents_T[begin:end]))
     return found
 
 
-def scored(runtime: Any, batches: Iterable[dict[str, Tensor]]) -> tuple[float, int]:
-    """(nats, tokens) as negative_log_likelihood, of an export as its runtime reads it: a document at a time."""
-    nats, tokens = 0.0, 0
+def likelihood_served(runtime: Any, batches: Iterable[dict[str, Tensor]]) -> Likelihood:
+    """As likelihood_of, of an export as its runtime reads it: a piece at a time."""
+    found = Likelihood()
     for batch in batches:
-        for ids_T, targets_T in documents(batch):
+        for ids_T, targets_T, documents_T in pieces(batch):
             real_T = targets_T >= 0
             logits_TV = runtime.logits(ids_T[None])[0][real_T]
-            nats += float(torch.nn.functional.cross_entropy(logits_TV.float(), targets_T[real_T], reduction="sum"))
-            tokens += int(real_T.sum())
-    return nats, tokens
+            nats_N = torch.nn.functional.cross_entropy(logits_TV.float(), targets_T[real_T], reduction="none")
+            found.add(nats_N, documents_T[real_T])
+    return found
+
+
+def _scores(found: Likelihood, text_bytes: int) -> dict[str, Any]:
+    return {
+        "perplexity": found.perplexity,
+        "bits_per_byte": found.nats / math.log(2) / text_bytes,
+        "nats_D": found.nats_D.tolist(),
+        "tokens_D": found.tokens_D.tolist(),
+    }
 
 
 def measure_export(
@@ -272,10 +324,8 @@ def measure_export(
 ) -> dict[str, Any]:
     """One row of the report, of a folder that `form` has written."""
     runtime, quick = served(form, Path(folder), prompt, device, settings)
-    nats, tokens = scored(runtime, batches)
     return {
-        "perplexity": float(torch.tensor(nats / tokens, dtype=torch.float64).exp()),
-        "bits_per_byte": nats / 0.6931471805599453 / text_bytes,
+        **_scores(likelihood_served(runtime, batches), text_bytes),
         **quick,
         "runtime": runtime.name,
     }

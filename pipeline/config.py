@@ -98,6 +98,7 @@ class Config:
     data: Any = None
     task: Any = None
     answers: Any = None  # what a stage `generate` writes, as data
+    verdict: Any = None  # what counts as no difference from the reference, and what is required
     model: Any = None  # what is pruned, quantized or exported
     teacher: Any = None
     student: Any = None

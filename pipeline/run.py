@@ -140,6 +140,12 @@ def _walk(
             closed(config, report)
     _print_whole(table(report))
     console.print(f"report: {run_dir / 'report.html'}", markup=False)
+    required = config["verdict"]["require"]
+    if required is not None and any(entry["makes"] == "results" for entry in plan.values()):
+        short = [each for each in report["verdicts"] if each["verdict"] not in (required, "better")]
+        if short:
+            told = "; ".join(each["sentence"] for each in short)
+            raise StageFailed(f"verdict.require={required} does not hold: {told}", 3)
     return None
 
 

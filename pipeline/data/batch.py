@@ -27,12 +27,15 @@ def collate(
 ) -> dict[str, Any]:
     """Sequences → {input_ids, position_ids, targets: Int64[B, T]}; T is `length`, or the longest sequence's.
 
-    Of sequences that carry them also weights: Float32[B, T]; teacher_input_ids, teacher_position_ids, teacher_targets:
-    Int64[B, Tt], Tt the longest one's; and spans: Int64[S, 5], the sequence in the batch before the four numbers, in
-    the order of sequence and place.
+    Of sequences that carry them also weights: Float32[B, T]; documents: Int64[B, T], -1 for padding; teacher_input_ids,
+    teacher_position_ids, teacher_targets: Int64[B, Tt], Tt the longest one's; and spans: Int64[S, 5], the sequence in
+    the batch before the four numbers, in the order of sequence and place.
     """
     batch = _padded(
-        sequences, {"input_ids": pad_token, "position_ids": None, "targets": IGNORED, "weights": 0.0}, length, side
+        sequences,
+        {"input_ids": pad_token, "position_ids": None, "targets": IGNORED, "weights": 0.0, "documents": -1},
+        length,
+        side,
     )
     if "teacher_input_ids" in sequences[0]:
         # Token 0, as every vocabulary has it, and the student's padding token may not be in the teacher's.

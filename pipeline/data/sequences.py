@@ -152,6 +152,25 @@ class Sequences:
             found[name] = self._index(name, np.dtype("<f8" if name == "weight" else "<i4"))[number]
         return found
 
+    def documents(self, begin: int) -> Array:
+        """The document of every piece, from 0. A text goes on in the piece after, where that does not begin with the
+        token `begin`; conversations, answers and queries are a piece each."""
+        begins = self._index("input_ids.begin", np.dtype("<i8"))[:-1]
+        if self.columns.learnt or not len(begins):
+            return np.arange(len(begins))
+        shards = np.searchsorted(self._before["pieces"], np.arange(len(begins)), side="right") - 1
+        first = np.empty(len(begins), dtype=np.int64)
+        for shard in np.unique(shards).tolist():
+            at = begins[shards == shard] - self._before["input_ids"][shard]
+            first[shards == shard] = self._shard("input_ids", shard)[at]
+        return np.cumsum(first == begin) - 1
+
+    def document_of_tokens(self, number: int, documents: Array) -> Array:
+        """For each token of a sequence; `documents` of every piece."""
+        pieces, _ = self._pieces(number if self._numbers is None else int(self._numbers[number]))
+        first, last = self._extents("input_ids", pieces)
+        return np.repeat(documents[pieces], last - first)
+
     def flat(self, first: int, stop: int) -> tuple[dict[str, Array], Array]:
         """input_ids, position_ids and targets of the sequences from `first` up to `stop`, end to end; their lengths."""
         read = [self.arrays(number) for number in range(first, min(stop, len(self)))]

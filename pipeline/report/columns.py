@@ -25,6 +25,7 @@ COLUMNS = (
     Column("parameters", "parameters", "params", units.si),
     Column("bytes", "on disk", "disk", units.size),
     Column("perplexity", "test perplexity", "test\nppl", units.score),
+    Column("perplexity_interval", "95 % interval", "95 %", units.interval),
     Column("bits_per_byte", "bits per byte", "bits/\nbyte", _fixed(3)),
     Column("generate_tokens_per_second", "generate tokens/s", "gen.\ntok/s", units.si),
     Column("prefill_tokens_per_second", "prefill tokens/s", "prefill\ntok/s", units.si),
@@ -56,7 +57,7 @@ CACHE = Column("cache_bytes_per_token", "cache bytes per token", "cache\nB/tok",
 # Shown for exports: how many bits a weight takes, its scales included, and which runtime measured the figures.
 BITS = Column("bits_per_weight", "bits per weight", "bits/\nweight", _fixed(2))
 RUNTIME = Column("runtime", "measured by", "by", lambda value: units.NOTHING if value is None else str(value))
-FIELDS = ("stage", "path", *(column.key for column in COLUMNS))
+FIELDS = ("stage", "path", "documents", *(column.key for column in COLUMNS))
 
 
 def columns_of(rows: Sequence[Json]) -> list[Column]:

@@ -28,6 +28,9 @@ def as_markdown(page: Json) -> str:
     lines = [f"# {_md(page['run'])}", "", *table([_md(h) for h in page["headings"]], page["rows"]), ""]
     for note in page["notes"]:
         lines += [_md(note), ""]
+    if page["verdicts"]:
+        lines += ["## Verdict", ""]
+        lines += [f"- **{each['verdict']}**: {_md(each['sentence'])}" for each in page["verdicts"]] + [""]
     if page["comparisons"]:
         lines += ["## Side by side", "", "Test perplexity, lower is better.", ""]
         lines += [f"- {_md(comparison['sentence'])}" for comparison in page["comparisons"]] + [""]

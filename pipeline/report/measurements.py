@@ -14,11 +14,11 @@ Json = dict[str, Any]
 
 
 def measurements(artifacts: Sequence[Artifact]) -> Json:
-    """What report.json holds: `rows`, one for each model and each export, and `comparisons`.
+    """What report.json holds: `rows`, one for each model and each export, `comparisons` and `verdicts`.
 
     Models that no evaluation measured have a row too, with what their manifests know.
     """
-    rows, comparisons = _measured(artifacts)
+    rows, told = _measured(artifacts)
     measured = {stage for stage, _ in rows}
     for artifact in artifacts:
         if artifact.manifest["kind"] == "model" and artifact.name not in measured:
@@ -27,15 +27,15 @@ def measurements(artifacts: Sequence[Artifact]) -> Json:
             for form, figures in exports_of(artifact.manifest).items():
                 if (name := f"{artifact.name}/{form}") not in measured:
                     rows[name, str(artifact.folder / form)] = _unmeasured_export(artifact, form, figures)
-    return {"rows": _finite(list(rows.values())), "comparisons": _finite(comparisons)}
+    return {"rows": _finite(list(rows.values())), **_finite(told)}
 
 
-def _measured(artifacts: Sequence[Artifact]) -> tuple[dict[tuple[str, str], Json], list[Json]]:
-    """(stage, path) → row, and the comparisons, of all evaluations; figures of a model that was made again since are
-    left out."""
+def _measured(artifacts: Sequence[Artifact]) -> tuple[dict[tuple[str, str], Json], dict[str, list[Json]]]:
+    """(stage, path) → row, and the comparisons and verdicts, of all evaluations; figures of a model that was made again
+    since are left out."""
     by_name = {artifact.name: artifact for artifact in artifacts}
     rows: dict[tuple[str, str], Json] = {}
-    comparisons: list[Json] = []
+    told: dict[str, list[Json]] = {"comparisons": [], "verdicts": []}
     for results in (a.manifest for a in artifacts if a.manifest["kind"] == "results"):
         parents, replaced = parents_of(results), set()
         for row in results["metrics"]["rows"]:
@@ -48,12 +48,13 @@ def _measured(artifacts: Sequence[Artifact]) -> tuple[dict[tuple[str, str], Json
             known = rows.setdefault((row["stage"], row["path"]), dict.fromkeys(FIELDS))
             # a second evaluation may add what the first did not measure, and replaces nothing
             known.update({key: value for key, value in row.items() if known.get(key) is None})
-        comparisons += [
-            comparison
-            for comparison in results["metrics"].get("comparisons", [])
-            if not {comparison["stage"], comparison["against"]} & replaced and comparison not in comparisons
-        ]
-    return rows, comparisons
+        for kind, kept in told.items():
+            kept += [
+                each
+                for each in results["metrics"].get(kind, [])
+                if not {each["stage"], each["against"]} & replaced and each not in kept
+            ]
+    return rows, told
 
 
 def _unmeasured(artifact: Artifact) -> Json:

@@ -31,6 +31,7 @@ def page_of(run_dir: Path, artifacts: Sequence[Artifact], report: Json) -> Json:
             *(note for name, m in manifests.items() for note in _of_training(name, m)),
             *_cut(manifests),
         ],
+        "verdicts": [{"verdict": each["verdict"], "sentence": each["sentence"]} for each in report["verdicts"]],
         "comparisons": [
             {
                 "sentence": sentence(comparison),
@@ -125,9 +126,23 @@ def _environment(manifests: dict[str, Json]) -> list[tuple[str, str]]:
     ]
 
 
+def short_verdicts(report: Json) -> list[str]:
+    """A line for each reference: which models are how."""
+    lines = []
+    for against in dict.fromkeys(each["against"] for each in report["verdicts"]):
+        of = [each for each in report["verdicts"] if each["against"] == against]
+        parts = []
+        for verdict in dict.fromkeys(each["verdict"] for each in of):
+            parts.append(f"{verdict}: {', '.join(each['stage'] for each in of if each['verdict'] == verdict)}")
+        lines.append(f"against {against}, {'; '.join(parts)}")
+    return lines
+
+
 def sentence(comparison: Json) -> str:
     """A comparison of two models in one line."""
+    known = comparison.get("relative_interval")
+    sure = f" (95 %: {units.percent(known[0])} to {units.percent(known[1])})" if known else ""
     return (
         f"{comparison['stage']} {units.score(comparison['perplexity'])} against {comparison['against']} "
-        f"{units.score(comparison['against_perplexity'])}: {units.percent(comparison['relative'])}"
+        f"{units.score(comparison['against_perplexity'])}: {units.percent(comparison['relative'])}{sure}"
     )

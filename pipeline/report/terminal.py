@@ -9,13 +9,13 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.report.columns import BITS, CACHE, TASK_COLUMNS, ZEROS, columns_of, notes_on
-from pipeline.report.page import sentence
+from pipeline.report.page import sentence, short_verdicts
 
 Json = dict[str, Any]
 
 # Left out where further columns need the room; the page shows all.
 _ASIDE = {"bits_per_byte", "prefill_tokens_per_second", "first_token_ms", "peak_memory_bytes", "tokens"}
-_ASIDE |= {"runtime"}
+_ASIDE |= {"runtime", "perplexity_interval"}
 _ASIDE |= {"accuracy_on_training_queries", "gap_closed_on_training_queries"}
 
 
@@ -31,6 +31,6 @@ def table(report: Json) -> Table:
     for row in report["rows"]:
         # Text, not str: a stage called [red] is a name, not a colour
         result.add_row(Text(row["stage"]), *(Text(column.show(row.get(column.key))) for column in columns))
-    if below := [*notes_on(report["rows"]), *(sentence(comparison) for comparison in report["comparisons"])]:
+    if below := [*notes_on(report["rows"]), *short_verdicts(report), *map(sentence, report["comparisons"])]:
         result.caption = Text("\n".join(below))
     return result

@@ -1,6 +1,7 @@
 """Numbers the way a person reads them: 2.02 M, 8.1 MB, 100 s. A number nobody measured is a dash."""
 
 import math
+from collections.abc import Sequence
 
 NOTHING = "–"
 
@@ -32,6 +33,11 @@ def score(value: float | None) -> str:
     if abs(value) >= 100_000:
         return f"{value:.2e}"
     return f"{value:.{3 if abs(value) < 10 else 2 if abs(value) < 50 else 1}f}"
+
+
+def interval(bounds: Sequence[float] | None) -> str:
+    """Of a perplexity: 80.1 to 82.6."""
+    return NOTHING if bounds is None else f"{score(bounds[0])} to {score(bounds[1])}"
 
 
 def percent(fraction: float | None) -> str:

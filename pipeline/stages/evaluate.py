@@ -11,6 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
+
+from models.certainty import LEAST
 from models.errors import Refusal
 from models.formats.format import Format
 from models.load import DTYPES, check_model, empty_model, load_config, parameter_count
@@ -25,11 +28,11 @@ from pipeline.data.batch import collate, pad_token
 from pipeline.data.prepared import sequences_of
 from pipeline.data.source import DataSource, check_source, source_key
 from pipeline.data.tasks import Task
-from pipeline.data.tokenizer import load_tokenizer
+from pipeline.data.tokenizer import begin_token, load_tokenizer
 from pipeline.forecast.workload import Reads
 from pipeline.stages.stage import Makes, Stage
 from pipeline.stages.stage import Plan as StagePlan
-from pipeline.steps.accuracy import with_accuracy
+from pipeline.steps.accuracy import UNSEEN, with_accuracy
 from pipeline.steps.quiz import check_room, quiz_of
 from pipeline.steps.to_measure import (
     bytes_on_disk,
@@ -39,6 +42,7 @@ from pipeline.steps.to_measure import (
     formats_of,
     models_to_measure,
 )
+from pipeline.steps.verdict import Rule, Scored, relative_interval, verdict_on
 
 BEFORE = "student before"
 _KILLED = "measuring {role} was killed, most likely for lack of memory; try stages.{stage}.dtype=bfloat16, batch_size=1"
@@ -47,7 +51,7 @@ _KILLED = "measuring {role} was killed, most likely for lack of memory; try stag
 @dataclass(frozen=True)
 class Evaluate(Stage):
     makes: ClassVar[Makes] = "results"
-    immaterial: ClassVar[frozenset[str]] = frozenset({"batch_size"})
+    immaterial: ClassVar[frozenset[str]] = frozenset({"batch_size", "verdict.require"})
 
     data: DataSource
     models: list[str] | None = None  # stage names or folders; None: every model this run has made, and the teacher
@@ -60,6 +64,7 @@ class Evaluate(Stage):
     task_queries: int = 300  # at most, of the test's and of those that were trained on
     choices_per: str = "choice"  # of models.questions.PER: token or byte, for choices of unlike length
     before: Start | None = None  # a student, to be asked as it was before training
+    verdict: Rule = field(default_factory=Rule)
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -157,6 +162,7 @@ class Evaluate(Stage):
         alone = Alone(["models.measure", "transformers.modeling_utils"])
         rows: list[dict[str, Any]] = []
         right: dict[str, dict[str, dict[str, bool]]] = {}
+        scored: dict[str, Scored] = {}
         context.work.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=context.work) as start:
             folders = self._models(context)
@@ -165,9 +171,11 @@ class Evaluate(Stage):
                 self.before.materialise(self.teacher.path, tokenizer, Path(start) / "start", self.seed)
                 folders = {**folders, BEFORE: str(Path(start) / "start")}
             for role, folder in folders.items():
-                row, right[role] = self._model_row(context, role, folder, alone)
+                row, scored[role], right[role] = self._model_row(context, role, folder, alone)
                 rows.append(row)
-        rows += [self._export_row(context, role, *found, alone) for role, found in exports.items()]
+        for role, found in exports.items():
+            row, scored[role] = self._export_row(context, role, *found, alone)
+            rows.append(row)
         if self.task is not None:
             rows = with_accuracy(rows, right, self._teacher_role(context), self.task)
         artifact.publish(
@@ -175,17 +183,23 @@ class Evaluate(Stage):
             lambda folder: None,
             {
                 **context.manifest(self.makes),
-                "metrics": {"rows": rows, "comparisons": comparisons(rows, self.compare or [])},
+                "metrics": {
+                    "rows": rows,
+                    "comparisons": comparisons(rows, scored, self.compare or []),
+                    "verdicts": self._verdicts(context, scored),
+                },
                 "certificates": {},
             },
         )
 
     def _model_row(
         self, context: Context, role: str, folder: str, alone: Alone
-    ) -> tuple[dict[str, Any], dict[str, dict[str, bool]]]:
-        """The report's row, and by kind of question and query whether it was answered right."""
+    ) -> tuple[dict[str, Any], Scored, dict[str, dict[str, bool]]]:
+        """The report's row, what its figures are made of, and by kind of question and query whether it was answered
+        right."""
         measured = self._measured(context, role, folder, alone)
         right = measured.pop("right", {})
+        scored = Scored.of(measured, right.get(UNSEEN, {}))
         manifest = artifact.read_manifest(Path(folder)) or {}
         if (bits := (manifest.get("metrics") or {}).get("bits_per_weight")) is not None:
             measured["bits_per_weight"] = bits  # as a container will hold it
@@ -201,17 +215,21 @@ class Evaluate(Stage):
             "seconds": manifest.get("seconds"),
             "tokens": manifest.get("tokens"),
         }
-        return row, right
+        return row, scored, right
 
-    def _export_row(self, context: Context, role: str, stage: str, form: Format, alone: Alone) -> dict[str, Any]:
+    def _export_row(
+        self, context: Context, role: str, stage: str, form: Format, alone: Alone
+    ) -> tuple[dict[str, Any], Scored]:
         folder, name = context.run_dir / role, role.partition("/")[2]
         tokenizer = load_tokenizer(str(folder), self._trusted)
-        batches, text_bytes, prompt = self._text(context, tokenizer)
+        batches, text_bytes, prompt, unit = self._text(context, tokenizer)
         words = (form, str(folder), batches, text_bytes, prompt, context.device, self.speed)
         measured = alone(measure_export, *words, killed=_KILLED.format(role=role, stage=context.stage))
+        measured["unit"] = unit
+        scored = Scored.of(measured, {})
         metrics = formats_of(context, stage).get(name, {})
         print(f"{role}: perplexity {measured['perplexity']:.2f}", flush=True)
-        return {
+        row = {
             "stage": role,
             "path": str(folder.resolve()),
             "parameters": metrics.get("parameters"),
@@ -219,25 +237,47 @@ class Evaluate(Stage):
             "bits_per_weight": metrics.get("bits_per_weight"),
             **measured,
         }
+        return row, scored
 
-    def _text(self, context: Context, tokenizer: Any) -> tuple[list[dict[str, Any]], int, Any]:
-        """(batches of the test split, bytes of their text, a prompt)."""
+    def _verdicts(self, context: Context, scored: dict[str, Scored]) -> list[dict[str, Any]]:
+        """On every model but the reference."""
+        role = self.verdict.reference
+        if role is None:
+            models = self._models(context)
+            path = (context.config["model"] or {}).get("path")
+            given = next((name for name, folder in models.items() if folder == path), None)
+            role = self._teacher_role(context) or given or next(iter(scored))
+        if role not in scored:
+            raise Refusal(f"verdict.reference={role}: it was not measured; need one of {', '.join(scored)}")
+        found = [
+            verdict_on(name, each, role, scored[role], self.verdict.margin)
+            for name, each in scored.items()
+            if name not in (role, BEFORE)
+        ]
+        return [each for each in found if each is not None]
+
+    def _text(self, context: Context, tokenizer: Any) -> tuple[list[dict[str, Any]], int, Any, str]:
+        """(batches of the test split, bytes of their text, a prompt, what it is of which figures are known)."""
         packed, statistics, _ = sequences_of(self.data, "test", tokenizer, context.data_folder)
         if not len(packed):
             raise Refusal("data.test: no text to measure on; give data.test or a data.holdout above 0")
+        documents, unit = packed.documents(begin_token(tokenizer)), "document"
+        if int(documents[-1]) + 1 < LEAST:  # few and long: their windows stand for them
+            documents, unit = np.arange(len(documents)), f"window of {self.data.max_length:,} tokens"
+        rows = [
+            {**packed.arrays(number), "documents": packed.document_of_tokens(number, documents)}
+            for number in range(len(packed))
+        ]
         batches = [
-            collate(
-                [packed.arrays(i) for i in range(at, min(at + self.batch_size, len(packed)))],
-                pad_token=pad_token(tokenizer),
-            )
-            for at in range(0, len(packed), self.batch_size)
+            collate(rows[at : at + self.batch_size], pad_token=pad_token(tokenizer))
+            for at in range(0, len(rows), self.batch_size)
         ]
         prompt = batches[0]["input_ids"][:1, : (self.speed or Speed()).prompt_tokens]
-        return batches, statistics["bytes"], prompt
+        return batches, statistics["bytes"], prompt, unit
 
     def _measured(self, context: Context, role: str, folder: str, alone: Alone) -> dict[str, Any]:
         tokenizer = load_tokenizer(folder, self._trusted)
-        batches, text_bytes, prompt = self._text(context, tokenizer)
+        batches, text_bytes, prompt, unit = self._text(context, tokenizer)
         quiz = None
         if self.task is not None:
             quiz = quiz_of(
@@ -253,15 +293,16 @@ class Evaluate(Stage):
         settings = (context.device, self.dtype, self.speed, self.data.packing, self._trusted)
         words = (folder, batches, text_bytes, prompt, *settings, quiz, record)
         measured: dict[str, Any] = alone(measure_folder, *words, killed=_KILLED.format(role=role, stage=context.stage))
-        return measured
+        return {**measured, "unit": unit}
 
     def _teacher_role(self, context: Context) -> str | None:
         path = self.teacher.path if self.teacher is not None else None
         return next((role for role, folder in self._models(context).items() if folder == path), None)
 
 
-def comparisons(rows: list[dict[str, Any]], pairs: list[list[str]]) -> list[dict[str, Any]]:
-    """The perplexities of two stages side by side, of those pairs that were measured."""
+def comparisons(rows: list[dict[str, Any]], scored: dict[str, Scored], pairs: list[list[str]]) -> list[dict[str, Any]]:
+    """The perplexities of two stages side by side, of those pairs that were measured, and the paired 95 % interval of
+    their relative difference."""
     by_stage = {row["stage"]: row["perplexity"] for row in rows if "perplexity" in row}
     return [
         {
@@ -271,6 +312,7 @@ def comparisons(rows: list[dict[str, Any]], pairs: list[list[str]]) -> list[dict
             "against_perplexity": by_stage[other],
             "difference": by_stage[one] - by_stage[other],
             "relative": by_stage[one] / by_stage[other] - 1,
+            "relative_interval": relative_interval(scored[one], scored[other]),
         }
         for one, other in pairs
         if one in by_stage and other in by_stage

@@ -25,7 +25,7 @@ from models.formats.container import check_installed
 from models.formats.format import Format, Plan
 from models.load import DTYPES, empty_model, parameter_count
 from models.matrices import matrices
-from models.measure import Speed, documents
+from models.measure import Speed, pieces
 from pipeline import artifact
 from pipeline.alone import Alone
 from pipeline.context import Context
@@ -218,7 +218,7 @@ class Export(Stage):
             some = False
             for number in range(len(sequences)):
                 batch = collate([sequences.arrays(number)], pad_token=pad_token(tokenizer))
-                for ids, _ in documents(batch):
+                for ids, *_ in pieces(batch):
                     if len(ids) > 1:
                         some = True
                         yield ids

@@ -23,7 +23,7 @@ from pipeline.data.pieces import target_bytes
 from pipeline.data.prepared import prepared
 from pipeline.data.sequences import Sequences
 from pipeline.data.tables import empty_documents
-from pipeline.data.tokenizer import load_tokenizer, train_tokenizer
+from pipeline.data.tokenizer import ends, load_tokenizer, train_tokenizer
 from tests.optional_data import STORIES, needed
 
 ENGLISH = sorted({text.strip() for text in topics.values()}, key=len)[:20]
@@ -331,3 +331,22 @@ def test_a_tokenizer_without_an_end_is_refused(tmp_path: Path, plain: Any) -> No
 
 def test_the_same_texts_give_the_same_rows(tmp_path: Path, plain: Any) -> None:
     assert rows_of(tmp_path / "one", plain)[0][:] == rows_of(tmp_path / "two", plain)[0][:]
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_every_token_is_known_by_its_document(tokenizer: Any, packing: bool, tmp_path: Path) -> None:
+    """Also of texts that end where a window does, and of those that are left out as empty."""
+    texts = [*TEXTS[:12], "  ", *TEXTS[12:], *("a b c " * count for count in range(1, 40))]
+    rows, _ = rows_of(tmp_path, tokenizer, texts, max_length=16, packing=packing)
+    begin, _ = ends(tokenizer, "the tokenizer")
+    documents = rows.documents(begin)
+    found: dict[int, int] = {}
+    for number in range(len(rows)):
+        row, of = rows.arrays(number), rows.document_of_tokens(number, documents)
+        for target, document in zip(row["targets"].tolist(), of.tolist(), strict=True):
+            found[document] = found.get(document, 0) + (target != IGNORED)
+    read = [text for text in texts if text.strip()]
+    counts = [len(tokenizer(text, add_special_tokens=False)["input_ids"]) + 1 for text in read]
+    assert [found[document] for document in range(len(read))] == counts
+    view = rows.select([len(rows) - 1])
+    assert np.array_equal(view.document_of_tokens(0, documents), rows.document_of_tokens(len(rows) - 1, documents))

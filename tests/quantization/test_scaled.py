@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from models.errors import Refusal
 from models.load import load_model
-from models.measure import negative_log_likelihood
+from models.measure import likelihood_of
 from models.quantization.activations import attach
 from models.quantization.scheme import Activations
 from models.quantization.stored import read_quantized
@@ -193,5 +192,5 @@ def test_the_report_scores_it_with_its_activations_rounded(teacher: Path, tmp_pa
     attach(model, read_quantized(tmp_path / "quantized.safetensors"))
     config = EXPERIMENT.composed(run, *words)
     rows, _, _ = sequences_of(build(config, "evaluate").data, "test", load_tokenizer(str(made)), tmp_path / "rows")
-    nats, tokens = negative_log_likelihood(model, [collate([rows[n]], pad_token=0) for n in range(len(rows))])
-    assert row["perplexity"] == pytest.approx(math.exp(nats / tokens), rel=1e-6)
+    found = likelihood_of(model, [collate([rows[n]], pad_token=0) for n in range(len(rows))])
+    assert row["perplexity"] == pytest.approx(found.perplexity, rel=1e-6)

@@ -13,7 +13,7 @@ import torch
 
 from models.errors import Refusal
 from models.load import load_model
-from models.measure import negative_log_likelihood
+from models.measure import likelihood_of
 from models.sparsity import zeros
 from models.sparsity.sparsegpt import SparseGPT
 from models.training.language_model import LanguageModel
@@ -350,7 +350,7 @@ def test_the_more_a_method_looks_at_the_less_is_lost(tmp_path: Path) -> None:
     for method in ("sparsegpt", "wanda", "magnitude"):
         folder = make(tmp_path / method, "sparsify", *words, f"sparsity={method}")
         assert manifest(folder)["certificates"]["zeros"]["all"]["fraction"] == 0.5
-        nats, tokens = negative_log_likelihood(load_model(str(folder), dtype=torch.float32).eval(), batches)
-        lost[method] = nats / tokens
+        found = likelihood_of(load_model(str(folder), dtype=torch.float32).eval(), batches)
+        lost[method] = found.nats / found.tokens
     print(lost)
     assert lost["sparsegpt"] < lost["wanda"] < lost["magnitude"]

@@ -22,7 +22,7 @@ from models.formats.format import Finished, Format, Written
 from models.formats.gguf import Gguf
 from models.formats.gptq import GPTQ
 from models.formats.huggingface import HuggingFace
-from models.measure import documents, negative_log_likelihood, open_for_inference, scored
+from models.measure import likelihood_of, likelihood_served, open_for_inference, pieces
 from models.quantization.scheme import WeightScheme
 from pipeline import artifact
 from pipeline.artifact import checked, content_hash, publish, read_manifest
@@ -409,16 +409,16 @@ def test_documents_are_scored_one_by_one_as_packed_rows_are(start: Path) -> None
         }
 
     batch = collate([row(5, 9, 3), row(8), row(1, 6)], pad_token=0)
-    assert [len(ids) for ids, _ in documents(batch)] == [5, 9, 3, 8, 6]
+    assert [len(ids) for ids, *_ in pieces(batch)] == [5, 9, 3, 8, 6]
 
     class Runtime:
         def logits(self, ids: torch.Tensor) -> torch.Tensor:
             with torch.no_grad():
                 return model(input_ids=ids).logits
 
-    want, got = negative_log_likelihood(model, [batch]), scored(Runtime(), [batch])
-    assert got[1] == want[1] == 4 + 8 + 2 + 7 + 5
-    assert got[0] == pytest.approx(want[0], rel=1e-5)
+    want, got = likelihood_of(model, [batch]), likelihood_served(Runtime(), [batch])
+    assert got.tokens == want.tokens == 4 + 8 + 2 + 7 + 5
+    assert got.nats == pytest.approx(want.nats, rel=1e-5)
 
 
 REFUSED = {
