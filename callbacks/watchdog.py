@@ -21,7 +21,7 @@ class Watchdog(pl.Callback):
     def __init__(self, stage: str, folder: str | Path, silent_seconds: float, timeout_minutes: float) -> None:
         for name, value in {"silent_seconds": silent_seconds, "timeout_minutes": timeout_minutes}.items():
             if not value > 0:
-                given = ", which is strategy.timeout_minutes" if name == "timeout_minutes" else ""
+                given = " (strategy.timeout_minutes, unless set itself)" if name == "timeout_minutes" else ""
                 raise Refusal(f"callbacks.watchdog.{name}={value}{given}: need a number above 0")
         self.stage, self.folder = stage, Path(folder).parent / "ranks"
         self.silent_seconds, self.timeout_seconds = silent_seconds, 60 * timeout_minutes

@@ -39,6 +39,7 @@ def check(path: str, key: str, *, disk: int, locked: int) -> None:
         raise Refusal(f"{told}: {what}; give a folder on a local disk, with its whole path")
     if not os.access(path, os.W_OK):
         raise Refusal(f"{told}: this folder cannot be written to; give one on a local disk")
+    _sweep(path)
     if (free := shutil.disk_usage(path).free) < disk:
         raise Refusal(
             f"{told}: {disk / 1e6:,.0f} MB are to be put there and {free / 1e6:,.0f} MB are free; give another "
@@ -103,13 +104,31 @@ def folder_in(path: str) -> str:
     return _own_folder(path)
 
 
-def _own_folder(path: str) -> str:
+def one_disk(path: str, other: str) -> bool:
+    """Whether what is put into both folders takes the same space."""
+    try:
+        return os.stat(path).st_dev == os.stat(other).st_dev
+    except OSError:
+        return False
+
+
+def ranks_here(ranks: int) -> int:
+    """Of so many ranks those on this machine, as torchrun or srun says: of srun the most on any of its machines."""
+    told = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_STEP_TASKS_PER_NODE", "1")  # 8(x2),4
+    return min(ranks, max(int(each) for each in re.sub(r"\(x\d+\)", "", told).split(",")))
+
+
+def _sweep(path: str) -> None:
     for left in Path(path).glob(f"{_prefix()}*"):
         with suppress(OSError):
             old = time.time() - left.stat().st_mtime > _YOUNG_SECONDS  # or its process is about to lock it
             if old and not left.is_symlink() and (handle := _lock(left)) is not None:
                 shutil.rmtree(left, ignore_errors=True)
                 os.close(handle)
+
+
+def _own_folder(path: str) -> str:
+    _sweep(path)
     made = tempfile.mkdtemp(prefix=_prefix(), dir=path)
     _lock(Path(made))  # for as long as this process lives
     _made.append(made)
@@ -140,20 +159,46 @@ def _lock(folder: Path) -> int | None:
 
 
 def _load(builder: Any) -> None:
-    """Load a part of DeepSpeed that is compiled the first time. PyTorch waits without an end, and without a word, for a
-    process that was killed while it compiled; one of ours is known by what it left beside."""
+    """Load an operator of DeepSpeed, which is compiled the first time. PyTorch waits without an end, and without a
+    word, for a process that was killed while it compiled; one of ours is known by what it left beside."""
+    from deepspeed.git_version_info import installed_ops
     from torch.utils.cpp_extension import _get_build_directory
 
+    if installed_ops.get(builder.name, False):
+        builder.load(verbose=False)
+        return
     folder = Path(_get_build_directory(builder.name, verbose=False))
-    others, mine = folder / "lock", folder / "retort.compiling"
+    others, marker = folder / "lock", folder / "retort.compiling"
     with open(folder / "retort.lock", "w") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)  # of Retort's processes one at a time
-        if mine.exists():  # it was killed
+        with suppress(OSError):  # some cluster file systems have no locks
+            fcntl.flock(held, fcntl.LOCK_EX)  # of Retort's processes one at a time
+        if _killed(marker):
             others.unlink(missing_ok=True)
+            marker.unlink(missing_ok=True)
         elif others.exists():
             print(f"waiting for {others}, of a program that compiles; remove it if there is none", flush=True)
         if not (folder / f"{builder.name}.so").exists():
             print(f"compiling a part of DeepSpeed into {folder}, once: some minutes", flush=True)
-        mine.touch()
-        builder.load(verbose=False)
-        mine.unlink(missing_ok=True)
+        mine = not marker.exists()  # else that of another machine, which compiles
+        if mine:
+            marker.write_text(f"{_this_machine()} {os.getpid()}")
+        try:
+            builder.load(verbose=False)
+        finally:
+            if mine:
+                marker.unlink(missing_ok=True)
+
+
+def _killed(marker: Path) -> bool:
+    """Whether the process that wrote it is known to be gone: it ran on this machine, since it was last started."""
+    try:
+        machine, _, process = marker.read_text().rpartition(" ")
+        return machine == _this_machine() and not Path("/proc", str(int(process))).exists()
+    except (OSError, ValueError):
+        return False
+
+
+def _this_machine() -> str:
+    with suppress(OSError):
+        return f"{socket.gethostname()} {Path('/proc/sys/kernel/random/boot_id').read_text().strip()}"
+    return socket.gethostname()

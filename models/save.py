@@ -38,9 +38,8 @@ def save_model(
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if getattr(generation, name) is None:
             setattr(generation, name, getattr(tokenizer, name))
-    each = _together(weights) if isinstance(weights, Mapping) else weights
     with _plain_generation(model):
-        parts = _write_parts(model, folder, _cast(each, dtype), part_bytes)
+        parts = _write_parts(model, folder, _cast(one_by_one(weights), dtype), part_bytes)
     config.dtype = dtype  # of what is written: save_pretrained says the model's own
     config.save_pretrained(folder)
     # Its own save_pretrained refuses what greedy decoding does not use, as many published ones hold: a temperature
@@ -52,8 +51,10 @@ def save_model(
         check_weights(str(folder), "what was saved", config)
 
 
-def _together(weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+def one_by_one(weights: Weights) -> Iterable[tuple[str, Tensor]]:
     """The names of a tied table directly after each other, with one tensor."""
+    if not isinstance(weights, Mapping):
+        return weights
     names: dict[tuple[int, torch.Size], list[str]] = {}
     for name, tensor in weights.items():
         names.setdefault((tensor.data_ptr(), tensor.shape), []).append(name)

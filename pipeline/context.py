@@ -120,6 +120,13 @@ class Context:
         return made
 
     @property
+    def on_this_machine(self) -> bool:
+        """Whether the ranks run here, not in jobs that are submitted or on a GPU that is named for a forecast."""
+        from hydra.utils import instantiate
+
+        return bool(instantiate(self.config["launch"]).on_this_machine) and self.place is None
+
+    @property
     def world(self) -> int:
         return self.devices * int(self.config["trainer"]["nodes"])
 

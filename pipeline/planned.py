@@ -8,8 +8,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-from hydra.utils import instantiate
-
 from models.errors import Refusal
 from models.folder import check_folder
 from models.load import check_weights, load_config
@@ -75,8 +73,9 @@ def config_to_change(context: Context, model: str, trust_remote_code: bool) -> A
     return config
 
 
-def teacher_config(context: Context, teacher: Source, weights: bool) -> Any:
-    """Its config; with its `weights`, where they are to be opened, looked at as far as that is quick."""
+def teacher_config(context: Context, teacher: Source, weights: bool, runs: bool) -> Any:
+    """Its config; with its `weights`, where they are to be opened, looked at as far as that is quick; and where it
+    `runs` in this stage, the disk that it is offloaded to."""
     found = config_of(
         context,
         teacher.path,
@@ -85,10 +84,10 @@ def teacher_config(context: Context, teacher: Source, weights: bool) -> Any:
         trust_remote_code=teacher.trust_remote_code,
         weights=weights,
     )
-    if instantiate(context.config["launch"]).on_this_machine and context.place is None:
-        for key, source in {"teacher": teacher, "teacher.recorder": getattr(teacher, "recorder", None)}.items():
-            if isinstance(source, Sharded):
-                source.check_disk(found, context.world, min(context.devices, context.world), key)
+    recorder = getattr(teacher, "recorder", None)
+    key, source = ("teacher", teacher) if recorder is None else ("teacher.recorder", recorder)
+    if runs and isinstance(source, Sharded) and context.on_this_machine:
+        source.check_disk(found, context.world, min(context.devices, context.world), key)
     return found
 
 

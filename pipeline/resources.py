@@ -13,7 +13,7 @@ from models.errors import Refusal
 from pipeline.config import nearest
 
 _DEFAULTS = ("parallel", "single", "prepare")
-_TIME = re.compile(r"\d+|\d+(:\d\d){1,2}|\d+-\d+(:\d\d){0,2}|infinite|unlimited", re.I)  # as sbatch takes it
+_TIME = re.compile(r"\d+(:\d+){1,2}|\d+-\d+(:\d+){0,2}|infinite|unlimited", re.I)  # as sbatch takes it
 _MEMORY = re.compile(r"0|[1-9]\d*[KMGT]B?", re.I)  # a bare number would be MB
 _RANKS_PER_NODE = 8  # where neither launch.resources nor trainer.devices says how many
 
@@ -110,14 +110,18 @@ def _made(settings: dict[str, Any], where: str, config: dict[str, Any]) -> Resou
             f"launch.resources.{where}.gpus_per_node={gpus}: a rank takes one GPU, and ranks_per_node is {ranks}; give "
             f"the same number, or gpus_per_node=0"
         )
+    if isinstance(said["time"], int) or (isinstance(said["time"], str) and said["time"].isdigit()):
+        raise Refusal(  # sbatch's minutes, which a YAML file makes of 12:00:00 too: 43200 of them, a month
+            f"launch.resources.{where}.time={said['time']}: need HOURS:MINUTES:SECONDS, in a file within quotes, as "
+            f'"12:00:00"'
+        )
     for key in ("memory", "time"):
         if not isinstance(said[key], str | int) or isinstance(said[key], bool) or not str(said[key]).strip():
             raise Refusal(f"launch.resources.{where}.{key}={said[key]}: need a text, as sbatch takes it")
         said[key] = str(said[key])
     if not _TIME.fullmatch(said["time"]):
         raise Refusal(
-            f"launch.resources.{where}.time={said['time']}: need minutes, HOURS:MINUTES:SECONDS "
-            f"or DAYS-HOURS:MINUTES:SECONDS"
+            f"launch.resources.{where}.time={said['time']}: need HOURS:MINUTES:SECONDS or DAYS-HOURS:MINUTES:SECONDS"
         )
     if not _MEMORY.fullmatch(said["memory"]):
         raise Refusal(

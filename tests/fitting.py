@@ -14,7 +14,7 @@ import pytorch_lightning as pl
 import torch
 from peft import LoraConfig
 from safetensors.torch import save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
 
 from callbacks.checkpoint import Checkpoint
 from models.errors import NotFinite, Refusal
@@ -26,6 +26,7 @@ from models.objectives.distillation import Distillation
 from models.objectives.forward_kl import ForwardKL
 from models.objectives.hidden_states import HiddenStates
 from models.objectives.reverse_kl import ReverseKL
+from models.save import save_model
 from models.sharding import gathered_weights, load_sharded, zero3
 from models.teachers.online import Online
 from models.teachers.sharded import Sharded
@@ -85,6 +86,7 @@ class Scenario:
     spare: bool = False  # a layer that the loss does not reach is trained as well
     torn: bool = False  # a gradient is no number, although the loss is one
     summed: bool = False  # nothing is learnt: what gradients of unlike size add up to
+    in_parts: bool = False  # the student is saved while its weights are gathered, in files of a few kB
     damaged: bool = False  # nothing is trained: what every rank says of the models in DAMAGES, under ZeRO-3
 
 
@@ -317,6 +319,8 @@ def fit(scenario: Scenario, folder: Path) -> dict[str, Any]:
     trainer.fit(module, datamodule=data)
     whole = {n for n, p in module.student.named_parameters() if getattr(p, "ds_persist", False)}
     state = dict(gathered_weights(module.student, keep=True))
+    if scenario.in_parts:
+        _save_in_parts(module.student, folder / f"{scenario.name}-saved", trainer.is_global_zero)
     teacher_gradients = [n for n, p in module.named_parameters() if n.startswith("teacher.") and p.grad is not None]
     return {
         "metrics": seen,
@@ -332,6 +336,14 @@ def fit(scenario: Scenario, folder: Path) -> dict[str, Any]:
         if isinstance(module.teacher, torch.nn.Module)
         else None,
     }
+
+
+def _save_in_parts(student: Any, folder: Path, first: bool) -> None:
+    weights = gathered_weights(student, first, torch.bfloat16)
+    if first:
+        save_model(student, ByT5Tokenizer(), folder, weights, torch.bfloat16, part_bytes=6_000)
+    else:
+        assert not list(weights)
 
 
 def bytes_on_disk(folder: Path) -> dict[str, int]:

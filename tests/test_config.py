@@ -564,9 +564,9 @@ MISTAKES = {
     "teacher=cached teacher@teacher.recorder=sharded teacher.recorder.offload=nvme "
     "teacher.recorder.nvme_path=/nowhere": ["teacher.recorder.nvme_path=/nowhere"],
     "strategy=ddp trainer.devices=2 strategy.timeout_minutes=0 only=[pretrain]": [
-        "callbacks.watchdog.timeout_minutes=0, which is strategy.timeout_minutes: need a number above 0"
+        "callbacks.watchdog.timeout_minutes=0 (strategy.timeout_minutes, unless set itself): need a number above 0"
     ],
-    "run_dir=/proc/some/run": ["run_dir=/proc/some/run: /proc is no file system that keeps files; choose another"],
+    "run_dir=/proc/some/run": ["run_dir=/proc/some/run: no folder can be made in /proc (No such file or directory)"],
     "strategy=zero3_nvme trainer.devices=2": ["strategy.nvme_path is not set"],
     "strategy=zero3_nvme trainer.devices=2 strategy.nvme_path=/nowhere only=[pretrain] "
     "stages.pretrain.training.micro_batch=4": [

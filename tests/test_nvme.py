@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import resource
 import shutil
@@ -10,13 +11,19 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 from deepspeed.ops.op_builder import AsyncIOBuilder
 
 from models import nvme
 from models.errors import Refusal
+from models.teachers.sharded import Sharded
+from pipeline.training.settings import check_nvme
+from pipeline.training.strategy import ZeRO
 from tests.command import ROOT
+from tests.pruning.families import model_of
 
 MB = 10**6
 
@@ -104,8 +111,10 @@ def test_a_lock_that_a_killed_process_left_is_not_waited_for(
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     folder = tmp_path / Builder.name
     folder.mkdir()
-    for name in ("lock", "retort.compiling"):
-        (folder / name).touch()
+    (folder / "lock").touch()
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    (folder / "retort.compiling").write_text(f"{nvme._this_machine()} {gone.pid}")
     builder = Builder(folder)
     nvme._load(builder)
     assert not builder.locked
@@ -115,6 +124,79 @@ def test_a_lock_that_a_killed_process_left_is_not_waited_for(
     assert builder.locked
     assert f"waiting for {folder / 'lock'}" in capsys.readouterr().out
     assert not (folder / "retort.compiling").exists()
+    for living in (f"{nvme._this_machine()} {os.getpid()}", f"another.machine 1-2-3 {gone.pid}"):
+        (folder / "retort.compiling").write_text(living)
+        nvme._load(builder)
+        assert builder.locked
+        assert (folder / "retort.compiling").read_text() == living
+
+
+def test_a_file_system_without_locks_and_a_failure_to_compile_leave_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(38, "Function not implemented")
+
+    class Broken(Builder):
+        def load(self, verbose: bool) -> None:
+            raise RuntimeError("no compiler")
+
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    (folder := tmp_path / Builder.name).mkdir()
+    with pytest.raises(RuntimeError, match="no compiler"):
+        nvme._load(Broken(folder))
+    assert [path.name for path in folder.iterdir()] == ["retort.lock"]
+
+
+@pytest.mark.parametrize(
+    ("told", "ranks", "here"),
+    [
+        ({"LOCAL_WORLD_SIZE": "4"}, 8, 4),
+        ({"SLURM_STEP_TASKS_PER_NODE": "8(x2)"}, 16, 8),
+        ({"SLURM_STEP_TASKS_PER_NODE": "2,4(x3),1"}, 15, 4),
+        ({"SLURM_STEP_TASKS_PER_NODE": "8"}, 2, 2),
+        ({}, 8, 1),
+    ],
+)
+def test_ranks_of_this_machine_are_known_whoever_started_them(
+    told: dict[str, str], ranks: int, here: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("LOCAL_WORLD_SIZE", "SLURM_STEP_TASKS_PER_NODE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    assert nvme.ranks_here(ranks) == here
+
+
+def test_what_a_killed_run_left_is_removed_before_space_is_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = tmp_path / f"{nvme._prefix()}left"
+    left.mkdir()
+    os.utime(left, (1, 1))
+    free = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: free._replace(free=0 if left.exists() else 10 * MB))
+    monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda *_, **__: True)
+    nvme.check(str(tmp_path), "strategy.nvme_path", disk=4 * MB, locked=0)
+    assert not left.exists()
+
+
+def test_a_teacher_and_an_optimizer_on_one_disk_are_counted_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(nvme, "check", lambda *_, disk, locked: asked.append(disk))
+    model_of("llama", dtype=torch.float32).save_pretrained(tmp_path / "teacher")
+    size = sum(each.numel() for each in model_of("llama").parameters())
+    teacher = Sharded(path=str(tmp_path / "teacher"), dtype="bfloat16", offload="nvme", nvme_path=str(tmp_path))
+    strategy = ZeRO(3, offload_optimizer=True, nvme_path=str(tmp_path))
+    context: Any = SimpleNamespace(devices=2, world=2, strategy=strategy, config_folder=str)
+    check_nvme(context, 1000, teacher)
+    check_nvme(context, 1000, None)
+    monkeypatch.setattr(nvme, "one_disk", lambda *_: False)
+    check_nvme(context, 1000, teacher)
+    assert asked == [16 * 1000 + 2 * (size + size % 2), 16 * 1000, 16 * 1000]
 
 
 def test_what_killed_processes_of_this_machine_left_is_removed_and_nothing_else(tmp_path: Path) -> None:

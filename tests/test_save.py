@@ -21,6 +21,7 @@ from models.errors import Refusal
 from models.folder import INDEX, WEIGHTS
 from models.save import save_model
 from models.sharding import gathered_weights
+from models.sparsity import zeros
 from tests.pruning.families import FAMILIES, MIXTURES, VOCABULARY, model_of, tokens
 
 PART = 20_000  # bytes: about a layer
@@ -90,6 +91,23 @@ def test_no_more_than_a_file_of_weights_is_held(tmp_path: Path) -> None:
     save_model(model, tokenizer(), tmp_path, followed(), torch.float32, part_bytes=2 * layer)
     assert not held
     assert 2 * layer < most <= 4 * layer < sum(parameter.nbytes for parameter in model.parameters()) / 3
+
+
+@pytest.mark.parametrize("part_bytes", [PART, 10**9])
+def test_a_tied_table_whose_zeros_are_watched_is_saved_once(part_bytes: int, tmp_path: Path) -> None:
+    model = model_of("llama", dtype=torch.float32, tie_word_embeddings=True)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[0] = 0
+    counts: dict[str, int] = {}
+    weights = zeros.watched(model, model.state_dict(), counts)
+    save_model(model, tokenizer(), tmp_path, weights, torch.bfloat16, part_bytes=part_bytes)
+    assert in_files(tmp_path).keys() == model.state_dict().keys() - {"lm_head.weight"}
+    width = model.config.hidden_size
+    assert counts == {"zeros_before": width, "zeros_after": width}
+    changed = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    changed["model.layers.0.mlp.up_proj.weight"][0, 3] = 1
+    with pytest.raises(Refusal, match=rf"1 of {width} zeros of .*up_proj.* are no longer zero; nothing was written"):
+        save_model(model, tokenizer(), tmp_path / "again", zeros.watched(model, changed, {}), torch.float32)
 
 
 def test_parts_that_are_not_the_whole_model_are_refused(tmp_path: Path) -> None:

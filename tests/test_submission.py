@@ -92,8 +92,13 @@ def test_a_stages_own_resources_come_first_key_by_key() -> None:
         ("launch.resources.distill.gpus_per_node=1", "ranks_per_node is 2; give the same number"),
         ("launch.resources.distill.gpus_per_node=2", "trainer.accelerator=cpu: launch.resources asks for GPUs"),
         ("launch.resources.distill.time=null", "launch.resources.distill.time=None: need a text"),
-        ("launch.resources.distill.time=abc", "launch.resources.distill.time=abc: need minutes, HOURS:MINUTES:SECONDS"),
-        ("launch.resources.distill.time=-5", "launch.resources.distill.time=-5: need minutes"),
+        ("launch.resources.distill.time=abc", "launch.resources.distill.time=abc: need HOURS:MINUTES:SECONDS"),
+        (
+            "launch.resources.distill.time=43200",
+            'time=43200: need HOURS:MINUTES:SECONDS, in a file within quotes, as "12',
+        ),
+        ("launch.resources.distill.time='90'", "time=90: need HOURS:MINUTES:SECONDS, in a file within quotes"),
+        ("launch.resources.distill.time=-5", "launch.resources.distill.time=-5: need HOURS:MINUTES:SECONDS"),
         ("launch.resources.distill.memory=lots", "launch.resources.distill.memory=lots: need a number with its unit"),
         ("launch.resources.distill.memory=64", "launch.resources.distill.memory=64: need a number with its unit"),
         ("launch.resources.distill.partition='a b'", "launch.resources.distill.partition=a b: need the name"),
@@ -181,7 +186,9 @@ def test_runs_of_a_sweep_that_need_other_jobs_are_not_made_one_array(tmp_path: P
         scripts([one, Run(other.config, [], [])])
 
 
-@pytest.mark.parametrize("time", ["90", "12:00", "12:00:00", "2-00", "2-12:30", "2-12:30:00", "UNLIMITED"])
+@pytest.mark.parametrize(
+    "time", ["12:00", "1:0:0", "1-4:30:0", "12:00:00", "2-00", "2-12:30", "2-12:30:00", "UNLIMITED"]
+)
 def test_times_as_sbatch_takes_them_pass(time: str) -> None:
     assert needs(f"launch.resources.distill.time='{time}'")["distill"]["run"]["time"] == time
 

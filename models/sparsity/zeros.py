@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from models.errors import Refusal
 from models.matrices import is_transposed, matrices
 from models.representations import decoder_layers
-from models.save import Weights
+from models.save import Weights, one_by_one
 from models.sharding import gather_children
 
 
@@ -80,7 +80,7 @@ def watched(start: Any, weights: Weights, counts: dict[str, int]) -> Iterator[tu
     of: dict[str, list[Any]] = defaultdict(list)
     for matrix in matrices(start):
         of[matrix.parameter].append(matrix)
-    for name, tensor in weights.items() if isinstance(weights, Mapping) else weights:
+    for name, tensor in one_by_one(weights):
         for matrix in of.pop(name, ()):
             was, now = (matrix.of(each) == 0 for each in (parameters[name], tensor))
             if filled := int((was & ~now.to(was.device)).sum()):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -58,10 +57,15 @@ class Sharded(Source):
         """Refuse a folder for its shares that cannot take those of `here` of the ranks, which run on this machine.
         `config`: the model's; `key`: of these settings."""
         if self.offload == "nvme" and self.nvme_path is not None:
-            share, largest = self._shares(config, ranks)
-            width = DTYPES[self.dtype].itemsize
-            told = {"disk": width * share * here, "locked": nvme.BUFFERS * width * largest}
-            nvme.check(self.nvme_path, f"{key}.nvme_path", **told)
+            largest = self._shares(config, ranks)[1]
+            locked = nvme.BUFFERS * DTYPES[self.dtype].itemsize * largest
+            nvme.check(self.nvme_path, f"{key}.nvme_path", disk=self.disk_bytes(config, ranks, here), locked=locked)
+
+    def disk_bytes(self, config: Any, ranks: int, here: int) -> int:
+        """That `here` of the ranks put into `nvme_path`."""
+        if self.offload != "nvme":
+            return 0
+        return DTYPES[self.dtype].itemsize * self._shares(config, ranks)[0] * here
 
     def _shares(self, config: Any, ranks: int) -> tuple[int, int]:
         """Elements of a rank's share, and of its largest weight's."""
@@ -75,7 +79,7 @@ class Sharded(Source):
         assert self.nvme_path is not None
         model = load_config(self.path, "teacher", self.trust_remote_code)
         ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-        self.check_disk(model, ranks, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        self.check_disk(model, ranks, nvme.ranks_here(ranks))
         return zero3(self.dtype, self.offload, nvme.folder_in(self.nvme_path), self._shares(model, ranks)[1])
 
 

@@ -68,21 +68,22 @@ def _memory(held: Held, place: Place) -> Json:
     return {
         "device_bytes": held.total,
         "usable_bytes": None if place.gpu is None else int(place.usable_bytes),
-        "fits": held.total <= place.usable_bytes,
+        "reading_bytes": held.reading,
+        "fits": held.peak <= place.usable_bytes,
         **{f"{part}_bytes": held.device.get(part, 0) for part in PARTS},
     }
 
 
 def _loading(stage: Training, place: Place) -> int:
     """Of a rank, in the host's memory: under ZeRO-3 its share of what is read, the start in fp32; else, on GPUs, what
-    is packed in NF4, as the rest goes straight to them. Or, where that is more, its copy of a checkpoint that is
+    is to be packed in NF4, as the rest goes straight to them. Or, where that is more, its copy of a checkpoint that is
     written while training goes on."""
     recipe, student = stage.trains.recipe, parameter_count(empty_model(stage.trains.student))
     start, teacher = 4 * student, stage.traces.teacher("float32").bytes
     if isinstance(stage.strategy, ZeRO) and stage.strategy.stage == 3:
         read = math.ceil((start + teacher) / place.gpus)
     elif place.cuda:
-        read = 0 if recipe.lora is None or recipe.lora.base is None else student // 2  # in 4 bits
+        read = 0 if recipe.lora is None or recipe.lora.base is None else start
     else:
         read = start + teacher
     trained = student if recipe.lora is None else recipe.lora.parameters(empty_model(stage.trains.student))
@@ -238,7 +239,10 @@ def _notes(context: Context, stage: Training, row: Json) -> list[str]:
 
 
 def _what_would(stage: Training, row: Json) -> str:
-    told = f"does not fit: {size(row['device_bytes'])} of {size(row['usable_bytes'])} with strategy={stage.name}"
+    held, reading = row["device_bytes"], row["reading_bytes"]
+    told = f"does not fit: {size(max(held, reading))} of {size(row['usable_bytes'])} with strategy={stage.name}"
+    if reading > held:
+        told += ", while weights are read in fp32"
     ways = []
     if (most := row["largest_micro_batch"]) is not None:
         ways.append(f"micro_batch={most}")

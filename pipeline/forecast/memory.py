@@ -30,14 +30,20 @@ PARTS = ("parameters", "gradients", "optimizer", "teacher", "activations", "engi
 
 @dataclass(frozen=True)
 class Held:
-    """Bytes. `device` by the names of PARTS; `host`: of the same rank, in the memory of its machine."""
+    """Bytes. `device` by the names of PARTS; `host`: of the same rank, in the memory of its machine; `reading`: on the
+    device, while weights are read in fp32 that are then held in fewer bits."""
 
     device: dict[str, int]
     host: int = 0
+    reading: int = 0
 
     @property
     def total(self) -> int:
         return sum(self.device.values())
+
+    @property
+    def peak(self) -> int:
+        return max(self.total, self.reading)
 
 
 @dataclass(frozen=True)

@@ -71,6 +71,11 @@ class Traces:
             on_disk=offload == "nvme",
         )
 
+    @property
+    def read(self) -> int:
+        """Bytes of the start, as it is read."""
+        return 4 * sum(p.numel() for p in empty_model(self.trains.student).parameters())
+
     def saved_by_packing(self) -> int:
         """Bytes by which a packed base of adapters (lora.base) is smaller than the fp32 that was traced."""
         lora = self.trains.recipe.lora

@@ -56,14 +56,16 @@ class Training:
             strategy, step, self.traces.teacher(compute), ranks=gpus, accumulates=accumulates, cuda=self.place.cuda
         )
         packed = self.traces.saved_by_packing() // (2 if compute == "bfloat16" else 1)
-        return Held({**made.device, "parameters": made.device["parameters"] - packed}, made.host)
+        whole = self.place.cuda and not strategy.shards_parameters and not packed
+        reading = made.device.get("teacher", 0) + self.traces.read if whole else 0
+        return Held({**made.device, "parameters": made.device["parameters"] - packed}, made.host, reading)
 
     @property
     def configured(self) -> Held:
         return self.held(self.strategy, self.trains.recipe.training.micro_batch)
 
     def fits(self, made: Held) -> bool:
-        return made.total <= self.place.usable_bytes
+        return made.peak <= self.place.usable_bytes
 
     def largest(self, strategy: Strategy, gpus: int | None = None) -> int | None:
         """The largest micro-batch that fits and divides an optimizer step; None where not even one sequence does, or

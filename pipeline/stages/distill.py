@@ -82,12 +82,13 @@ class Distill(Stage):
             warnings += settings.check(context, self.training, self.precision)
         corpus = check_source(context, self.data)
         # Where another program runs the teacher, or only its cache is left, its tokenizer and config will do.
-        opened = self.student.opens_teacher or (self._taught and not self._cache)
-        teacher = teacher_config(context, self.teacher, weights=opened)
+        beside = self._taught and not self._cache
+        opened = self.student.opens_teacher or beside
+        teacher = teacher_config(context, self.teacher, weights=opened, runs=beside)
         start, known = self._start(context), context.config_folder(self.teacher.path)
         student = start.config(known)
         warnings += [f"the student's {note}" for note in start.notes(known)]
-        runs = {"student": student} | ({"teacher": teacher} if self._taught and not self._cache else {})
+        runs = {"student": student} | ({"teacher": teacher} if beside else {})
         with problems:
             settings.check_length(teacher, self.data, "teacher")
             settings.check_length(student, self.data, "student")
@@ -102,7 +103,9 @@ class Distill(Stage):
             self._plan(context, student)
             trained = self.lora.parameters(empty_model(student)) if self.lora else None
             vocabulary = student.get_text_config().vocab_size
-            settings.check_disk(context, sizes["student"], corpus, vocabulary, trained)
+            settings.check_disk(
+                context, sizes["student"], corpus, vocabulary, trained, teacher=self.teacher if beside else None
+            )
         problems.tell()
         if sizes["student"] > sizes["teacher"]:
             warnings.append(

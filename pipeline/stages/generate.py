@@ -101,7 +101,7 @@ class Generate(Stage):
                     f"stages.{context.stage}.sampling.beams={self.sampling.beams}: a server searches no beams; set it "
                     f"to 1, or let the teacher run here (teacher=online)"
                 )
-        config = teacher_config(context, self.teacher, weights=self.teacher.runs_here)
+        config = teacher_config(context, self.teacher, weights=self.teacher.runs_here, runs=self.teacher.runs_here)
         room = self._room(config)
         if room is not None and room < (self.prompt_tokens or 0) + 1:
             raise Refusal(

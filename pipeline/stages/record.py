@@ -81,7 +81,7 @@ class Record(Stage):
                 f"task.draws={self.data.teacher_prompts}: the mean of several prompts' distributions is not recorded; "
                 f"use task.draws=1, or teacher=online or sharded"
             )
-        config = teacher_config(context, self.teacher, weights=self.teacher.runs_here)
+        config = teacher_config(context, self.teacher, weights=self.teacher.runs_here, runs=self.teacher.runs_here)
         check_length(config, self.data, "teacher")
         if self.teacher.runs_here:
             check_packing(config, self.data, "teacher")

@@ -58,7 +58,7 @@ def fit(context: Context, recipe: Recipe) -> Fitted:
     sequences = _sequences(context, recipe, prepared, tokenizer)
     student = Student.read(prepared.start, recipe, context.seed, attention)
     trained = student.parameters if recipe.lora is None else recipe.lora.parameters(empty_model(student.config))
-    check_nvme(context, trained)
+    check_nvme(context, trained, recipe.teacher)
     training = recipe.training
     steps = sequences.steps(max_steps=training.max_steps, max_tokens=training.max_tokens, epochs=training.epochs)
     _tell_not_read(context, sequences, steps, recipe.on_policy)

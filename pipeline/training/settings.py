@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +17,9 @@ from hydra.utils import instantiate
 from models import nvme
 from models.apart import check_apart
 from models.errors import Refusal
-from models.load import attention_of
+from models.load import attention_of, load_config
+from models.teachers.sharded import Sharded
+from models.teachers.teacher import Source
 from pipeline.context import Context
 from pipeline.data.flat import bytes_a_token
 from pipeline.data.loader import accumulation
@@ -196,14 +199,19 @@ def prepared_bytes(corpus: dict[str, Any], vocabulary: int) -> int:
     return int(texts // _BYTES_OF_TEXT_A_TOKEN * bytes_a_token(vocabulary))
 
 
-def check_nvme(context: Context, trained: int) -> None:
-    """Refuse a folder for an offloaded optimizer that cannot take that of this machine's ranks."""
+def check_nvme(context: Context, trained: int, teacher: Source | None) -> None:
+    """Refuse a folder for an offloaded optimizer that cannot take that of this machine's ranks, and of a teacher beside
+    it on the same disk."""
     here, strategy = min(context.devices, context.world), context.strategy
     if isinstance(strategy, ZeRO) and strategy.nvme_path is not None:
         share = -(-trained // context.world)
         stepped = min(share, strategy.stepped_at_a_time)
         # Master, gradient and two moments of each, in fp32; and a buffer for each of the four.
-        nvme.check(strategy.nvme_path, "strategy.nvme_path", disk=16 * share * here, locked=16 * stepped)
+        disk = 16 * share * here
+        if isinstance(teacher, Sharded) and teacher.nvme_path and nvme.one_disk(teacher.nvme_path, strategy.nvme_path):
+            config = load_config(context.config_folder(teacher.path), "teacher", teacher.trust_remote_code)
+            disk += teacher.disk_bytes(config, context.world, here)
+        nvme.check(strategy.nvme_path, "strategy.nvme_path", disk=disk, locked=16 * stepped)
 
 
 def check_disk(
@@ -212,9 +220,11 @@ def check_disk(
     corpus: dict[str, Any],
     vocabulary: int,
     trained: int | None = None,
+    teacher: Source | None = None,
 ) -> None:
     """A run that fills the disk dies hours later. `trained`: how many of the parameters are, if not all; `corpus`: what
-    `check_source` says of the text; `vocabulary`: tokens of the tokenizer that it is prepared with."""
+    `check_source` says of the text; `vocabulary`: tokens of the tokenizer that it is prepared with; `teacher`: one that
+    runs beside the student."""
     keep = context.config["trainer"]["checkpoint"]["keep"]
     needed = {
         "the start and the result": 2 * parameters * 4,
@@ -222,16 +232,21 @@ def check_disk(
         "checkpoints": (trained or parameters) * 4 * 3 * (keep + 1),
         "prepared text": prepared_bytes(corpus, vocabulary),
     }
-    if instantiate(context.config["launch"]).on_this_machine and context.place is None:
-        check_nvme(context, trained or parameters)
+    if context.on_this_machine:
+        check_nvme(context, trained or parameters, teacher)
     place = context.run_dir
     while not place.exists():
         place = place.parent
     had = sum(p.stat().st_size for p in context.work.rglob("*") if p.is_file()) if context.work.exists() else 0
     had += sum(p.stat().st_size for p in context.data_folder.rglob("*") if p.is_file())
     disk = shutil.disk_usage(place)
-    if disk.total == 0:
-        raise Refusal(f"run_dir={context.run_dir}: {place} is no file system that keeps files; choose another run_dir")
+    if disk.total == 0:  # no space to tell of: /proc, where nothing can be made, and some file systems in user space
+        try:
+            tempfile.TemporaryDirectory(dir=place).cleanup()
+        except OSError as problem:
+            told = f"no folder can be made in {place} ({problem.strerror})"
+            raise Refusal(f"run_dir={context.run_dir}: {told}; choose another run_dir") from None
+        return
     free = disk.free + had
     if free < sum(needed.values()) and not context.finished(str(context.out)):
         counted = ", ".join(f"{size / 1e9:.1f} for {what}" for what, size in needed.items())

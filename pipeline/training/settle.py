@@ -48,12 +48,17 @@ class Settled:
 
 def settle(context: Context, fitted: Fitted) -> None:
     """Publish `<run_dir>/<stage>/`. Every rank calls it: rank 0 writes the weights as the ranks gather them."""
-    recipe, trainer = fitted.student.recipe, fitted.trainer
+    recipe, trainer, student = fitted.student.recipe, fitted.trainer, fitted.student
     changed = recipe.lora is not None or recipe.qat is not None  # merged or quantized before they are saved, in fp32
+    model = start = None
+    if trainer.is_global_zero:
+        model = student.load_to_merge() if changed else fitted.module.student
+        start = student.load_start() if recipe.keep_zeros else None
+    trainer.strategy.barrier()  # reading them may take long, and the others are watched from here on
     weights = _gathered(context, fitted, None if changed else recipe.saved)
     if trainer.is_global_zero:
-        settled = _made_plain(context, fitted, dict(weights)) if changed else Settled(fitted.module.student, weights)
-        _publish(context, fitted, settled)
+        settled = _made_plain(context, fitted, model, weights) if changed else Settled(model, weights)
+        _publish(context, fitted, settled, start)
     else:
         for _ in weights:
             pass
@@ -67,20 +72,27 @@ def _gathered(context: Context, fitted: Fitted, dtype: torch.dtype | None) -> It
     unwatch()  # rank 0 takes its time, and the others wait for it
 
 
-def _made_plain(context: Context, fitted: Fitted, learnt: dict[str, Tensor]) -> Settled:
-    """Adapters merged and matrices quantized, with the proof that this changed nothing. Raises Refusal where it did."""
+@torch.no_grad()
+def _made_plain(context: Context, fitted: Fitted, model: Any, learnt: Iterator[tuple[str, Tensor]]) -> Settled:
+    """`model` with what was learnt, its adapters merged and its matrices quantized, with the proof that this changed
+    nothing. Raises Refusal where it did."""
     student, recipe = fitted.student, fitted.student.recipe
     rounding = student.rounding
-    model = student.load_to_merge()
-    assert learnt.keys() == {name for name in model.state_dict() if name in learnt or "lora_" in name}
-    model.load_state_dict(learnt, strict=False)
+    state, adapters = model.state_dict(), {}
+    names = {name for name in state if _is_learnt(fitted, name)}
+    for name, tensor in learnt:
+        state[name].copy_(tensor)
+        names.remove(name)
+        if "lora_" in name:
+            adapters[name] = tensor
+    assert not names, f"not gathered: {', '.join(sorted(names))}"
     settled = Settled(model, {})
     if rounding is not None:
         _quantize(context, fitted, settled, rounding)
     else:
         if not recipe.keep_zeros:
             start = context.parents["student"]["path"] if "student" in context.parents else student.folder
-            settled.also.append(lambda out: write_adapter(student.adapter, str(start), learnt, out / "adapter"))
+            settled.also.append(lambda out: write_adapter(student.adapter, str(start), adapters, out / "adapter"))
         proof = _unchanged(context, model, fitted.sequences, merge, recipe.saved)
         settled.certificates["merged_equals_adapter"] = proof
     settled.weights = model.state_dict()
@@ -159,7 +171,8 @@ def _unchanged(
     return proof
 
 
-def _publish(context: Context, fitted: Fitted, settled: Settled) -> None:
+def _publish(context: Context, fitted: Fitted, settled: Settled, start: Any) -> None:
+    """`start`: the model that training began with, where its zeros had to be kept."""
     saved, module, steps, rollouts = fitted.student.recipe.saved, fitted.module, fitted.steps, fitted.rollouts
 
     doubtful = doubt(context.work / artifact.METRICS, len(fitted.tokenizer))
@@ -168,9 +181,9 @@ def _publish(context: Context, fitted: Fitted, settled: Settled) -> None:
 
     def build(folder: Path) -> None:
         weights = settled.weights
-        if fitted.student.recipe.keep_zeros:
+        if start is not None:
             counts = settled.certificates["zeros_kept"] = {}  # filled as the weights are written
-            weights = zeros.watched(fitted.student.load_start(), weights, counts)
+            weights = zeros.watched(start, weights, counts)
         save_model(settled.model, fitted.tokenizer, folder, weights, saved)
         for write in settled.also:
             write(folder)

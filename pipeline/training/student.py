@@ -46,11 +46,12 @@ class Student:
             return None
 
     def load(self, device: str = "cpu") -> Any:
-        """The start's weights, ready to be trained, on `device`, cpu or cuda; NF4 is packed on the CPU, and waits there
-        for Lightning to move it."""
-        model = self._plain(self.attention, device)
-        if self.recipe.lora is not None:
-            model = self.recipe.lora.attach(model, self.seed, self.recipe.saved)
+        """The start's weights, ready to be trained, on `device`, cpu or cuda. What is packed in NF4 may not fit there
+        before: it comes to the CPU, and Lightning moves it."""
+        lora = self.recipe.lora
+        model = self._plain(self.attention, device if lora is None or lora.base is None else "cpu")
+        if lora is not None:
+            model = lora.attach(model, self.seed, self.recipe.saved)
         return self._wrapped(model)
 
     def load_to_merge(self) -> Any:

@@ -110,6 +110,21 @@ def test_weights_that_go_straight_to_a_gpu_take_no_host_memory_and_a_checkpoint_
     assert rows["qat"]["host_bytes"] == math.ceil(12 * rows["qat"]["parameters"] / 64)
 
 
+def test_weights_are_read_in_fp32_where_adapters_alone_are_trained(tmp_path: Path) -> None:
+    """27 GB of the student's, and 13.5 GB of a teacher in bf16, are there before DeepSpeed halves the student."""
+    base = folder(tmp_path, LLAMA_2_7B)
+    words = ["+experiment=distill_7b_to_1b", "only=[recover]", f"stages.recover.student.path={base}", *A100]
+    words += [f"teacher.path={base}", f"model.path={base}", "strategy=zero2", "lora=lora", "data.max_length=512"]
+    row = forecast(tmp_path, *words, "forecast.gpu=a100-40gb")["recover"]
+    assert row["reading_bytes"] == 4 * T + row["teacher_bytes"]
+    assert row["device_bytes"] < row["usable_bytes"] < row["reading_bytes"]
+    assert not row["fits"]
+    assert ", while weights are read in fp32; what fits: " in str(row["notes"]), row["notes"]
+    packed = forecast(tmp_path, *words[:-2], "strategy=ddp", "lora=qlora", "data.max_length=512")["recover"]
+    assert packed["reading_bytes"] == 0
+    assert packed["host_bytes"] == 4 * T
+
+
 def test_time_is_operations_by_the_rate_that_is_assumed(row: dict[str, Any]) -> None:
     assert row["tokens_per_second"] == pytest.approx(64 * 0.5 * 312e12 / row["flops_per_token"])
     assert row["seconds"] == pytest.approx(1e10 / row["tokens_per_second"])

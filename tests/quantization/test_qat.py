@@ -85,8 +85,9 @@ def test_adapters_and_rounding_are_made_where_the_weights_are(
     recipe: Any = SimpleNamespace(**{"lora": None, "qat": None, **words}, saved=torch.float32, keep_zeros=False)
     student = Student.read(str(made / "quantize"), recipe, 3, None)
     there, plain = student.load("cuda"), student.load()
-    assert [words.get("device_map") for words in asked] == [{"": torch.cuda.current_device()}, None]
-    if "nf4" not in str(recipe.lora):
+    packed = recipe.lora is not None and recipe.lora.base is not None  # it may not fit there before it is packed
+    assert [words.get("device_map") for words in asked] == [None if packed else {"": torch.cuda.current_device()}, None]
+    if not packed:
         assert {tensor.device.type for tensor in there.state_dict().values()} == {"cuda" if place == "cuda" else "cpu"}
     for (name, one), (known, other) in zip(there.named_parameters(), plain.named_parameters(), strict=True):
         assert (name, one.requires_grad) == (known, other.requires_grad)

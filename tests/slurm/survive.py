@@ -75,13 +75,13 @@ def _kill_slurmd(up: Cluster, run_dir: Path, job: str) -> None:
 
 
 KINDS: dict[str, tuple[str, Callable[[Cluster, Path, str], None], bool]] = {  # and whether a warning comes
-    "notice": ("the time limit is near (SIGUSR1)", _notice, True),
+    "notice": ("SIGUSR1, which Slurm sends before the time limit", _notice, True),
     "preempt": ("preempted, with a grace time", _preempt, True),
     "requeue": ("`scontrol requeue`", _requeue, False),
-    "node": ("a node goes down", _node_down, False),
+    "node": ("a node is set DOWN, and comes back", _node_down, False),
     "killed": ("a rank is killed (SIGKILL)", _kill_rank, False),
     "stopped": ("a rank is stopped (SIGSTOP)", _stop_rank, False),
-    "slurmd": ("slurmd is killed, and started again", _kill_slurmd, True),
+    "slurmd": ("a node's slurmd is killed, and started again", _kill_slurmd, True),
 }
 
 
