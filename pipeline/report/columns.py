@@ -57,7 +57,7 @@ CACHE = Column("cache_bytes_per_token", "cache bytes per token", "cache\nB/tok",
 # Shown for exports: how many bits a weight takes, its scales included, and which runtime measured the figures.
 BITS = Column("bits_per_weight", "bits per weight", "bits/\nweight", _fixed(2))
 RUNTIME = Column("runtime", "measured by", "by", lambda value: units.NOTHING if value is None else str(value))
-FIELDS = ("stage", "path", "documents", *(column.key for column in COLUMNS))
+FIELDS = ("stage", "path", *(column.key for column in COLUMNS), "documents")
 
 
 def columns_of(rows: Sequence[Json]) -> list[Column]:

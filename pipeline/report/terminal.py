@@ -15,13 +15,13 @@ Json = dict[str, Any]
 
 # Left out where further columns need the room; the page shows all.
 _ASIDE = {"bits_per_byte", "prefill_tokens_per_second", "first_token_ms", "peak_memory_bytes", "tokens"}
-_ASIDE |= {"runtime", "perplexity_interval"}
+_ASIDE |= {"runtime"}
 _ASIDE |= {"accuracy_on_training_queries", "gap_closed_on_training_queries"}
 
 
 def table(report: Json) -> Table:
     """The rows for a terminal, the comparisons below them."""
-    columns = columns_of(report["rows"])
+    columns = [column for column in columns_of(report["rows"]) if column.key != "perplexity_interval"]
     if any(column in (*TASK_COLUMNS, ZEROS, CACHE, BITS) for column in columns):
         columns = [column for column in columns if column.key not in _ASIDE]
     result = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False, caption_justify="left")

@@ -115,13 +115,14 @@ def _of_all(verdicts: Sequence[str]) -> str:
 
 
 def _part(name: str, found: Compared, margin: float, unit: str) -> str:
-    sign = " %" if name == "perplexity" else " points"
+    sign, share = (" %", " %") if name == "perplexity" else (" points", "")
     low, high = (_signed(100 * each) for each in found.interval)
     told = f"{name} {_signed(100 * found.difference)}{sign} "
     if _known(found.interval) is None:
         told += f"on {found.units:,} {_plural(unit)}, which are too few"
     else:
-        told += f"({100 * LEVEL:.0f} %: {low} to {high}; margin ±{100 * margin:g}{sign if sign == " %" else ""}) on {found.units:,} {_plural(unit)}"
+        told += f"({100 * LEVEL:.0f} %: {low} to {high}; margin ±{100 * margin:g}{share}) "
+        told += f"on {found.units:,} {_plural(unit)}"
     told += f", McNemar p={found.p:.2g}" if found.p is not None else ""
     if found.needed is not None:
         told += f"; about {found.needed:,} would decide"

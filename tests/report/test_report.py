@@ -21,13 +21,14 @@ from pipeline.report.terminal import table
 
 MEASURED = (
     "perplexity",
+    "perplexity_interval",
     "bits_per_byte",
     "generate_tokens_per_second",
     "prefill_tokens_per_second",
     "first_token_ms",
     "peak_memory_bytes",
 )
-FIELDS = ["stage", "path", "parameters", "bytes", *MEASURED, "seconds", "tokens"]
+FIELDS = ["stage", "path", "parameters", "bytes", *MEASURED, "seconds", "tokens", "documents"]
 
 
 def digest(letter: str) -> str:
@@ -89,6 +90,8 @@ def row(run: Path, stage: str, **changes: Any) -> dict[str, Any]:
         "bits_per_byte": 2.108,
         "generate_tokens_per_second": 540.4,
         "prefill_tokens_per_second": 61_000.0,
+        "documents": 40,
+        "perplexity_interval": [95.0, 99.2],
         "first_token_ms": 4.31,
         "peak_memory_bytes": 401_000_000,
         "seconds": 57.2,
@@ -126,6 +129,7 @@ def measure(run: Path, **extra: Any) -> None:
             parameters=2_020_000,
             bytes=8_100_000,
             perplexity=63.0,
+            perplexity_interval=[62.1, 64.0],
             seconds=100.3,
             tokens=1_228_800,
             **extra,
@@ -161,7 +165,7 @@ def measure(run: Path, **extra: Any) -> None:
 def test_report_json_is_what_evaluate_measured_and_nothing_else(run):
     report = write_report(run)
     assert json.loads((run / "report.json").read_text()) == report
-    assert list(report) == ["rows", "comparisons"]
+    assert list(report) == ["rows", "comparisons", "verdicts"]
     assert [r["stage"] for r in report["rows"]] == ["pretrain", "distill", "control", "export"]
     assert report["rows"][1] == row(run, "distill")
     assert [list(r) for r in report["rows"]] == [FIELDS] * 4
@@ -172,7 +176,7 @@ def test_artifact_that_was_not_evaluated_has_its_known_fields_and_null_measureme
     export = write_report(run)["rows"][3]
     assert export["bytes"] == 2_000_612
     assert (export["path"], export["seconds"], export["tokens"]) == (str(run / "export"), 2.0, None)
-    assert [export[key] for key in MEASURED] == [None] * 6
+    assert [export[key] for key in MEASURED] == [None] * 7
     write_artifact(run, "export", "5", metrics={"parameters": 480_000})
     assert write_report(run)["rows"][3]["parameters"] == 480_000
 
@@ -209,15 +213,16 @@ def test_columns_of_later_stages_are_kept_and_shown(run):
 
 
 def test_a_column_without_a_figure_is_left_out(run):
-    unknown = dict.fromkeys(MEASURED[2:])
+    unknown = dict.fromkeys(MEASURED[3:])
     manifest = json.loads((run / "evaluate" / "manifest.json").read_text())
     manifest["metrics"]["rows"] = [row | unknown for row in manifest["metrics"]["rows"]]
     (run / "evaluate" / "manifest.json").write_text(json.dumps(manifest))
     report = write_report(run)
     heading = next(line for line in (run / "report.md").read_text().splitlines() if line.startswith("| stage"))
-    named = ["stage", "parameters", "on disk", "test perplexity", "bits per byte", "time spent", "tokens spent"]
+    named = ["stage", "parameters", "on disk", "test perplexity", "95 % interval", "bits per byte"]
+    named += ["time spent", "tokens spent"]
     assert heading == f"| {' | '.join(named)} |"
-    assert len(table(report).columns) == len(named)
+    assert len(table(report).columns) == len(named) - 1  # without the interval
 
 
 def test_a_second_evaluation_adds_what_the_first_did_not_measure(run):
@@ -266,7 +271,7 @@ def test_folders_still_being_written_are_not_reported(run):
 
 
 def test_run_without_artifacts_has_an_empty_report(tmp_path):
-    assert write_report(tmp_path) == {"rows": [], "comparisons": []}
+    assert write_report(tmp_path) == {"rows": [], "comparisons": [], "verdicts": []}
     assert "No finished model yet." in (tmp_path / "report.html").read_text()
 
 
@@ -293,8 +298,11 @@ def test_report_loads_no_torch_and_no_matplotlib(run):
 def test_markdown_has_human_units_comparison_lineage_cost_and_environment(run):
     write_report(run)
     text = (run / "report.md").read_text()
-    assert "| pretrain | 2.02 M | 8.1 MB | 63.0 | 2.108 | 540 | 61.0 k | 4.3 | 401 MB | 100 s | 1.23 M |\n" in text
-    assert "| export | – | 2.0 MB | – | – | – | – | – | – | 2.0 s | – |\n" in text
+    assert (
+        "| pretrain | 2.02 M | 8.1 MB | 63.0 | 62.1 to 64.0 | 2.108 | 540 | 61.0 k | 4.3 | 401 MB | 100 s | 1.23 M |\n"
+        in text
+    )
+    assert "| export | – | 2.0 MB | – | – | – | – | – | – | – | 2.0 s | – |\n" in text
     assert "- distill 97.1 against control 107.9: -10.0 %\n" in text
     assert "- distill `22222222` ← teacher pretrain `11111111`\n" in text
     assert "- evaluate ← pretrain `11111111`, distill `22222222`, " in text  # results are the manifest: no hash
@@ -385,10 +393,11 @@ def test_page_is_self_contained(run, page):
 
 
 def test_page_shows_the_table_with_its_values(page):
-    assert page.texts["td"][:10] == [
+    assert page.texts["td"][:11] == [
         "2.02 M",
         "8.1 MB",
         "63.0",
+        "62.1 to 64.0",
         "2.108",
         "540",
         "61.0 k",
@@ -466,7 +475,7 @@ def test_names_a_user_chose_are_text_everywhere(tmp_path):
     assert r"\<script\>alert" in text
     assert r"x\|y\`z" in text
     cells = next(line for line in text.splitlines() if line.startswith(r"| \<script"))
-    assert len(re.split(r"(?<!\\)\|", cells)) == 12 + 2
+    assert len(re.split(r"(?<!\\)\|", cells)) == 13 + 2
     out = StringIO()
     Console(file=out, width=400).print(table(report))
     assert name in out.getvalue()
