@@ -119,7 +119,7 @@ class Wandb:
         before = max(int((folder / "wandb-id").exists()), len(list((folder / "wandb").glob("offline-run-*"))))
         with _told_alone("the report's table is not logged"):
             run = self._start("report", run_name, folder, config, before)
-            wandb_run.log_table(run, report["rows"], report["comparisons"])
+            wandb_run.log_table(run, report)
         wandb_run.end()
 
     def reachable(self) -> tuple[bool, str]:

@@ -142,10 +142,12 @@ def log_result(run: "wandb.Run", group: str, stage: str, path: Path, manifest: M
     run.summary.update({f"result/{key}": value for key, value in _leaves(told)})
 
 
-def log_table(run: "wandb.Run", rows: Sequence[Mapping[str, Any]], comparisons: Sequence[Mapping[str, Any]]) -> None:
+def log_table(run: "wandb.Run", report: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
     """The report's table, and each of its figures by itself (`distill/perplexity`), for a sweep to go by."""
+    rows = report["rows"]
     logged: dict[str, Any] = {f"{row['stage']}/{key}": value for row in rows for key, value in _figures(row)}
-    for name, lines in {"report": rows, "comparisons": comparisons}.items():
+    told = [{key: each[key] for key in ("stage", "against", "verdict", "sentence")} for each in report["verdicts"]]
+    for name, lines in {"report": rows, "comparisons": report["comparisons"], "verdicts": told}.items():
         if lines:
             columns: list[Any] = list(dict.fromkeys(key for line in lines for key in line))
             cells = [[_cell(line.get(column)) for column in columns] for line in lines]

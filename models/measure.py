@@ -99,7 +99,8 @@ class Likelihood:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(self.nats / self.tokens) if self.nats < 700 * self.tokens else math.inf
+        nats = self.nats / self.tokens
+        return math.inf if nats > 700 else math.exp(nats)
 
 
 @torch.no_grad()

@@ -101,7 +101,6 @@ def test_perplexity_and_accuracy_are_judged_together() -> None:
     some = {f"q{n}": n % 3 == 0 for n in range(300)}
     worse = {name: right and n % 2 == 0 for n, (name, right) in enumerate(some.items())}
     found = verdict_on("a", scored(base + noise, worse), "b", scored(base, some), Margin())
-    assert found is not None
     assert (found["perplexity"]["verdict"], found["accuracy"]["verdict"]) == ("equivalent", "worse")
     assert found["verdict"] == "worse"
     assert found["sentence"].startswith(
@@ -109,11 +108,11 @@ def test_perplexity_and_accuracy_are_judged_together() -> None:
     )
     assert "accuracy −16.67 points (95 %: −20.80 to −12.31; margin ±1) on 300 questions, McNemar" in found["sentence"]
     alike = verdict_on("a", scored(base + noise), "b", scored(base), Margin())
-    assert alike is not None
     assert alike["verdict"] == "equivalent"
-    assert verdict_on("a", scored(base[:20]), "b", scored(base), Margin()) is None  # other documents
+    other = verdict_on("a", scored(base[:20]), "b", scored(base), Margin())
+    told = "a cannot be compared with b: it was measured on 20 documents, not on 40 documents"
+    assert (other["verdict"], other["sentence"]) == ("undecided", told)
     few = verdict_on("a", scored([1.0, 2.0], tokens=np.ones(2)), "b", scored([1.0, 2.5], tokens=np.ones(2)), Margin())
-    assert few is not None
     assert few["verdict"] == "undecided"
     assert "on 2 documents, which are too few" in few["sentence"]
     json.dumps(few, allow_nan=False)
@@ -134,6 +133,35 @@ def test_what_is_required_and_not_shown_ends_the_run(made: Path, tmp_path: Path)
     wide = ["verdict.margin.perplexity=0.9", "verdict.require=equivalent", "resume=overwrite"]
     ended = train(*words, *wide)
     assert ended.returncode == 0, ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (
+            ["verdict.reference=nobody"],
+            r"verdict\.reference=nobody: it is not measured; need one of pretrain, quantize",
+        ),
+        (
+            ["stages.evaluate.models=[qat]", "verdict.require=equivalent"],
+            r"verdict\.require=equivalent: qat alone is measured, so nothing is compared",
+        ),
+    ],
+)
+def test_verdicts_that_cannot_be_given_are_refused_before_anything_is_measured(
+    words: list[str], told: str, made: Path
+) -> None:
+    stage, context = EXPERIMENT.begin(made, "evaluate", SPEED, *words)
+    with pytest.raises(Refusal, match=told):
+        stage.check(context)
+
+
+def test_a_verdict_may_be_against_any_model(made: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(made, tmp_path / "run"))
+    shutil.rmtree(run / "evaluate")
+    EXPERIMENT.make(run, "evaluate", SPEED, "verdict.reference=quantize")
+    verdicts = manifest(run / "evaluate")["metrics"]["verdicts"]
+    assert [(each["stage"], each["against"]) for each in verdicts] == [("pretrain", "quantize"), ("qat", "quantize")]
 
 
 @pytest.mark.parametrize(

@@ -280,6 +280,9 @@ REPORT = {
         {"stage": "export/gguf", "perplexity": 4, "runtime": "llama.cpp"},
     ],
     "comparisons": [{"stage": "distill", "against": "control", "interval": [0.1, 0.2]}],
+    "verdicts": [
+        {"stage": "export", "against": "a", "verdict": "worse", "sentence": "it is", "perplexity": {"p": None}}
+    ],
 }
 
 
@@ -299,6 +302,7 @@ def test_the_closing_table_is_a_run_of_its_own_in_the_same_group(tmp_path: Path)
     tables = {path.name.partition("_")[0]: json.loads(path.read_text()) for path in second.rglob("*.table.json")}
     assert tables["report"]["columns"] == ["stage", "perplexity", "runtime"]
     assert tables["report"]["data"] == [["teacher", 3.5, None], ["export/gguf", 4, "llama.cpp"]]
+    assert tables["verdicts"]["data"] == [["export", "a", "worse", "it is"]]
     assert tables["comparisons"]["data"] == [["distill", "control", "[0.1, 0.2]"]]
     staged = [record["artifact"]["manifest"]["contents"][0]["local_path"] for record in records if "artifact" in record]
     assert staged

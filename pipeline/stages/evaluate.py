@@ -113,6 +113,7 @@ class Evaluate(Stage):
                 f"{context.stage} has no model to measure; run a training stage first or name folders in "
                 f"stages.{context.stage}.models"
             )
+        self._check_verdict([*parents, *exports])
         for path in parents.values():
             if not context.produced_by(path):
                 check_model(path, self._setting(context, path), self._trusted)
@@ -241,20 +242,28 @@ class Evaluate(Stage):
 
     def _verdicts(self, context: Context, scored: dict[str, Scored]) -> list[dict[str, Any]]:
         """On every model but the reference."""
-        role = self.verdict.reference
-        if role is None:
-            models = self._models(context)
-            path = (context.config["model"] or {}).get("path")
-            given = next((name for name, folder in models.items() if folder == path), None)
-            role = self._teacher_role(context) or given or next(iter(scored))
-        if role not in scored:
-            raise Refusal(f"verdict.reference={role}: it was not measured; need one of {', '.join(scored)}")
-        found = [
+        role = self._reference(context)
+        return [
             verdict_on(name, each, role, scored[role], self.verdict.margin)
             for name, each in scored.items()
             if name not in (role, BEFORE)
         ]
-        return [each for each in found if each is not None]
+
+    def _reference(self, context: Context) -> str:
+        models = self._models(context)
+        if self.verdict.reference is not None:
+            return self.verdict.reference
+        path = (context.config["model"] or {}).get("path")
+        given = next((name for name, folder in models.items() if folder == path), None)
+        return self._teacher_role(context) or given or next(iter([*models, *self._exports(context)]))
+
+    def _check_verdict(self, measured: list[str]) -> None:
+        reference = self.verdict.reference
+        if reference is not None and reference not in measured:
+            raise Refusal(f"verdict.reference={reference}: it is not measured; need one of {', '.join(measured)}")
+        if self.verdict.require is not None and len(measured) < 2:
+            told = f"verdict.require={self.verdict.require}: {measured[0]} alone is measured, so nothing is compared"
+            raise Refusal(f"{told}; measure its reference too, or leave it out")
 
     def _text(self, context: Context, tokenizer: Any) -> tuple[list[dict[str, Any]], int, Any, str]:
         """(batches of the test split, bytes of their text, a prompt, what it is of which figures are known)."""

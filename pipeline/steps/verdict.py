@@ -71,8 +71,7 @@ def _known(interval: tuple[float, float]) -> tuple[float, float] | None:
     return interval if math.isfinite(interval[0]) and math.isfinite(interval[1]) else None
 
 
-def verdict_on(stage: str, model: Scored, against: str, reference: Scored, margin: Margin) -> Json | None:
-    """None where the two have no document in common: they were measured on other texts."""
+def verdict_on(stage: str, model: Scored, against: str, reference: Scored, margin: Margin) -> Json:
     found: dict[str, Compared] = {}
     if len(model.nats_D) == len(reference.nats_D) and len(model.nats_D) > 1:
         found["perplexity"] = compare_texts(model.nats_D, reference.nats_D, reference.tokens_D, margin.perplexity)
@@ -81,7 +80,9 @@ def verdict_on(stage: str, model: Scored, against: str, reference: Scored, margi
         ours, theirs = (np.array([each.right[question] for question in asked]) for each in (model, reference))
         found["accuracy"] = compare_answers(ours, theirs, margin.accuracy)
     if not found:
-        return None
+        sizes = [f"{len(each.nats_D):,} {_plural(each.unit)}" for each in (model, reference)]
+        told = f"{stage} cannot be compared with {against}: it was measured on {sizes[0]}, not on {sizes[1]}"
+        return {"stage": stage, "against": against, "verdict": "undecided", "sentence": told}
     verdict = _of_all([each.verdict for each in found.values()])
     units = {"perplexity": model.unit, "accuracy": "question"}
     parts = [_part(name, each, getattr(margin, name), units[name]) for name, each in found.items()]
@@ -136,5 +137,5 @@ def _plural(unit: str) -> str:
 
 def _signed(value: float) -> str:
     if not math.isfinite(value):
-        return "−∞" if value < 0 else "+∞"
+        return "NaN" if math.isnan(value) else "−∞" if value < 0 else "+∞"
     return f"{value:+.2f}".replace("-", "−")
