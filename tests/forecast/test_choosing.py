@@ -44,7 +44,10 @@ def step(compute: str, rows: int, accumulates: bool = True) -> Step:
 def stage(gpus: int, gigabytes: float, strategy: str, micro_batch: int = 4) -> Training:
     training = SimpleNamespace(global_batch=64, micro_batch=micro_batch)
     recipe = SimpleNamespace(training=training, precision="bf16-mixed", teacher=None, lora=None)
-    traces: Any = SimpleNamespace(step=step, teacher=lambda _: TeacherHeld(), saved_by_packing=lambda: 0, beside=False)
+    none, packed = TeacherHeld(), 0
+    traces: Any = SimpleNamespace(
+        step=step, teacher=lambda _: none, saved_by_packing=lambda: packed, beside=False, read=4 * BILLION
+    )
     trains: Any = SimpleNamespace(recipe=recipe)
     place = Place(GPU("made up", int(gigabytes * GB), 1e15, 1e14, 1e12), gpus, 8, 0.4, 1.0)
     return Training(trains, traces, place, STRATEGIES[strategy], strategy)
