@@ -98,7 +98,7 @@ WRONG = {  # what is typed → what the answer says
     "callbacks.progress.first_seconds=x": "callbacks.progress.first_seconds=x: need a number",
     "callbacks.progress.every_seconds=null": "callbacks.progress.every_seconds=null: need a number",
     "callbacks.watchdog.silent_seconds=null": "callbacks.watchdog.silent_seconds=null: need a number",
-    "callbacks.watchdog.timeout_minutes=-1": "callbacks.watchdog.timeout_minutes=-1: need a number above 0",
+    "callbacks.watchdog.timeout_minutes=-1": "watchdog.timeout_minutes=-1 (strategy.timeout_minutes, unless set",
     "+callbacks.mine.x=1": "callbacks.mine: settings without _target_, the class they are of",
     "+callbacks.mine=5": "callbacks.mine=5: settings are needed, and no number",
     "optimizer.betas=[0.9]": "stages.pretrain.training.optimizer: list index out of range (of lr=0.004, betas=[0.9]",
