@@ -112,12 +112,16 @@ def collect(folder: Path, stage: str, status: int, ended: Path) -> None:
     told = min((each for each in found if each), key=lambda each: each["time"], default=None)
     if told is None:
         by = f"signal {-status}" if status < 0 else f"exit status {status}"
+        said = {
+            130: "interrupted; the same command goes on",
+            -9: "killed (signal 9), as a system does that is out of memory; dmesg says so",
+        }
         told = {
             "stage": stage,
             "rank": None,
             "status": status,
             "where": None,
-            "message": f"ended with {by}, unsaid why",
+            "message": said.get(status, f"ended with {by}, unsaid why"),
         }
         tell(told, "error.json", str(folder))
     else:

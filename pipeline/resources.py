@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection
 from dataclasses import dataclass, field, fields
@@ -13,7 +14,9 @@ from models.errors import Refusal
 from pipeline.config import nearest
 
 _DEFAULTS = ("parallel", "single", "prepare")
-_TIME = re.compile(r"\d+(:\d+){1,2}|\d+-\d+(:\d+){0,2}|infinite|unlimited", re.I)  # as sbatch takes it
+NOTICE_SECONDS = 300  # before a job's end it is told, to save what it has
+# As sbatch takes it, but for its MINUTES and MINUTES:SECONDS, which are easily meant as hours.
+_TIME = re.compile(r"(?:(\d+)-)?(\d+):(\d+):(\d+)|(\d+)-(\d+)(?::(\d+))?")
 _MEMORY = re.compile(r"0|[1-9]\d*[KMGT]B?", re.I)  # a bare number would be MB
 _RANKS_PER_NODE = 8  # where neither launch.resources nor trainer.devices says how many
 
@@ -94,6 +97,16 @@ def of_preparing(told: dict[str, Any], stage: str, config: dict[str, Any]) -> Re
     return _made({**told["prepare"], **own}, f"{stage}.prepare", config)
 
 
+def _seconds(time: str) -> float | None:
+    """None where it is no time."""
+    if time.lower() in ("infinite", "unlimited"):
+        return math.inf
+    if (found := _TIME.fullmatch(time)) is None:
+        return None
+    days, hours, minutes, seconds, other_days, other_hours, other_minutes = (int(each or 0) for each in found.groups())
+    return 86400 * (days + other_days) + 3600 * (hours + other_hours) + 60 * (minutes + other_minutes) + seconds
+
+
 def _made(settings: dict[str, Any], where: str, config: dict[str, Any]) -> Resources:
     said = dict(settings)
     if said["ranks_per_node"] == "auto":
@@ -119,9 +132,14 @@ def _made(settings: dict[str, Any], where: str, config: dict[str, Any]) -> Resou
         if not isinstance(said[key], str | int) or isinstance(said[key], bool) or not str(said[key]).strip():
             raise Refusal(f"launch.resources.{where}.{key}={said[key]}: need a text, as sbatch takes it")
         said[key] = str(said[key])
-    if not _TIME.fullmatch(said["time"]):
+    if (seconds := _seconds(said["time"])) is None:
         raise Refusal(
             f"launch.resources.{where}.time={said['time']}: need HOURS:MINUTES:SECONDS or DAYS-HOURS:MINUTES:SECONDS"
+        )
+    if seconds <= NOTICE_SECONDS:
+        raise Refusal(
+            f"launch.resources.{where}.time={said['time']}: a job has notice {NOTICE_SECONDS // 60} minutes before its "
+            f"end, and makes way then; need more, as 0:30:00"
         )
     if not _MEMORY.fullmatch(said["memory"]):
         raise Refusal(

@@ -21,7 +21,7 @@ from models.errors import Refusal
 from models.files import read_text, write_text
 from pipeline import artifact, run_folder
 from pipeline.launch import ROOT
-from pipeline.resources import Resources
+from pipeline.resources import NOTICE_SECONDS, Resources
 
 FOLDER = "jobs"
 _SUBMITTED = "submitted.json"
@@ -191,9 +191,10 @@ def states(jobs: Sequence[str]) -> dict[str, tuple[str, str]] | None:
 def refuse_busy(run_dir: Path) -> None:
     """While jobs of a run folder are alive."""
     if alive := states([each["job"] for each in jobs_of(run_dir)]):
+        folder = shlex.quote(f"run_dir={run_dir}")
         raise Refusal(
             f"run_dir={run_dir}: its jobs {', '.join(alive)} are queued or running; look with `python train.py status "
-            f"run_dir={run_dir}`, or end them with `python train.py cancel run_dir={run_dir}` first"
+            f"{folder}`, or end them with `python train.py cancel {folder}` first"
         )
 
 
@@ -237,7 +238,7 @@ def _script(runs: Sequence[Run], at: int) -> str:
         f"--output={str(output.parent).replace('%', '%%')}/{output.name}",
         "--open-mode=append",
         "--requeue",
-        "--signal=B:USR1@300",
+        f"--signal=B:USR1@{NOTICE_SECONDS}",
         *([f"--array=0-{len(runs) - 1}"] if len(runs) > 1 else []),
         *([f"--array=1-{job.tasks}"] if job.tasks > 1 else []),
         *([f"--account={site['account']}"] if site.get("account") else []),

@@ -98,6 +98,9 @@ def test_a_stages_own_resources_come_first_key_by_key() -> None:
             'time=43200: need HOURS:MINUTES:SECONDS, in a file within quotes, as "12',
         ),
         ("launch.resources.distill.time='90'", "time=90: need HOURS:MINUTES:SECONDS, in a file within quotes"),
+        ("launch.resources.distill.time='24:00'", "time=24:00: need HOURS:MINUTES:SECONDS"),
+        ("launch.resources.distill.time='0:05:00'", "a job has notice 5 minutes before its end, and makes way"),
+        ("launch.resources.distill.time=0-0", "time=0-0: a job has notice 5 minutes before its end"),
         ("launch.resources.distill.time=-5", "launch.resources.distill.time=-5: need HOURS:MINUTES:SECONDS"),
         ("launch.resources.distill.memory=lots", "launch.resources.distill.memory=lots: need a number with its unit"),
         ("launch.resources.distill.memory=64", "launch.resources.distill.memory=64: need a number with its unit"),
@@ -187,7 +190,7 @@ def test_runs_of_a_sweep_that_need_other_jobs_are_not_made_one_array(tmp_path: P
 
 
 @pytest.mark.parametrize(
-    "time", ["12:00", "1:0:0", "1-4:30:0", "12:00:00", "2-00", "2-12:30", "2-12:30:00", "UNLIMITED"]
+    "time", ["1:0:0", "0:5:1", "1-4:30:0", "12:00:00", "2-00", "2-12:30", "2-12:30:00", "UNLIMITED"]
 )
 def test_times_as_sbatch_takes_them_pass(time: str) -> None:
     assert needs(f"launch.resources.distill.time='{time}'")["distill"]["run"]["time"] == time

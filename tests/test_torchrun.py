@@ -78,10 +78,19 @@ def test_of_several_reasons_that_of_the_rank_that_failed_first_is_the_stages(tmp
     assert json.loads((tmp_path / "error.json").read_text())["rank"] == 7
 
 
-def test_where_no_rank_said_why_the_command_says_how_it_ended(tmp_path: Path) -> None:
-    logs.collect(tmp_path, "distill", -9, tmp_path / "ended.json")
+@pytest.mark.parametrize(
+    ("status", "message"),
+    [
+        (-9, "killed (signal 9), as a system does that is out of memory; dmesg says so"),
+        (130, "interrupted; the same command goes on"),
+        (-6, "ended with signal 6, unsaid why"),
+        (7, "ended with exit status 7, unsaid why"),
+    ],
+)
+def test_where_no_rank_said_why_the_command_says_how_it_ended(tmp_path: Path, status: int, message: str) -> None:
+    logs.collect(tmp_path, "distill", status, tmp_path / "ended.json")
     told = json.loads((tmp_path / "error.json").read_text())
-    assert (told["stage"], told["message"]) == ("distill", "ended with signal 9, unsaid why")
+    assert (told["stage"], told["message"]) == ("distill", message)
 
 
 def test_what_a_rank_says_is_kept_up_to_the_moment_at_which_it_is_killed(tmp_path: Path) -> None:

@@ -156,7 +156,7 @@ class LanguageModel(pl.LightningModule):
             raise NotFinite(
                 f"step {step}: the loss is {total.item()} on sequences {batch['sequences']} "
                 f"(micro-batch {micro}, rank {self.global_rank}); lower the learning rate or look at "
-                f"these sequences; the last checkpoint is from before this step"
+                f"these sequences; a checkpoint, if there is one, is from before this step"
             )
         for name, part in {"loss": total.detach(), **parts}.items():
             self._sums[name] = self._sums.get(name, 0) + part / batch["step_tokens"]
@@ -234,7 +234,7 @@ class LanguageModel(pl.LightningModule):
         if norm is not None and not math.isfinite(float(norm)):
             raise NotFinite(
                 f"step {step}: the gradient's norm is {float(norm)} on sequences {self._of_all_ranks()} (all of the "
-                f"step); lower the learning rate; the last checkpoint is from before this step"
+                f"step); lower the learning rate; a checkpoint, if there is one, is from before this step"
             )
 
     def _reach(self, name: str, _: Tensor) -> None:

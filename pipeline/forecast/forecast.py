@@ -216,6 +216,11 @@ def _notes(context: Context, stage: Training, row: Json) -> list[str]:
             f"strategy={stage.name} runs one process, and time is told of {place.gpus}: the command would be "
             f"refused; set strategy=ddp, zero2 or zero3"
         )
+    if stage.packed is not None and stage.strategy.shards_parameters:
+        notes.append(
+            f"{stage.packed} under strategy={stage.name}: packed weights are not sharded, and the command would be "
+            f"refused; use strategy=zero2, for which these figures are not"
+        )
     if not row["fits"]:
         notes.append(_what_would(stage, row))
     elif row["choose"] and row["choose"]["strategy"] != stage.name and place.cuda and not offloads(stage.strategy):

@@ -79,9 +79,17 @@ class Training:
             found = micro_batch
         return found
 
+    @property
+    def packed(self) -> str | None:
+        """The setting by which weights are packed in bits, which no engine shards; None where none are."""
+        recipe = self.trains.recipe
+        if self.traces.beside and (weights := recipe.teacher.packed_weights):  # type: ignore[union-attr]
+            return f"teacher.weights={weights}"
+        return None if recipe.lora is None or recipe.lora.base is None else f"lora.base={recipe.lora.base}"
+
     def choices(self) -> Iterator[tuple[str, Strategy]]:
         """What can run on so many GPUs, from the fastest on; the configured one with its own numbers."""
-        packed = self.traces.beside and self.trains.recipe.teacher.packed_weights  # type: ignore[union-attr]
+        packed = self.packed
         own = {} if self.name in STRATEGIES else {self.name: self.strategy}  # zero3_nvme, whose folder no other knows
         for name, strategy in {**STRATEGIES, **own}.items():
             if strategy.several_ranks != (self.place.gpus > 1) and not offloads(strategy):

@@ -131,3 +131,12 @@ def test_a_teacher_beside_is_whole_but_under_zero3() -> None:
     packed = TeacherHeld(bytes=4 * GB, largest=GB, packed=True)
     made = held(STRATEGIES["zero3"], step("bfloat16", 1), packed, ranks=7, accumulates=True, cuda=True)
     assert made.device["teacher"] == 4 * GB
+
+
+def test_packed_weights_are_not_told_to_be_sharded() -> None:
+    made = stage(4, 80, "zero2")
+    assert "zero3" in dict(made.choices())
+    made.trains.recipe.lora = SimpleNamespace(base="nf4")  # type: ignore[assignment]
+    assert made.packed == "lora.base=nf4"
+    assert {"ddp", "zero2"} <= dict(made.choices()).keys()
+    assert not {name for name in dict(made.choices()) if name.startswith("zero3")}

@@ -123,6 +123,9 @@ def test_weights_are_read_in_fp32_where_adapters_alone_are_trained(tmp_path: Pat
     packed = forecast(tmp_path, *words[:-2], "strategy=ddp", "lora=qlora", "data.max_length=512")["recover"]
     assert packed["reading_bytes"] == 0
     assert packed["host_bytes"] == 4 * T
+    assert "would be refused" not in str(packed["notes"])
+    refused = forecast(tmp_path, *words[:-3], "strategy=zero3", "lora=qlora", "data.max_length=512")["recover"]
+    assert "lora.base=nf4 under strategy=zero3: packed weights are not sharded" in str(refused["notes"])
 
 
 def test_time_is_operations_by_the_rate_that_is_assumed(row: dict[str, Any]) -> None:
