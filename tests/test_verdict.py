@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from pipeline.data.batch import collate
 from pipeline.data.prepared import sequences_of
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.report.report import write_report
-from pipeline.steps.verdict import Margin, Rule, Scored, verdict_on
+from pipeline.steps.verdict import Margin, Rule, Scored, relative_interval, verdict_on
 from tests.command import train
 from tests.quantization.test_qat import EXPERIMENT, LITTLE
 from tests.staged import manifest
@@ -110,8 +111,17 @@ def test_perplexity_and_accuracy_are_judged_together() -> None:
     alike = verdict_on("a", scored(base + noise), "b", scored(base), Margin())
     assert alike["verdict"] == "equivalent"
     other = verdict_on("a", scored(base[:20]), "b", scored(base), Margin())
-    told = "a cannot be compared with b: it was measured on 20 documents, not on 40 documents"
+    told = "a cannot be compared with b: it was measured on 20 documents, and b on 40 documents"
     assert (other["verdict"], other["sentence"]) == ("undecided", told)
+    apart = np.full(40, 12.0)  # of another tokenizer
+    assert "perplexity" in verdict_on("a", scored(base, tokens=apart), "b", scored(base), Margin())
+    for unit in ("window of 64 tokens", "conversation"):  # are others then
+        one, two = (replace(each, unit=unit) for each in (scored(base, some, tokens=apart), scored(base, some)))
+        found = verdict_on("a", one, "b", two, Margin(accuracy=0.2))
+        assert "perplexity" not in found
+        assert found["sentence"].endswith("; perplexity was measured on other documents")
+        assert relative_interval(one, two) is None
+        assert "perplexity" in verdict_on("a", replace(one, tokens_D=two.tokens_D), "b", two, Margin())
     few = verdict_on("a", scored([1.0, 2.0], tokens=np.ones(2)), "b", scored([1.0, 2.5], tokens=np.ones(2)), Margin())
     assert few["verdict"] == "undecided"
     assert "on 2 documents, which are too few" in few["sentence"]

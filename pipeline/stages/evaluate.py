@@ -42,7 +42,7 @@ from pipeline.steps.to_measure import (
     formats_of,
     models_to_measure,
 )
-from pipeline.steps.verdict import Rule, Scored, relative_interval, verdict_on
+from pipeline.steps.verdict import TEXT, Rule, Scored, relative_interval, verdict_on
 
 BEFORE = "student before"
 _KILLED = "measuring {role} was killed, most likely for lack of memory; try stages.{stage}.dtype=bfloat16, batch_size=1"
@@ -270,7 +270,8 @@ class Evaluate(Stage):
         packed, statistics, _ = sequences_of(self.data, "test", tokenizer, context.data_folder)
         if not len(packed):
             raise Refusal("data.test: no text to measure on; give data.test or a data.holdout above 0")
-        documents, unit = packed.documents(begin_token(tokenizer)), "document"
+        documents = packed.documents(begin_token(tokenizer))
+        unit = "conversation" if packed.columns.learnt else TEXT
         if int(documents[-1]) + 1 < LEAST:  # few and long: their windows stand for them
             documents, unit = np.arange(len(documents)), f"window of {self.data.max_length:,} tokens"
         rows = [

@@ -14,6 +14,7 @@ from models.errors import Refusal
 
 Json = dict[str, Any]
 REQUIRED = ("equivalent",)
+TEXT = "document"
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Scored:
     nats_D: np.ndarray  # of each document
     tokens_D: np.ndarray
     right: Mapping[str, bool]  # by question
-    unit: str = "document"  # or what stands for one
+    unit: str = TEXT  # what a document is
 
     @classmethod
     def of(cls, measured: Json, right: Mapping[str, bool]) -> Scored:
@@ -59,10 +60,17 @@ class Scored:
         measured["documents"] = len(nats_D)
         return cls(nats_D, tokens_D, right, measured.pop("unit"))
 
+    def on_the_same(self, other: Scored) -> bool:
+        """Whether both read the same documents. Of texts these are in one order whatever the tokenizer; windows, and
+        conversations that a limit of tokens leaves out, are others with another tokenizer."""
+        if len(self.nats_D) != len(other.nats_D) or len(self.nats_D) < 2:
+            return False
+        return self.unit == other.unit == TEXT or np.array_equal(self.tokens_D, other.tokens_D)
+
 
 def relative_interval(model: Scored, reference: Scored) -> tuple[float, float] | None:
     """Of the relative difference of perplexity; None where they were measured on other documents."""
-    if len(model.nats_D) != len(reference.nats_D):
+    if not model.on_the_same(reference):
         return None
     return _known(compare_texts(model.nats_D, reference.nats_D, reference.tokens_D, Margin().perplexity).interval)
 
@@ -73,7 +81,7 @@ def _known(interval: tuple[float, float]) -> tuple[float, float] | None:
 
 def verdict_on(stage: str, model: Scored, against: str, reference: Scored, margin: Margin) -> Json:
     found: dict[str, Compared] = {}
-    if len(model.nats_D) == len(reference.nats_D) and len(model.nats_D) > 1:
+    if model.on_the_same(reference):
         found["perplexity"] = compare_texts(model.nats_D, reference.nats_D, reference.tokens_D, margin.perplexity)
     asked = [question for question in model.right if question in reference.right]
     if asked:
@@ -81,16 +89,17 @@ def verdict_on(stage: str, model: Scored, against: str, reference: Scored, margi
         found["accuracy"] = compare_answers(ours, theirs, margin.accuracy)
     if not found:
         sizes = [f"{len(each.nats_D):,} {_plural(each.unit)}" for each in (model, reference)]
-        told = f"{stage} cannot be compared with {against}: it was measured on {sizes[0]}, not on {sizes[1]}"
+        told = f"{stage} cannot be compared with {against}: it was measured on {sizes[0]}, and {against} on {sizes[1]}"
         return {"stage": stage, "against": against, "verdict": "undecided", "sentence": told}
     verdict = _of_all([each.verdict for each in found.values()])
+    other = "" if "perplexity" in found else "; perplexity was measured on other documents"
     units = {"perplexity": model.unit, "accuracy": "question"}
     parts = [_part(name, each, getattr(margin, name), units[name]) for name, each in found.items()]
     return {
         "stage": stage,
         "against": against,
         "verdict": verdict,
-        "sentence": f"{stage} {_SAID[verdict]} {against}: {'; '.join(parts)}",
+        "sentence": f"{stage} {_SAID[verdict]} {against}: {'; '.join(parts)}{other}",
         **{name: _told(each) for name, each in found.items()},
     }
 
