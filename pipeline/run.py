@@ -300,7 +300,7 @@ def _run_stage(config: dict[str, Any], job: dict[str, Any], lock: int, server: p
         if code == 2:  # refused, and told why
             raise StageFailed("", code)
         if code in (STOPPED, TERMINATED):
-            _end_early(name, work, steps, code, idle=_made_so_far(config, work) == made)
+            _end_early(name, work, steps, code, kept, idle=_made_so_far(config, work) == made)
         if code:
             where = f"{name} ({mode})" if len(modes) > 1 else name
             way_on = "run the same command again to go on from its last checkpoint"
@@ -347,13 +347,15 @@ def _made_so_far(config: dict[str, Any], work: Path) -> set[tuple[str, int]]:
     return found
 
 
-def _end_early(stage: str, work: Path, before: list[int], code: int, *, idle: bool) -> NoReturn:
-    """Of a stage that notice was given to. `before`: the steps of its checkpoints when it was started; `idle`: it has
-    made nothing since. A job that gains nothing would be queued again for ever."""
+def _end_early(stage: str, work: Path, before: list[int], code: int, kept: Path, *, idle: bool) -> NoReturn:
+    """Of a stage that notice was given to. `before`: the steps of its checkpoints when it was started; `kept`: the logs
+    of this start; `idle`: it has made nothing since. A job that gains nothing would be queued again for ever."""
     if code == STOPPED and (idle or (before and steps_of(work)[-1:] <= before[-1:])):
         got = f"got beyond step {before[-1]}, where it was started" if before else "made anything to go on from"
         more = ", or save more often (trainer.checkpoint.every_steps)" if before else ""
-        raise StageFailed(f"stage {stage} was stopped before it {got}; give the job a longer time limit{more}", 1)
+        told = f"was stopped before it {got}; give the job a longer time limit{more}"
+        logs.tell({"stage": stage, "rank": None, "status": 1, "where": None, "message": told}, "error.json", str(kept))
+        raise StageFailed(f"stage {stage} {told}", 1)
     why = "notice was given that the job ends" if code == STOPPED else "it was asked to end (SIGTERM)"
     told = "has made nothing since it was started" if idle else "has made way"
     raise StageFailed(f"stage {stage} {told}: {why}; the same command goes on", code)

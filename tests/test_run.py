@@ -301,7 +301,7 @@ def test_a_job_that_gains_no_step_is_not_to_be_queued_again(
 ) -> None:
     monkeypatch.setattr(run, "steps_of", lambda work: after)
     with pytest.raises(StageFailed) as ended:
-        run._end_early("distill", tmp_path, before, 75, idle=False)
+        run._end_early("distill", tmp_path, before, 75, tmp_path, idle=False)
     assert ended.value.code == status
 
 

@@ -431,10 +431,13 @@ def test_a_stage_that_gains_nothing_is_not_queued_again(
     tmp_path: Path, before: list[int], made: bool, status: int, told: str
 ) -> None:
     with pytest.raises(StageFailed, match=told) as failed:
-        _end_early("evaluate", tmp_path, before, STOPPED, idle=not made)
+        _end_early("evaluate", tmp_path, before, STOPPED, tmp_path, idle=not made)
     assert failed.value.code == status
+    assert (tmp_path / "error.json").exists() == (status == 1)  # for the command `status`
+    if status == 1:
+        assert told in json.loads((tmp_path / "error.json").read_text())["message"]
     with pytest.raises(StageFailed, match="has made way" if made else "has made nothing since it was started"):
-        _end_early("evaluate", tmp_path, before, TERMINATED, idle=not made)
+        _end_early("evaluate", tmp_path, before, TERMINATED, tmp_path, idle=not made)
 
 
 @pytest.mark.parametrize(
