@@ -434,6 +434,7 @@ SPEED_AND_MEMORY = {  # of these experiments' stages: all that may change in the
     ("training", "workers"),
     ("data", "workers"),
     ("batch_size",),
+    ("verdict", "require"),  # how the run ends
     ("shard_mb",),
     ("shard_answers",),
     ("sample_tokens",),
