@@ -47,7 +47,7 @@ def test_intervals_of_texts_cover_the_truth_as_often_as_they_say(count: int, mon
 @pytest.mark.parametrize("count", [100, 400])
 def test_intervals_of_answers_cover_the_truth_as_often_as_they_say(count: int) -> None:
     random = np.random.default_rng(2)
-    trials, covered = 3000, np.zeros(3)
+    trials, covered = 2000, np.zeros(3)
     for _ in range(trials):
         right_Q, reference_Q = answers(random, count)
         found = compare_answers(right_Q, reference_Q, margin=0.01)
@@ -71,7 +71,7 @@ def test_no_difference_is_said_to_be_one_as_seldom_as_it_may(monkeypatch: pytest
     """Models that differ by just the margin are called equivalent in at most 5 %, equal ones unequal in at most 5 %."""
     monkeypatch.setattr(certainty, "_RESAMPLES", 1000)
     random = np.random.default_rng(3)
-    trials, wrong = 600, np.zeros(2)
+    trials, wrong = 400, np.zeros(2)
     for _ in range(trials):
         tokens_D = np.maximum(2, random.lognormal(4.0, 0.5, 60)).round()
         reference_D = 3 * tokens_D

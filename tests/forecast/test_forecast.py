@@ -120,12 +120,20 @@ def test_weights_are_read_in_fp32_where_adapters_alone_are_trained(tmp_path: Pat
     assert row["device_bytes"] < row["usable_bytes"] < row["reading_bytes"]
     assert not row["fits"]
     assert ", while weights are read in fp32; what fits: " in str(row["notes"]), row["notes"]
-    packed = forecast(tmp_path, *words[:-2], "strategy=ddp", "lora=qlora", "data.max_length=512")["recover"]
-    assert packed["reading_bytes"] == 0
-    assert packed["host_bytes"] == 4 * T
-    assert "would be refused" not in str(packed["notes"])
-    refused = forecast(tmp_path, *words[:-3], "strategy=zero3", "lora=qlora", "data.max_length=512")["recover"]
-    assert "lora.base=nf4 under strategy=zero3: packed weights are not sharded" in str(refused["notes"])
+
+
+@pytest.mark.parametrize(("strategy", "refused"), [("ddp", False), ("zero3", True)])
+def test_what_is_packed_is_read_by_way_of_the_host_and_never_sharded(
+    strategy: str, refused: bool, tmp_path: Path
+) -> None:
+    base = folder(tmp_path, TINY)
+    words = ["+experiment=distill_7b_to_1b", "only=[recover]", f"stages.recover.student.path={base}", *A100]
+    words += [f"teacher.path={base}", f"model.path={base}", "lora=qlora", "data.max_length=512"]
+    row = forecast(tmp_path, *words, f"strategy={strategy}")["recover"]
+    assert row["reading_bytes"] == 0
+    assert ("packed weights are not sharded, and the command would be refused" in str(row["notes"])) == refused
+    if not refused:
+        assert row["host_bytes"] == 4 * row["parameters"]
 
 
 def test_time_is_operations_by_the_rate_that_is_assumed(row: dict[str, Any]) -> None:
