@@ -37,6 +37,7 @@ COLUMNS = (
 # Shown where a task was evaluated.
 TASK_COLUMNS = (
     Column("accuracy", "accuracy", "acc.", _fixed(3)),
+    Column("accuracy_interval", "95 % interval of accuracy", "95 %", units.shares),
     Column("accuracy_on_training_queries", "accuracy on training queries", "acc.\ntrain", _fixed(3)),
     Column("gap_closed", "gap closed", "gap\nclosed", _fixed(3)),
     Column("gap_closed_low", "gap closed, 2.5th percentile", "low", _fixed(3)),

@@ -21,7 +21,7 @@ _ASIDE |= {"accuracy_on_training_queries", "gap_closed_on_training_queries"}
 
 def table(report: Json) -> Table:
     """The rows for a terminal, the comparisons below them."""
-    columns = [column for column in columns_of(report["rows"]) if column.key != "perplexity_interval"]
+    columns = [column for column in columns_of(report["rows"]) if not column.key.endswith("_interval")]
     if any(column in (*TASK_COLUMNS, ZEROS, CACHE, BITS) for column in columns):
         columns = [column for column in columns if column.key not in _ASIDE]
     result = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False, caption_justify="left")

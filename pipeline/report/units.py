@@ -40,6 +40,11 @@ def interval(bounds: Sequence[float] | None) -> str:
     return NOTHING if bounds is None else f"{score(bounds[0])} to {score(bounds[1])}"
 
 
+def shares(bounds: Sequence[float] | None) -> str:
+    """Of an accuracy: 0.512 to 0.634."""
+    return NOTHING if bounds is None else f"{bounds[0]:.3f} to {bounds[1]:.3f}"
+
+
 def percent(fraction: float | None) -> str:
     """A change with its sign: -10.0 %."""
     return NOTHING if fraction is None else f"{100 * fraction:+.1f} %"

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from models.certainty import accuracy_interval
 from pipeline.data.tasks import Task
 
 UNSEEN, SEEN = "unseen", "seen"  # queries held out, and trained on
@@ -24,7 +25,7 @@ def with_accuracy(
     result = []
     for row in rows:
         told = right[row["stage"]]
-        row = {**row, "accuracy": _mean(told[UNSEEN]), "accuracy_on_training_queries": _mean(told[SEEN])}
+        row = {**row, **_sure(told[UNSEEN]), "accuracy_on_training_queries": _mean(told[SEEN])}
         if teacher in right and row["stage"] != teacher:
             row |= gap_closed(told[UNSEEN], right[teacher][UNSEEN], right[teacher][SHOWN])
             seen = gap_closed(told[SEEN], right[teacher][SEEN], right[teacher][SHOWN_SEEN])
@@ -32,7 +33,7 @@ def with_accuracy(
         result.append(row)
         if row["stage"] == teacher and task.teacher_prompts:
             name = f"{teacher}, {task.shots} shots" if task.shots else f"{teacher}, with context"
-            shown = {"accuracy": _mean(told[SHOWN]), "accuracy_on_training_queries": _mean(told[SHOWN_SEEN])}
+            shown = {**_sure(told[SHOWN]), "accuracy_on_training_queries": _mean(told[SHOWN_SEEN])}
             result.append({"stage": name, "path": row["path"], **shown})
     return result
 
@@ -56,6 +57,13 @@ def gap_closed(student: dict[str, bool], without: dict[str, bool], shown: dict[s
         return {**nothing, "gap_closed": float(closed)}
     low, high = np.percentile(gained[gap > 0] / gap[gap > 0], [2.5, 97.5])
     return {"gap_closed": float(closed), "gap_closed_low": float(low), "gap_closed_high": float(high)}
+
+
+def _sure(told: dict[str, bool]) -> dict[str, Any]:
+    return {
+        "accuracy": _mean(told),
+        "accuracy_interval": accuracy_interval(np.array([*told.values()])) if told else None,
+    }
 
 
 def _mean(told: dict[str, bool]) -> float | None:
