@@ -19,7 +19,9 @@ from pipeline.building import build
 from pipeline.data.batch import collate
 from pipeline.data.prepared import sequences_of
 from pipeline.data.tokenizer import load_tokenizer
+from pipeline.report.columns import columns_of
 from pipeline.report.report import write_report
+from pipeline.steps.accuracy import SEEN, UNSEEN, with_accuracy
 from pipeline.steps.verdict import Margin, Rule, Scored, relative_interval, verdict_on
 from tests.command import train
 from tests.quantization.test_qat import EXPERIMENT, LITTLE
@@ -172,6 +174,21 @@ def test_a_verdict_may_be_against_any_model(made: Path, tmp_path: Path) -> None:
     EXPERIMENT.make(run, "evaluate", SPEED, "verdict.reference=quantize")
     verdicts = manifest(run / "evaluate")["metrics"]["verdicts"]
     assert [(each["stage"], each["against"]) for each in verdicts] == [("pretrain", "quantize"), ("qat", "quantize")]
+
+
+def test_an_accuracy_has_its_interval_in_the_report() -> None:
+    """By the formula of Wilson's score interval; and none where nothing was asked."""
+    right = {f"q{n}": n < 27 for n in range(40)}
+    task: Any = None  # only a teacher's row reads it
+    asked = {"a": {UNSEEN: right, SEEN: {}}, "b": {UNSEEN: {}, SEEN: {}}}
+    one, none = with_accuracy([{"stage": "a"}, {"stage": "b"}], asked, None, task)
+    z, share, count = 1.959964, 27 / 40, 40
+    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
+    reach = z / (1 + z * z / count) * (share * (1 - share) / count + z * z / (4 * count * count)) ** 0.5
+    assert one["accuracy"] == share
+    assert one["accuracy_interval"] == pytest.approx((middle - reach, middle + reach), abs=1e-6)
+    assert (none["accuracy"], none["accuracy_interval"]) == (None, None)
+    assert "0.520 to 0.799" in [column.show(one.get(column.key)) for column in columns_of([one])]
 
 
 @pytest.mark.parametrize(
